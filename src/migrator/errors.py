@@ -1,0 +1,164 @@
+"""Every way a run can fail; each error carries its exit code, the state of the database, and a next step.
+
+::
+
+    MigratorError
+     ├─ SettingsError        10  BAD_SETTINGS
+     ├─ Unreachable          20  UNREACHABLE
+     ├─ LockBusy             21  LOCK_BUSY
+     ├─ Blocked              22  BLOCKED
+     ├─ Interrupted          23  INTERRUPTED
+     ├─ AccessDenied         30  ACCESS_DENIED
+     ├─ HistoryError         31  BAD_HISTORY
+     ├─ DatabaseAhead        32  DATABASE_AHEAD
+     ├─ Unversioned          33  UNVERSIONED
+     ├─ Unsafe               35  UNSAFE
+     ├─ BackupFailed         36  BACKUP_FAILED
+     ├─ RolledBack           39  ROLLED_BACK
+     ├─ Partial              40  PARTIAL
+     ├─ VerifyFailed         41  VERIFY_FAILED
+     ├─ RestoreFailed        43  RESTORE_FAILED
+     └─ Internal             70  INTERNAL
+
+An error is raised where it is known and printed once, by ``cli``; only ``cli`` exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from migrator.outcome import ExitCode, Finding
+
+UNCHANGED = "The database was not changed."
+
+
+class MigratorError(Exception):
+    """A failure that a person can act on.
+
+    ``message`` is one sentence on what happened, ``state`` one on what the database is like now, and
+    ``next_step`` the command to type or the thing to change.
+    """
+
+    code: ClassVar[ExitCode] = ExitCode.INTERNAL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        next_step: str = "",
+        state: str = UNCHANGED,
+        findings: Sequence[Finding] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.next_step = next_step
+        self.state = state
+        self.findings = tuple(findings)
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.state}".strip()
+
+
+class SettingsError(MigratorError):
+    """Settings or arguments are wrong; ``problems`` lists every one of them."""
+
+    code = ExitCode.BAD_SETTINGS
+
+    def __init__(self, problems: Sequence[str], *, next_step: str = "") -> None:
+        self.problems = tuple(problems)
+        count = "a problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(
+            f"{count} in the settings: " + "; ".join(self.problems) + ".",
+            next_step=next_step or "see `migrator settings` for what is set, and from where",
+        )
+
+
+class Unreachable(MigratorError):
+    """No Postgres answered within the wait."""
+
+    code = ExitCode.UNREACHABLE
+
+
+class LockBusy(MigratorError):
+    """Another run held the lock for the whole lock wait."""
+
+    code = ExitCode.LOCK_BUSY
+
+
+class Blocked(MigratorError):
+    """A statement could not get its lock within ``lock_timeout``."""
+
+    code = ExitCode.BLOCKED
+
+
+class Interrupted(MigratorError):
+    """SIGTERM or SIGINT arrived and all was rolled back."""
+
+    code = ExitCode.INTERRUPTED
+
+
+class AccessDenied(MigratorError):
+    """Postgres is there but will not let us in: credentials, privileges, TLS, or no such database."""
+
+    code = ExitCode.ACCESS_DENIED
+
+
+class HistoryError(MigratorError):
+    """The revision files do not make one sound graph."""
+
+    code = ExitCode.BAD_HISTORY
+
+
+class DatabaseAhead(MigratorError):
+    """The database is at a revision that these files do not know."""
+
+    code = ExitCode.DATABASE_AHEAD
+
+
+class Unversioned(MigratorError):
+    """There are tables but no version table."""
+
+    code = ExitCode.UNVERSIONED
+
+
+class Unsafe(MigratorError):
+    """The guard refused."""
+
+    code = ExitCode.UNSAFE
+
+
+class BackupFailed(MigratorError):
+    """There is no verified backup, so nothing was applied."""
+
+    code = ExitCode.BACKUP_FAILED
+
+
+class RolledBack(MigratorError):
+    """A revision failed and everything was rolled back."""
+
+    code = ExitCode.ROLLED_BACK
+
+
+class Partial(MigratorError):
+    """A revision failed after something had been committed."""
+
+    code = ExitCode.PARTIAL
+
+
+class VerifyFailed(MigratorError):
+    """The database is at the target revision, but a check failed."""
+
+    code = ExitCode.VERIFY_FAILED
+
+
+class RestoreFailed(MigratorError):
+    """A backup could not be restored."""
+
+    code = ExitCode.RESTORE_FAILED
+
+
+class Internal(MigratorError):
+    """A defect in migrator."""
+
+    code = ExitCode.INTERNAL

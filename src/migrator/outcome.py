@@ -1,0 +1,143 @@
+"""What a run is and how it ended: exit codes, stage results, findings, and the outcome as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ExitCode(enum.IntEnum):
+    """The exit codes of every command; an API, so a code never changes its meaning.
+
+    Bands: 0 done; 3 only from ``check`` and ``status --exit-code``; 10 settings; 20s nothing changed and
+    trying again can help; 30s nothing changed and a person is needed; 40s the database may have changed;
+    70 a defect in migrator.
+    """
+
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> ExitCode:
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    OK = 0, "at the target revision and verified; nothing to do is OK too"
+    PENDING = 3, "only from check and status --exit-code: revisions are pending"
+    BAD_SETTINGS = 10, "settings or arguments are wrong; all problems listed"
+    UNREACHABLE = 20, "no Postgres answered within the wait"
+    LOCK_BUSY = 21, "another run held the lock for the whole lock wait; its holder is named"
+    BLOCKED = 22, "lock_timeout retries are used up; the blocking sessions are named"
+    INTERRUPTED = 23, "SIGTERM or SIGINT; all rolled back"
+    NOT_CURRENT = 24, "wait-for-current gave up"
+    ACCESS_DENIED = 30, "credentials, privileges, TLS, or no such database"
+    BAD_HISTORY = 31, "several heads, a missing parent, a revision that does not import, an ambiguous id"
+    DATABASE_AHEAD = 32, "the database is at a revision this image does not know (older image)"
+    UNVERSIONED = 33, "tables but no alembic_version: needs an explicit --baseline REV"
+    TAMPERED = 34, "an applied revision's file is not the one that was applied"
+    UNSAFE = 35, "the guard refused; findings listed"
+    BACKUP_FAILED = 36, "no verified backup, so nothing was applied"
+    DRIFTED = 37, "the live schema is not what the last run left"
+    REHEARSAL_FAILED = 38, "it failed on the copy; the database was not touched"
+    ROLLED_BACK = 39, "a revision failed and everything was rolled back"
+    PARTIAL = (
+        40,
+        "a revision failed after others (or a non-transactional part of it) were committed; which, is said",
+    )
+    VERIFY_FAILED = 41, "at the target revision, but a check failed"
+    RESTORED = 42, "it failed and the database was restored from the backup"
+    RESTORE_FAILED = 43, "it failed and so did the restore; the backup's place is said"
+    INTERNAL = 70, "a defect in migrator"
+
+
+class Severity(enum.StrEnum):
+    """How much a finding matters: an ``error`` fails the stage, a ``warning`` is only said."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that ``guard`` or ``verify`` has to say.
+
+    ``rule`` is a stable kebab-case name, ``place`` the relation, revision or setting it is about,
+    ``sentence`` what is the case, ``remedy`` what to do.
+    """
+
+    rule: str
+    severity: Severity
+    place: str
+    sentence: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.sentence}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+class Status(enum.StrEnum):
+    """How a stage ended; a skip is a value with a reason, not a silent branch."""
+
+    DONE = "done"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage of a run: how it ended, in how many seconds, and what it found (JSON-ready ``details``)."""
+
+    stage: str
+    status: Status
+    seconds: float = 0.0
+    reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RevisionResult:
+    """One revision that was applied (``upgrade``) or reverted (``downgrade``), and its duration in seconds."""
+
+    revision: str
+    direction: str
+    message: str
+    seconds: float
+    transactional: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the one value that every report is made from."""
+
+    run_id: str
+    command: str
+    code: ExitCode
+    message: str
+    next_step: str = ""
+    target: str = ""
+    started_at: str = ""
+    seconds: float = 0.0
+    migrator_version: str = ""
+    image_version: str = ""
+    before: tuple[str, ...] | None = None
+    after: tuple[str, ...] | None = None
+    heads: tuple[str, ...] = ()
+    revisions: tuple[RevisionResult, ...] = ()
+    backup: Mapping[str, Any] | None = None
+    findings: tuple[Finding, ...] = ()
+    stages: tuple[StageResult, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the outcome as JSON-ready data; ``code`` is the number and ``outcome`` its name."""
+        document = dataclasses.asdict(self)
+        document["code"] = int(self.code)
+        document["outcome"] = self.code.name
+        for stage in document["stages"]:
+            stage["seconds"] = round(stage["seconds"], 3)
+        for revision in document["revisions"]:
+            revision["seconds"] = round(revision["seconds"], 3)
+        document["seconds"] = round(self.seconds, 3)
+        return document

@@ -1,0 +1,387 @@
+"""Settings: environment, flags and ``[tool.migrator]`` in pyproject.toml make one frozen value.
+
+One dataclass is the only source of truth: a field's metadata makes its flag, its ``MIGRATOR_*`` variable,
+its key in the file, its row in ``migrator settings`` and in the documentation.  Precedence: flag,
+environment, file, default.  An empty variable counts as not set, for compose writes ``${NAME:-}`` so.
+Every problem is found before any is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from migrator.errors import SettingsError
+from migrator.target import BadAddress, Target, from_environment, parse
+
+ADDRESS_VARIABLES = ("MIGRATOR_DATABASE_URL", "DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI")
+SECRET_VARIABLES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "PGPASSWORD", "POSTGRES_PASSWORD")
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def duration(text: str) -> float:
+    """Read ``90``, ``90s``, ``500ms``, ``5m``, ``2h`` or ``1d`` as seconds; raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration such as 90, 90s or 5m")
+    seconds = float(match[1]) * _UNITS[match[2] or "s"]
+    if not math.isfinite(seconds) or seconds > 366 * 86400:
+        raise ValueError(f"{text!r} is longer than a year")
+    return seconds
+
+
+def optional_duration(text: str) -> float | None:
+    """Read a duration, or ``none`` (or ``0``) for no limit."""
+    if text.strip().lower() in {"none", "off"}:
+        return None
+    return duration(text) or None
+
+
+def boolean(text: str) -> bool:
+    """Read ``true/false``, ``1/0``, ``yes/no``, ``on/off``."""
+    lowered = text.strip().lower()
+    if lowered in {"1", "true", "yes", "on"}:
+        return True
+    if lowered in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """Return a reader that takes one of ``allowed``."""
+
+    def read(text: str) -> str:
+        lowered = text.strip().lower()
+        if lowered not in allowed:
+            raise ValueError(f"{text!r} is not one of {', '.join(allowed)}")
+        return lowered
+
+    read.choices = allowed  # type: ignore[attr-defined]
+    return read
+
+
+def relation(text: str) -> str:
+    """Read a table name, with or without its schema."""
+    if not re.fullmatch(r"[^\s.\"']+(\.[^\s.\"']+)?", text.strip()):
+        raise ValueError(f"{text!r} is not a table name such as alembic_version or app.alembic_version")
+    return text.strip()
+
+
+def backup_url(text: str) -> str:
+    """Read the place of the backups: ``file:///folder``, or a plain folder."""
+    if text.startswith("/"):
+        return f"file://{text}"
+    if re.match(r"^file:///.", text):
+        return text
+    raise ValueError(f"{text!r} is not a folder such as file:///backups")
+
+
+def _only_stop(text: str) -> str:
+    lowered = text.strip().lower()
+    if lowered in {"downgrade", "restore"}:
+        raise ValueError(f"{lowered!r} is not available in this version; only 'stop' is")
+    return choice("stop")(text)
+
+
+def setting(
+    default: Any,
+    read: Callable[[str], Any],
+    help: str,
+    *,
+    flag: str | None = "",
+    variable: str = "",
+    secret: bool = False,
+    shown: str = "",
+) -> Any:
+    """Declare a field: its default, its reader, and one line of help.
+
+    ``flag`` is derived from the name where it is ``""`` and absent where it is None; ``shown`` is the
+    default as people write it.
+    """
+    metadata = {
+        "read": read,
+        "help": help,
+        "flag": flag,
+        "variable": variable,
+        "secret": secret,
+        "shown": shown,
+    }
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run can be told; times are in seconds, None is "no limit" or "not set"."""
+
+    database_url: str = setting(
+        "", str, "the target's address (else DATABASE_URL, PG*, POSTGRES_*)", flag=None, secret=True
+    )
+    direct_url: str = setting("", str, "the target's address around a pooler", flag=None, secret=True)
+    wait_timeout: float = setting(60.0, duration, "how long to wait for Postgres in all", shown="60s")
+    wait_for_database: bool = setting(False, boolean, "also wait for the database to be created")
+    connect_timeout: float = setting(5.0, duration, "how long one connection attempt may take", shown="5s")
+    run_lock_timeout: float = setting(600.0, duration, "how long to wait for another run", shown="10m")
+    lock_timeout: float | None = setting(
+        5.0, optional_duration, "Postgres's lock_timeout for the migration", shown="5s"
+    )
+    statement_timeout: float | None = setting(
+        None, optional_duration, "Postgres's statement_timeout for the migration", shown="none"
+    )
+    backup: str = setting(
+        "auto",
+        choice("auto", "always", "off"),
+        "auto (something pending and something to lose), always (also with nothing pending) or off",
+    )
+    backup_url: str = setting("file:///backups", backup_url, "the folder that backups are kept in")
+    pg_bin: str = setting("", str, "a folder with pg_dump and pg_restore, instead of the installed ones")
+    on_failure: str = setting("stop", _only_stop, "what to do when apply or verify fails: stop")
+    baseline: str = setting(
+        "", str, "the revision an existing schema without a version table is at (or 'base')"
+    )
+    version_table: str = setting(
+        "", relation, "the version table, where it cannot be read from env.py: name or schema.name"
+    )
+    config: str = setting(
+        "", str, "alembic.ini or pyproject.toml of the project", flag="-c", variable="ALEMBIC_CONFIG"
+    )
+    report_file: str = setting("", str, "where the JSON outcome is also written")
+    termination_log: str = setting(
+        "/dev/termination-log", str, "where the line for kubectl describe pod goes, if it is there"
+    )
+    log_format: str = setting(
+        "auto", choice("auto", "json", "text"), "auto is text on a terminal and JSON elsewhere"
+    )
+    log_level: str = setting("info", choice("debug", "info", "warning", "error"), "the least level that is logged")
+
+    # What follows is filled in by load() and is no setting of its own.
+    target: Target | None = field(default=None, metadata={})
+    sources: Mapping[str, str] = field(default_factory=dict, metadata={}, repr=False)
+    warnings: tuple[str, ...] = field(default=(), metadata={})
+    secrets: tuple[str, ...] = field(default=(), metadata={}, repr=False)
+
+    @property
+    def required_target(self) -> Target:
+        """Return the target, for commands that load() was asked to require one for."""
+        if self.target is None:
+            raise SettingsError([_NO_ADDRESS])
+        return self.target
+
+
+_NO_ADDRESS = (
+    "no database address: set MIGRATOR_DATABASE_URL (or DATABASE_URL, POSTGRES_DB_URL, "
+    "SQLALCHEMY_DATABASE_URI, PGHOST and PGDATABASE, POSTGRES_HOST and POSTGRES_DB)"
+)
+
+
+def options() -> Iterator[dataclasses.Field[Any]]:
+    """Yield the fields that are settings."""
+    return (item for item in dataclasses.fields(Settings) if item.metadata)
+
+
+def variable_name(item: dataclasses.Field[Any]) -> str:
+    """Return the environment variable of a setting."""
+    return item.metadata["variable"] or f"MIGRATOR_{item.name.upper()}"
+
+
+def flag_name(item: dataclasses.Field[Any]) -> str | None:
+    """Return the flag of a setting, or None: what is secret has none, for arguments can be read by anyone."""
+    flag: str | None = item.metadata["flag"]
+    return f"--{item.name.replace('_', '-')}" if flag == "" else flag
+
+
+def default_text(item: dataclasses.Field[Any]) -> str:
+    """Return a setting's default as people write it."""
+    return item.metadata["shown"] or ("" if item.default in ("", None) else str(item.default).lower())
+
+
+def load(
+    flags: Mapping[str, str],
+    environment: Mapping[str, str],
+    folder: Path,
+    *,
+    needs_target: bool = True,
+) -> Settings:
+    """Build the settings from flags (by field name), the environment, and ``folder``/pyproject.toml.
+
+    Raises :class:`SettingsError` with every problem.
+    """
+    problems: list[str] = []
+    variables = _resolve_files(environment, problems)
+    file_values, file_name = _read_file(folder, problems)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for item in options():
+        found = _pick(item, flags, variables, file_values, file_name)
+        if found is None:
+            sources[item.name] = "default"
+            continue
+        text, source = found
+        sources[item.name] = source
+        if item.metadata["secret"]:
+            values[item.name] = text
+            continue
+        try:
+            values[item.name] = item.metadata["read"](text)
+        except ValueError as error:
+            problems.append(f"{source}: {error}")
+    target = _find_target(variables, sources, problems)
+    if target is None and needs_target and not any("address" in problem for problem in problems):
+        empty = [name for name in ADDRESS_VARIABLES if name in environment and not environment[name].strip()]
+        problems.append(_NO_ADDRESS + (f"; {' and '.join(empty)} is empty" if empty else ""))
+    if problems:
+        raise SettingsError(problems)
+    secrets = set(target.secrets if target else ()) | {
+        variables[name] for name in SECRET_VARIABLES if variables.get(name)
+    }
+    return Settings(
+        **values,
+        target=target,
+        sources=sources,
+        warnings=tuple(_unknown_variables(environment)),
+        secrets=tuple(sorted(secrets, key=len, reverse=True)),
+    )
+
+
+def _pick(
+    item: dataclasses.Field[Any],
+    flags: Mapping[str, str],
+    variables: Mapping[str, str],
+    file_values: Mapping[str, str],
+    file_name: str,
+) -> tuple[str, str] | None:
+    """Return a setting's text and where it came from, or None where nothing sets it."""
+    name = variable_name(item)
+    if flags.get(item.name) is not None:
+        return str(flags[item.name]), flag_name(item) or name
+    if variables.get(name, "").strip():
+        return variables[name], name
+    if item.name in file_values:
+        return file_values[item.name], f"{file_name} [tool.migrator] {item.name}"
+    return None
+
+
+def _resolve_files(environment: Mapping[str, str], problems: list[str]) -> dict[str, str]:
+    """Return the environment with every secret's ``NAME_FILE`` read; both set is a problem."""
+    variables = dict(environment)
+    for name in SECRET_VARIABLES:
+        place = environment.get(f"{name}_FILE", "")
+        if not place:
+            continue
+        if environment.get(name):
+            problems.append(f"both {name} and {name}_FILE are set: keep one")
+            continue
+        try:
+            variables[name] = Path(place).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            problems.append(f"{name}_FILE: cannot read {place}: {reason}")
+            continue
+        if not variables[name]:
+            problems.append(f"{name}_FILE: {place} is empty")
+    return variables
+
+
+def _read_file(folder: Path, problems: list[str]) -> tuple[dict[str, str], str]:
+    """Return ``[tool.migrator]`` of the folder's pyproject.toml as text values."""
+    path = folder / "pyproject.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("migrator", {})
+    except FileNotFoundError:
+        return {}, path.name
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return {}, path.name
+    known = {item.name: item for item in options()}
+    values: dict[str, str] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            problems.append(f"{path.name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
+        elif known[name].metadata["secret"]:
+            problems.append(f"{path.name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}")
+        elif isinstance(value, (dict, list)):
+            problems.append(f"{path.name} [tool.migrator]: {key} is not a single value")
+        else:
+            values[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return values, path.name
+
+
+def _find_target(
+    variables: Mapping[str, str], sources: dict[str, str], problems: list[str]
+) -> Target | None:
+    """Find the address in the documented order; the direct one wins, for a pooler cannot hold a session lock."""
+    for name in ("MIGRATOR_DIRECT_URL", *ADDRESS_VARIABLES):
+        if variables.get(name, "").strip():
+            field_name = "direct_url" if name == "MIGRATOR_DIRECT_URL" else "database_url"
+            sources[field_name] = sources["target"] = name
+            try:
+                return parse(variables[name])
+            except BadAddress as error:
+                problems.append(f"{name} is not a database address: {error}")
+                return None
+    for prefix in ("PG", "POSTGRES_"):
+        part = {key: value for key, value in variables.items() if key.startswith(prefix)}
+        try:
+            target = from_environment(part)
+        except BadAddress as error:
+            problems.append(f"the address in {prefix}*: {error}")
+            return None
+        if target is not None:
+            sources["target"] = f"{prefix}*"
+            return target
+    return None
+
+
+def _unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a warning for each ``MIGRATOR_*`` variable that looks like a misspelt setting.
+
+    A warning and no error: Kubernetes sets ``MIGRATOR_PORT`` and its like for a Service named migrator.
+    """
+    known = {variable_name(item): item for item in options()}
+    known |= {f"{name}_FILE": item for name, item in known.items() if item.metadata["secret"]}
+    for name in sorted(environment):
+        if name.startswith("MIGRATOR_") and name not in known and name not in _OTHER_VARIABLES:
+            suggestion = _suggest(name, known)
+            if suggestion:
+                yield f"{name} is not a setting{suggestion}"
+
+
+_OTHER_VARIABLES = frozenset({"MIGRATOR_IMAGE_VERSION"})
+
+
+def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def table(settings: Settings) -> list[dict[str, str]]:
+    """Return every setting as a row: name, variable, flag, value (secrets hidden), source, default, help."""
+    rows = []
+    for item in options():
+        value = getattr(settings, item.name)
+        if item.metadata["secret"]:
+            target = settings.target
+            set_here = settings.sources.get(item.name, "default") != "default"
+            text = str(target) if target is not None and set_here else ""
+        else:
+            text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        rows.append(
+            {
+                "name": item.name,
+                "variable": variable_name(item),
+                "flag": flag_name(item) or "",
+                "value": text,
+                "source": settings.sources.get(item.name, "default"),
+                "default": default_text(item),
+                "help": item.metadata["help"],
+            }
+        )
+    return rows

@@ -1,0 +1,273 @@
+"""The target: one database's address, understood in every common spelling and rendered for each reader.
+
+Addresses come from people, compose files and cloud consoles, so the parser accepts what they really
+write: percent-encoded or raw passwords with any character, SQLAlchemy driver suffixes, libpq key-value
+strings, several hosts, and Unix sockets.  Sources:
+https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING and
+https://docs.sqlalchemy.org/en/20/core/engines.html#database-urls
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+
+SCHEME = re.compile(r"^(postgres(?:ql)?)(?:\+([A-Za-z0-9_]+))?://", re.IGNORECASE)
+
+# The host part: names, IPv4, bracketed IPv6, or percent-encoded socket folders, each with a port or without.
+_HOSTS = r"(?:(?:\[[0-9A-Fa-f:.%]+\]|[^@/?#:\[\],]*)(?::\d*)?)(?:,(?:\[[0-9A-Fa-f:.%]+\]|[^@/?#:\[\],]*)(?::\d*)?)*"
+_TAIL = rf"(?P<hosts>{_HOSTS})(?:/(?P<database>[^/?#]*))?(?:\?(?P<query>.*))?$"
+_STRICT = re.compile(r"^(?:(?P<userinfo>[^@/?#]*)@)?" + _TAIL, re.DOTALL)
+_RAW_PASSWORD = re.compile(r"^(?P<userinfo>.*)@" + _TAIL, re.DOTALL)
+
+# Connection parameters that libpq reads from the environment, by their name in a connection string.
+# https://www.postgresql.org/docs/current/libpq-envars.html
+ENVIRONMENT_NAMES: Mapping[str, str] = {
+    "host": "PGHOST",
+    "hostaddr": "PGHOSTADDR",
+    "port": "PGPORT",
+    "dbname": "PGDATABASE",
+    "user": "PGUSER",
+    "password": "PGPASSWORD",
+    "passfile": "PGPASSFILE",
+    "service": "PGSERVICE",
+    "options": "PGOPTIONS",
+    "application_name": "PGAPPNAME",
+    "sslmode": "PGSSLMODE",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcrl": "PGSSLCRL",
+    "sslnegotiation": "PGSSLNEGOTIATION",
+    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
+    "channel_binding": "PGCHANNELBINDING",
+    "gssencmode": "PGGSSENCMODE",
+    "krbsrvname": "PGKRBSRVNAME",
+    "connect_timeout": "PGCONNECT_TIMEOUT",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
+    "client_encoding": "PGCLIENTENCODING",
+}
+
+# Parameters with which asyncpg's connect() and SQLAlchemy's asyncpg dialect cannot be called.
+_ASYNCPG_KEEPS = frozenset({"ssl", "prepared_statement_cache_size", "timeout", "command_timeout"})
+
+
+class BadAddress(ValueError):
+    """An address that is not one for Postgres; the message never repeats the address, for it holds a password."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One database to migrate.
+
+    ``host`` and ``port`` may be comma-separated lists (libpq's multi-host form); ``parameters`` holds every
+    other libpq connection parameter; ``driver`` is SQLAlchemy's driver name where the address named one.
+    """
+
+    host: str = ""
+    port: str = ""
+    database: str = ""
+    user: str = ""
+    password: str = field(default="", repr=False)
+    driver: str = ""
+    parameters: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """Render for people: no password, no parameters that could carry one."""
+        user = f"{quote(self.user, safe='')}@" if self.user else ""
+        hosts = ",".join(
+            f"[{host}]" if ":" in host else (quote(host, safe="") if host.startswith("/") else host)
+            for host in self.host.split(",")
+        )
+        port = f":{self.port}" if self.port else ""
+        return f"postgresql://{user}{hosts}{port}/{quote(self.database, safe='')}"
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Return every string that must never be shown, in each form it can take in a log."""
+        found = {self.password} | {value for key, value in self.parameters if key.endswith("password")}
+        return tuple(sorted(found - {""}))
+
+    def with_database(self, database: str) -> Target:
+        """Return the same server and role with another database."""
+        return replace(self, database=database)
+
+    def libpq(self, **overrides: str | int) -> dict[str, str]:
+        """Return keyword arguments for ``psycopg2.connect``; ``overrides`` are defaults that the address wins over."""
+        arguments = {key: str(value) for key, value in overrides.items()}
+        arguments.update(self.parameters)
+        for key, value in (
+            ("host", self.host),
+            ("port", self.port),
+            ("dbname", self.database),
+            ("user", self.user),
+            ("password", self.password),
+        ):
+            if value:
+                arguments[key] = value
+        return arguments
+
+    def environment(self) -> dict[str, str]:
+        """Return libpq's environment variables: for child processes, whose arguments anyone may read."""
+        return {
+            ENVIRONMENT_NAMES[key]: value for key, value in self.libpq().items() if key in ENVIRONMENT_NAMES
+        }
+
+    def sqlalchemy_url(self, driver: str = "") -> str:
+        """Return the address as SQLAlchemy reads it, with ``driver`` where the address itself names none."""
+        driver = self.driver or driver
+        scheme = f"postgresql+{driver}" if driver else "postgresql"
+        userinfo = quote(self.user, safe="")
+        if self.password:
+            userinfo += ":" + quote(self.password, safe="")
+        hosts, ports = self.host.split(","), self.port.split(",")
+        parameters = dict(self.parameters)
+        if len(hosts) > 1 or self.host.startswith("/"):
+            # SQLAlchemy takes several hosts and socket folders as query parameters only.
+            netloc = ""
+            parameters["host"] = self.host
+            if self.port:
+                parameters["port"] = self.port
+        else:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            netloc = host + (f":{ports[0]}" if ports[0] else "")
+        if driver == "asyncpg":
+            parameters = _for_asyncpg(parameters)
+        query = "?" + urlencode(parameters, quote_via=quote) if parameters else ""
+        at = "@" if userinfo else ""
+        return f"{scheme}://{userinfo}{at}{netloc}/{quote(self.database, safe='')}{query}"
+
+
+def parse(address: str) -> Target:
+    """Read an address in URL or key-value form.
+
+    A password may hold any character, encoded or not: a percent sign that is not followed by two
+    hexadecimal digits is itself, and the *last* ``@`` that a host can follow ends the password.
+    Raises :class:`BadAddress`.
+    """
+    address = address.strip()
+    if not address:
+        raise BadAddress("it is empty")
+    scheme = SCHEME.match(address)
+    if scheme is None:
+        if "://" in address:
+            raise BadAddress("its scheme is not postgresql://")
+        if "=" not in address:
+            raise BadAddress("it is neither postgresql://user@host/database nor host=... dbname=...")
+        return _parse_dsn(address)
+    rest = address[scheme.end() :]
+    match = _STRICT.match(rest) or _RAW_PASSWORD.match(rest)
+    if match is None:
+        raise BadAddress("it does not read postgresql://user:password@host:port/database")
+    user, _, password = (match["userinfo"] or "").partition(":")
+    query = match["query"] or ""
+    parameters = {key: value for key, value in parse_qsl(query, keep_blank_values=True)}
+    hosts, ports = _split_hosts(match["hosts"])
+    if "ssl" in parameters and "sslmode" not in parameters:
+        # asyncpg's spelling, and JDBC's ssl=true.
+        value = parameters.pop("ssl")
+        parameters["sslmode"] = "require" if value.lower() in {"true", "1"} else value
+    return _finish(
+        Target(
+            host=parameters.pop("host", "") or hosts,
+            port=parameters.pop("port", "") or ports,
+            database=unquote(match["database"] or "") or parameters.pop("dbname", ""),
+            user=unquote(user) or parameters.pop("user", ""),
+            password=unquote(password) or parameters.pop("password", ""),
+            driver=(scheme[2] or "").lower(),
+            parameters=tuple(sorted(parameters.items())),
+        )
+    )
+
+
+def _split_hosts(text: str) -> tuple[str, str]:
+    hosts, ports = [], []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d*))?", part)
+        if match is None:  # pragma: no cover - the address's own pattern admits nothing else
+            raise BadAddress("a host in it cannot be read")
+        hosts.append(unquote(match[1].strip("[]")))
+        ports.append(match[2] or "")
+    return ",".join(hosts), ",".join(ports) if any(ports) else ""
+
+
+def _parse_dsn(text: str) -> Target:
+    """Read libpq's key-value form: ``host=h dbname='a b' password=x\\'y``."""
+    pattern = re.compile(r"\s*([a-z_]+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s\\]|\\.)*))", re.DOTALL)
+    values: dict[str, str] = {}
+    position = 0
+    while position < len(text.rstrip()):
+        match = pattern.match(text, position)
+        if match is None or match.end() == position:
+            raise BadAddress("its key=value pairs cannot be read")
+        raw = match[2] if match[2] is not None else match[3]
+        values[match[1]] = re.sub(r"\\(.)", r"\1", raw, flags=re.DOTALL)
+        position = match.end()
+    return _finish(
+        Target(
+            host=values.pop("host", ""),
+            port=values.pop("port", ""),
+            database=values.pop("dbname", ""),
+            user=values.pop("user", ""),
+            password=values.pop("password", ""),
+            parameters=tuple(sorted(values.items())),
+        )
+    )
+
+
+def _finish(target: Target) -> Target:
+    for port in target.port.split(","):
+        if port and not (port.isdecimal() and 0 < int(port) < 65536):
+            raise BadAddress(f"its port {port!r} is not a number from 1 to 65535")
+    if not target.database and "service" not in dict(target.parameters):
+        raise BadAddress("it names no database")
+    return target
+
+
+def _for_asyncpg(parameters: Mapping[str, str]) -> dict[str, str]:
+    kept = {key: value for key, value in parameters.items() if key in _ASYNCPG_KEEPS | {"host", "port"}}
+    if "sslmode" in parameters:
+        kept["ssl"] = parameters["sslmode"]
+    return kept
+
+
+def from_environment(environment: Mapping[str, str]) -> Target | None:
+    """Build the target from libpq's ``PG*``, else ``POSTGRES_HOST/PORT/USER/PASSWORD/DB``; None where neither is set.
+
+    Passwords come as plain values here: the caller has resolved ``NAME_FILE`` already.
+    """
+    if environment.get("PGHOST") or environment.get("PGDATABASE") or environment.get("PGSERVICE"):
+        by_variable = {variable: key for key, variable in ENVIRONMENT_NAMES.items()}
+        # libpq reads the rest of its variables itself; only what we must know or hand on is taken here.
+        parameters = {
+            by_variable[name]: value
+            for name, value in environment.items()
+            if name in by_variable
+            and value
+            and name not in {"PGHOST", "PGPORT", "PGDATABASE", "PGUSER", "PGPASSWORD", "PGAPPNAME"}
+        }
+        user = environment.get("PGUSER", "")
+        return _finish(
+            Target(
+                host=environment.get("PGHOST", ""),
+                port=environment.get("PGPORT", ""),
+                database=environment.get("PGDATABASE", "") or user,
+                user=user,
+                password=environment.get("PGPASSWORD", ""),
+                parameters=tuple(sorted(parameters.items())),
+            )
+        )
+    if environment.get("POSTGRES_HOST") or environment.get("POSTGRES_DB"):
+        user = environment.get("POSTGRES_USER", "") or "postgres"
+        return _finish(
+            Target(
+                host=environment.get("POSTGRES_HOST", "") or "localhost",
+                port=environment.get("POSTGRES_PORT", ""),
+                database=environment.get("POSTGRES_DB", "") or user,
+                user=user,
+                password=environment.get("POSTGRES_PASSWORD", ""),
+            )
+        )
+    return None
