@@ -37,7 +37,7 @@ class Redactor:
             if len(secret) < _SHORT or secret.isalpha():
                 # A password such as "postgres" is also a user's, a database's and a product's name: hide it
                 # where it stands as a password, not in every sentence.
-                forms = rf"(?<=:)(?:{forms})(?=@)|(?<=password=)(?:{forms})\b|(?<=password=')(?:{forms})(?=')"
+                forms = rf"(?<=:)(?:{forms})(?=@)|(?<=(?i:password=))(?:{forms})\b|(?<=(?i:password=.))(?:{forms})(?=')"
             parts.append((len(secret), forms))
         parts.sort(reverse=True)
         self._pattern = re.compile("|".join(forms for _, forms in parts)) if parts else None

@@ -159,7 +159,9 @@ class Settings:
     log_format: str = setting(
         "auto", choice("auto", "json", "text"), "auto is text on a terminal and JSON elsewhere"
     )
-    log_level: str = setting("info", choice("debug", "info", "warning", "error"), "the least level that is logged")
+    log_level: str = setting(
+        "info", choice("debug", "info", "warning", "error"), "the least level that is logged"
+    )
 
     # What follows is filled in by load() and is no setting of its own.
     target: Target | None = field(default=None, metadata={})
@@ -306,7 +308,9 @@ def _read_file(folder: Path, problems: list[str]) -> tuple[dict[str, str], str]:
         if name not in known:
             problems.append(f"{path.name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
         elif known[name].metadata["secret"]:
-            problems.append(f"{path.name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}")
+            problems.append(
+                f"{path.name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}"
+            )
         elif isinstance(value, (dict, list)):
             problems.append(f"{path.name} [tool.migrator]: {key} is not a single value")
         else:
@@ -314,9 +318,7 @@ def _read_file(folder: Path, problems: list[str]) -> tuple[dict[str, str], str]:
     return values, path.name
 
 
-def _find_target(
-    variables: Mapping[str, str], sources: dict[str, str], problems: list[str]
-) -> Target | None:
+def _find_target(variables: Mapping[str, str], sources: dict[str, str], problems: list[str]) -> Target | None:
     """Find the address in the documented order; the direct one wins, for a pooler cannot hold a session lock."""
     for name in ("MIGRATOR_DIRECT_URL", *ADDRESS_VARIABLES):
         if variables.get(name, "").strip():
