@@ -1,0 +1,27 @@
+# Shorter names for bin/; nothing happens here that a checkout without make could not do.
+
+.PHONY: help demo test fast lint lock clean
+
+help: ## show this
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+demo: ## run the main job on an embedded Postgres, or on the server of DATABASE_URL
+	bin/demo
+
+test: ## install all that the tests need and pass them
+	bin/test
+
+fast: ## the tests that need neither a container engine nor other projects
+	bin/test -m "not engine and not histories"
+
+lint: ## fix what ruff can fix
+	bin/setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+lock: ## write both lock files
+	bin/lock
+	bin/lock-dev
+
+clean: ## delete what bin/setup and the tests made
+	rm -rf .venv .cache
