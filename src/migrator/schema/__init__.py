@@ -1,0 +1,1 @@
+"""What a live schema is, and what it is expected to be."""

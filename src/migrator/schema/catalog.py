@@ -1,0 +1,221 @@
+"""What the live schema is: thin queries over the system catalogs.
+
+Few statements whatever the number of tables, for they also run when there is nothing to do.  Names come
+as people write them, ``schema.name``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from migrator.postgres import Session
+from migrator.schema.names import ForeignKey, canonical_type
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index that is not valid, and the table that it is on."""
+
+    schema: str
+    name: str
+    table: str
+    unique: bool
+    oid: int
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A constraint that is NOT VALID, on a table or (``kind`` is ``DOMAIN``) a domain."""
+
+    schema: str
+    owner: str
+    name: str
+    kind: str = "TABLE"
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.owner}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its type as ``format_type()`` prints it, and in every spelling that is right for it."""
+
+    type: str
+    not_null: bool
+    spellings: frozenset[str]
+
+
+@dataclass
+class Table:
+    """A table, view or foreign table: its columns, indexes (name to validity), foreign keys and primary key."""
+
+    columns: dict[str, Column] = field(default_factory=dict)
+    indexes: dict[str, bool] = field(default_factory=dict)
+    foreign_keys: list[ForeignKey] = field(default_factory=list)
+    primary_key: tuple[str, ...] | None = None
+
+
+def invalid_indexes(session: Session) -> tuple[Index, ...]:
+    """Return the indexes that Postgres maintains but does not use: what a failed concurrent build leaves.
+
+    Not those that another session is building (or dropping) just now: a build holds ShareUpdateExclusiveLock on
+    the table and has a row in pg_stat_progress_create_index, whose pid, though little else, everyone may read
+    (so that a VACUUM or ANALYZE, with the same lock, hides nothing); a drop, and REINDEX CONCURRENTLY, holds that
+    lock on the index too.  And not partitioned indexes, which are invalid until every partition has theirs.
+    """
+    rows = session.query(_INVALID_INDEXES)
+    return tuple(Index(*row) for row in rows)
+
+
+def constraints_not_valid(session: Session) -> tuple[Constraint, ...]:
+    """Return the constraints that existing rows were never checked against.
+
+    Not those that follow from another of them (a partition's, a child table's), and not those that are NOT
+    ENFORCED (PostgreSQL 18), which are never valid.
+    """
+    rows = session.query(_NOT_VALID)
+    return tuple(Constraint(*row) for row in rows)
+
+
+def not_valid_constraints(session: Session) -> frozenset[str]:
+    """Return the constraints that are NOT VALID as ``schema.table.constraint``."""
+    return frozenset(str(constraint) for constraint in constraints_not_valid(session))
+
+
+def describe(session: Session, wanted: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], Table]:
+    """Return what those of the ``wanted`` tables (schema and name) that exist are like, in three statements."""
+    pairs = sorted(set(wanted))
+    if not pairs:
+        return {}
+    parameters = ([schema for schema, _ in pairs], [name for _, name in pairs])
+    tables: dict[tuple[str, str], Table] = {}
+    for schema, name, column, type_name, type_schema, not_null in session.query(_COLUMNS, parameters):
+        table = tables.setdefault((schema, name), Table())
+        if column is not None:
+            spellings = _spellings(type_name, type_schema, schema)
+            table.columns[column] = Column(type_name, not_null, spellings)
+    for schema, name, index, valid in session.query(_INDEXES, parameters):
+        tables.setdefault((schema, name), Table()).indexes[index] = valid
+    for schema, name, kind, columns, other_schema, other, references in session.query(_KEYS, parameters):
+        table = tables.setdefault((schema, name), Table())
+        if kind == "p":
+            table.primary_key = tuple(columns)
+        else:
+            key = ForeignKey(tuple(columns), other_schema, other, tuple(references))
+            table.foreign_keys.append(key)
+    return tables
+
+
+def _spellings(type_name: str, type_schema: str, table_schema: str) -> frozenset[str]:
+    """Return the type's canonical spellings.
+
+    ``format_type()`` leaves out a schema that is on the search path, which a role's settings may change: the type
+    is right with its schema, and without it where it lies in ``public`` or beside the table.
+    """
+    bare = type_name.removeprefix(f"{type_schema}.")
+    found = {type_name}
+    if type_schema != "pg_catalog":
+        found.add(f"{type_schema}.{bare}")
+        if type_schema == "public" or type_schema.strip('"') == table_schema:
+            found.add(bare)
+    return frozenset(canonical_type(name) for name in found)
+
+
+def user_tables(session: Session) -> tuple[str, ...]:
+    """Return the tables outside the system's schemas that no extension owns, as ``schema.table``."""
+    rows = session.query(_USER_TABLES)
+    return tuple(str(row[0]) for row in rows)
+
+
+def database_size(session: Session) -> int:
+    """Return the database's size in bytes."""
+    return int(session.value("SELECT pg_database_size(current_database())"))
+
+
+# Postgres reserves the prefix pg_ for its own schemas: pg_catalog, pg_toast, pg_temp_3 and so on.
+_INVALID_INDEXES = """
+SELECT n.nspname, i.relname, t.relname, x.indisunique, x.indexrelid::bigint
+  FROM pg_index x
+  JOIN pg_class i ON i.oid = x.indexrelid
+  JOIN pg_class t ON t.oid = x.indrelid
+  JOIN pg_namespace n ON n.oid = i.relnamespace
+ WHERE NOT x.indisvalid AND i.relkind = 'i'
+   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND NOT EXISTS (
+       SELECT FROM pg_locks l
+        WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND l.pid <> pg_backend_pid()
+          AND (l.relation = x.indexrelid
+               OR l.relation = x.indrelid AND l.pid IN (SELECT pid FROM pg_stat_progress_create_index)))
+ ORDER BY 1, 2
+"""
+_NOT_VALID = """
+SELECT n.nspname, coalesce(r.relname, t.typname), c.conname,
+       CASE WHEN c.conrelid = 0 THEN 'DOMAIN' ELSE 'TABLE' END
+  FROM pg_constraint c
+  JOIN pg_namespace n ON n.oid = c.connamespace
+  LEFT JOIN pg_class r ON r.oid = c.conrelid
+  LEFT JOIN pg_type t ON t.oid = c.contypid
+ WHERE NOT c.convalidated
+   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND coalesce((to_jsonb(c) ->> 'conenforced')::boolean, true)
+   AND NOT EXISTS (SELECT FROM pg_constraint p WHERE p.oid = c.conparentid AND NOT p.convalidated)
+   AND NOT EXISTS (
+       SELECT FROM pg_inherits h
+         JOIN pg_constraint p ON p.conrelid = h.inhparent AND p.conname = c.conname AND p.contype = c.contype
+        WHERE h.inhrelid = c.conrelid AND NOT c.conislocal AND NOT p.convalidated)
+ ORDER BY 1, 2, 3
+"""
+_USER_TABLES = """
+SELECT n.nspname || '.' || c.relname
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p', 'f')
+   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND NOT EXISTS (
+       SELECT FROM pg_depend d
+        WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+          AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e')
+ ORDER BY 1
+"""
+# Tables, partitioned, foreign, views and materialised views: whatever has columns.
+_COLUMNS = """
+SELECT n.nspname, r.relname, a.attname, format_type(a.atttypid, a.atttypmod), quote_ident(tn.nspname),
+       a.attnotnull
+  FROM unnest(%s::text[], %s::text[]) AS w (nspname, relname)
+  JOIN pg_namespace n ON n.nspname = w.nspname
+  JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = w.relname
+   AND r.relkind IN ('r', 'p', 'f', 'v', 'm')
+  LEFT JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
+  LEFT JOIN pg_type t ON t.oid = a.atttypid
+  LEFT JOIN pg_namespace tn ON tn.oid = t.typnamespace
+"""
+_INDEXES = """
+SELECT n.nspname, r.relname, i.relname, x.indisvalid
+  FROM unnest(%s::text[], %s::text[]) AS w (nspname, relname)
+  JOIN pg_namespace n ON n.nspname = w.nspname
+  JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = w.relname
+  JOIN pg_index x ON x.indrelid = r.oid
+  JOIN pg_class i ON i.oid = x.indexrelid
+"""
+_KEYS = """
+SELECT n.nspname, r.relname, c.contype::text,
+       (SELECT array_agg(a.attname::text ORDER BY k.position)
+          FROM unnest(c.conkey) WITH ORDINALITY AS k (attnum, position)
+          JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.attnum),
+       fn.nspname, f.relname,
+       (SELECT array_agg(a.attname::text ORDER BY k.position)
+          FROM unnest(c.confkey) WITH ORDINALITY AS k (attnum, position)
+          JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.attnum)
+  FROM unnest(%s::text[], %s::text[]) AS w (nspname, relname)
+  JOIN pg_namespace n ON n.nspname = w.nspname
+  JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = w.relname
+  JOIN pg_constraint c ON c.conrelid = r.oid AND c.contype IN ('f', 'p')
+  LEFT JOIN pg_class f ON f.oid = c.confrelid
+  LEFT JOIN pg_namespace fn ON fn.oid = f.relnamespace
+"""
