@@ -7,7 +7,8 @@
         assert database.psql("SELECT version_num FROM alembic_version") == [("r003",)]
 
 `server` and `database` are Debian's Postgres; `each_server` and `each_database` run a test on every major.
-`run_migrator` fails a test in which the planted password comes out anywhere.
+A test fails if the planted password comes out anywhere: `run_migrator` searches output, logs, reports,
+backups and process arguments; `database` searches migrator's own tables.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import installations
+from tests.support import installations, leaks
 from tests.support.projects import Revision, write_project
 from tests.support.runner import Runner, Running
 from tests.support.servers import Database, Server
@@ -79,7 +80,9 @@ def each_database(each_server: Server) -> Iterator[Database]:
 def _fresh(server: Server) -> Iterator[Database]:
     database = server.create_database()
     yield database
+    found = leaks.find_in_tables(database) if server.has_database(database.name) else []
     server.drop_database(database.name)
+    assert not found, "the planted password got into the database:\n" + "\n".join(found)
 
 
 @pytest.fixture

@@ -119,6 +119,15 @@ def test_a_password_in_the_arguments_of_a_grandchild_is_found(tmp_path: Path) ->
         runner.close()
 
 
+def test_a_password_in_a_ledger_is_found(database: Database) -> None:
+    database.execute("CREATE TABLE migrator_ledger (note text); INSERT INTO migrator_ledger VALUES ('fine')")
+    assert leaks.find_in_tables(database) == []
+    database.psql("INSERT INTO migrator_ledger VALUES (%s)", (f"postgresql://me:{quote(PLANTED)}@db/x",))
+    (found,) = leaks.find_in_tables(database)
+    assert "public.migrator_ledger" in found
+    database.execute("DROP TABLE migrator_ledger")
+
+
 def test_a_run_that_keeps_the_secret_passes(tmp_path: Path) -> None:
     runner = leaky(tmp_path, "import os, sys; print('{}'); print('{\"event\": \"done\"}', file=sys.stderr)")
     result = runner(env={"MIGRATOR_DATABASE_URL": f"postgresql://postgres:{quote(PLANTED)}@h/db"})

@@ -208,6 +208,10 @@ class Server:
         """Drop a database, ending the sessions that are still in it."""
         self.psql(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
+    def has_database(self, name: str) -> bool:
+        """Whether there is a database of this name."""
+        return bool(self.psql("SELECT 1 FROM pg_database WHERE datname = %s", (name,)))
+
     def dump(self, dbname: str, *options: str) -> str:
         """Return what `pg_dump` says of a database, without what differs between two equal ones."""
         done = subprocess.run(
