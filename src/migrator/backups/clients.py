@@ -1,0 +1,201 @@
+"""Find pg_dump and pg_restore: the server's own major if it is installed, else the nearest newer one.
+
+``pg_dump`` refuses a server of a newer major than its own, and ``pg_restore`` an archive of a newer
+``pg_dump`` (https://www.postgresql.org/docs/current/app-pgdump.html#PG-DUMP-NOTES); both are found out here,
+before anything starts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrator import process
+from migrator.errors import BackupFailed, RestoreFailed
+from migrator.logs import redact
+from migrator.settings import Settings
+from migrator.target import ENVIRONMENT_NAMES, Target
+
+# Versioned folders come before PATH, where Debian has a wrapper in Perl that chooses by its own rules.
+_FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/libexec/postgresql*")
+_VERSION = re.compile(r"\(PostgreSQL\)\s+((\d+)\S*)")
+_VERSION_TIMEOUT = 20.0
+
+# Parameters of a connection string that have no variable of their own, and hold no secret.
+_IN_ARGUMENTS = frozenset(
+    {
+        *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"),
+        *("require_auth", "requirepeer", "sslcrldir", "sslcertmode", "sslsni", "ssl_max_protocol_version"),
+        *("load_balance_hosts", "gsslib", "gssdelegation"),
+    }
+)
+_KEEPALIVES = {"keepalives_idle": "5", "keepalives_interval": "2", "keepalives_count": "3"}
+_NOT_INHERITED = frozenset({"PGCLIENTENCODING", "PGDATA"})  # a dump is written in the database's encoding
+
+
+@dataclass(frozen=True)
+class Client:
+    """A folder with a pg_dump and a pg_restore of one version."""
+
+    folder: Path
+    version: str
+    major: int
+
+    @property
+    def pg_dump(self) -> Path:
+        """Return the program that dumps."""
+        return self.folder / "pg_dump"
+
+    @property
+    def pg_restore(self) -> Path:
+        """Return the program that reads archives."""
+        return self.folder / "pg_restore"
+
+
+def parse_version(text: str) -> tuple[str, int] | None:
+    """Read ``pg_dump (PostgreSQL) 17.2 (Debian ...)``, ``18beta1`` or ``19devel``; return version and major."""
+    match = _VERSION.search(text)
+    return (match[1], int(match[2])) if match else None
+
+
+def installed(settings: Settings) -> list[Client]:
+    """Return the clients there are, each once: those of MIGRATOR_PG_BIN alone where it is set."""
+    clients = []
+    for folder in _folders(settings):
+        versions = {_version_of(folder / program) for program in ("pg_dump", "pg_restore")}
+        found = versions.pop()
+        if found is not None and not versions:
+            clients.append(Client(folder, *found))
+    return clients
+
+
+def _folders(settings: Settings) -> Iterator[Path]:
+    if settings.pg_bin:
+        yield Path(settings.pg_bin)
+        return
+    seen: set[Path] = set()
+    versioned = [folder for pattern in _FOLDERS for folder in sorted(Path("/").glob(pattern[1:]))]
+    on_path = [Path(item) for item in os.environ.get("PATH", os.defpath).split(os.pathsep) if item]
+    for folder in (*versioned, *on_path):
+        program = folder / "pg_dump"
+        if os.access(program, os.X_OK) and program.resolve() not in seen:
+            seen.add(program.resolve())
+            yield folder
+
+
+def _version_of(program: Path) -> tuple[str, int] | None:
+    chunks: list[bytes] = []
+    try:
+        finished = process.run(
+            [program, "--version"],
+            environment=process.base_environment(),
+            on_output=chunks.append,
+            timeout=_VERSION_TIMEOUT,
+        )
+    except (OSError, process.TimedOut):
+        return None
+    return parse_version(b"".join(chunks).decode("utf-8", "replace")) if finished.status == 0 else None
+
+
+def choose(clients: Sequence[Client], wanted: int, at_least: int = 0) -> Client | None:
+    """Return the client of major ``wanted``, else the nearest newer one; never one older than ``at_least``."""
+    lowest = max(wanted, at_least)
+    fitting = [client for client in clients if client.major >= lowest]
+    return min(fitting, key=lambda client: client.major, default=None)
+
+
+def for_dump(settings: Settings, server_version: str, server_major: int) -> Client:
+    """Return the client to dump a server with; raises :class:`BackupFailed` where none is new enough."""
+    clients = installed(settings)
+    client = choose(clients, server_major)
+    if client is not None:
+        return client
+    raise BackupFailed(
+        _explain(settings, clients, f"the server is PostgreSQL {server_version}", "dump"),
+        next_step=_remedy(server_major) + ", or set MIGRATOR_BACKUP=off to go without a backup",
+    )
+
+
+def for_restore(settings: Settings, server_major: int, archive_major: int) -> Client:
+    """Return the client to restore an archive with; raises :class:`RestoreFailed` where none can read it."""
+    clients = installed(settings)
+    client = choose(clients, server_major, archive_major) or choose(clients, archive_major)
+    if client is not None:
+        return client
+    raise RestoreFailed(
+        _explain(settings, clients, f"the backup was written by pg_dump {archive_major}", "read"),
+        next_step=_remedy(archive_major),
+    )
+
+
+def _explain(settings: Settings, clients: Sequence[Client], fact: str, verb: str) -> str:
+    place = f" in {settings.pg_bin} (MIGRATOR_PG_BIN)" if settings.pg_bin else ""
+    if not clients:
+        return f"There is no pg_dump and pg_restore of one version{place}, and {fact}."
+    newest = max(clients, key=lambda client: client.major)
+    return (
+        f"{fact[0].upper()}{fact[1:]}, and pg_dump is {newest.version}{place}: "
+        f"an older client cannot {verb} it."
+    )
+
+
+def _remedy(major: int) -> str:
+    return (
+        f"use the migrator image with the PostgreSQL {major} client (or a newer one), install "
+        f"postgresql-client-{major}, or name a folder that has it in MIGRATOR_PG_BIN"
+    )
+
+
+def environment(target: Target, application_name: str, connect_timeout: float) -> dict[str, str]:
+    """Return a client's environment: the connection, password included, goes this way and no other.
+
+    libpq's own variables are handed on too, for our own connections read them just so.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("PG") and name not in _NOT_INHERITED and not name.endswith("_FILE")
+    }
+    return {
+        **process.base_environment(),
+        "PGCONNECT_TIMEOUT": str(max(2, math.ceil(connect_timeout))),
+        **inherited,
+        **{name: value for name, value in target.environment().items() if name not in _NOT_INHERITED},
+        "PGAPPNAME": application_name,
+    }
+
+
+def connection_argument(target: Target, database: str) -> str:
+    """Return ``--dbname=...`` with the database's name, which may hold any character, and nothing secret.
+
+    A connection string, for a bare name with ``=`` in it would be read as one; with keepalives, so that a
+    server that is gone is noticed.
+    """
+    parameters = dict(_KEEPALIVES)
+    parameters |= {key: value for key, value in target.parameters if key in _IN_ARGUMENTS}
+    parameters["dbname"] = database
+    assert not parameters.keys() & (ENVIRONMENT_NAMES.keys() - {"dbname"})  # noqa: S101
+    pairs = (f"{key}={_conninfo_quote(value)}" for key, value in parameters.items())
+    return "--dbname=" + " ".join(pairs)
+
+
+def _conninfo_quote(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def last_words(finished: process.Finished) -> str:
+    """Return what a client said when it failed, in one line and without secrets."""
+    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if ": error:" in line or "FATAL" in line]
+    told = lines[errors[-1] :] if errors else lines[-3:]
+    text = " ".join(" ".join(told).split())
+    if len(text) > 600:
+        text = text[:600] + " ..."
+    if not text:
+        text = f"signal {-finished.status}" if finished.status < 0 else f"exit status {finished.status}"
+    return redact(text)

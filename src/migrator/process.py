@@ -1,0 +1,226 @@
+"""Child processes: arguments without secrets, output streamed, bounded in memory, always ended and reaped.
+
+The only user of ``subprocess``.  A child gets its environment explicitly, never its parent's, and lives in
+a process group of its own, so that ending it ends whatever it started.  Its stdout and stderr are read by
+one ``select`` loop: neither pipe can fill up and block it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STDERR_KEPT = 16 * 1024
+"""How many of the last bytes of a child's stderr are kept."""
+GRACE = 3.0
+"""Seconds between SIGTERM and SIGKILL; pg_dump needs a few milliseconds to cancel its query."""
+_CHUNK = 1024 * 1024
+_INHERITED = (
+    "HOME",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "KRB5_CONFIG",
+    "KRB5CCNAME",
+)
+_DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a child ended: its exit status (negative: the signal that ended it), and the end of its stderr."""
+
+    program: str
+    status: int
+    stderr: str
+    seconds: float
+
+
+class TimedOut(Exception):
+    """A child took longer than it was given, and was ended."""
+
+    def __init__(self, program: str, seconds: float) -> None:
+        super().__init__(f"{program} did not end within {seconds:g} s")
+
+
+def base_environment() -> dict[str, str]:
+    """Return what every child needs: where programs are, and messages in English and UTF-8."""
+    kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    path = os.environ.get("PATH", os.defpath)
+    return kept | {"PATH": path, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+
+
+def run(
+    arguments: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str],
+    on_output: Callable[[bytes], object] | None = None,
+    on_stderr: Callable[[bytes], object] | None = None,
+    timeout: float | None = None,
+) -> Finished:
+    """Run a program to its end, handing its stdout in chunks to ``on_output`` (thrown away where None).
+
+    ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case.  Whatever is raised meanwhile
+    (by one of the two, or by a signal handler) ends the child, reaps it and goes on.
+    Raises :class:`TimedOut` after ``timeout`` seconds, OSError where the program cannot be started.
+    """
+    started = time.monotonic()
+    tail = bytearray()
+
+    def read_stderr(chunk: bytes) -> None:
+        tail.extend(chunk)
+        del tail[:-STDERR_KEPT]
+        if on_stderr is not None:
+            on_stderr(chunk)
+
+    child: subprocess.Popen[bytes] | None = None
+    try:
+        with uninterrupted():
+            child = _start(arguments, environment, discard=on_output is None)
+        _pump(child, on_output or (lambda _: None), read_stderr, timeout)
+    except BaseException:
+        if child is not None:
+            _end(child)
+        raise
+    return Finished(
+        program=Path(arguments[0]).name,
+        status=child.returncode,
+        stderr=tail.decode("utf-8", "replace"),
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextlib.contextmanager
+def uninterrupted(*, forget: bool = False) -> Iterator[None]:
+    """Hold SIGINT, SIGTERM and SIGHUP back for the few moments in which nothing may come in between.
+
+    What arrived is handled at the end, or forgotten where all that could be interrupted is done by then.
+    Handlers are exchanged instead of blocking signals in a mask: a child would inherit the mask, and another
+    thread could take the signal anyway.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread only
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    previous: dict[signal.Signals, Any] = {}
+    try:
+        for number in _DEFERRED:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                previous[number] = handler
+                signal.signal(number, lambda *event: arrived.append(event))
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for event in [] if forget else arrived:
+            previous[signal.Signals(event[0])](*event)
+
+
+def _start(
+    arguments: Sequence[str | Path], environment: Mapping[str, str], *, discard: bool
+) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen(
+        [str(argument) for argument in arguments],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL if discard else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=_die_with_parent(),
+    )
+    if child.stdout is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
+        with contextlib.suppress(OSError):  # an unprivileged user may be over its quota of pipe buffers
+            fcntl.fcntl(child.stdout.fileno(), fcntl.F_SETPIPE_SZ, _CHUNK)
+    return child
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Return what makes the child end when we are killed with SIGKILL; None where the system cannot.
+
+    It runs between fork and exec, so all that it needs is looked up here.  prctl(2), PR_SET_PDEATHSIG.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+    number = int(signal.SIGTERM)
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os._exit(127)
+
+    return ask
+
+
+def _pump(
+    child: subprocess.Popen[bytes],
+    on_output: Callable[[bytes], object],
+    on_stderr: Callable[[bytes], object],
+    timeout: float | None,
+) -> None:
+    """Read both pipes to their ends, then wait for the child."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with selectors.DefaultSelector() as selector:
+        for stream, handle in ((child.stdout, on_output), (child.stderr, on_stderr)):
+            if stream is not None:
+                selector.register(stream, selectors.EVENT_READ, handle)
+        while selector.get_map():
+            for key, _ in selector.select(_left(child, deadline, timeout)):
+                chunk = os.read(key.fd, _CHUNK)
+                if chunk:
+                    key.data(chunk)
+                else:
+                    selector.unregister(key.fileobj)
+    try:
+        child.wait(_left(child, deadline, timeout))
+    except subprocess.TimeoutExpired:
+        _left(child, time.monotonic(), timeout)
+    for stream in (child.stdout, child.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def _left(child: subprocess.Popen[bytes], deadline: float | None, timeout: float | None) -> float | None:
+    if deadline is None:
+        return None
+    left = deadline - time.monotonic()
+    if left <= 0:
+        arguments = child.args
+        program = arguments[0] if isinstance(arguments, list) else arguments
+        raise TimedOut(Path(str(program)).name, timeout or 0.0)
+    return left
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child's whole process group and reap the child."""
+    with uninterrupted():
+        for number, grace in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, number)
+            try:
+                child.wait(grace)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)  # what the child had started itself
+        for stream in (child.stdout, child.stderr):
+            if stream is not None:
+                stream.close()
