@@ -41,14 +41,14 @@ class History:
         CACHE.mkdir(parents=True, exist_ok=True)
         with (CACHE / f"{self.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            stamp = _stamp(pins, ROOT / "pyproject.toml")
-            noted = venv / "stamp"
-            if not noted.exists() or noted.read_text() != stamp:
+            pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+            if _changed(venv / "pinned", pins):
                 _run(sys.executable, "-m", "venv", "--clear", str(venv))
-                pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
                 _run(*pip, "--only-binary=:all:", "--no-deps", "-r", str(pins))
+                _note(venv / "pinned", pins)
+            if _changed(venv / "project", ROOT / "pyproject.toml"):
                 _run(*pip, "-c", str(pins), "--editable", str(ROOT))
-                noted.write_text(stamp)
+                _note(venv / "project", ROOT / "pyproject.toml")
         (site_packages,) = (venv / "lib").glob("python3.*/site-packages")
         return Installation(self, venv / "bin", site_packages / self.ini)
 
@@ -100,11 +100,17 @@ def _with_driver(url: str) -> str:
     return url.replace("postgresql://", "postgresql+psycopg2://", 1)
 
 
-def _stamp(*files: Path) -> str:
-    digest = hashlib.sha256(f"{sys.version} {ROOT}".encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+def _stamp(file: Path) -> str:
+    return hashlib.sha256(f"{sys.version} {ROOT}".encode() + file.read_bytes()).hexdigest()
+
+
+def _note(stamp: Path, file: Path) -> None:
+    stamp.write_text(_stamp(file))
+
+
+def _changed(stamp: Path, file: Path) -> bool:
+    """Whether `file` is not what `stamp` was noted for."""
+    return not stamp.exists() or stamp.read_text() != _stamp(file)
 
 
 def _run(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:

@@ -42,8 +42,9 @@ def _install() -> None:
 
 def apt_install(*packages: str) -> None:
     """Install Debian packages, as root or through sudo."""
-    as_root("apt-get", "update", "-q")
-    as_root("apt-get", "install", "-q", "-y", "--no-install-recommends", *packages)
+    apt_get = ("apt-get", "-o", "DPkg::Lock::Timeout=300", "-q")
+    as_root(*apt_get, "update")
+    as_root(*apt_get, "install", "-y", "--no-install-recommends", *packages)
 
 
 def as_root(*command: str) -> None:
