@@ -146,7 +146,11 @@ class _Reader:
         self, key: str, written: str, name: tuple[str, str], content: Mapping[str, Any]
     ) -> ExpectedTable:
         known = ("columns", "indexes", "foreign_keys", "primary_key")
-        nested = {inner for inner, value in content.items() if isinstance(value, dict) and inner not in known}
+        nested = {
+            inner
+            for inner, value in content.items()
+            if isinstance(value, dict) and inner not in known and set(value) & set(known)
+        }
         for inner in sorted(nested):
             self.problem(
                 f"tables.{written}.{inner}",
@@ -155,14 +159,14 @@ class _Reader:
         self._known(key, [inner for inner in content if inner not in nested], known)
         primary_key = None
         if "primary_key" in content:
-            primary_key = tuple(self._each(f"{key}.primary_key", content["primary_key"], _plain_name))
+            primary_key = self._each(f"{key}.primary_key", content["primary_key"], _plain_name)
             if content["primary_key"] == []:
                 self.problem(f"{key}.primary_key", "names no column")
         return ExpectedTable(
             *name,
             tuple(self._columns(f"{key}.columns", content.get("columns", {}))),
-            tuple(self._each(f"{key}.indexes", content.get("indexes", []), _plain_name)),
-            tuple(self._each(f"{key}.foreign_keys", content.get("foreign_keys", []), foreign_key)),
+            self._each(f"{key}.indexes", content.get("indexes", []), _plain_name),
+            self._each(f"{key}.foreign_keys", content.get("foreign_keys", []), foreign_key),
             primary_key,
         )
 
@@ -190,24 +194,25 @@ class _Reader:
             missing = [inner for inner in ("name", "sql", "expect") if inner not in content]
             if missing:
                 self.problem(key, f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-            texts = {
-                inner: self._text(f"{key}.{inner}", content.get(inner, " ")) for inner in ("name", "sql")
-            }
-            if content.get("name") in seen:
+            name, sql = (
+                self._text(f"{key}.{inner}", content[inner]) if inner in content else ""
+                for inner in ("name", "sql")
+            )
+            if name and name in seen:
                 self.problem(key, "has the name of another assertion")
-            seen.add(texts["name"])
+            seen.add(name)
             expect = content.get("expect", 0)
             if not isinstance(expect, (str, int, float)) or (
                 isinstance(expect, float) and math.isnan(expect)
             ):
                 self.problem(f"{key}.expect", f"{_shown(expect)} is not a number, a text, true or false")
                 continue
-            yield Assertion(texts["name"], texts["sql"], expect)
+            yield Assertion(name, sql, expect)
 
     def _text(self, key: str, value: object) -> str:
         if not isinstance(value, str):
             self.problem(key, f"{_shown(value)} is not text")
-        elif not value:
+        elif not value.strip():
             self.problem(key, "is empty")
         elif "\0" in value:
             self.problem(key, "holds a NUL character, which Postgres cannot take")
@@ -215,18 +220,20 @@ class _Reader:
             return value
         return ""
 
-    def _each(self, key: str, values: object, convert: Callable[[str], T]) -> Iterator[T]:
+    def _each(self, key: str, values: object, convert: Callable[[str], T]) -> tuple[T, ...]:
         if not isinstance(values, list):
             self.problem(key, f'{_shown(values)} is not a list such as ["..."]')
-            return
+            return ()
+        found = []
         for value in values:
             if not isinstance(value, str):
                 self.problem(key, f"{_shown(value)} is not text")
                 continue
             try:
-                yield convert(value)
+                found.append(convert(value))
             except ValueError as error:
                 self.problem(key, error)
+        return tuple(found)
 
     def _mapping(self, key: str, value: object) -> Mapping[str, Any]:
         if isinstance(value, dict):
@@ -264,14 +271,13 @@ def _constraint_name(text: str) -> tuple[str, ...]:
 
 def _column(name: str, written: str) -> ExpectedColumn:
     """Read ``bigint not null``; a serial type is not null by itself, as in CREATE TABLE. Raises ValueError."""
-    match = re.fullmatch(r"\s*(.*?)(?:\s+(not\s+null|null))?\s*", written, re.IGNORECASE | re.DOTALL)
-    type_name = match[1] if match else ""
-    words = re.sub(r'"[^"]*"', "", type_name).lower().split()
-    odd = [word for word in words if word in _NOT_OF_A_TYPE]
-    if not type_name or "\0" in written or odd or type_name.lower().startswith("not null"):
-        what = "is no type" if not odd else f"holds {odd[0]!r}: only a type and 'not null' belong here"
+    match = re.fullmatch(r"\s*(.*?)\s*(?:\b(not\s+null|null))?\s*", written, re.IGNORECASE | re.DOTALL)
+    type_name, ending = (match[1], match[2] or "") if match else ("", "")
+    odd = [word for word in re.sub(r'"[^"]*"', "", type_name).lower().split() if word in _NOT_OF_A_TYPE]
+    if not type_name or "\0" in written or odd:
+        what = f"holds {odd[0]!r}: only a type and 'not null' belong here" if odd else "names no type"
         raise ValueError(f"{written!r} {what}, such as 'bigint not null' or 'text'")
-    not_null = bool(match and match[2] and match[2].lower() != "null") or type_name.lower() in SERIALS
+    not_null = ending.lower().startswith("not") or type_name.lower() in SERIALS
     return ExpectedColumn(name, canonical_type(type_name), not_null, written)
 
 

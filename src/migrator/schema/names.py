@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_PART = re.compile(r'\s*(?:"((?:[^"]|"")+)"|([^\s".,()]+))\s*')
+_PART = re.compile(r'\s*(?:"((?:[^"\0]|"")+)"|([^\s".,()\0]+))\s*')
 
 # https://www.postgresql.org/docs/current/datatype.html, table 8.1; {} is where the modifier stands.
 _ALIASES = {
