@@ -113,7 +113,10 @@ def classify(sqlstate: str, text: str) -> Refusal:
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What one query says about the server and the database on connecting; ``size`` is in bytes."""
+    """What one query says about the server and the database on connecting.
+
+    ``started_at`` (microseconds since 1970) and ``database_oid`` tell one database from every other.
+    """
 
     version: str
     version_number: int
@@ -121,7 +124,7 @@ class ServerFacts:
     read_only: bool
     database: str
     user: str
-    started_at: str
+    started_at: int
     database_oid: int
     pid: int
 
@@ -184,7 +187,8 @@ class Session:
         row = self.query(
             "SELECT current_setting('server_version'), current_setting('server_version_num')::int,"
             " pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',"
-            " current_database()::text, current_user::text, pg_postmaster_start_time()::text,"
+            " current_database()::text, current_user::text,"
+            " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,"
             " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()"
         )[0]
         return ServerFacts(*row)

@@ -149,6 +149,9 @@ class Settings:
     version_table: str = setting(
         "", relation, "the version table, where it cannot be read from env.py: name or schema.name"
     )
+    url_variable: str = setting(
+        "", str, "the variable in which env.py expects the address, if it is not DATABASE_URL (several: a,b)"
+    )
     config: str = setting(
         "", str, "alembic.ini or pyproject.toml of the project", flag="-c", variable="ALEMBIC_CONFIG"
     )

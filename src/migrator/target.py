@@ -163,7 +163,7 @@ def parse(address: str) -> Target:
         raise BadAddress("it does not read postgresql://user:password@host:port/database")
     user, _, password = (match["userinfo"] or "").partition(":")
     query = match["query"] or ""
-    parameters = {key: value for key, value in parse_qsl(query, keep_blank_values=True)}
+    parameters = dict(parse_qsl(query, keep_blank_values=True))
     hosts, ports = _split_hosts(match["hosts"])
     if "ssl" in parameters and "sslmode" not in parameters:
         # asyncpg's spelling, and JDBC's ssl=true.

@@ -1,0 +1,164 @@
+"""What a command answers on stdout: data for ``--format json``, and the same for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from migrator import report, settings
+from migrator.backups.manifest import human_size
+from migrator.history import History, Revision
+from migrator.outcome import ExitCode, Outcome
+from migrator.service import State
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One command's answer: JSON-ready data, text for people, and the exit code."""
+
+    data: Any
+    text: str
+    code: ExitCode = ExitCode.OK
+
+    def render(self, output_format: str) -> str:
+        """Return the answer as ``text`` or ``json``."""
+        if output_format == "json":
+            return json.dumps(self.data, indent=2, ensure_ascii=False, default=str)
+        return self.text
+
+
+def of_outcome(outcome: Outcome) -> Answer:
+    """Answer with how a run ended."""
+    return Answer(outcome.as_dict(), report.sentence(outcome), outcome.code)
+
+
+def of_current(current: Sequence[str], heads: Sequence[str]) -> Answer:
+    """Answer with the revisions that the database is at."""
+    text = "\n".join(f"{rev}{' (head)' if rev in heads else ''}" for rev in current) or "base"
+    return Answer({"current": list(current), "heads": list(heads)}, text)
+
+
+def of_history(history: History) -> Answer:
+    """Answer with the graph, newest first."""
+    return of_revisions(history.walk())
+
+
+def of_revisions(found: Iterable[Revision]) -> Answer:
+    """Answer with one line a revision."""
+    revisions = list(found)
+    return Answer([_revision(item) for item in revisions], "\n".join(_line(item) for item in revisions))
+
+
+def of_show(found: Iterable[Revision]) -> Answer:
+    """Answer with everything that a revision says of itself."""
+    revisions = list(found)
+    blocks = [
+        "\n".join(
+            f"{key + ':':<10}{', '.join(value) if isinstance(value, list) else value}"
+            for key, value in _revision(item).items()
+            if value not in ([], False)
+        )
+        for item in revisions
+    ]
+    return Answer([_revision(item) for item in revisions], "\n\n".join(blocks) or "base")
+
+
+def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] | None) -> Answer:
+    """Answer with where the database is; with ``exit_code``, 3 where revisions are pending."""
+    data = {
+        "target": state.target,
+        "server_version": state.server_version,
+        "version_table": state.version_table,
+        "current": list(state.current),
+        "heads": list(state.heads),
+        "pending": [_revision(item) for item in state.pending],
+        "running": state.running,
+        "newest_backup": newest_backup,
+    }
+    backup = f"{newest_backup['id']} ({newest_backup['created']})" if newest_backup else "none"
+    rows = [
+        ("database", f"{state.target} (PostgreSQL {state.server_version})"),
+        ("current", ", ".join(state.current) or "base"),
+        ("heads", ", ".join(state.heads)),
+        ("pending", str(len(state.pending)) if state.pending else "nothing"),
+        ("running", state.running or "nobody"),
+        ("backup", backup),
+    ]
+    lines = [f"{name + ':':<10}{value}" for name, value in rows]
+    lines += [f"  {_line(item)}" for item in state.pending]
+    code = ExitCode.PENDING if exit_code and state.pending else ExitCode.OK
+    return Answer(data, "\n".join(lines), code)
+
+
+def of_check(state: State) -> Answer:
+    """Answer with what is pending; the exit code is 3 where something is."""
+    data = {
+        "target": state.target,
+        "current": list(state.current),
+        "pending": [_revision(item) for item in state.pending],
+    }
+    if not state.pending:
+        return Answer(data, f"nothing is pending: {', '.join(state.current) or 'base'}")
+    lines = "\n".join(f"  {_line(item)}" for item in state.pending)
+    return Answer(data, f"{len(state.pending)} pending:\n{lines}", ExitCode.PENDING)
+
+
+def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
+    """Answer with one row a backup."""
+    if not rows:
+        return Answer([], "no backups")
+    shown = [
+        {
+            "ID": str(row["id"]),
+            "CREATED": str(row["created"])[:19],
+            "DATABASE": str(row["database"]),
+            "REVISION": str(row["revision"]),
+            "SIZE": human_size(float(row["size"])),
+            "VERIFIED": str(row["verified"]),
+            "PLACE": str(row["place"]),
+        }
+        for row in rows
+    ]
+    return Answer(list(rows), _table(shown))
+
+
+def of_settings(loaded: settings.Settings) -> Answer:
+    """Answer with every setting, its value, and where the value comes from."""
+    rows = settings.table(loaded)
+    address = str(loaded.target) if loaded.target else ""
+    data = {"target": address, "settings": rows, "warnings": list(loaded.warnings)}
+    shown = [
+        {"SETTING": row["variable"], "VALUE": row["value"], "FROM": row["source"], "MEANING": row["help"]}
+        for row in rows
+    ]
+    target = f"target: {address or 'none'} (from {loaded.sources.get('target', 'nothing')})"
+    warnings = "".join(f"warning: {warning}\n" for warning in loaded.warnings)
+    return Answer(data, f"{warnings}{target}\n{_table(shown)}")
+
+
+def _revision(item: Revision) -> dict[str, Any]:
+    return {
+        "revision": item.revision,
+        "parents": list(item.parents),
+        "message": item.message,
+        "path": item.path,
+        "head": item.is_head,
+        "labels": list(item.labels),
+    }
+
+
+def _line(item: Revision) -> str:
+    marks = [*(["head"] if item.is_head else []), *item.labels]
+    mark = f" ({', '.join(marks)})" if marks else ""
+    return f"{', '.join(item.parents) or '<base>'} -> {item.revision}{mark}: {item.message}"
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Lay out rows in columns; the last one is as wide as it is."""
+    names = list(rows[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    widths[names[-1]] = 0
+    lines = [dict(zip(names, names, strict=True)), *rows]
+    return "\n".join("  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in lines)

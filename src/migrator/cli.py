@@ -1,0 +1,221 @@
+"""The command line: arguments in, exit code out; no logic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from migrator import __version__, logs, report, settings
+from migrator.errors import Interrupted, MigratorError, SettingsError
+from migrator.interruption import Interrupt, Interruption
+from migrator.outcome import ExitCode
+
+log = logging.getLogger("migrator")
+
+EPILOG = """\
+exit codes: 0 done; 20-24 nothing changed, trying again can help; 10 and 30-39 nothing changed, a person is
+needed; 40-43 the database may have changed; `migrator COMMAND --help` shows an example of each command.
+"""
+
+# command: (help, example)
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "upgrade": ("wait, lock, back up, apply, verify (the default command)", "migrator upgrade head"),
+    "downgrade": ("go back, with the same lock, backup and verify", "migrator downgrade -1"),
+    "stamp": ("set the version rows without running a revision", "migrator stamp 1a2b3c4d5e6f"),
+    "current": ("show the revision that the database is at", "migrator current"),
+    "history": ("list the revisions in this image, newest first", "migrator history"),
+    "heads": ("list the heads of the history", "migrator heads"),
+    "show": ("show one revision", "migrator show head"),
+    "check": ("exit 3 if revisions are pending", "migrator check || echo pending"),
+    "status": ("show database, revision, what is pending, who is migrating", "migrator status --format json"),
+    "wait": ("wait for Postgres to answer a query, and do nothing else", "migrator wait --wait-timeout 2m"),
+    "backup": ("make a verified backup now", "migrator backup --name before-sale"),
+    "backups": ("list the backups", "migrator backups"),
+    "restore": ("bring a backup back", "migrator restore latest --to shop_look"),
+    "verify": ("check the schema against the heads and verify.toml", "migrator verify"),
+    "settings": ("show every setting, its value, and where that comes from", "migrator settings"),
+    "alembic": ("hand over to Alembic's own command line", "migrator alembic upgrade head --sql"),
+}
+
+
+NO_TARGET = frozenset({"settings", "history", "heads", "show", "backups", "alembic"})
+"""Commands that work without a database."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError([message], next_step=f"{self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; every option may stand before or after the command."""
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    _add_common(common)
+    parser = _Parser(
+        prog="migrator",
+        description="Take a Postgres database safely to the schema that the application needs.",
+        epilog=EPILOG,
+        parents=[common],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"migrator {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, (text, example) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example:\n  {example}",
+            parents=[] if name == "alembic" else [common],
+            prefix_chars="\0" if name == "alembic" else "-",
+            add_help=name != "alembic",
+            conflict_handler="resolve" if name == "backup" else "error",  # its --name is not Alembic's
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_arguments(name, command)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("text", "json"), help="how the answer on stdout looks")
+    project = parser.add_argument_group("project (Alembic's own options)")
+    project.add_argument(
+        "-c", "--config", action="append", metavar="FILE", help="alembic.ini or pyproject.toml"
+    )
+    project.add_argument("-n", "--name", dest="section", metavar="NAME", help="section of the ini file")
+    project.add_argument("-x", action="append", metavar="KEY=VALUE", help="argument for env.py")
+    group = parser.add_argument_group("settings (each also as a variable; `migrator settings` lists them)")
+    for item in settings.options():
+        flag = settings.flag_name(item)
+        if flag is None or item.name == "config":
+            continue
+        boolean = isinstance(item.default, bool)
+        group.add_argument(
+            flag,
+            dest=item.name,
+            metavar=item.name.rsplit("_", 1)[-1].upper(),
+            nargs="?" if boolean else None,
+            const="true" if boolean else None,
+            help=f"{item.metadata['help']} [{settings.default_text(item) or 'not set'}]".replace("%", "%%"),
+        )
+
+
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    if name == "upgrade":
+        parser.add_argument(
+            "revision", nargs="?", default="head", help="head, heads, +2, an id or its prefix"
+        )
+    elif name in {"downgrade", "stamp", "show"}:
+        parser.add_argument(
+            "revision", help="an id or its prefix, head" + (", -1, base" * (name == "downgrade"))
+        )
+    if name == "status":
+        parser.add_argument("--exit-code", action="store_true", help="exit 3 if revisions are pending")
+    if name in {"downgrade", "restore"}:
+        parser.add_argument("--yes", action="store_true", help="do what deletes or replaces data")
+    if name == "backup":
+        parser.add_argument("--name", dest="backup_name", default="", help="a name to find it by")
+    if name == "restore":
+        parser.add_argument("backup", help="an id or name that `migrator backups` lists, or latest")
+        parser.add_argument(
+            "--to", default="", metavar="NAME", help="restore into a new database of this name"
+        )
+    if name == "alembic":
+        parser.add_argument("arguments", nargs="*")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code and never raises."""
+    logs.protect_streams()
+    arguments = argparse.Namespace()
+    try:
+        arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+        return _run(arguments)
+    except MigratorError as error:
+        return _say(error, as_json=getattr(arguments, "format", "text") == "json")
+    except Interrupt as error:
+        return _say(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"), as_json=False)
+    except BrokenPipeError:
+        return int(ExitCode.OK)
+    except Exception as error:  # noqa: BLE001 - Python's own exit code 1 has no meaning here
+        from migrator.aftermath import translate
+
+        log.debug("unexpected", exc_info=True)
+        return _say(translate(error), as_json=getattr(arguments, "format", "text") == "json")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    command = arguments.command or "upgrade"
+    flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
+    flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
+    loaded = settings.load(
+        {name: value for name, value in flags.items() if value is not None},
+        os.environ,
+        Path.cwd(),
+        needs_target=command not in NO_TARGET,
+    )
+    # Only now, so that --help and a misspelt flag cost nothing: this imports psycopg2 and the rest.
+    from migrator import commands
+
+    run_id = commands.new_run_id()
+    logs.redact.add(loaded.secrets)
+    logging_ = logs.Logs(loaded.log_format, loaded.log_level, run_id)
+    logging_.install()
+    for warning in loaded.warnings:
+        log.warning("%s", warning)
+    interruption = Interruption()
+    interruption.install()
+    service = commands.make_service(loaded, arguments, logging_, interruption, run_id)
+    answer = commands.HANDLERS[command](service, arguments)
+    as_json = getattr(arguments, "format", "text") == "json"
+    if as_json or answer.code in (ExitCode.OK, ExitCode.PENDING):
+        # The sentence of a failure was the log's last line, and is not said twice.
+        text = answer.render("json" if as_json else "text")
+        print(text, end="\n" if text else "", flush=True)
+    return int(answer.code)
+
+
+def _say(error: MigratorError, *, as_json: bool) -> int:
+    """Say a failure once: as the last line of the log, and as the termination message."""
+    if not logging.getLogger().handlers:
+        logs.Logs().install()
+    sentence = f"{error.code.name} ({int(error.code)}): {error}"
+    sentence += f" Next: {error.next_step}" if error.next_step else ""
+    log.error("%s", sentence, extra={"code": int(error.code), "outcome": error.code.name})
+    if as_json:
+        document = {"code": int(error.code), "outcome": error.code.name, "message": str(error)}
+        print(
+            json.dumps({**document, "next_step": error.next_step}, indent=2, ensure_ascii=False), flush=True
+        )
+    report.write_termination_line(
+        sentence, os.environ.get("MIGRATOR_TERMINATION_LOG", "/dev/termination-log")
+    )
+    return int(error.code)
+
+
+def script() -> NoReturn:
+    """Run as a program.
+
+    An application that ``env.py`` imported may have started threads that never end: they must not keep the
+    container alive after the work is done.
+    """
+    code = main()
+    others = [
+        item for item in threading.enumerate() if item is not threading.main_thread() and not item.daemon
+    ]
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (BrokenPipeError, ValueError):
+            code = code or 0
+    if others:
+        logging.shutdown()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,181 @@
+"""The commands: from parsed arguments to an answer, one short function each."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from migrator import answers, report
+from migrator.answers import Answer
+from migrator.errors import MigratorError, SettingsError
+from migrator.history import ProjectOptions
+from migrator.interruption import Interruption
+from migrator.logs import Logs
+from migrator.outcome import Outcome
+from migrator.record import new_run_id
+from migrator.service import MigrationService
+from migrator.settings import Settings
+
+__all__ = ["HANDLERS", "make_service", "new_run_id"]
+
+log = logging.getLogger("migrator")
+
+
+def make_service(
+    settings: Settings, arguments: argparse.Namespace, logs: Logs, interruption: Interruption, run_id: str
+) -> MigrationService:
+    """Return the service that a command works with."""
+    project = ProjectOptions(
+        config=tuple(settings.config.split(os.pathsep)) if settings.config else (),
+        name=getattr(arguments, "section", "alembic"),
+        x=tuple(getattr(arguments, "x", ())),
+    )
+    return MigrationService(settings, project, logs=logs, interruption=interruption, run_id=run_id)
+
+
+def upgrade(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Bring the database to a revision, ``head`` by default."""
+    return _finish(service, service.upgrade(getattr(arguments, "revision", "head")))
+
+
+def downgrade(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Go back to a revision."""
+    return _finish(service, service.downgrade(arguments.revision, yes=arguments.yes))
+
+
+def stamp(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Set the version rows."""
+    return _finish(service, service.stamp(arguments.revision))
+
+
+def verify(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Check the schema."""
+    return _finish(service, service.verify())
+
+
+def _finish(service: MigrationService, outcome: Outcome) -> Answer:
+    """Hand the outcome to everyone who wants it, the log's last line first of all."""
+    settings = service.settings
+    report.say(outcome, in_log_only=service.logs.is_json)
+    if settings.report_file:
+        report.write_file(outcome, settings.report_file)
+    report.write_termination_message(outcome, settings.termination_log)
+    return answers.of_outcome(outcome)
+
+
+def current(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Show where the database is."""
+    return answers.of_current(service.current(), service.history().heads)
+
+
+def history(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """List the revisions."""
+    return answers.of_history(service.history())
+
+
+def heads(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """List the heads."""
+    return answers.of_revisions(service.history().find("heads"))
+
+
+def show(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Show one revision."""
+    return answers.of_show(service.history().find(arguments.revision))
+
+
+def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Say what is pending, in the exit code too."""
+    return answers.of_check(service.state())
+
+
+def status(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Show the whole state."""
+    state = service.state()
+    database = service.settings.required_target.database
+    mine = [row for row in _backups(service) if row["database"] == database]
+    return answers.of_state(state, exit_code=arguments.exit_code, newest_backup=mine[0] if mine else None)
+
+
+def _backups(service: MigrationService) -> list[dict[str, Any]]:
+    try:
+        return service.backups()
+    except MigratorError as error:
+        log.debug("no backups can be listed: %s", error)
+        return []
+
+
+def wait(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Wait for Postgres."""
+    session, attempts = service.wait()
+    with session:
+        data = {
+            "target": str(session.target),
+            "server_version": session.facts.version,
+            "attempts": attempts,
+        }
+    return Answer(data, f"{data['target']} answers (PostgreSQL {data['server_version']}).")
+
+
+def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Make a backup."""
+    from migrator.backups.manifest import summary
+
+    made = summary(service.backup(arguments.backup_name))
+    return Answer(made, f"{made['id']}: {made['place']}")
+
+
+def backups(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """List the backups."""
+    return answers.of_backups(service.backups())
+
+
+def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Bring a backup back."""
+    restored = service.restore(arguments.backup, to=arguments.to, replace=arguments.yes)
+    return Answer(restored.as_dict(), restored.message)
+
+
+def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Show the settings."""
+    return answers.of_settings(service.settings)
+
+
+def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Hand over to Alembic's own command line, with this target and without migrator's stages."""
+    from migrator.history import hand_over
+
+    words = list(arguments.arguments)
+    if {"upgrade", "downgrade", "stamp"} & set(words) and "--sql" not in words:
+        log.warning(
+            "Alembic works by itself here: without lock, backup and verify; `migrator %s` has them", words[0]
+        )
+    problem = hand_over(words, service.project, service.settings.target)
+    if problem:
+        raise SettingsError([problem], next_step="migrator alembic --help") from None
+    return Answer({}, "")
+
+
+HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]] = {
+    handler.__name__: handler
+    for handler in (
+        upgrade,
+        downgrade,
+        stamp,
+        verify,
+        current,
+        history,
+        heads,
+        show,
+        check,
+        status,
+        wait,
+        backup,
+        backups,
+        restore,
+        settings,
+        alembic,
+    )
+}

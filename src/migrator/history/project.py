@@ -1,0 +1,187 @@
+"""The user's Alembic project: find it, make Alembic's Config of it, and tell its ``env.py`` the target's address."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from migrator.errors import SettingsError
+from migrator.target import BadAddress, Target, parse
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+
+@dataclass(frozen=True)
+class ProjectOptions:
+    """Where the Alembic project is: Alembic's own ``-c`` (an ini, a pyproject.toml, or both), ``-n`` and ``-x``."""
+
+    config: tuple[str, ...] = ()
+    name: str = "alembic"
+    x: tuple[str, ...] = ()
+
+
+def find_project(options: ProjectOptions, folder: Path) -> tuple[str | None, str | None, str | None]:
+    """Return (ini, toml, script location) of the project, found as Alembic finds it, else ``migrations/``.
+
+    Raises :class:`SettingsError` where there is none.
+    """
+    problems = [f"{name}: no such file" for name in options.config if not (folder / name).is_file()]
+    if problems:
+        raise SettingsError(problems, next_step="name the project's alembic.ini or pyproject.toml with -c")
+    tomls = [name for name in options.config if Path(name).suffix == ".toml"]
+    inis = [name for name in options.config if Path(name).suffix != ".toml"]
+    if len(tomls) > 1 or len(inis) > 1:
+        raise SettingsError(["-c takes at most one ini file and one pyproject.toml"])
+    toml = tomls[0] if tomls else "pyproject.toml"
+    ini = inis[0] if inis else "alembic.ini"
+    has_ini = (folder / ini).is_file()
+    has_toml = _has_alembic_table(folder / toml)
+    if tomls and not has_toml and not has_ini:
+        raise SettingsError([f"{toml} has no [tool.alembic] table"])
+    if has_ini or has_toml:
+        return (ini if has_ini else None), (toml if has_toml else None), None
+    if (folder / "migrations" / "env.py").is_file():
+        return None, None, "migrations"
+    raise SettingsError(
+        [
+            f"no Alembic project in {folder}: neither alembic.ini, nor [tool.alembic] in pyproject.toml,"
+            " nor migrations/"
+        ],
+        next_step="mount the project at /app, or name its alembic.ini with -c or ALEMBIC_CONFIG",
+    )
+
+
+def _has_alembic_table(path: Path) -> bool:
+    import tomllib
+
+    try:
+        return "alembic" in tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return False
+
+
+def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | None = None) -> Config:
+    """Make Alembic's Config as its own command line would; raises :class:`SettingsError`."""
+    from alembic.config import CommandLine, Config
+
+    ini, toml, location = find_project(options, folder)
+    if cmd_opts is None:
+        # An env.py may look into cmd_opts, and get_x_argument() does: hand it what Alembic's parser makes.
+        words = [word for value in options.x for word in ("-x", value)]
+        cmd_opts = CommandLine(prog="alembic").parser.parse_args([*words, "upgrade", "head"])
+    # Alembic before 1.16 knows no pyproject.toml, and no toml_file.
+    extra: dict[str, Any] = {"toml_file": toml} if toml else {}
+    try:
+        config = Config(file_=ini, stdout=sys.stdout, ini_section=options.name, cmd_opts=cmd_opts, **extra)
+        if location:
+            config.set_main_option("script_location", location)
+            config.set_main_option("prepend_sys_path", ".")
+            return config
+        found = config.get_main_option("script_location")
+    except TypeError:
+        raise SettingsError([f"this Alembic is too old to read {toml}: that takes 1.16 or newer"]) from None
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise SettingsError([f"{ini} cannot be read: {' '.join(str(error).split())}"]) from error
+    if not found and not toml:
+        raise SettingsError([f"{ini} has no script_location in its section [{options.name}]"])
+    return config
+
+
+def tell_address(config: Config, env_file: Path, target: Target | None, export: Sequence[str] = ()) -> None:
+    """Hand the target's address to the config and to the environment, wherever ``env.py`` may look for it.
+
+    ``export`` names further variables.  An address variable that says something else than migrator was told
+    (an application's role, a pooler) is corrected within this process, its driver kept.
+    """
+    if target is None:
+        return
+    if target.driver and not _importable(target.driver):
+        target = dataclasses.replace(target, driver="")
+    url = target.sqlalchemy_url(_driver(config, env_file))
+    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    for name in export:
+        os.environ[name] = url
+    for name in ("DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI"):
+        _correct(name, target, url, missing=name == "DATABASE_URL")
+
+
+def _driver(config: Config, env_file: Path) -> str:
+    """Choose SQLAlchemy's driver where the target's address names none: the one that the project uses."""
+    configured = config.file_config.get(config.config_ini_section, "sqlalchemy.url", raw=True, fallback="")
+    try:
+        driver = parse(configured).driver
+    except BadAddress:
+        driver = ""
+    if driver and _importable(driver):
+        return driver
+    try:
+        text = env_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if "async_engine_from_config" in text or "create_async_engine" in text:
+        return next((name for name in ("asyncpg", "psycopg") if _importable(name)), "asyncpg")
+    return "psycopg2"
+
+
+def _importable(driver: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(driver) is not None
+
+
+def _correct(name: str, target: Target, url: str, *, missing: bool) -> None:
+    """Make an address variable say what migrator was told, where it says nothing or something else."""
+    value = os.environ.get(name, "")
+    if not value.strip():
+        if missing:
+            os.environ[name] = url
+        return
+    try:
+        told = parse(value)
+    except BadAddress:
+        return
+    if dataclasses.replace(told, driver="", parameters=()) != dataclasses.replace(
+        target, driver="", parameters=()
+    ):
+        os.environ[name] = dataclasses.replace(target, driver=told.driver).sqlalchemy_url()
+
+
+def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:
+    """Run Alembic's own command line against the target; returns what it complains of, or an empty string."""
+    from alembic.config import CommandLine
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    command_line = CommandLine(prog="migrator alembic")
+    try:
+        parsed = command_line.parser.parse_args(list(words))
+        if not hasattr(parsed, "cmd"):
+            return "no command for Alembic"
+        if parsed.cmd[0].__name__ in {"init", "list_templates"}:
+            command_line.main(list(words))
+            return ""
+        parsed.x = [*(options.x or ()), *(parsed.x or ())] or None
+        parsed.raiseerr = True
+        named = parsed.config if isinstance(parsed.config, list) else [parsed.config] if parsed.config else []
+        chosen = ProjectOptions(
+            config=tuple(named) or options.config,
+            name=parsed.name if parsed.name != "alembic" else options.name,
+        )
+        config = make_config(chosen, Path.cwd(), parsed)
+        env_file = Path(ScriptDirectory.from_config(config).env_py_location)
+        tell_address(config, env_file, target)
+        command_line.run_cmd(config, parsed)
+    except CommandError as error:
+        return " ".join(str(error).split())
+    except SystemExit as error:
+        # argparse's own exits (0 after --help, 2 for a usage error that it has printed), and sys.exit in env.py
+        return "" if error.code in (0, None) else f"Alembic ended with {error.code}"
+    return ""

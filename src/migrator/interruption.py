@@ -1,0 +1,83 @@
+"""SIGTERM and SIGINT: end what is under way, wherever the run is.
+
+Python runs a signal handler only between bytecodes of the main thread, so a main thread that waits inside
+libpq for a long statement would not notice for hours.  The C-level handler writes to a pipe at once
+(``signal.set_wakeup_fd``); a thread reads it and calls what was registered, such as cancelling the statement
+on the server, which makes the C call return.  https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+log = logging.getLogger("migrator")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt(BaseException):
+    """Raised in the main thread by a signal; no Exception, so that no one's ``except Exception`` swallows it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Interruption:
+    """The process's one answer to signals: a flag, an exception in the main thread, and callbacks at once."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._callbacks: list[Callable[[], None]] = []
+        self._shielded = False
+        self._raised = False
+
+    def install(self) -> None:
+        """Take over SIGTERM and SIGINT; call once, from the main thread."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise :class:`Interrupt` where a signal has arrived, even one whose exception someone swallowed."""
+        if self.received and not self._shielded:
+            raise Interrupt(self.received)
+
+    @contextlib.contextmanager
+    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call ``callback`` from another thread as soon as a signal arrives within the block."""
+        self._callbacks.append(callback)
+        try:
+            yield
+        finally:
+            self._callbacks.remove(callback)
+
+    def shield(self) -> None:
+        """Raise nothing from now on: what remains is to find out what was done, and to say it."""
+        self._shielded = True
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+        if not self._shielded and not self._raised:
+            self._raised = True
+            raise Interrupt(self.received)
+
+    def _watch(self, reader: int) -> None:
+        while True:
+            numbers = set(os.read(reader, 64))
+            if not numbers & set(SIGNALS) or self._shielded:
+                continue
+            for callback in list(self._callbacks):
+                try:
+                    callback()
+                except Exception as error:  # noqa: BLE001 - the thread must live on for the next callback
+                    log.warning("could not cancel the running statement: %s", error)

@@ -1,0 +1,150 @@
+"""The record of a run: filled in stage by stage, and turned into the one outcome at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from migrator import __version__
+from migrator.errors import MigratorError
+from migrator.outcome import ExitCode, Finding, Outcome, RevisionResult, StageResult, Status
+from migrator.target import Target
+
+if TYPE_CHECKING:
+    from migrator.history import Plan
+
+log = logging.getLogger("migrator")
+
+
+def new_run_id() -> str:
+    """Return an id that sorts by time and does not repeat: ``20261121T074000Z-1a2b3c``."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+class Record:
+    """What is known of a run so far."""
+
+    def __init__(self, command: str, target: Target | None, run_id: str) -> None:
+        self.command = command
+        self.target = target
+        self.run_id = run_id
+        self.started_at = datetime.now(UTC)
+        self._clock = time.monotonic()
+        self.stages: list[StageResult] = []
+        self.plan: Plan | None = None
+        self.heads: tuple[str, ...] = ()
+        self.before: tuple[str, ...] | None = None
+        self.after: tuple[str, ...] | None = None
+        self.revisions: tuple[RevisionResult, ...] = ()
+        self.backup: Mapping[str, Any] | None = None
+        self.findings: tuple[Finding, ...] = ()
+
+    @property
+    def application_name(self) -> str:
+        """Return ``migrator/HOST RUN_ID`` in the 63 bytes that Postgres keeps."""
+        host = os.environ.get("POD_NAME") or socket.gethostname()
+        return f"migrator/{host[: 63 - len(self.run_id) - 10]} {self.run_id}"
+
+    @property
+    def backup_id(self) -> str:
+        """Return the id of this run's backup, or an empty string."""
+        return str(self.backup["id"]) if self.backup else ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and keep how it ended; what is put into the yielded dictionary becomes its details."""
+        started = time.monotonic()
+        details: dict[str, Any] = {}
+        try:
+            yield details
+        except BaseException as error:
+            reason = error.message if isinstance(error, MigratorError) else str(error)
+            self.stages.append(
+                StageResult(name, Status.FAILED, time.monotonic() - started, reason=reason, details=details)
+            )
+            raise
+        seconds = time.monotonic() - started
+        self.stages.append(StageResult(name, Status.DONE, seconds, details=details))
+        log.debug("%s done in %.3f s", name, seconds, extra={"stage": name, **_loggable(details)})
+
+    def skip(self, name: str, reason: str) -> None:
+        """Keep that a stage was left out, and why."""
+        self.stages.append(StageResult(name, Status.SKIPPED, reason=reason))
+        log.info("no %s: %s", name, reason, extra={"stage": name})
+
+    def succeeded(self) -> Outcome:
+        """Return the outcome of a run that reached its target."""
+        return self._outcome(ExitCode.OK, self._success(), self._next_step())
+
+    def failed(self, error: MigratorError) -> Outcome:
+        """Return the outcome of a run that ended in ``error``."""
+        self.findings += tuple(finding for finding in error.findings if finding not in self.findings)
+        return self._outcome(error.code, str(error), error.next_step)
+
+    def _outcome(self, code: ExitCode, message: str, next_step: str) -> Outcome:
+        return Outcome(
+            run_id=self.run_id,
+            command=self.command,
+            code=code,
+            message=message,
+            next_step=next_step,
+            target=str(self.target or ""),
+            started_at=self.started_at.isoformat(timespec="milliseconds"),
+            seconds=time.monotonic() - self._clock,
+            migrator_version=__version__,
+            image_version=os.environ.get("MIGRATOR_IMAGE_VERSION", ""),
+            before=self.before,
+            after=self.after,
+            heads=self.heads,
+            revisions=self.revisions,
+            backup=self.backup,
+            findings=self.findings,
+            stages=tuple(self.stages),
+        )
+
+    def _success(self) -> str:
+        after = _names(self.after)
+        database = self.target.database if self.target else "the database"
+        if self.before == self.after:
+            backed_up = f"; backup {self.backup_id}" if self.backup_id else ""
+            return f"Nothing to do: {database} is at {after}{_head(self.after, self.heads)}, verified{backed_up}."
+        verb = {"upgrade": "upgraded", "downgrade": "downgraded", "stamp": "stamped"}.get(
+            self.command, "brought"
+        )
+        count = len(self.revisions)
+        revisions = f": {count} revision{'' if count == 1 else 's'}" if self.command != "stamp" else ""
+        backup = f"backup {self.backup_id}" if self.backup_id else "no backup"
+        skipped = [stage.reason for stage in self.stages if stage.stage == "backup" and stage.reason]
+        return (
+            f"{database} {verb} from {_names(self.before)} to {after}{_head(self.after, self.heads)}{revisions}"
+            f" in {time.monotonic() - self._clock:.1f} s, verified; {backup}"
+            f"{f' ({skipped[-1]})' if skipped and not self.backup_id else ''}."
+        )
+
+    def _next_step(self) -> str:
+        if self.command != "downgrade" or self.before == self.after:
+            return ""
+        back = self.before[0] if self.before and len(self.before) == 1 else "heads"
+        restore = (
+            f"; to get deleted data back too: `migrator restore {self.backup_id}`" if self.backup_id else ""
+        )
+        return f"to come back: `migrator upgrade {back}`{restore}"
+
+
+def _names(revisions: tuple[str, ...] | None) -> str:
+    return ", ".join(revisions or ()) or "base"
+
+
+def _head(revisions: tuple[str, ...] | None, heads: tuple[str, ...]) -> str:
+    return " (head)" if revisions and set(revisions) == set(heads) else ""
+
+
+def _loggable(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in details.items() if key not in {"name", "message", "args"}}

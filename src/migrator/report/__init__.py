@@ -1,0 +1,77 @@
+"""Reports: an outcome as one line for people, as JSON for machines, and as Kubernetes' termination message."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from migrator.logs import redact
+from migrator.outcome import ExitCode, Outcome
+
+log = logging.getLogger("migrator")
+
+TERMINATION_LIMIT = 4096
+"""Bytes that Kubernetes keeps of a termination message.
+
+https://kubernetes.io/docs/tasks/debug/debug-application/determine-reason-pod-failure/
+"""
+
+
+def sentence(outcome: Outcome) -> str:
+    """Say in one line what happened, what state the database is in, and what to type next."""
+    line = outcome.message
+    if outcome.code is not ExitCode.OK:
+        line = f"{outcome.code.name} ({int(outcome.code)}): {line}"
+    return redact(line + (f" Next: {outcome.next_step}" if outcome.next_step else ""))
+
+
+def say(outcome: Outcome, *, in_log_only: bool) -> None:
+    """Make the outcome the log's last line; a success at a terminal is only answered, not said twice."""
+    failed = outcome.code is not ExitCode.OK
+    if failed or in_log_only:
+        log.log(
+            logging.ERROR if failed else logging.INFO,
+            "%s",
+            sentence(outcome),
+            extra={
+                "code": int(outcome.code),
+                "outcome": outcome.code.name,
+                "seconds": round(outcome.seconds, 3),
+            },
+        )
+
+
+def document(outcome: Outcome) -> str:
+    """Return the outcome as one JSON document."""
+    return redact(json.dumps(outcome.as_dict(), indent=2, ensure_ascii=False, default=str))
+
+
+def write_file(outcome: Outcome, place: str) -> None:
+    """Write the JSON outcome to a file, whole or not at all; a file that cannot be written is only logged."""
+    path = Path(place)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(document(outcome) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("cannot write the report to %s: %s", place, error.strerror)
+        temporary.unlink(missing_ok=True)
+
+
+def write_termination_message(outcome: Outcome, place: str) -> None:
+    """Write the one-line outcome where Kubernetes looks for it, if such a file is there."""
+    write_termination_line(sentence(outcome), place)
+
+
+def write_termination_line(line: str, place: str) -> None:
+    """Write one line, cut to what Kubernetes keeps."""
+    path = Path(place) if place else None
+    if path is None or not path.exists():
+        return
+    message = redact(line).encode()[:TERMINATION_LIMIT].decode(errors="ignore")
+    try:
+        path.write_text(message, encoding="utf-8")
+    except OSError as error:
+        log.debug("cannot write the termination message to %s: %s", place, error.strerror)

@@ -1,0 +1,182 @@
+"""The Python API: everything the command line can do, as methods that return values and never exit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from migrator import pipeline
+from migrator.backups import store
+from migrator.backups.manifest import Backup, summary
+from migrator.errors import SettingsError
+from migrator.history import History, ProjectOptions, Revision
+from migrator.interruption import Interruption
+from migrator.logs import Logs, redact
+from migrator.outcome import Outcome
+from migrator.postgres import Session
+from migrator.record import Record, new_run_id
+from migrator.settings import Settings, load
+from migrator.stages.backup import back_up
+from migrator.stages.inspect import inspect
+from migrator.stages.lock import holder, lock
+from migrator.stages.wait import wait
+from migrator.versions import read_version
+
+if TYPE_CHECKING:
+    from migrator.backups.restore import Restored
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a database is: its revisions, what is pending, and who is migrating it just now."""
+
+    target: str
+    server_version: str
+    version_table: str
+    current: tuple[str, ...]
+    heads: tuple[str, ...]
+    pending: tuple[Revision, ...]
+    running: str
+
+
+class MigrationService:
+    """One project and one target.
+
+    >>> service = MigrationService.from_environment()          # doctest: +SKIP
+    >>> service.upgrade("head").code                           # doctest: +SKIP
+    <ExitCode.OK: 0>
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        project: ProjectOptions | None = None,
+        *,
+        logs: Logs | None = None,
+        interruption: Interruption | None = None,
+        run_id: str = "",
+    ) -> None:
+        self.settings = settings
+        self.project = project or ProjectOptions()
+        self.run_id = run_id or new_run_id()
+        self.logs = logs or Logs(settings.log_format, settings.log_level, self.run_id)
+        self._interruption = interruption or Interruption()
+        redact.add(settings.secrets)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> MigrationService:
+        """Build a service from ``MIGRATOR_*`` and the other variables; raises :class:`SettingsError`."""
+        return cls(load({}, os.environ if environment is None else environment, Path.cwd()))
+
+    # -- what changes the database ---------------------------------------------------------------------
+
+    def upgrade(self, destination: str = "head") -> Outcome:
+        """Apply what is pending up to ``destination``, through every stage."""
+        return self._run("upgrade", destination)
+
+    def downgrade(self, destination: str, *, yes: bool = False) -> Outcome:
+        """Revert to ``destination`` (such as ``-1``), through every stage; to base needs ``yes``."""
+        return self._run("downgrade", destination, yes=yes)
+
+    def stamp(self, destination: str) -> Outcome:
+        """Set the version rows without running a revision."""
+        return self._run("stamp", destination)
+
+    def verify(self) -> Outcome:
+        """Check that the database is at the heads and as ``verify.toml`` expects; changes nothing."""
+        return self._run("verify", "heads")
+
+    def _run(self, kind: str, destination: str, *, yes: bool = False) -> Outcome:
+        record = Record(kind, self.settings.target, self.run_id)
+        request = pipeline.Request(kind, destination, yes)
+        return pipeline.run(
+            pipeline.Run(request, self.settings, self.project, record, self.logs, self._interruption)
+        )
+
+    # -- what only looks -------------------------------------------------------------------------------
+
+    def history(self) -> History:
+        """Read the revision graph; needs no database."""
+        return History(self.project, self.settings.target)
+
+    def wait(self) -> tuple[Session, int]:
+        """Wait for Postgres; returns a session, which the caller closes, and the number of attempts."""
+        return wait(self.settings.required_target, self.settings, self._application_name)
+
+    def state(self) -> State:
+        """Return where the database is; raises for a state that a person must decide about."""
+        history = self.history()
+        with self._session() as session:
+            found = inspect(session, history, self.settings, "upgrade", "heads", read_only=True)
+            running = holder(session)
+            return State(
+                target=str(session.target),
+                server_version=session.facts.version,
+                version_table=str(found.version_table or ""),
+                current=found.current,
+                heads=history.heads,
+                pending=found.plan.revisions,
+                running=running[1] if running else "",
+            )
+
+    def current(self) -> tuple[str, ...]:
+        """Return the revisions that the database is at, known to this history or not."""
+        history = self.history()
+        with self._session() as session:
+            return read_version(session, history, self.settings.version_table)[1]
+
+    # -- backups ---------------------------------------------------------------------------------------
+
+    def backup(self, name: str = "") -> Backup:
+        """Make a verified backup now, under the run lock."""
+        history = self.history()
+        with self._session() as session, lock(session, self.settings):
+            _, current = read_version(session, history, self.settings.version_table)
+            return back_up(
+                session,
+                self.settings,
+                run_id=self.run_id,
+                revisions=current,
+                application_name=self._application_name,
+                name=name,
+            )
+
+    def backups(self) -> list[dict[str, Any]]:
+        """Return the backups in the folder, newest first."""
+        return [summary(backup) for backup in store.open_store(self.settings.backup_url).backups()]
+
+    def restore(self, backup_id: str, *, to: str = "", replace: bool = False) -> Restored:
+        """Restore a backup: into a new database ``to``, or (``replace``) in the place of the target."""
+        if not to and not replace:
+            raise SettingsError(
+                ["restore without --to replaces the database: its sessions are ended"],
+                next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
+            )
+        from migrator.backups.restore import restore
+
+        target = self.settings.required_target
+        session, _ = self.wait()
+        session.close()
+        return restore(
+            target,
+            self.settings,
+            backup_id,
+            to=to or None,
+            run_id=self.run_id,
+            application_name=self._application_name,
+            replace=replace,
+        )
+
+    @property
+    def _application_name(self) -> str:
+        return Record("", self.settings.target, self.run_id).application_name
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        session, _ = self.wait()
+        with session:
+            yield session

@@ -1,0 +1,270 @@
+"""Apply the plan: run Alembic in process through the user's own, unmodified ``env.py``.
+
+Alembic hands the live MigrationContext to a function before any revision runs
+(https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.environment.EnvironmentContext,
+``fn``).  There migrator makes sure that ``env.py`` reached the very database that was locked and backed up,
+takes the apply lock and the timeouts on that connection, and wraps each step to time it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from migrator.aftermath import Aftermath, explain
+from migrator.errors import HistoryError, Internal, SettingsError
+from migrator.history import History, Plan
+from migrator.interruption import Interrupt, Interruption
+from migrator.logs import Logs
+from migrator.outcome import RevisionResult
+from migrator.postgres import Session
+from migrator.report.progress import Progress
+from migrator.settings import Settings
+from migrator.versions import VersionTable
+
+if TYPE_CHECKING:
+    from alembic.runtime.migration import MigrationContext
+
+log = logging.getLogger("migrator.apply")
+
+
+class Application:
+    """One pass through ``env.py``: what was seen, what was done, and what failed."""
+
+    def __init__(
+        self,
+        session: Session,
+        history: History,
+        settings: Settings,
+        plan: Plan,
+        *,
+        logs: Logs,
+        interruption: Interruption,
+        apply_lock: tuple[int, int],
+    ) -> None:
+        self.session = session
+        self.history = history
+        self.settings = settings
+        self.plan = plan
+        self.logs = logs
+        self.interruption = interruption
+        self.apply_lock = apply_lock
+        self.results: list[RevisionResult] = []
+        self.version_table: VersionTable | None = None
+        self.failed_in = ""
+        self.committed_parts: list[str] = []
+        self._backend_pid = 0
+        self._started = time.monotonic()
+        self._progress = Progress(len(plan.revisions), sys.stderr, enabled=not logs.is_json)
+
+    def run(self) -> None:
+        """Load ``env.py`` and run the steps; raises whatever they raise, after the connection is gone."""
+        exported = tuple(name.strip() for name in self.settings.url_variable.split(",") if name.strip())
+        try:
+            # What env.py prints is no answer of ours: it goes where the logs go.
+            with self.interruption.calling(self.cancel), contextlib.redirect_stdout(sys.stderr):
+                self.history.run(self.plan.destination, self._enter, exported)
+        finally:
+            self._progress.close()
+            self.logs.install()
+        self.interruption.check()
+        if self.version_table is None:
+            raise HistoryError(
+                "env.py ended without running migrations (it never called context.run_migrations() online).",
+                next_step="run env.py as Alembic does: `migrator alembic upgrade head --sql` shows if it can",
+            )
+
+    def cancel(self) -> None:
+        """Cancel the statement that the applying connection is running; called from the signal thread."""
+        if self._backend_pid:
+            log.info("cancelling the running statement (pid %d)", self._backend_pid)
+            self.session.value("SELECT pg_cancel_backend(%s)", (self._backend_pid,))
+
+    def ended(self, patience: float = 8.0) -> bool:
+        """Wait until the applying connection is gone from the server, ending it after half of ``patience`` seconds.
+
+        Only then is what the version table says the last word.
+        """
+        deadline = time.monotonic() + patience
+        terminated = False
+        while self._backend_pid and self._alive():
+            if time.monotonic() > deadline:
+                return False
+            if not terminated and time.monotonic() > deadline - patience / 2:
+                terminated = True
+                self.session.value("SELECT pg_terminate_backend(%s)", (self._backend_pid,))
+            time.sleep(0.05)
+        return True
+
+    def _alive(self) -> bool:
+        return bool(
+            self.session.value(
+                "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
+                " AND objid = %s AND objsubid = 2 AND pid = %s)",
+                (*self.apply_lock, self._backend_pid),
+            )
+        )
+
+    # -- inside env.py ---------------------------------------------------------------------------------
+
+    def _enter(self, heads: tuple[str, ...], context: MigrationContext) -> Sequence[Any]:
+        """Check and prepare the connection that ``env.py`` opened, and return the steps for Alembic to run."""
+        self.logs.install()
+        self.interruption.check()
+        ask = _asker(context)
+        self._check_same_database(ask)
+        self.version_table = VersionTable(context.version_table, context.version_table_schema or "")
+        if frozenset(heads) != self.plan.before:
+            raise SettingsError(
+                [
+                    f"env.py keeps its revisions in {self.version_table}, which is at"
+                    f" {', '.join(heads) or 'base'}, but migrator read"
+                    f" {', '.join(sorted(self.plan.before)) or 'base'}"
+                ],
+                next_step=f"set MIGRATOR_VERSION_TABLE={self.version_table}",
+            )
+        if not ask(f"SELECT pg_try_advisory_lock({self.apply_lock[0]}, {self.apply_lock[1]})"):
+            raise Internal("Another connection holds the apply lock, under our run lock.")
+        self._backend_pid = int(ask("SELECT pg_backend_pid()"))
+        self._set_timeouts(context, ask)
+        steps = self.history.steps(self.plan.kind, self.plan.destination, heads, self.plan.baseline)
+        context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
+        self._watch_autocommit(context)
+        number = 0
+        for step in steps:
+            if getattr(step, "revision", None) is not None:
+                number += 1
+                self._wrap(step, number)
+        return steps
+
+    def _check_same_database(self, ask: Callable[[str], Any]) -> None:
+        facts = self.session.facts
+        found = ask(
+            "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text || ' ' || "
+            "(SELECT oid FROM pg_database WHERE datname = current_database())::text || ' ' || current_database()"
+        )
+        if found != f"{facts.started_at} {facts.database_oid} {facts.database}":
+            raise SettingsError(
+                [
+                    f"env.py connects to another database ({found.split(' ', 2)[2]!r}) than the one that migrator"
+                    f" locked and backed up ({facts.database!r} of {self.session.target})"
+                ],
+                next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
+                " with MIGRATOR_URL_VARIABLE",
+            )
+
+    def _set_timeouts(self, context: MigrationContext, ask: Callable[[str], Any]) -> None:
+        """Set Postgres's timeouts on the migration's connection; what ``env.py`` set itself stays, unless told."""
+        for name, seconds in (
+            ("lock_timeout", self.settings.lock_timeout),
+            ("statement_timeout", self.settings.statement_timeout),
+        ):
+            told = self.settings.sources.get(name, "default") != "default"
+            if seconds is None and not told:
+                continue
+            if not told and ask(f"SELECT current_setting('{name}')") != "0":
+                continue
+            milliseconds = int((seconds or 0) * 1000)
+            ask(f"SELECT set_config('{name}', '{milliseconds}', false)")
+
+    def _watch_autocommit(self, context: MigrationContext) -> None:
+        """Note which revision leaves its transaction: what it had done until then is committed."""
+        block = context.autocommit_block
+
+        @contextlib.contextmanager
+        def noted() -> Iterator[None]:
+            if self.failed_in not in self.committed_parts:
+                self.committed_parts.append(self.failed_in)
+            with block():
+                yield
+
+        context.autocommit_block = noted  # type: ignore[method-assign]
+
+    def _wrap(self, step: Any, number: int) -> None:
+        """Time a step, and know which one is running when something fails."""
+        run = step.migration_fn
+        revision = step.revision
+
+        def timed(*arguments: Any, **options: Any) -> None:
+            self.interruption.check()
+            self.failed_in = revision.revision
+            self._step_started = time.monotonic()
+            self._progress.draw(number - 1, f"{revision.revision} {(revision.doc or '').splitlines()[0]}")
+            run(*arguments, **options)
+            self.interruption.check()
+
+        step.migration_fn = timed
+
+    def _applied(self, **event: Any) -> None:
+        """Say that a revision is done; called by Alembic after the version row moved, before the commit."""
+        info = event["step"]
+        if info.is_stamp:
+            log.info("stamped %s", ", ".join(info.up_revision_ids) or "base")
+            return
+        revision = self.failed_in
+        message = (info.up_revision.doc or "").split("\n")[0].strip() if info.up_revision else ""
+        seconds = time.monotonic() - self._step_started
+        self.results.append(
+            RevisionResult(
+                revision=revision,
+                direction="upgrade" if info.is_upgrade else "downgrade",
+                message=message,
+                seconds=seconds,
+                transactional=revision not in self.committed_parts,
+            )
+        )
+        self.failed_in = ""
+        self._progress.clear()
+        log.info(
+            "%s %d of %d: %s %s (%.2f s, %.1f s in all)",
+            "applied" if info.is_upgrade else "reverted",
+            len(self.results),
+            len(self.plan.revisions),
+            revision,
+            message,
+            seconds,
+            time.monotonic() - self._started,
+            extra={"stage": "apply", "revision": revision, "seconds": round(seconds, 3)},
+        )
+        self._progress.draw(len(self.results), "")
+
+
+def _asker(context: MigrationContext) -> Callable[[str], Any]:
+    """Return a function that asks the migration's own connection for one value, whatever driver it has."""
+    connection = context.connection
+    if connection is None:
+        raise HistoryError(
+            "env.py ran offline: it has no connection.",
+            next_step="`migrator alembic upgrade head --sql` is for offline use",
+        )
+    return lambda sql: connection.exec_driver_sql(sql).scalar()
+
+
+def apply(application: Application, *, backup_id: str, read_rows: Callable[[], frozenset[str] | None]) -> None:
+    """Run the application; turn whatever a user's ``env.py`` or revision raises into what it means.
+
+    ``read_rows`` returns the version rows as they are now, or None where nobody answers.
+    Raises Interrupted, Blocked, AccessDenied, HistoryError, RolledBack or Partial.
+    """
+    try:
+        application.run()
+    except (Exception, SystemExit, Interrupt) as error:  # a user's code may raise anything
+        application.interruption.shield()
+        if application.interruption.received and not isinstance(error, Interrupt):
+            # What was raised is the cancelled statement's own error: the signal is the cause.
+            error = Interrupt(application.interruption.received)
+        entered = application.version_table is not None
+        after = Aftermath(
+            plan=application.plan,
+            rows=(read_rows() if application.ended() else None) if entered else application.plan.before,
+            entered=entered,
+            failed_in=application.failed_in,
+            committed_parts=application.committed_parts,
+            backup_id=backup_id,
+        )
+        log.debug("apply failed", exc_info=True)
+        raise explain(error, after) from error
