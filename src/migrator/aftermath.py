@@ -78,7 +78,8 @@ def translate(error: Exception) -> MigratorError:
         code = f" [{error.sqlstate}]" if error.sqlstate else ""
         if isinstance(error, ConnectFailed) or error.lost:
             return Unreachable(
-                f"The connection to Postgres was lost: {text}{code}.", next_step="run it again when Postgres is back"
+                f"The connection to Postgres was lost: {text}{code}.",
+                next_step="run it again when Postgres is back",
             )
         if error.sqlstate == "42501":
             return AccessDenied(

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"), as_json=False)
     except BrokenPipeError:
         return int(ExitCode.OK)
-    except Exception as error:  # noqa: BLE001 - Python's own exit code 1 has no meaning here
+    except Exception as error:
         from migrator.aftermath import translate
 
         log.debug("unexpected", exc_info=True)

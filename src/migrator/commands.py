@@ -10,7 +10,7 @@ from typing import Any
 
 from migrator import answers, report
 from migrator.answers import Answer
-from migrator.errors import MigratorError, SettingsError
+from migrator.errors import HistoryError, MigratorError
 from migrator.history import ProjectOptions
 from migrator.interruption import Interruption
 from migrator.logs import Logs
@@ -154,7 +154,7 @@ def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
         )
     problem = hand_over(words, service.project, service.settings.target)
     if problem:
-        raise SettingsError([problem], next_step="migrator alembic --help") from None
+        raise HistoryError(f"Alembic says: {problem}.", state="", next_step="migrator alembic --help")
     return Answer({}, "")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from migrator.aftermath import translate
@@ -84,7 +85,7 @@ def run(this: Run) -> Outcome:
                 )
             )
         return record.failed(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"))
-    except Exception as error:  # noqa: BLE001 - the one place where a defect of ours becomes an exit code
+    except Exception as error:
         log.exception("unexpected")
         return record.failed(translate(error))
     return record.succeeded()
@@ -111,9 +112,8 @@ def _stages(this: Run) -> None:
             record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
         _backup(this, session, found)
         not_valid = catalog.not_valid_constraints(session)
-        session, table = _apply(this, session, history, found)
-        stack.callback(session.close)
-        _verify(this, session, table, expectations, history, not_valid)
+        table = _apply(this, session, history, found)
+        _verify(this, stack.enter_context(_alive(this, session)), table, expectations, history, not_valid)
 
 
 def _wait(this: Run) -> Session:
@@ -159,14 +159,12 @@ def _backup(this: Run, session: Session, found: Inspection) -> None:
         details.update(id=backup.id, size_bytes=backup.size_bytes)
 
 
-def _apply(
-    this: Run, session: Session, history: History, found: Inspection
-) -> tuple[Session, VersionTable | None]:
-    """Run the plan; returns a session that is alive, and the version table that ``env.py`` really uses."""
+def _apply(this: Run, session: Session, history: History, found: Inspection) -> VersionTable | None:
+    """Run the plan; returns the version table that ``env.py`` really uses."""
     record = this.record
     if found.plan.empty:
         record.skip("apply", "nothing is pending")
-        return session, found.version_table
+        return found.version_table
     application = Application(
         session,
         history,
@@ -184,34 +182,37 @@ def _apply(
         with record.stage("apply"):
             apply(application, backup_id=record.backup_id, read_rows=rows)
     finally:
-        record.revisions = tuple(application.results)
         if application.version_table is not None:
-            record.after = _sorted(rows())
-    return _alive(this, session), application.version_table
+            now = rows()
+            record.revisions = application.committed(now)
+            record.after = None if now is None else tuple(sorted(now))
+    return application.version_table
 
 
 def _rows_now(this: Run, session: Session, table: VersionTable | None) -> frozenset[str] | None:
-    """Read the version rows, over a new connection where the old one is gone; None where nobody answers."""
+    """Read the version rows; None where nobody answers."""
     if table is None:
         return frozenset()
     try:
-        return frozenset(read_rows(_alive(this, session), table))
+        with _alive(this, session) as alive:
+            return frozenset(read_rows(alive, table))
     except (ConnectFailed, QueryFailed, MigratorError):
         return None
 
 
-def _alive(this: Run, session: Session) -> Session:
-    """Return the session, or another one where it was lost while the migration ran."""
+@contextlib.contextmanager
+def _alive(this: Run, session: Session) -> Iterator[Session]:
+    """Yield the session, or another one for the block where it was lost while the migration ran."""
     try:
         session.query("SELECT 1")
     except QueryFailed:
         log.warning("the control connection was lost while the migration ran; connecting again")
-        return connect(session.target, this.application_name, max(10.0, this.settings.connect_timeout))
-    return session
-
-
-def _sorted(rows: frozenset[str] | None) -> tuple[str, ...] | None:
-    return None if rows is None else tuple(sorted(rows))
+        with connect(
+            session.target, this.application_name, max(10.0, this.settings.connect_timeout)
+        ) as other:
+            yield other
+    else:
+        yield session
 
 
 def _verify(
@@ -226,7 +227,8 @@ def _verify(
     record, plan = this.record, this.record.plan
     if plan is None:
         raise Internal("verify ran before inspect")
-    at_head = plan.kind == "upgrade" and not history.plan("upgrade", "heads", plan.after).revisions
+    actual = frozenset(read_rows(session, table) if table else ())
+    at_head = not history.unknown(actual) and not history.plan("upgrade", "heads", actual).revisions
     if expectations and not at_head:
         # verify.toml describes the schema at head; what it allows holds anywhere.
         expectations = dataclasses.replace(expectations, tables=(), assertions=())
@@ -234,7 +236,7 @@ def _verify(
         findings = verify(
             session,
             expected=plan.after,
-            actual=frozenset(read_rows(session, table) if table else ()),
+            actual=actual,
             not_valid_before=catalog.not_valid_constraints(session) if not_valid is None else not_valid,
             expectations=expectations,
         )

@@ -208,22 +208,40 @@ class History:
 
     # -- running env.py --------------------------------------------------------------------------------
 
-    def run(self, destination: str, hook: Hook, export: Sequence[str] = ()) -> None:
+    def run(
+        self,
+        destination: str,
+        hook: Hook,
+        *,
+        before_configure: Callable[[], None],
+        export: Sequence[str] = (),
+    ) -> None:
         """Load ``env.py`` once and let it run the steps that ``hook`` returns.
 
         The target's address is set as ``sqlalchemy.url``, and in the environment variables that ``env.py``
-        may read instead.  Raises whatever ``env.py`` or a revision raises.
+        may read instead (``export`` names more).  ``before_configure`` is called whenever ``env.py`` calls
+        ``context.configure``, by when it has set up its own logging.  Raises whatever ``env.py`` or a
+        revision raises.
         """
         from alembic.runtime.environment import EnvironmentContext
 
-        tell_address(self.config, Path(self.script.env_py_location), self._target, export)
-        with EnvironmentContext(
+        environment = EnvironmentContext(
             self.config,
             self.script,
             fn=cast(Any, hook),  # Alembic's stub speaks of one revision; it passes all of them
             as_sql=False,
             destination_rev=destination,
-        ):
+        )
+        configure = environment.configure
+
+        def configure_after(*arguments: Any, **options: Any) -> None:
+            before_configure()
+            configure(*arguments, **options)
+
+        # On the instance: Alembic's module proxy knows EnvironmentContext itself, and no subclass of it.
+        environment.configure = configure_after  # type: ignore[method-assign]
+        tell_address(self.config, Path(self.script.env_py_location), self._target, export)
+        with environment:
             self.script.run_env()
 
 

@@ -9,6 +9,7 @@ takes the apply lock and the timeouts on that connection, and wraps each step to
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -67,7 +68,9 @@ class Application:
         try:
             # What env.py prints is no answer of ours: it goes where the logs go.
             with self.interruption.calling(self.cancel), contextlib.redirect_stdout(sys.stderr):
-                self.history.run(self.plan.destination, self._enter, exported)
+                self.history.run(
+                    self.plan.destination, self._enter, before_configure=self.logs.install, export=exported
+                )
         finally:
             self._progress.close()
             self.logs.install()
@@ -83,6 +86,11 @@ class Application:
         if self._backend_pid:
             log.info("cancelling the running statement (pid %d)", self._backend_pid)
             self.session.value("SELECT pg_cancel_backend(%s)", (self._backend_pid,))
+
+    def committed(self, rows: frozenset[str] | None) -> tuple[RevisionResult, ...]:
+        """Return the results that lasted, given the version rows as they are now."""
+        after = Aftermath(self.plan, rows, entered=True, failed_in=self.failed_in)
+        return tuple(result for result in self.results if result.revision in after.landed)
 
     def ended(self, patience: float = 8.0) -> bool:
         """Wait until the applying connection is gone from the server, ending it after half of ``patience`` seconds.
@@ -189,11 +197,12 @@ class Application:
         run = step.migration_fn
         revision = step.revision
 
+        @functools.wraps(run)
         def timed(*arguments: Any, **options: Any) -> None:
             self.interruption.check()
             self.failed_in = revision.revision
             self._step_started = time.monotonic()
-            self._progress.draw(number - 1, f"{revision.revision} {(revision.doc or '').splitlines()[0]}")
+            self._progress.draw(number - 1, f"{revision.revision} {_first_line(revision.doc)}")
             run(*arguments, **options)
             self.interruption.check()
 
@@ -206,7 +215,7 @@ class Application:
             log.info("stamped %s", ", ".join(info.up_revision_ids) or "base")
             return
         revision = self.failed_in
-        message = (info.up_revision.doc or "").split("\n")[0].strip() if info.up_revision else ""
+        message = _first_line(info.up_revision.doc) if info.up_revision else ""
         seconds = time.monotonic() - self._step_started
         self.results.append(
             RevisionResult(
@@ -233,6 +242,10 @@ class Application:
         self._progress.draw(len(self.results), "")
 
 
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n")[0]
+
+
 def _asker(context: MigrationContext) -> Callable[[str], Any]:
     """Return a function that asks the migration's own connection for one value, whatever driver it has."""
     connection = context.connection
@@ -244,7 +257,9 @@ def _asker(context: MigrationContext) -> Callable[[str], Any]:
     return lambda sql: connection.exec_driver_sql(sql).scalar()
 
 
-def apply(application: Application, *, backup_id: str, read_rows: Callable[[], frozenset[str] | None]) -> None:
+def apply(
+    application: Application, *, backup_id: str, read_rows: Callable[[], frozenset[str] | None]
+) -> None:
     """Run the application; turn whatever a user's ``env.py`` or revision raises into what it means.
 
     ``read_rows`` returns the version rows as they are now, or None where nobody answers.
