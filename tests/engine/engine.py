@@ -7,6 +7,7 @@ the tree's git-ignored cache, and is stopped by its process id; an engine found 
 from __future__ import annotations
 
 import contextlib
+import importlib.resources
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ SEARCH_PATH = "/usr/bin:/usr/sbin:/bin:/sbin:/usr/local/bin:/usr/local/sbin"
 # Debian 12 ships one package; Debian 13 splits the client and BuildKit's front end off.
 PACKAGES = ("docker.io", "docker-cli", "docker-buildx", "docker-compose")
 START_SECONDS = 60
+PIP_ROOTS = "_vendor/certifi/cacert.pem"
 
 
 class CommandFailed(Exception):
@@ -106,6 +108,11 @@ class Engine:
         chosen = {"DOCKER_BUILDKIT": "1", "COMPOSE_INTERACTIVE_NO_CLI": "1", **self.environment}
         return {**chosen, "DOCKER_HOST": self.host} if self.host else chosen
 
+    @property
+    def process_environment(self) -> dict[str, str]:
+        """The whole environment of a client process."""
+        return {**os.environ, **self.settings}
+
     def run(
         self, *arguments: str, expect: int | None = 0, timeout: float = 300, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
@@ -131,9 +138,11 @@ class Engine:
         """Tell whether the engine has an image of this name."""
         return self.run("image", "inspect", name, expect=None).returncode == 0
 
-    def build(self, context: Path, tag: str, *options: str) -> subprocess.CompletedProcess[str]:
-        """Build an image as a user would, with this machine's TLS roots as a build secret where it has any."""
-        secret = [f"--secret=id=ca_certificates,src={roots}"] if (roots := tls_roots()) else []
+    def build(
+        self, context: Path, tag: str, *options: str, roots: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Build an image as a user would; `roots` (else this machine's) are the TLS roots that the build may see."""
+        secret = [f"--secret=id=ca_certificates,src={roots or tls_roots()}"]
         return self.run("build", "--progress=plain", "-t", tag, *secret, *options, str(context), timeout=900)
 
     def started(self, *arguments: str, timeout: float = 120) -> str:
@@ -175,9 +184,12 @@ def reach(program: str, settings: dict[str, str]) -> list[str]:
 
 
 def tls_roots() -> str:
-    """Find the file of extra TLS roots that this machine's environment names, if any."""
+    """Find the TLS roots that this machine trusts: its environment's, else the system's, else pip's own."""
     names = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-    return next((path for name in names if Path(path := os.environ.get(name, "")).is_file()), "")
+    known = [os.environ.get(name, "") for name in names] + ["/etc/ssl/certs/ca-certificates.crt"]
+    return next(
+        (path for path in known if Path(path).is_file()), str(importlib.resources.files("pip") / PIP_ROOTS)
+    )
 
 
 def install_missing_programs() -> None:

@@ -1,0 +1,1 @@
+"""The application whose models its env.py imports."""
