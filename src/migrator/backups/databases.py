@@ -1,0 +1,289 @@
+"""Databases as wholes: make one like another, drop one, and swap two by their names.
+
+All of it runs from a *maintenance* session in ``postgres`` (or ``template1``), for a database can be neither
+dropped nor renamed from inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from migrator.backups.manifest import Properties
+from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
+from migrator.target import Target
+
+LOGGER = logging.getLogger("migrator.restore")
+NAME_BYTES = 63
+"""NAMEDATALEN - 1: Postgres cuts longer names off without a word."""
+SWAP_PATIENCE = 20.0
+"""Seconds to get everyone out of a database and rename it; a container is usually given 30 to end."""
+_OBJECT_IN_USE = "55006"
+_LOCK_NOT_AVAILABLE = "55P03"
+_MARK = "migrator: half-restored copy of "
+
+# Settings whose value is a list of names, each quoted by itself: GUC_LIST_QUOTE in PostgreSQL's guc_tables.c.
+_LISTS = frozenset(
+    {
+        *("local_preload_libraries", "search_path", "session_preload_libraries"),
+        *("shared_preload_libraries", "temp_tablespaces", "unix_socket_directories"),
+    }
+)
+
+
+class SwapFailed(Exception):
+    """Two databases could not be swapped; neither was renamed."""
+
+
+def maintenance(target: Target, application_name: str, timeout: float, *, not_in: str = "") -> Session:
+    """Open a session in a database other than ``not_in``; raises ConnectFailed of the last one tried."""
+    failure: ConnectFailed | None = None
+    for database in ("postgres", "template1"):
+        if database == not_in:
+            continue
+        try:
+            session = connect(target.with_database(database), application_name, timeout)
+        except ConnectFailed as error:
+            failure = error
+            continue
+        session.query("SET statement_timeout = 0")
+        session.query("SET lock_timeout = '10s'")
+        if session.facts.major >= 14:
+            session.query("SET idle_session_timeout = 0")
+        return session
+    assert failure is not None  # noqa: S101 - one of two names was tried
+    raise failure
+
+
+def shorten(name: str, suffix: str) -> str:
+    """Return ``name + suffix`` within 63 bytes of UTF-8: the name gives way, and a suffix that is too long itself."""
+    if len(suffix.encode()) > NAME_BYTES // 2:
+        suffix = suffix[:8] + hashlib.sha256(suffix.encode()).hexdigest()[:12]
+    room = NAME_BYTES - len(suffix.encode())
+    return name.encode()[:room].decode(errors="ignore") + suffix
+
+
+def exists(session: Session, name: str) -> bool:
+    """Whether there is a database of this name."""
+    return bool(session.value("SELECT count(*) FROM pg_database WHERE datname = %s", [name]))
+
+
+def create(session: Session, name: str, properties: Properties) -> None:
+    """Create an empty database with another's encoding, locale, owner and tablespace; raises QueryFailed."""
+    parts = [
+        f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0",
+        f"OWNER {quote_identifier(properties.owner)}",
+        f"ENCODING {_literal(properties.encoding)}",
+        f"LC_COLLATE {_literal(properties.collate)} LC_CTYPE {_literal(properties.ctype)}",
+    ]
+    if session.facts.major >= 15:
+        parts.append(
+            {"i": "LOCALE_PROVIDER icu", "b": "LOCALE_PROVIDER builtin"}.get(
+                properties.provider, "LOCALE_PROVIDER libc"
+            )
+        )
+    if properties.provider == "i":
+        parts.append(f"ICU_LOCALE {_literal(properties.locale)}")
+    if properties.provider == "b":
+        parts.append(f"BUILTIN_LOCALE {_literal(properties.locale)}")
+    if properties.icu_rules:
+        parts.append(f"ICU_RULES {_literal(properties.icu_rules)}")
+    if properties.tablespace:
+        parts.append(f"TABLESPACE {quote_identifier(properties.tablespace)}")
+    session.query(" ".join(parts))
+
+
+def drop(session: Session, name: str) -> None:
+    """Drop a database if it is there, ending the sessions in it; raises QueryFailed."""
+    if session.facts.major >= 13:
+        session.query(f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE)")
+        return
+    terminate(session, name)
+    session.query(f"DROP DATABASE IF EXISTS {quote_identifier(name)}")
+
+
+def mark(session: Session, name: str, original: str) -> None:
+    """Write on a database that it is half restored, so that a later restore knows it for what it is."""
+    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {_literal(_MARK + original)}")
+
+
+def unmark(session: Session, name: str) -> None:
+    """Take the mark away: the database is whole."""
+    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS NULL")
+
+
+def rename(session: Session, old: str, new: str) -> None:
+    """Rename a database that nobody is in; raises QueryFailed."""
+    session.query(f"ALTER DATABASE {quote_identifier(old)} RENAME TO {quote_identifier(new)}")
+
+
+def marked(session: Session, original: str) -> list[str]:
+    """Return the half-restored copies that killed restores of a database have left."""
+    rows = session.query(
+        "SELECT datname::text FROM pg_database WHERE shobj_description(oid, 'pg_database') = %s",
+        [_MARK + original],
+    )
+    return [row[0] for row in rows]
+
+
+def copy_privileges(session: Session, source: str, copy: str) -> None:
+    """Give a database the privileges of another; nothing to do where those are the default."""
+    rows = session.query(
+        "SELECT pg_get_userbyid(d.datdba)::text, CASE a.grantee WHEN 0 THEN NULL"
+        " ELSE pg_get_userbyid(a.grantee)::text END, a.privilege_type, a.is_grantable"
+        " FROM pg_database d, aclexplode(d.datacl) a WHERE d.datname = %s",
+        [source],
+    )
+    has_list = session.value("SELECT datacl IS NOT NULL FROM pg_database WHERE datname = %s", [source])
+    if not has_list:
+        return
+    name = quote_identifier(copy)
+    owner = session.value(
+        "SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE datname = %s", [source]
+    )
+    session.query(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC, {quote_identifier(owner)}")
+    for _, grantee, privilege, grantable in rows:
+        to = "PUBLIC" if grantee is None else quote_identifier(grantee)
+        option = " WITH GRANT OPTION" if grantable and grantee != owner else ""
+        session.query(f"GRANT {privilege} ON DATABASE {name} TO {to}{option}")
+
+
+def copy_settings(session: Session, source: str, copy: str) -> list[str]:
+    """Give a database the settings, comment and connection limit of another.
+
+    Returns a sentence for each that this role may not set; the values are not repeated, for they can be secret.
+    """
+    failed = []
+    for what, statement in _setting_statements(session, source, copy):
+        try:
+            session.query(statement)
+        except QueryFailed as error:
+            failed.append(f"{what} did not come back: {error.text}")
+    return failed
+
+
+def _setting_statements(session: Session, source: str, copy: str) -> Iterator[tuple[str, str]]:
+    name = quote_identifier(copy)
+    comment, limit, template = session.query(
+        "SELECT shobj_description(oid, 'pg_database'), datconnlimit, datistemplate"
+        " FROM pg_database WHERE datname = %s",
+        [source],
+    )[0]
+    text = "NULL" if comment is None else _literal(comment)
+    yield "the comment", f"COMMENT ON DATABASE {name} IS {text}"
+    if limit != -1:
+        yield "the connection limit", f"ALTER DATABASE {name} CONNECTION LIMIT {limit}"
+    if template:
+        yield "being a template", f"ALTER DATABASE {name} IS_TEMPLATE true"
+    rows = session.query(
+        "SELECT CASE s.setrole WHEN 0 THEN NULL ELSE pg_get_userbyid(s.setrole)::text END, unnest(s.setconfig)"
+        " FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase WHERE d.datname = %s",
+        [source],
+    )
+    for role, setting in rows:
+        key, _, value = setting.partition("=")
+        subject = f"DATABASE {name}"
+        what = f"the database's setting {key}"
+        if role is not None:
+            subject = f"ROLE {quote_identifier(role)} IN DATABASE {name}"
+            what = f"the setting {key} of role {role} in this database"
+        yield what, f"ALTER {subject} SET {quote_identifier(key)} TO {_setting_value(key, value)}"
+
+
+def _setting_value(key: str, value: str) -> str:
+    if key.lower() not in _LISTS:
+        return _literal(value)
+    names = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', value)
+    listed = [quoted.replace('""', '"') if quoted or not bare else bare for quoted, bare in names]
+    return ", ".join(_literal(item) for item in listed) or "''"
+
+
+def _literal(text: str) -> str:
+    """Quote text for SQL, whatever ``standard_conforming_strings`` is."""
+    doubled = text.replace("'", "''")
+    return " E'" + doubled.replace("\\", "\\\\") + "'" if "\\" in text else f"'{doubled}'"
+
+
+@dataclass(frozen=True)
+class Left:
+    """A session that could not be ended."""
+
+    pid: int
+    user: str
+    application_name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"session {self.pid} of {self.user} ({self.application_name or 'unnamed'}): {self.reason}"
+
+
+def terminate(session: Session, database: str) -> list[Left]:
+    """End the sessions in a database; return those that this role may not end."""
+    left = []
+    for pid, user, name in session.query(
+        "SELECT pid, coalesce(usename::text, backend_type), coalesce(application_name, '')"
+        " FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()",
+        [database],
+    ):
+        try:
+            session.query("SELECT pg_terminate_backend(%s)", [pid])
+        except QueryFailed as error:
+            if error.lost:
+                raise
+            left.append(Left(pid, user, name, error.text))
+    return left
+
+
+def swap(session: Session, helper: Session, current: str, replacement: str, kept: str) -> None:
+    """Rename ``current`` to ``kept`` and ``replacement`` to ``current``, in one transaction.
+
+    Nothing is set that could outlive us: the first rename locks the database against new connections and
+    waits up to 5 s for those in it to go (CountOtherDBBackends in PostgreSQL's procarray.c), while ``helper``
+    ends them.  Whoever connects meanwhile waits for the lock, is told that the database was just renamed, and finds
+    the new one on trying again.  Raises :class:`SwapFailed`, and nothing was renamed then.
+    """
+    deadline = time.monotonic() + SWAP_PATIENCE
+    while True:
+        failure, left = _try_swap(session, helper, [(current, kept), (replacement, current)])
+        if failure is None:
+            return
+        if failure.lost:
+            if exists(helper, kept) and not exists(helper, replacement):
+                return  # it was committed, only the answer got lost
+            raise SwapFailed(f"the connection was lost: {failure.text}")
+        if failure.sqlstate not in (_OBJECT_IN_USE, _LOCK_NOT_AVAILABLE) or time.monotonic() > deadline:
+            who = "; ".join(str(item) for item in left)
+            raise SwapFailed(failure.text + (f" ({who})" if who else ""))
+
+
+def _try_swap(
+    session: Session, helper: Session, renames: Sequence[tuple[str, str]]
+) -> tuple[QueryFailed | None, list[Left]]:
+    failures: list[QueryFailed] = []
+
+    def rename() -> None:
+        try:
+            session.query("BEGIN")
+            for old, new in renames:
+                session.query(f"ALTER DATABASE {quote_identifier(old)} RENAME TO {quote_identifier(new)}")
+            session.query("COMMIT")
+        except QueryFailed as error:
+            failures.append(error)
+            if not error.lost:
+                session.query("ROLLBACK")
+
+    renaming = threading.Thread(target=rename, name="swap")
+    renaming.start()
+    left: list[Left] = []
+    try:
+        while renaming.is_alive():
+            left = terminate(helper, renames[0][0])
+            renaming.join(0.05)
+    finally:
+        renaming.join()
+    return (failures[0] if failures else None), left
