@@ -101,6 +101,8 @@ def _partial(what: str, way_back: str, after: Aftermath) -> Partial:
     state = f"{len(landed)} of {total} revisions were {done} and committed; the database is at {rows}."
     if after.failed_in and after.failed_in in after.committed_parts:
         state += f" A part of {after.failed_in} was committed too (it leaves its transaction)."
+    if after.plan.baseline and not landed:
+        state = f"The database was stamped {rows}; no revision was applied."
     again = f"`migrator {after.plan.kind} {after.plan.destination}` goes on from there"
     if after.rows == after.plan.after:
         again = "`migrator verify` checks it"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrator import report, settings
-from migrator.backups.manifest import human_size
+from migrator.backups.manifest import human_size, summary
+from migrator.backups.restore import Restored
 from migrator.history import History, Revision
 from migrator.outcome import ExitCode, Outcome
 from migrator.service import State
@@ -122,6 +123,21 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
         for row in rows
     ]
     return Answer(list(rows), _table(shown))
+
+
+def of_restored(restored: Restored) -> Answer:
+    """Answer with what was restored, and where what it replaced is now."""
+    data = {
+        "backup": summary(restored.backup),
+        "database": restored.database,
+        "kept": restored.kept,
+        "tables": restored.tables,
+        "rows": restored.rows,
+        "seconds": round(restored.seconds, 3),
+        "notes": list(restored.notes),
+        "next_step": restored.next_step,
+    }
+    return Answer(data, f"{restored.message} Next: {restored.next_step}")
 
 
 def of_settings(loaded: settings.Settings) -> Answer:

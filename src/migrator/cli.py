@@ -123,7 +123,9 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name == "backup":
         parser.add_argument("--name", dest="backup_name", default="", help="a name to find it by")
     if name == "restore":
-        parser.add_argument("backup", help="an id or name that `migrator backups` lists, or latest")
+        parser.add_argument(
+            "backup_id", metavar="backup", help="an id or name that `migrator backups` lists, or latest"
+        )
         parser.add_argument(
             "--to", default="", metavar="NAME", help="restore into a new database of this name"
         )

@@ -134,8 +134,7 @@ def backups(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Bring a backup back."""
-    restored = service.restore(arguments.backup, to=arguments.to, replace=arguments.yes)
-    return Answer(restored.as_dict(), restored.message)
+    return answers.of_restored(service.restore(arguments.backup_id, to=arguments.to, replace=arguments.yes))
 
 
 def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer:
