@@ -1,9 +1,15 @@
-"""A progress bar on a terminal; nothing anywhere else."""
+"""Progress: a bar on a terminal, and everywhere a sign of life from a revision that takes long."""
 
 from __future__ import annotations
 
+import logging
 import shutil
+import threading
+import time
+from types import TracebackType
 from typing import TextIO
+
+log = logging.getLogger("migrator.apply")
 
 _WIDTH = 24
 
@@ -33,3 +39,33 @@ class Progress:
             self._stream.flush()
 
     close = clear
+
+
+class Heartbeat:
+    """Says every ``interval`` seconds which revision is still running, so that a silent log is no riddle."""
+
+    def __init__(self, interval: float = 15.0) -> None:
+        self._interval = interval
+        self._stop = threading.Event()
+        self._doing: tuple[str, float] | None = None
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def begins(self, what: str) -> None:
+        """Note what is under way from now on."""
+        self._doing = (what, time.monotonic())
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._interval):
+            doing = self._doing
+            if doing:
+                seconds = time.monotonic() - doing[1]
+                log.info("still running after %.0f s: %s", seconds, doing[0], extra={"stage": "apply"})

@@ -23,7 +23,7 @@ from migrator.interruption import Interrupt, Interruption
 from migrator.logs import Logs
 from migrator.outcome import RevisionResult
 from migrator.postgres import Session
-from migrator.report.progress import Progress
+from migrator.report.progress import Heartbeat, Progress
 from migrator.settings import Settings
 from migrator.versions import VersionTable
 
@@ -59,6 +59,7 @@ class Application:
         self.failed_in = ""
         self.committed_parts: list[str] = []
         self._backend_pid = 0
+        self._heartbeat = Heartbeat()
         self._started = time.monotonic()
         self._progress = Progress(len(plan.revisions), sys.stderr, enabled=not logs.is_json)
 
@@ -67,7 +68,12 @@ class Application:
         exported = tuple(name.strip() for name in self.settings.url_variable.split(",") if name.strip())
         try:
             # What env.py prints is no answer of ours: it goes where the logs go.
-            with self.interruption.calling(self.cancel), contextlib.redirect_stdout(sys.stderr):
+            with (
+                self._heartbeat,
+                self.interruption.calling(self.cancel),
+                contextlib.redirect_stdout(sys.stderr),
+            ):
+                self._heartbeat.begins("env.py")
                 self.history.run(
                     self.plan.destination, self._enter, before_configure=self.logs.install, export=exported
                 )
@@ -202,7 +208,9 @@ class Application:
             self.interruption.check()
             self.failed_in = revision.revision
             self._step_started = time.monotonic()
-            self._progress.draw(number - 1, f"{revision.revision} {_first_line(revision.doc)}")
+            what = f"{revision.revision} {_first_line(revision.doc)}"
+            self._progress.draw(number - 1, what)
+            self._heartbeat.begins(f"{number} of {len(self.plan.revisions)}: {what}")
             run(*arguments, **options)
             self.interruption.check()
 
@@ -227,6 +235,7 @@ class Application:
             )
         )
         self.failed_in = ""
+        self._heartbeat.begins("the end of env.py")
         self._progress.clear()
         log.info(
             "%s %d of %d: %s %s (%.2f s, %.1f s in all)",
