@@ -115,10 +115,12 @@ class Application:
         return True
 
     def _alive(self) -> bool:
+        """Return whether the applying connection may still do something: a pool may keep it open, idle."""
         return bool(
             self.session.value(
-                "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
-                " AND objid = %s AND objsubid = 2 AND pid = %s)",
+                "SELECT EXISTS (SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+                " WHERE l.locktype = 'advisory' AND l.classid = %s AND l.objid = %s AND l.objsubid = 2"
+                " AND l.pid = %s AND a.state IS DISTINCT FROM 'idle')",
                 (*self.apply_lock, self._backend_pid),
             )
         )
