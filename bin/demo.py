@@ -134,8 +134,7 @@ def tell(demo: Demo) -> None:
 
 def newest(answer: Any) -> str:
     """Return the id of the newest backup that `migrator backups` lists."""
-    backups = answer["backups"] if isinstance(answer, dict) else answer
-    return str(max(backups, key=lambda backup: backup["created_at"])["id"])
+    return str(max(answer, key=lambda backup: backup["created"])["id"])
 
 
 @contextlib.contextmanager
