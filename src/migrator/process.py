@@ -92,7 +92,9 @@ def run(
     try:
         with uninterrupted():
             child = _start(arguments, environment, discard=on_output is None)
-        _pump(child, on_output or (lambda _: None), read_stderr, timeout)
+        deadline = None if timeout is None else started + timeout
+        if not _pump(child, on_output or (lambda _: None), read_stderr, deadline):
+            raise TimedOut(Path(arguments[0]).name, timeout or 0.0)
     except BaseException:
         if child is not None:
             _end(child)
@@ -173,39 +175,35 @@ def _pump(
     child: subprocess.Popen[bytes],
     on_output: Callable[[bytes], object],
     on_stderr: Callable[[bytes], object],
-    timeout: float | None,
-) -> None:
-    """Read both pipes to their ends, then wait for the child."""
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline: float | None,
+) -> bool:
+    """Read both pipes to their ends and wait for the child; return whether it ended before the deadline."""
     with selectors.DefaultSelector() as selector:
         for stream, handle in ((child.stdout, on_output), (child.stderr, on_stderr)):
             if stream is not None:
                 selector.register(stream, selectors.EVENT_READ, handle)
         while selector.get_map():
-            for key, _ in selector.select(_left(child, deadline, timeout)):
+            left = _left(deadline)
+            if left is not None and left <= 0:
+                return False
+            for key, _ in selector.select(left):
                 chunk = os.read(key.fd, _CHUNK)
                 if chunk:
                     key.data(chunk)
                 else:
                     selector.unregister(key.fileobj)
     try:
-        child.wait(_left(child, deadline, timeout))
+        child.wait(_left(deadline))
     except subprocess.TimeoutExpired:
-        _left(child, time.monotonic(), timeout)
+        return False
     for stream in (child.stdout, child.stderr):
         if stream is not None:
             stream.close()
+    return True
 
 
-def _left(child: subprocess.Popen[bytes], deadline: float | None, timeout: float | None) -> float | None:
-    if deadline is None:
-        return None
-    left = deadline - time.monotonic()
-    if left <= 0:
-        arguments = child.args
-        program = arguments[0] if isinstance(arguments, list) else arguments
-        raise TimedOut(Path(str(program)).name, timeout or 0.0)
-    return left
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from migrator.backups.manifest import Properties
-from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
+from migrator.postgres import ConnectFailed, QueryFailed, Refusal, Session, connect, quote_identifier
 from migrator.target import Target
 
 LOGGER = logging.getLogger("migrator.restore")
 NAME_BYTES = 63
 """NAMEDATALEN - 1: Postgres cuts longer names off without a word."""
-SWAP_PATIENCE = 20.0
+SWAP_PATIENCE = 15.0
 """Seconds to get everyone out of a database and rename it; a container is usually given 30 to end."""
 _OBJECT_IN_USE = "55006"
 _LOCK_NOT_AVAILABLE = "55P03"
@@ -49,6 +49,8 @@ def maintenance(target: Target, application_name: str, timeout: float, *, not_in
         try:
             session = connect(target.with_database(database), application_name, timeout)
         except ConnectFailed as error:
+            if error.refusal is Refusal.TRANSIENT:
+                raise  # whoever comes here must land in the same database, for locks are kept per database
             failure = error
             continue
         session.query("SET statement_timeout = 0")
@@ -169,17 +171,14 @@ def copy_settings(session: Session, source: str, copy: str) -> list[str]:
 
 def _setting_statements(session: Session, source: str, copy: str) -> Iterator[tuple[str, str]]:
     name = quote_identifier(copy)
-    comment, limit, template = session.query(
-        "SELECT shobj_description(oid, 'pg_database'), datconnlimit, datistemplate"
-        " FROM pg_database WHERE datname = %s",
+    comment, limit = session.query(
+        "SELECT shobj_description(oid, 'pg_database'), datconnlimit FROM pg_database WHERE datname = %s",
         [source],
     )[0]
     text = "NULL" if comment is None else _literal(comment)
     yield "the comment", f"COMMENT ON DATABASE {name} IS {text}"
     if limit != -1:
         yield "the connection limit", f"ALTER DATABASE {name} CONNECTION LIMIT {limit}"
-    if template:
-        yield "being a template", f"ALTER DATABASE {name} IS_TEMPLATE true"
     rows = session.query(
         "SELECT CASE s.setrole WHEN 0 THEN NULL ELSE pg_get_userbyid(s.setrole)::text END, unnest(s.setconfig)"
         " FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase WHERE d.datname = %s",

@@ -22,11 +22,10 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import migrator
 from migrator import process
-from migrator.backups import clients, snapshot
+from migrator.backups import archive, clients, snapshot
 from migrator.backups.clients import Client
 from migrator.backups.manifest import Backup, Table, human_size
 from migrator.backups.snapshot import LOCK_WAIT, LockedOut, Relation, Sizes
@@ -72,7 +71,7 @@ def back_up(
     client, store, sizes = preflight(session, settings)
     started = time.monotonic()
     database = session.facts.database
-    children_name = f"{application_name[:56]} backup"
+    children_name = _children_name(application_name)
     LOGGER.info("backing up %s (%s) to %s ...", database, human_size(sizes.database), store)
     with _failing(f"The backup of {database} failed", store, sizes):
         moment = datetime.now(UTC)
@@ -112,6 +111,13 @@ def back_up(
         backup.id,
     )
     return backup
+
+
+def _children_name(application_name: str) -> str:
+    """Return a name (63 bytes at most) that tells the dump's sessions from ours, and ends in the run id as well."""
+    if len(application_name) > 56:
+        application_name = application_name[:26] + application_name[-30:]
+    return f"{application_name} backup"
 
 
 class _Dump:
@@ -173,20 +179,12 @@ def _prove(client: Client, part: Part) -> None:
             f"but reads back as {size} bytes with {found}: the disk or the volume is faulty.",
             next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
         )
-    finished = read_whole(client, part.temporary)
+    finished = archive.read_whole(client, part.temporary)
     if finished.status != 0:
         raise BackupFailed(
             f"The backup cannot be read back, so it was thrown away: {clients.last_words(finished)}",
             next_step="run again; if it happens again, have the volume and the memory checked",
         )
-
-
-def read_whole(client: Client, path: Path) -> process.Finished:
-    """Have pg_restore decompress and parse all of an archive, restoring nothing."""
-    return process.run(
-        [client.pg_restore, "--format=custom", "--file=/dev/null", path],
-        environment=process.base_environment(),
-    )
 
 
 def _dump_failed(database: str, finished: process.Finished) -> BackupFailed:
@@ -296,7 +294,8 @@ def _failing(what: str, store: FolderStore | None = None, sizes: Sizes | None = 
             f"{what}: no connection to the server: {error.text}.", next_step="run again"
         ) from error
     except OSError as error:
-        if store is None:
+        in_store = store is not None and str(error.filename or store.folder).startswith(str(store.folder))
+        if store is None or not in_store:
             raise BackupFailed(f"{what}: {error}.", next_step="put it right and run again") from error
         needed = f"the database has {sizes.data} bytes of data before compression" if sizes else ""
         raise store.cannot_write(error, needed) from error

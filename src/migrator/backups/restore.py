@@ -4,9 +4,6 @@ Decisions:
 
 * The archive goes into a scratch database, so a failure costs nothing but that.  pg_restore therefore needs no
   ``--single-transaction``, in which a database with many large objects runs out of locks.
-* pg_restore 17 and newer begin with ``SET transaction_timeout = 0``, which servers before 17 do not know; with
-  ``--exit-on-error`` they could restore nothing there (tried: 18 onto 15).  On such a pair that one
-  error is let pass, and any other ends pg_restore at once.
 * A swap leaves the old database as ``NAME_before_RUN``; nobody but a person drops it.
 """
 
@@ -14,18 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator import process
-from migrator.backups import clients, databases, snapshot
+from migrator.backups import archive, clients, databases, snapshot
 from migrator.backups.manifest import Backup, human_size
 from migrator.backups.snapshot import LockedOut
-from migrator.backups.store import checksum, open_store
+from migrator.backups.store import open_store
 from migrator.errors import LockBusy, MigratorError, RestoreFailed, SettingsError
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
 from migrator.process import uninterrupted
@@ -33,12 +27,6 @@ from migrator.settings import Settings
 from migrator.target import Target
 
 LOGGER = logging.getLogger("migrator.restore")
-_UNKNOWN_SETTING = re.compile(
-    r"(?:pg_restore: while INITIALIZING:\n)?"
-    r"pg_restore: error: could not execute query: [^\n]*\n"
-    r"Command was: SET transaction_timeout = 0;\n+"
-)
-_IGNORED = re.compile(r"pg_restore: warning: errors ignored on restore: \d+\s*")
 
 
 @dataclass(frozen=True)
@@ -92,8 +80,8 @@ def restore(
     """
     if to is None and not replace:
         raise SettingsError(
-            ["restore without --to replaces the database, which it does only when told --yes"],
-            next_step=f"migrator restore {backup_id} --to NAME, to look at it beside the database first",
+            ["restore without --to replaces the database: its sessions are ended"],
+            next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
         )
     started = time.monotonic()
     database = session_target.database
@@ -104,6 +92,8 @@ def restore(
             f"Backup {backup.id} is of database {backup.database}, not of {database}.",
             f"migrator restore {backup.id} --to NAME puts it beside",
         )
+    if backup.target != str(session_target):
+        LOGGER.warning("%s was taken from %s, and this is %s", backup.id, backup.target, session_target)
     with _failing(backup):
         work = _Restore(session_target, settings, backup, run_id, application_name)
         with work.sessions():
@@ -237,7 +227,7 @@ class _Restore:
                 backup,
                 f"Role {session.facts.user} may not create databases, and a backup is restored into one of its own.",
                 f"as a superuser: ALTER ROLE {user} CREATEDB; or restore by hand into the database as it is: "
-                + by_hand(backup, self._target.database),
+                + archive.by_hand(backup, self._target.database),
             )
         if not owner_there:
             owner = quote_identifier(backup.properties.owner)
@@ -248,45 +238,29 @@ class _Restore:
             )
 
     def _fill(self, name: str) -> None:
-        """Run pg_restore into the database; any error but the one it cannot help ends it."""
+        """Run pg_restore into the database."""
         backup, server = self._backup, self._session.facts
         client = clients.for_restore(self._settings, server.major, backup.client_major)
         LOGGER.info("restoring %s (%s) into %s ...", backup.id, human_size(backup.size_bytes), name)
-        tolerant = client.major >= 17 > server.major
-        arguments: list[str | Path] = [client.pg_restore, "--format=custom", "--no-password"]
-        arguments += [] if tolerant else ["--exit-on-error"]
-        arguments += [clients.connection_argument(self._target, name), Path(backup.place)]
-        seen = bytearray()
-
-        def stop_at_an_error(chunk: bytes) -> None:
-            seen.extend(chunk)
-            said = _UNKNOWN_SETTING.sub("", seen.decode("utf-8", "replace"))
-            if "\nCommand was: " in said:
-                raise _StopRestore(said)
-
+        connect_timeout = self._settings.connect_timeout
         try:
-            finished = process.run(
-                arguments,
-                environment=clients.environment(
-                    self._target, self._application_name, self._settings.connect_timeout
-                ),
-                on_stderr=stop_at_an_error,
+            archive.restore_into(
+                client,
+                Path(backup.place),
+                clients.connection_argument(self._target, name),
+                clients.environment(self._target, self._application_name, connect_timeout),
+                server.major,
             )
-        except _StopRestore as stopped:
-            raise self._restore_failed(" ".join(stopped.said.split())) from None
-        said = _IGNORED.sub("", _UNKNOWN_SETTING.sub("", finished.stderr))
-        if finished.status != 0 and (not tolerant or finished.status != 1 or said.strip()):
-            raise self._restore_failed(clients.last_words(finished))
-
-    def _restore_failed(self, said: str) -> RestoreFailed:
-        next_step = "put right what pg_restore names, and restore again"
-        if re.search(r"Command was: (ALTER .* OWNER TO|GRANT|REVOKE|ALTER DEFAULT PRIVILEGES)", said):
-            next_step = (
-                "create the role that it names (CREATE ROLE ...), or restore as a role that may act for it; without "
-                "owners and grants it goes by hand: "
-                + by_hand(self._backup, "NEW_DATABASE", "--no-owner", "--no-privileges")
-            )
-        return _failed(self._backup, f"pg_restore of {self._backup.id} failed: {said[:800]}", next_step)
+        except archive.RestoreStopped as stopped:
+            next_step = "put right what pg_restore names, and restore again"
+            if stopped.of_a_role:
+                next_step = (
+                    "create the role that it names (CREATE ROLE ...), or restore as a role that may act for it; "
+                    "without owners and grants it goes by hand into an empty database: "
+                    + archive.by_hand(backup, "NEW_DATABASE", "--no-owner", "--no-privileges")
+                )
+            message = f"pg_restore of {backup.id} failed: {stopped.said}"
+            raise _failed(backup, message, next_step) from stopped
 
     def _compare(self, name: str) -> tuple[int, int]:
         """Compare tables and row counts with the manifest, and give the planner its statistics."""
@@ -296,6 +270,7 @@ class _Restore:
         }
         with connect(target, self._application_name, self._settings.connect_timeout) as session:
             session.query("SET statement_timeout = 0")
+            session.query("SET row_security = off")
             found = [relation for relation in snapshot.relations(session) if relation.kind != "S"]
             names = {relation.shown for relation in found}
             wrong = [f"{table} is missing" for table in sorted(self._backup.tables.keys() - names)]
@@ -321,50 +296,31 @@ class _Restore:
         return len(found), rows
 
     def _finish(self, name: str) -> list[str]:
-        """Copy what belongs to the database as a whole; return what could not be."""
+        """Copy what belongs to the database as a whole; return what could not be.
+
+        The mark goes first: were it left on a whole database, a later restore would drop that.
+        """
+        databases.unmark(self._session, name)
         original = self._target.database
         if databases.exists(self._session, original):
             notes = databases.copy_settings(self._session, original, name)
         else:
-            databases.unmark(self._session, name)
             notes = [
-                f"{original} is gone, so its own settings (ALTER DATABASE ... SET), grants and comment are"
+                f"{original} is gone, so what was set for it as a whole (ALTER DATABASE ... SET, GRANT, COMMENT) "
+                f"is not restored: `pg_restore --create --schema-only --file=- {self._backup.place}` shows it."
             ]
-            notes = [f"{notes[0]} not restored: `pg_restore --create --schema-only` shows them."]
         for note in notes:
             LOGGER.warning("%s", note)
         return notes
 
 
-class _StopRestore(Exception):
-    """pg_restore said something that ends it."""
-
-    def __init__(self, said: str) -> None:
-        super().__init__(said)
-        self.said = said
-
-
-def by_hand(backup: Backup, database: str, *options: str) -> str:
-    """Return the command that restores a backup without migrator, in place and in one transaction.
-
-    Through psql, for pg_restore 17 and newer cannot talk to servers before 17 in one transaction.
-    """
-    reading = ["pg_restore", "--clean", "--if-exists", *options, "--file=-", backup.place]
-    return (
-        " ".join(shlex.quote(word) for word in reading)
-        + " | grep -v '^SET transaction_timeout' | psql --single-transaction --set=ON_ERROR_STOP=1 --dbname="
-        + shlex.quote(database)
-    )
-
-
 def _check_file(backup: Backup) -> None:
     """Refuse a file that is not, byte for byte, what was written."""
-    found, size = checksum(Path(backup.place))
-    if (found, size) != (backup.sha256, backup.size_bytes):
+    difference = archive.difference(backup)
+    if difference:
         raise _failed(
             backup,
-            f"The dump {backup.place} is not what was written: {size} bytes with sha256 {found}, "
-            f"and not {backup.size_bytes} with {backup.sha256}.",
+            f"The dump {backup.place} is not what was written: {difference}.",
             "take another backup: see `migrator backups`",
         )
 
