@@ -137,9 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code and never raises."""
     logs.protect_streams()
     arguments = argparse.Namespace()
+    interruption = Interruption()
     try:
+        interruption.install()
         arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-        return _run(arguments)
+        return _run(arguments, interruption)
     except MigratorError as error:
         return _say(error, as_json=getattr(arguments, "format", "text") == "json")
     except Interrupt as error:
@@ -149,11 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from migrator.aftermath import translate
 
-        log.debug("unexpected", exc_info=True)
-        return _say(translate(error), as_json=getattr(arguments, "format", "text") == "json")
+        known = translate(error)
+        if known.code is ExitCode.INTERNAL:
+            _ensure_logging()
+            log.exception("unexpected")
+        return _say(known, as_json=getattr(arguments, "format", "text") == "json")
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     command = arguments.command or "upgrade"
     flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
     flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
@@ -172,8 +177,6 @@ def _run(arguments: argparse.Namespace) -> int:
     logging_.install()
     for warning in loaded.warnings:
         log.warning("%s", warning)
-    interruption = Interruption()
-    interruption.install()
     service = commands.make_service(loaded, arguments, logging_, interruption, run_id)
     answer = commands.HANDLERS[command](service, arguments)
     as_json = getattr(arguments, "format", "text") == "json"
@@ -185,21 +188,33 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _say(error: MigratorError, *, as_json: bool) -> int:
-    """Say a failure once: as the last line of the log, and as the termination message."""
-    if not logging.getLogger().handlers:
-        logs.Logs().install()
+    """Say a failure once, as the last line of the log, and wherever else an outcome is looked for."""
+    _ensure_logging()
     sentence = f"{error.code.name} ({int(error.code)}): {error}"
     sentence += f" Next: {error.next_step}" if error.next_step else ""
     log.error("%s", sentence, extra={"code": int(error.code), "outcome": error.code.name})
+    document = {
+        "code": int(error.code),
+        "outcome": error.code.name,
+        "message": str(error),
+        "next_step": error.next_step,
+    }
+    text = logs.redact(json.dumps(document, indent=2, ensure_ascii=False))
     if as_json:
-        document = {"code": int(error.code), "outcome": error.code.name, "message": str(error)}
-        print(
-            json.dumps({**document, "next_step": error.next_step}, indent=2, ensure_ascii=False), flush=True
-        )
+        print(text, flush=True)
+    if os.environ.get("MIGRATOR_REPORT_FILE"):
+        report.write_text(text, os.environ["MIGRATOR_REPORT_FILE"])
     report.write_termination_line(
         sentence, os.environ.get("MIGRATOR_TERMINATION_LOG", "/dev/termination-log")
     )
     return int(error.code)
+
+
+def _ensure_logging() -> None:
+    """Set logging up for a failure that came before the settings were known."""
+    if not logging.getLogger().handlers:
+        wanted = os.environ.get("MIGRATOR_LOG_FORMAT", "auto").lower()
+        logs.Logs(wanted if wanted in {"json", "text"} else "auto").install()
 
 
 def script() -> NoReturn:

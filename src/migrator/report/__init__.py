@@ -49,11 +49,16 @@ def document(outcome: Outcome) -> str:
 
 
 def write_file(outcome: Outcome, place: str) -> None:
-    """Write the JSON outcome to a file, whole or not at all; a file that cannot be written is only logged."""
+    """Write the JSON outcome to a file."""
+    write_text(document(outcome), place)
+
+
+def write_text(text: str, place: str) -> None:
+    """Write a report to a file, whole or not at all; a file that cannot be written is only logged."""
     path = Path(place)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(document(outcome) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         log.warning("cannot write the report to %s: %s", place, error.strerror)
