@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from tests.support import PLANTED, leaks
 from tests.support.projects import linear_history
-from tests.support.runner import Runner
+from tests.support.runner import ROOT, Runner
 from tests.support.servers import Database, Server, normalise
 
 
@@ -150,3 +153,46 @@ def test_the_environment_holds_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_
         name for name in seen if name.startswith(("MIGRATOR_", "PG", "POSTGRES_")) or name == "DATABASE_URL"
     ]
     assert ours == ["MIGRATOR_BACKUP_URL"]
+
+
+def demo(**variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        [str(ROOT / "bin" / "demo")], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_demo_runs_on_a_server_of_its_own() -> None:
+    done = demo()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("  compared: ") == 3
+    for command in ("upgrade", "status", "downgrade -1", "backups", "restore "):
+        assert f"$ migrator {command}" in done.stdout
+
+
+def test_the_demo_leaves_a_given_server_as_it_was(each_database: Database) -> None:
+    server = each_database.server
+    databases = server.psql("SELECT datname FROM pg_database ORDER BY 1")
+    before = each_database.dump()
+    done = demo(DATABASE_URL=each_database.url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("  compared: ") == 3
+    assert leaks.find(done.stdout + done.stderr) is None
+    assert each_database.dump() == before
+    assert server.psql("SELECT datname FROM pg_database ORDER BY 1") == databases
+
+
+def test_the_demo_fails_where_it_may_not_create_a_database(database: Database, server: Server) -> None:
+    role = server.create_role(f"poor_{database.name}")
+    done = demo(DATABASE_URL=server.url(database.name, user=role))
+    server.psql(f"DROP ROLE {role}")
+    assert done.returncode == 1
+    assert "The demo failed: the demo needs a database of its own: permission denied" in done.stderr
+
+
+def test_a_comparison_that_does_not_hold_fails_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    program = runpy.run_path(str(ROOT / "bin" / "demo.py"))
+    target = program["addresses"].parse("postgresql://localhost/any")
+    with pytest.raises(program["DemoError"], match="not so: both are the same\n  expected: b\n  found:    c"):
+        program["Demo"](target, Path("/"), Path("/")).compare("both are the same", "a\nb\n", "a\nc\n")
+    assert capsys.readouterr().out == ""
