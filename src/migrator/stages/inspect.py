@@ -16,32 +16,44 @@ from migrator.versions import VersionTable, read_version
 
 _SYSTEM = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
 
-_TABLES = f"""
-SELECT count(*), pg_database_size(current_database())
+_OURS = """NOT EXISTS (SELECT 1 FROM pg_depend d
+                   WHERE d.classid = '{0}'::regclass AND d.objid = {1}.oid AND d.deptype = 'e')"""
+
+_CONTENTS = f"""
+SELECT count(*) FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm')),
+       count(*)
+       + (SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+          WHERE {_SYSTEM} AND {_OURS.format("pg_proc", "p")})
+       + (SELECT count(*) FROM pg_largeobject_metadata),
+       pg_database_size(current_database())
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p', 'f', 'm') AND {_SYSTEM}
-  AND NOT EXISTS (SELECT 1 FROM pg_depend d
-                  WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+WHERE c.relkind IN ('r', 'p', 'f', 'm', 'v', 'S') AND {_SYSTEM} AND {_OURS.format("pg_class", "c")}
   AND NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_index i ON i.indrelid = a.attrelid
                   WHERE a.attrelid = c.oid AND a.attname = 'version_num' AND i.indisprimary AND c.relnatts = 1)
 """  # noqa: S608 - constants only
+"""Tables that no extension owns, everything that could be lost, and the size; the version table counts as neither."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found: the plan, the version table (None where there is none yet), tables, and size in bytes."""
+    """What was found: the plan, and the version table (None where there is none yet).
+
+    ``tables`` and ``objects`` (tables, views, sequences, functions, large objects) count what is neither the
+    system's, nor an extension's, nor the version table; ``size`` is the database's, in bytes.
+    """
 
     facts: ServerFacts
     version_table: VersionTable | None
     current: tuple[str, ...]
     plan: Plan
     tables: int
+    objects: int
     size: int
 
     @property
     def empty(self) -> bool:
         """Whether the database holds nothing that a backup could save."""
-        return self.tables == 0 and not self.current
+        return self.objects == 0 and not self.current
 
 
 def inspect(
@@ -61,7 +73,7 @@ def inspect(
     if not read_only:
         _refuse_standby(session)
     table, current = read_version(session, history, settings.version_table)
-    tables, size = session.query(_TABLES)[0]
+    tables, objects, size = session.query(_CONTENTS)[0]
     baseline = settings.baseline if table is None or not current else ""
     unknown = history.unknown(current)
     if unknown and kind != "stamp":
@@ -76,7 +88,7 @@ def inspect(
     if baseline and baseline != "base":
         history.find(baseline)
     plan = history.plan(kind, destination, current, baseline)
-    return Inspection(session.facts, table, current, plan, int(tables), int(size))
+    return Inspection(session.facts, table, current, plan, int(tables), int(objects), int(size))
 
 
 def _refuse_standby(session: Session) -> None:
