@@ -17,7 +17,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 SCHEME = re.compile(r"^(postgres(?:ql)?)(?:\+([A-Za-z0-9_]+))?://", re.IGNORECASE)
 
 # The host part: names, IPv4, bracketed IPv6, or percent-encoded socket folders, each with a port or without.
-_HOSTS = r"(?:(?:\[[0-9A-Fa-f:.%]+\]|[^@/?#:\[\],]*)(?::\d*)?)(?:,(?:\[[0-9A-Fa-f:.%]+\]|[^@/?#:\[\],]*)(?::\d*)?)*"
+_HOST = r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^@/?#:\[\],]*)(?::\d*)?"
+_HOSTS = rf"{_HOST}(?:,{_HOST})*"
 _TAIL = rf"(?P<hosts>{_HOSTS})(?:/(?P<database>[^/?#]*))?(?:\?(?P<query>.*))?$"
 _STRICT = re.compile(r"^(?:(?P<userinfo>[^@/?#]*)@)?" + _TAIL, re.DOTALL)
 _RAW_PASSWORD = re.compile(r"^(?P<userinfo>.*)@" + _TAIL, re.DOTALL)
@@ -38,20 +39,50 @@ ENVIRONMENT_NAMES: Mapping[str, str] = {
     "sslmode": "PGSSLMODE",
     "sslcert": "PGSSLCERT",
     "sslkey": "PGSSLKEY",
+    "sslcertmode": "PGSSLCERTMODE",
     "sslrootcert": "PGSSLROOTCERT",
     "sslcrl": "PGSSLCRL",
+    "sslcrldir": "PGSSLCRLDIR",
+    "sslsni": "PGSSLSNI",
     "sslnegotiation": "PGSSLNEGOTIATION",
+    "sslcompression": "PGSSLCOMPRESSION",
     "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
+    "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
     "channel_binding": "PGCHANNELBINDING",
+    "require_auth": "PGREQUIREAUTH",
+    "requirepeer": "PGREQUIREPEER",
     "gssencmode": "PGGSSENCMODE",
+    "gssdelegation": "PGGSSDELEGATION",
+    "gsslib": "PGGSSLIB",
     "krbsrvname": "PGKRBSRVNAME",
     "connect_timeout": "PGCONNECT_TIMEOUT",
     "target_session_attrs": "PGTARGETSESSIONATTRS",
+    "load_balance_hosts": "PGLOADBALANCEHOSTS",
     "client_encoding": "PGCLIENTENCODING",
 }
 
-# Parameters with which asyncpg's connect() and SQLAlchemy's asyncpg dialect cannot be called.
-_ASYNCPG_KEEPS = frozenset({"ssl", "prepared_statement_cache_size", "timeout", "command_timeout"})
+# Parameters of asyncpg's connect() and of SQLAlchemy's dialect for it: those that both libpq and asyncpg know
+# go to both, those that only asyncpg knows would make libpq refuse the whole address.
+_ASYNCPG_ONLY = frozenset(
+    {
+        "async_fallback",
+        "command_timeout",
+        "max_cached_statement_lifetime",
+        "prepared_statement_cache_size",
+        "prepared_statement_name_func",
+        "statement_cache_size",
+        "timeout",
+    }
+)
+_ASYNCPG_KEEPS = frozenset(
+    {"command_timeout", "host", "port", "prepared_statement_cache_size", "target_session_attrs", "timeout"}
+)
+_QUERY_KEYS = {*ENVIRONMENT_NAMES, *_ASYNCPG_ONLY, "ssl", "sslpassword", "fallback_application_name"}
+
+
+# What Kubernetes sets POSTGRES_PORT to in every pod beside a Service named postgres.
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_SERVICE_LINK = re.compile(r"^tcp://.*:(\d+)$")
 
 
 class BadAddress(ValueError):
@@ -72,7 +103,7 @@ class Target:
     user: str = ""
     password: str = field(default="", repr=False)
     driver: str = ""
-    parameters: tuple[tuple[str, str], ...] = ()
+    parameters: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # one may be sslpassword
 
     def __str__(self) -> str:
         """Render for people: no password, no parameters that could carry one."""
@@ -97,7 +128,8 @@ class Target:
     def libpq(self, **overrides: str | int) -> dict[str, str]:
         """Return keyword arguments for ``psycopg2.connect``; ``overrides`` are defaults that the address wins over."""
         arguments = {key: str(value) for key, value in overrides.items()}
-        arguments.update(self.parameters)
+        foreign = _ASYNCPG_ONLY if self.driver == "asyncpg" else frozenset()
+        arguments.update({key: value for key, value in self.parameters if key not in foreign})
         for key, value in (
             ("host", self.host),
             ("port", self.port),
@@ -130,6 +162,9 @@ class Target:
             parameters["host"] = self.host
             if self.port:
                 parameters["port"] = self.port
+            if driver == "asyncpg" and len(hosts) > 1:  # which wants a port for each
+                each = ports * len(hosts) if len(ports) == 1 else ports
+                parameters["port"] = ",".join(port or "5432" for port in each)
         else:
             host = f"[{self.host}]" if ":" in self.host else self.host
             netloc = host + (f":{ports[0]}" if ports[0] else "")
@@ -147,39 +182,69 @@ def parse(address: str) -> Target:
     hexadecimal digits is itself, and the *last* ``@`` that a host can follow ends the password.
     Raises :class:`BadAddress`.
     """
-    address = address.strip()
+    text, address = address, address.strip()
     if not address:
         raise BadAddress("it is empty")
     scheme = SCHEME.match(address)
     if scheme is None:
-        if "://" in address:
+        if "://" in address.partition("=")[0] or address.startswith(("'", '"')):
             raise BadAddress("its scheme is not postgresql://")
         if "=" not in address:
             raise BadAddress("it is neither postgresql://user@host/database nor host=... dbname=...")
-        return _parse_dsn(address)
+        return _parse_dsn(text)  # its last character may be an escaped space
     rest = address[scheme.end() :]
-    match = _STRICT.match(rest) or _RAW_PASSWORD.match(rest)
+    match = _match(rest)
     if match is None:
         raise BadAddress("it does not read postgresql://user:password@host:port/database")
     user, _, password = (match["userinfo"] or "").partition(":")
-    query = match["query"] or ""
-    parameters = dict(parse_qsl(query, keep_blank_values=True))
+    pairs = parse_qsl(match["query"] or "", keep_blank_values=True)
+    parameters = dict(pairs)
     hosts, ports = _split_hosts(match["hosts"])
+    if parameters.pop("host", ""):
+        # Of several, SQLAlchemy's way to write several hosts, each may have its port.
+        hosts, query_ports = _query_hosts([value for key, value in pairs if key == "host"])
+        ports = query_ports or ports
     if "ssl" in parameters and "sslmode" not in parameters:
         # asyncpg's spelling, and JDBC's ssl=true.
         value = parameters.pop("ssl")
         parameters["sslmode"] = "require" if value.lower() in {"true", "1"} else value
     return _finish(
         Target(
-            host=parameters.pop("host", "") or hosts,
+            host=hosts,
             port=parameters.pop("port", "") or ports,
-            database=unquote(match["database"] or "") or parameters.pop("dbname", ""),
-            user=unquote(user) or parameters.pop("user", ""),
-            password=unquote(password) or parameters.pop("password", ""),
+            # As in libpq and SQLAlchemy, what the query says counts for more.
+            database=parameters.pop("dbname", "") or unquote(match["database"] or ""),
+            user=parameters.pop("user", "") or unquote(user),
+            password=parameters.pop("password", "") or unquote(password),
             driver=(scheme[2] or "").lower(),
             parameters=tuple(sorted(parameters.items())),
         )
     )
+
+
+def _match(rest: str) -> re.Match[str] | None:
+    """Split what follows the scheme, by RFC 3986 where that can be meant, else with a raw password in it.
+
+    A password such as ``p@ss/w?rd#1`` makes the strict reading take ``ss`` for the host: then its database or
+    its query holds the ``@`` that in truth ends the password.
+    """
+    strict = _STRICT.match(rest)
+    if strict is not None:
+        query = strict["query"] or ""
+        keys = {pair.partition("=")[0] for pair in query.split("&")}
+        if "@" not in (strict["database"] or "") and ("@" not in query or keys <= _QUERY_KEYS):
+            return strict
+    return _RAW_PASSWORD.match(rest)
+
+
+def _query_hosts(values: list[str]) -> tuple[str, str]:
+    """Read the values of ``host=``: names, addresses or socket folders, where ``name:port`` may be meant."""
+    hosts, ports = [], []
+    for part in ",".join(values).split(","):
+        match = re.fullmatch(r"(\[.*\]|[^:/]*):(\d+)", part)
+        hosts.append((match[1] if match else part).strip("[]"))
+        ports.append(match[2] if match else "")
+    return ",".join(hosts), ",".join(ports) if any(ports) else ""
 
 
 def _split_hosts(text: str) -> tuple[str, str]:
@@ -195,7 +260,9 @@ def _split_hosts(text: str) -> tuple[str, str]:
 
 def _parse_dsn(text: str) -> Target:
     """Read libpq's key-value form: ``host=h dbname='a b' password=x\\'y``."""
-    pattern = re.compile(r"\s*([a-z_]+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|((?:[^\s\\]|\\.)*))", re.DOTALL)
+    pattern = re.compile(
+        r"\s*([a-z_]+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'|(?!')((?:[^\s\\]|\\.|\\\Z)*))", re.DOTALL
+    )
     values: dict[str, str] = {}
     position = 0
     while position < len(text.rstrip()):
@@ -203,7 +270,7 @@ def _parse_dsn(text: str) -> Target:
         if match is None or match.end() == position:
             raise BadAddress("its key=value pairs cannot be read")
         raw = match[2] if match[2] is not None else match[3]
-        values[match[1]] = re.sub(r"\\(.)", r"\1", raw, flags=re.DOTALL)
+        values[match[1]] = re.sub(r"\\(.|\Z)", r"\1", raw, flags=re.DOTALL)
         position = match.end()
     return _finish(
         Target(
@@ -227,7 +294,7 @@ def _finish(target: Target) -> Target:
 
 
 def _for_asyncpg(parameters: Mapping[str, str]) -> dict[str, str]:
-    kept = {key: value for key, value in parameters.items() if key in _ASYNCPG_KEEPS | {"host", "port"}}
+    kept = {key: value for key, value in parameters.items() if key in _ASYNCPG_KEEPS}
     if "sslmode" in parameters:
         kept["ssl"] = parameters["sslmode"]
     return kept
@@ -264,7 +331,7 @@ def from_environment(environment: Mapping[str, str]) -> Target | None:
         return _finish(
             Target(
                 host=environment.get("POSTGRES_HOST", "") or "localhost",
-                port=environment.get("POSTGRES_PORT", ""),
+                port=_SERVICE_LINK.sub(r"\1", environment.get("POSTGRES_PORT", "")),
                 database=environment.get("POSTGRES_DB", "") or user,
                 user=user,
                 password=environment.get("POSTGRES_PASSWORD", ""),
