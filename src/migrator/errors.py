@@ -9,6 +9,7 @@
      ├─ Blocked              22  BLOCKED
      ├─ Interrupted          23  INTERRUPTED
      ├─ AccessDenied         30  ACCESS_DENIED
+     │   └─ NoSuchDatabase   30
      ├─ HistoryError         31  BAD_HISTORY
      ├─ DatabaseAhead        32  DATABASE_AHEAD
      ├─ Unversioned          33  UNVERSIONED
@@ -102,6 +103,10 @@ class AccessDenied(MigratorError):
     """Postgres is there but will not let us in: credentials, privileges, TLS, or no such database."""
 
     code = ExitCode.ACCESS_DENIED
+
+
+class NoSuchDatabase(AccessDenied):
+    """Postgres is there, and the database is not."""
 
 
 class HistoryError(MigratorError):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrator import pipeline
 from migrator.backups import store
 from migrator.backups.manifest import Backup, summary
-from migrator.errors import SettingsError
+from migrator.errors import NoSuchDatabase, SettingsError
 from migrator.history import History, ProjectOptions, Revision
 from migrator.interruption import Interruption
 from migrator.logs import Logs, redact
@@ -28,6 +29,8 @@ from migrator.versions import read_version
 
 if TYPE_CHECKING:
     from migrator.backups.restore import Restored
+
+log = logging.getLogger("migrator")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,24 +161,29 @@ class MigrationService:
             )
         from migrator.backups.restore import restore
 
-        target = self.settings.required_target
-        session, _ = self.wait()
-        session.close()
-        return restore(
-            target,
-            self.settings,
-            backup_id,
-            to=to or None,
-            run_id=self.run_id,
-            application_name=self._application_name,
-            replace=replace,
-        )
+        with contextlib.ExitStack() as stack:
+            try:
+                session = stack.enter_context(self._session())
+            except NoSuchDatabase:
+                log.info("%s is not there: it will be made from the backup", self.settings.target)
+            else:
+                if replace and not to:
+                    stack.enter_context(lock(session, self.settings, session_ends=True))
+            return restore(
+                self.settings.required_target,
+                self.settings,
+                backup_id,
+                to=to or None,
+                run_id=self.run_id,
+                application_name=self._application_name,
+                replace=replace,
+            )
 
     @property
     def _application_name(self) -> str:
         return Record("", self.settings.target, self.run_id).application_name
 
-    @contextmanager
+    @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:
         session, _ = self.wait()
         with session:

@@ -46,10 +46,15 @@ def holder(session: Session) -> tuple[int, str] | None:
 
 @contextlib.contextmanager
 def lock(
-    session: Session, settings: Settings, *, sleep: Callable[[float], None] = time.sleep
+    session: Session,
+    settings: Settings,
+    *,
+    session_ends: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[float]:
     """Hold the run lock within the block; yields the seconds that were waited for it.
 
+    ``session_ends`` says that the block itself ends the session, as a restore does when it swaps databases.
     Raises :class:`LockBusy` when another run holds it for ``settings.run_lock_timeout`` seconds.
     """
     started = time.monotonic()
@@ -73,7 +78,7 @@ def lock(
     try:
         yield time.monotonic() - started
     finally:
-        _release(session)
+        _release(session, session_ends)
 
 
 def _try(session: Session) -> bool:
@@ -86,11 +91,12 @@ def _try(session: Session) -> bool:
     return True
 
 
-def _release(session: Session) -> None:
+def _release(session: Session, session_ends: bool) -> None:
     try:
         released = session.value("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
     except QueryFailed as error:
-        log.warning("the connection that held the run lock was lost, and the lock with it: %s", error.text)
+        level = logging.DEBUG if session_ends else logging.WARNING
+        log.log(level, "the connection that held the run lock was lost, and the lock with it: %s", error.text)
         return
     if not released:
         log.warning("the run lock was not ours any more when it was released")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, wait_random_exponential
 
-from migrator.errors import AccessDenied, Unreachable
+from migrator.errors import AccessDenied, NoSuchDatabase, Unreachable
 from migrator.postgres import ConnectFailed, Refusal, Session, connect
 from migrator.settings import Settings
 from migrator.target import Target
@@ -92,7 +92,9 @@ class _Complaint:
 
 
 def _denied(target: Target, error: ConnectFailed) -> AccessDenied:
+    kind = AccessDenied
     if error.refusal is Refusal.NO_DATABASE:
+        kind = NoSuchDatabase
         step = "create the database, or wait for it with MIGRATOR_WAIT_FOR_DATABASE=true"
     elif error.sqlstate.startswith("28") or "password" in error.text:
         step = "check user and password, and the server's pg_hba.conf; `migrator settings` shows where they come from"
@@ -103,4 +105,4 @@ def _denied(target: Target, error: ConnectFailed) -> AccessDenied:
     else:
         step = "check sslmode, sslrootcert and the server's certificate"
     code = f" [{error.sqlstate}]" if error.sqlstate else ""
-    return AccessDenied(f"{target} refuses: {error.text.rstrip('.')}{code}.", next_step=step)
+    return kind(f"{target} refuses: {error.text.rstrip('.')}{code}.", next_step=step)
