@@ -35,7 +35,7 @@ class Restored:
 
     ``database`` holds the backup now; ``kept`` is the name that the database which was there before has now
     (empty where nothing was replaced); ``rows`` of ``tables`` were counted and are those of the manifest;
-    ``notes`` name what did not come back as it was.
+    ``notes`` name what did not come back as it was; ``beside`` whether it is a look and not the database itself.
     """
 
     backup: Backup
@@ -45,6 +45,7 @@ class Restored:
     rows: int
     seconds: float
     notes: tuple[str, ...] = ()
+    beside: bool = False
 
     @property
     def message(self) -> str:
@@ -60,7 +61,9 @@ class Restored:
         """Return how to get rid of what is left over."""
         if self.kept:
             return f"when you no longer need it: DROP DATABASE {quote_identifier(self.kept)};"
-        return f"when you no longer need it: DROP DATABASE {quote_identifier(self.database)};"
+        if self.beside:
+            return f"when you no longer need it: DROP DATABASE {quote_identifier(self.database)};"
+        return "`migrator status` shows where it is"
 
 
 def restore(
@@ -106,6 +109,7 @@ def restore(
         rows=rows,
         seconds=round(time.monotonic() - started, 3),
         notes=tuple(notes),
+        beside=to is not None,
     )
     LOGGER.info("%s", restored.message)
     return restored
