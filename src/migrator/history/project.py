@@ -71,6 +71,7 @@ def _has_alembic_table(path: Path) -> bool:
 def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | None = None) -> Config:
     """Make Alembic's Config as its own command line would; raises :class:`SettingsError`."""
     from alembic.config import CommandLine, Config
+    from alembic.util import CommandError
 
     ini, toml, location = find_project(options, folder)
     if cmd_opts is None:
@@ -90,6 +91,8 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
         raise SettingsError([f"this Alembic is too old to read {toml}: that takes 1.16 or newer"]) from None
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise SettingsError([f"{ini} cannot be read: {' '.join(str(error).split())}"]) from error
+    except CommandError:
+        raise SettingsError([f"{ini} has no section [{options.name}]"]) from None
     if not found and not toml:
         raise SettingsError([f"{ini} has no script_location in its section [{options.name}]"])
     return config
