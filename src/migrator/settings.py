@@ -8,6 +8,7 @@ Every problem is found before any is reported.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -81,7 +82,8 @@ def backup_url(text: str) -> str:
         return f"file://{text}"
     if re.match(r"^file:///.", text):
         return text
-    raise ValueError(f"{text!r} is not a folder such as file:///backups")
+    shown = "an address" if "@" in text else repr(text)  # which may hold a password
+    raise ValueError(f"{shown} is not a folder such as file:///backups")
 
 
 def _only_stop(text: str) -> str:
@@ -240,19 +242,38 @@ def load(
     target = _find_target(variables, sources, problems)
     if target is None and needs_target and not any("address" in problem for problem in problems):
         empty = [name for name in ADDRESS_VARIABLES if name in environment and not environment[name].strip()]
-        problems.append(_NO_ADDRESS + (f"; {' and '.join(empty)} is empty" if empty else ""))
+        hints = [f"{' and '.join(empty)} is empty"] if empty else []
+        hints += [text for text in _unknown_variables(environment) if "_URL" in text]
+        problems.append("; ".join([_NO_ADDRESS, *hints]))
     if problems:
         raise SettingsError(problems)
-    secrets = set(target.secrets if target else ()) | {
-        variables[name] for name in SECRET_VARIABLES if variables.get(name)
-    }
     return Settings(
         **values,
         target=target,
         sources=sources,
         warnings=tuple(_unknown_variables(environment)),
-        secrets=tuple(sorted(secrets, key=len, reverse=True)),
+        secrets=tuple(sorted(_secrets(target, variables), key=len, reverse=True)),
     )
+
+
+def _secrets(target: Target | None, variables: Mapping[str, str]) -> set[str]:
+    """Return every secret that the environment holds, also those of addresses that this run does not use.
+
+    A user's ``env.py`` may print them.
+    """
+    secrets = set(target.secrets if target else ())
+    for name in SECRET_VARIABLES:
+        text = variables.get(name, "").strip()
+        if not text:
+            continue
+        if not name.endswith("PASSWORD"):
+            with contextlib.suppress(BadAddress):
+                found = parse(text)
+                secrets.update(found.secrets)
+                if not found.secrets:
+                    continue  # an address without a password is none
+        secrets.add(variables[name])
+    return secrets
 
 
 def _pick(
@@ -298,15 +319,20 @@ def _read_file(folder: Path, problems: list[str]) -> tuple[dict[str, str], str]:
     """Return ``[tool.migrator]`` of the folder's pyproject.toml as text values."""
     path = folder / "pyproject.toml"
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("migrator", {})
+        document: Any = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}, path.name
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return {}, path.name
+    for key in ("tool", "migrator"):
+        document = document.get(key, {})
+        if not isinstance(document, dict):
+            problems.append(f"{path.name}: {key} is not a table: write [tool.migrator]")
+            return {}, path.name
     known = {item.name: item for item in options()}
     values: dict[str, str] = {}
-    for key, value in table.items():
+    for key, value in document.items():
         name = key.replace("-", "_")
         if name not in known:
             problems.append(f"{path.name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
