@@ -243,5 +243,5 @@ def wait_until_it_answers(engine: Engine, daemon: subprocess.Popen[bytes], log: 
 def stop(daemon: subprocess.Popen[bytes]) -> None:
     """Ask the daemon to end, and wait: it unmounts what it mounted."""
     if daemon.poll() is None:
-        sudo("kill", "-TERM", str(daemon.pid))
+        sudo("sh", "-c", f"kill -TERM {daemon.pid}")  # the shell's own: a minimal machine has no other
     daemon.wait(timeout=60)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.engine.conftest import PLANTED_ROOTS, VERSION
 from tests.engine.containers import Migrator, wait_for
-from tests.engine.engine import Engine, reach
+from tests.engine.engine import Engine, reach, sudo
 from tests.support.projects import Revision, linear_history
 
 pytestmark = pytest.mark.engine
@@ -147,8 +147,8 @@ def test_a_stopped_run_rolls_back_and_says_so_quickly(
     container = migrator.start("upgrade", options=options)
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%pg_sleep(300)%'"
     wait_for(lambda: int(migrator.psql(f"{query} AND pid <> pg_backend_pid()")[0]), 60, "r002 runs")
-    processes = migrator.engine.run("top", container, "-o", "pid,args").stdout.splitlines()
-    assert processes[1].split()[1].startswith("/opt/migrator/bin/python"), processes
+    first_process = sudo("cat", f"/proc/{migrator.inspect(container)['State']['Pid']}/cmdline").stdout
+    assert first_process.startswith("/opt/migrator/bin/python"), first_process
 
     begun = time.monotonic()
     migrator.engine.run("stop", "-t", "60", container, timeout=90)
