@@ -132,7 +132,7 @@ class FolderStore:
             except BadManifest as error:
                 raise RestoreFailed(f"The manifest {path} cannot be used: {error}.") from error
         for backup in self.backups(database):
-            if wanted in (LATEST, backup.name):
+            if wanted and wanted in (LATEST, backup.name):
                 return backup
         what = f"of database {database}" if wanted == LATEST else f"{wanted!r} of database {database}"
         raise RestoreFailed(

@@ -1,0 +1,82 @@
+"""Settings for a test's database, and one call that backs it up or restores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrator.backups.manifest import Backup
+from migrator.backups.restore import Restored, restore
+from migrator.postgres import connect
+from migrator.settings import Settings, load
+from migrator.stages.backup import back_up
+from tests.support import leaks
+from tests.support.servers import Database
+
+APPLICATION = "migrator/test-host 20260101-run"
+
+RICH = (Path(__file__).parent / "rich.sql").read_text(encoding="utf-8")
+
+
+class Workbench:
+    """A database, its settings, and its backup folder."""
+
+    def __init__(self, database: Database, folder: Path, **variables: str) -> None:
+        self.database = database
+        self.folder = folder
+        environment = {
+            "DATABASE_URL": database.url,
+            "MIGRATOR_BACKUP_URL": folder.as_uri(),
+            "MIGRATOR_PG_BIN": str(database.server.bin),
+            **variables,
+        }
+        self.settings: Settings = load({}, environment, folder.parent)
+        self.target = self.settings.required_target
+
+    def back_up(self, **options: Any) -> Backup:
+        """Back the database up in this process."""
+        with connect(self.target, APPLICATION, 10) as session:
+            given = {"run_id": "run1", "revisions": ("r1",), "application_name": APPLICATION}
+            return back_up(session, self.settings, **{**given, **options})
+
+    def restore(self, wanted: str = "latest", **options: Any) -> Restored:
+        """Restore in this process."""
+        given = {"to": None, "run_id": "run2", "application_name": APPLICATION, "replace": True}
+        return restore(self.target, self.settings, wanted, **{**given, **options})
+
+    def files(self) -> list[str]:
+        """Return what is in the backup folder."""
+        return sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+
+    def databases(self) -> set[str]:
+        """Return the databases that start with this one's name."""
+        names = {row[0] for row in self.database.server.psql("SELECT datname::text FROM pg_database")}
+        return {name for name in names if name.startswith(self.database.name)}
+
+    def sessions(self) -> list[Any]:
+        """Return the sessions that bear our name, anywhere on the server."""
+        return self.database.server.psql(
+            "SELECT datname, application_name, query FROM pg_stat_activity WHERE application_name LIKE %s",
+            [APPLICATION[:10] + "%"],
+        )
+
+
+@pytest.fixture
+def workbench(tmp_path: Path) -> Iterator[Callable[..., Workbench]]:
+    """Make a Workbench for a database; afterwards drop what restores left, and look for the password in the folder."""
+    made: list[Workbench] = []
+
+    def make(database: Database, **variables: str) -> Workbench:
+        bench = Workbench(database, tmp_path / "backups", **variables)
+        made.append(bench)
+        return bench
+
+    yield make
+    for bench in made:
+        for name in bench.databases() - {bench.database.name}:
+            bench.database.server.drop_database(name)
+        found = leaks.find_in_files([bench.folder]) if bench.folder.is_dir() else []
+        assert not found, found

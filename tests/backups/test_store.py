@@ -1,0 +1,156 @@
+"""What is in the folder under its final name is whole; what a killed run leaves is found and removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from migrator.backups import store as module
+from migrator.backups.manifest import Backup
+from migrator.backups.store import FolderStore, new_id, open_store
+from migrator.errors import BackupFailed, RestoreFailed
+
+from .test_manifest import BACKUP
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    found = FolderStore(tmp_path / "backups")
+    found.prepare()
+    return found
+
+
+def add(store: FolderStore, created_at: str = "2026-01-01T12:00:00+00:00", **facts: object) -> Backup:
+    database = str(facts.get("database", "shop"))
+    backup_id = new_id(database)
+    with store.new_dump(backup_id) as part:
+        part.write(b"abc")
+        part.write(b"def")
+        part.sync()
+        backup = dataclasses.replace(
+            BACKUP,
+            **{"database": "shop", **facts},  # type: ignore[arg-type]
+            id=backup_id,
+            created_at=created_at,
+            sha256=part.sha256,
+            size_bytes=part.size,
+        )
+        return store.add(part, backup)
+
+
+def test_a_backup_is_two_files_that_only_we_can_read(store: FolderStore) -> None:
+    backup = add(store)
+    names = sorted(os.listdir(store.folder))
+    assert names == [f"{backup.id}.dump", f"{backup.id}.json"]
+    modes = {stat.S_IMODE((store.folder / name).stat().st_mode) for name in names}
+    assert modes == {0o600}
+    assert store.dump_path(backup.id).read_bytes() == b"abcdef"
+    assert module.checksum(store.dump_path(backup.id)) == (backup.sha256, 6)
+    assert store.backups() == [backup]
+
+
+def test_names(store: FolderStore) -> None:
+    first = add(store, "2026-01-01T12:00:00+00:00", name="before")
+    second = add(store, "2026-01-02T12:00:00+00:00", name="before")
+    other = add(store, "2026-01-03T12:00:00+00:00", database="crm")
+    assert store.get("latest", "shop") == second
+    assert store.get("before", "shop") == second
+    assert store.get(first.id, "shop") == first
+    assert store.get(other.id, "shop") == other
+    assert store.get("latest", "crm") == other
+    assert [backup.id for backup in store.backups()] == [other.id, second.id, first.id]
+    assert store.backups("crm") == [other]
+    for wanted in ("nothing", "../backups/" + first.id, ""):
+        with pytest.raises(RestoreFailed, match="There is no backup"):
+            store.get(wanted, "shop")
+
+
+def test_a_dump_without_manifest_or_a_manifest_without_dump_is_no_backup(
+    store: FolderStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, lost, torn, renamed = add(store), add(store), add(store), add(store)
+    store.dump_path(lost.id).unlink()
+    (store.folder / f"{torn.id}.json").write_text('{"format": 1, "id":')
+    os.rename(store.folder / f"{renamed.id}.json", store.folder / "x.json")
+    (store.folder / "stray.dump").write_bytes(b"x")
+    assert store.backups() == [kept]
+    for word in ("is missing", "not JSON", "it was renamed"):
+        assert word in caplog.text
+    with pytest.raises(RestoreFailed, match="renamed"):
+        store.get("x", "shop")
+
+
+def test_a_failure_leaves_nothing(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        with store.new_dump(new_id("shop")) as part:
+            part.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert os.listdir(store.folder) == []
+    real = os.rename
+
+    def second_fails(source: Path, target: Path) -> None:
+        if str(target).endswith(".json"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(module.os, "rename", second_fails)
+    with pytest.raises(OSError, match="No space"):
+        add(store)
+    assert os.listdir(store.folder) == []
+
+
+def test_what_dead_runs_left_is_removed_and_what_lives_is_not(store: FolderStore) -> None:
+    dead = store.folder / f"{new_id('shop')}.dump.part"
+    dead.write_bytes(b"x")
+    other_young = store.folder / f"{new_id('crm')}.dump.part"
+    other_young.write_bytes(b"x")
+    other_old = store.folder / f"{new_id('crm')}.dump.part"
+    other_old.write_bytes(b"x")
+    live_old = store.folder / f"{new_id('shop')}.dump.part"
+    live_old.write_bytes(b"x")
+    for path in (other_old, live_old):
+        os.utime(path, (time.time() - 7200,) * 2)
+    stranger = store.folder / "mine.tar"
+    stranger.write_bytes(b"x")
+    with live_old.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        store.remove_stale("shop")
+    left = {path.name for path in store.folder.iterdir()}
+    assert left == {other_young.name, live_old.name, stranger.name}
+
+
+def test_the_id_is_a_file_name_whatever_the_database_is_called() -> None:
+    for name in ("shop", "../../etc/passwd", "a b'\"ü\n", ".hidden", "x" * 63, "ü" * 30):
+        backup_id = new_id(name)
+        assert "/" not in backup_id
+        assert not backup_id.startswith(".")
+        assert len(backup_id) < 80
+        assert backup_id.isascii()
+    assert new_id("shop") != new_id("shop")
+
+
+def test_a_missing_folder_is_made_and_an_impossible_one_explained(tmp_path: Path) -> None:
+    place = tmp_path / "with %41 space" / "deep"
+    store = open_store(place.as_uri())
+    assert store.backups() == []
+    store.prepare()
+    assert place.is_dir()
+    assert os.listdir(place) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackupFailed, match="cannot be written") as caught:
+        open_store((tmp_path / "file").as_uri()).prepare()
+    assert str(tmp_path / "file") in str(caught.value)
+    assert "MIGRATOR_BACKUP_URL" in caught.value.next_step
+    with pytest.raises(BackupFailed):
+        open_store((tmp_path / "file" / "below").as_uri()).prepare()
+    with pytest.raises(RestoreFailed, match="cannot be listed"):
+        open_store((tmp_path / "file").as_uri()).backups()

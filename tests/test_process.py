@@ -1,0 +1,208 @@
+"""Children are streamed, bounded, ended with whatever ends us, and given nothing but what they need."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from migrator import process
+
+PYTHON = sys.executable
+
+
+class Stop(BaseException):
+    """What a signal handler raises."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """Have SIGTERM raise Stop in the main thread, as the pipeline's handler does."""
+
+    def raise_stop(_number: int, _frame: FrameType | None) -> None:
+        raise Stop
+
+    previous = signal.signal(signal.SIGTERM, raise_stop)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+def python(code: str, *arguments: str, **options: object) -> process.Finished:
+    command = [PYTHON, "-c", textwrap.dedent(code), *arguments]
+    return process.run(command, environment=process.base_environment(), **options)  # type: ignore[arg-type]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: object, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_both_pipes_are_drained_whatever_the_order() -> None:
+    chunks: list[bytes] = []
+    finished = python(
+        """
+        import os
+        os.write(2, b"e" * 3_000_000)
+        for _ in range(50): os.write(1, b"o" * 100_000)
+        os.write(2, b"E" * 3_000_000 + b"the end")
+        os._exit(7)
+        """,
+        on_output=chunks.append,
+    )
+    assert finished.status == 7
+    assert b"".join(chunks) == b"o" * 5_000_000
+    assert len(finished.stderr) == process.STDERR_KEPT
+    assert finished.stderr.endswith("the end")
+
+
+def test_a_child_ended_by_a_signal_says_which() -> None:
+    assert python("import os; os.kill(os.getpid(), 9)").status == -9
+
+
+def test_the_environment_is_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIGRATOR_SECRET_OF_OURS", "x")
+    chunks: list[bytes] = []
+    code = "import os; print(sorted(os.environ))"
+    process.run(
+        [PYTHON, "-c", code], environment={"PATH": "/bin", "PGPASSWORD": "p"}, on_output=chunks.append
+    )
+    names = eval(b"".join(chunks))  # noqa: S307 - what repr() wrote
+    assert set(names) - {"LC_CTYPE"} == {"PATH", "PGPASSWORD"}  # Python itself sets LC_CTYPE
+
+
+def test_a_failing_reader_ends_the_child_and_what_it_started(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def fail(chunk: bytes) -> None:
+        pids.extend(int(word) for word in chunk.split())
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        python(
+            """
+            import os, subprocess, time
+            other = subprocess.Popen(["sleep", "60"])
+            print(os.getpid(), other.pid, flush=True)
+            time.sleep(60)
+            """,
+            on_output=fail,
+        )
+    assert len(pids) == 2
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+@pytest.mark.usefixtures("alarm")
+def test_an_exception_from_a_signal_handler_ends_the_child() -> None:
+    pids: list[int] = []
+
+    def interrupt(chunk: bytes) -> None:
+        pids.append(int(chunk))
+        code = f"import os, time; time.sleep(0.2); os.kill({os.getpid()}, 15)"
+        subprocess.Popen([PYTHON, "-c", code])
+
+    started = time.monotonic()
+    with pytest.raises(Stop):
+        python(
+            "import os, time; print(os.getpid(), flush=True); time.sleep(60)",
+            on_output=interrupt,
+        )
+    assert time.monotonic() - started < 10
+    assert not alive(pids[0])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pids[0], os.WNOHANG)  # reaped
+
+
+def test_a_child_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "GRACE", 0.2)
+    pids: list[int] = []
+
+    def fail(chunk: bytes) -> None:
+        pids.append(int(chunk))
+        raise Stop
+
+    with pytest.raises(Stop):
+        python(
+            """
+            import os, signal, time
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print(os.getpid(), flush=True)
+            time.sleep(60)
+            """,
+            on_output=fail,
+        )
+    assert not alive(pids[0])
+
+
+def test_the_timeout_counts_with_pipes_open_and_with_pipes_closed() -> None:
+    for code in ("import time; time.sleep(60)", "import os, time; os.close(1); os.close(2); time.sleep(60)"):
+        started = time.monotonic()
+        with pytest.raises(process.TimedOut, match=r"did not end within 0\.5 s"):
+            python(code, timeout=0.5)
+        assert time.monotonic() - started < 5
+
+
+def test_a_program_that_is_missing_is_an_oserror() -> None:
+    with pytest.raises(FileNotFoundError):
+        process.run(["/nonexistent/pg_dump"], environment={})
+
+
+def terminate_ourselves() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("alarm")
+def test_uninterrupted_holds_signals_back_and_hands_them_on() -> None:
+    done = []
+
+    def work() -> None:
+        with process.uninterrupted():
+            terminate_ourselves()
+            done.append("all of it")
+
+    with pytest.raises(Stop):
+        work()
+    assert done == ["all of it"]
+
+
+@pytest.mark.usefixtures("alarm")
+def test_uninterrupted_can_forget_what_came_too_late() -> None:
+    with process.uninterrupted(forget=True):
+        terminate_ourselves()
+    with pytest.raises(Stop):  # and the handler is back
+        terminate_ourselves()
+
+
+def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(process.__file__).parents[1])!r})
+        from migrator import process
+        child = "import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+        process.run([sys.executable, "-c", child], environment=process.base_environment())
+    """
+    parent = subprocess.Popen([PYTHON, "-c", textwrap.dedent(code)])
+    try:
+        wait_until(lambda: note.exists() and note.read_text())
+    finally:
+        parent.kill()
+        parent.wait(10)
+    wait_until(lambda: not alive(int(note.read_text())))
