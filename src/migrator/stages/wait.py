@@ -15,6 +15,8 @@ from migrator.target import Target
 
 log = logging.getLogger("migrator.wait")
 
+_LAST_ATTEMPT = 0.5  # seconds that are kept for it
+
 
 def wait(
     target: Target,
@@ -43,11 +45,12 @@ def wait(
     pause = wait_random_exponential(multiplier=0.25, max=5)
 
     def bounded_pause(state: RetryCallState) -> float:
-        return max(0.0, min(max(0.1, pause(state)), left()))
+        # The last pause is cut short: a server that comes up in the last second is still met.
+        return max(0.1, min(pause(state), left() - _LAST_ATTEMPT))
 
     retrying = Retrying(
         retry=retry_if_exception(lambda error: _can_pass(error, settings)),
-        stop=lambda state: left() <= 0.05 or state.upcoming_sleep >= left(),
+        stop=lambda state: left() <= state.upcoming_sleep + 0.05,
         wait=bounded_pause,
         before_sleep=_Complaint(target, left),
     )
