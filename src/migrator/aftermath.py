@@ -121,6 +121,8 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
             state="All was rolled back.",
             next_step="run it again when the table is less busy, or give it longer with MIGRATOR_LOCK_TIMEOUT",
         )
+    if code == "42501":  # before env.py is entered too: Alembic makes its version table on the way
+        return _may_not(what)
     if not after.entered:
         if code.startswith("28") or code == "3D000" or "OperationalError" in type(error).__name__:
             return AccessDenied(
@@ -132,8 +134,6 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
             what,
             next_step="mend env.py, or put what it imports into the image (PYTHONPATH, or FROM migrator)",
         )
-    if code == "42501":
-        return _may_not(what)
     where = f" {after.failed_in}" if after.failed_in else ""
     return RolledBack(
         what, state="Everything was rolled back.", next_step=f"mend revision{where}, then run migrator again"
@@ -151,7 +151,7 @@ def _may_not(what: str) -> AccessDenied:
 
 def _what(error: BaseException, after: Aftermath) -> str:
     where = f"Revision {after.failed_in} failed" if after.failed_in else "Alembic failed"
-    if not after.entered:
+    if not after.entered and sqlstate(error) != "42501":
         where = "env.py failed"
     if isinstance(error, Interrupt):
         return f"Interrupted by {error.name}" + (
