@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -144,6 +145,19 @@ def test_a_run_that_hangs_is_killed_and_fails(tmp_path: Path) -> None:
         runner(timeout=0.5)
     assert leaks.process_tree(runner.runs[0].pid) == [runner.runs[0].pid]
     runner.close()
+
+
+def test_what_a_killed_run_left_behind_is_ended(tmp_path: Path) -> None:
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    runner = leaky(tmp_path, code)
+    run = runner.start()
+    run.wait_for("\n")
+    run.kill()
+    child = Path(f"/proc/{run.finish().stdout.strip()}/cmdline")
+    assert child.read_bytes() == b"sleep\x0060\x00"
+    runner.close()
+    time.sleep(0.1)
+    assert not child.exists() or not child.read_bytes()
 
 
 def test_the_environment_holds_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

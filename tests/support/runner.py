@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +151,14 @@ class Running:
                 continue
         self.process.wait(10)
 
+    def end(self) -> None:
+        """Kill what is left of it: the command if it still runs, and what it started and left behind."""
+        if self.process.poll() is None:
+            self._kill_all()
+        self.finish(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
 
 class Runner:
     """Start `migrator` with a clean environment; remember every run, to search them all for the password."""
@@ -200,14 +208,7 @@ class Runner:
     def close(self) -> None:
         """End what still runs, then fail if any run gave the planted password away."""
         for run in self.runs:
-            if run.result is None:
-                run._kill_all() if run.process.poll() is None else None
-                run.finish(10)
+            run.end()
         found = [leak for run in self.runs for leak in run.leaks()]
         found += leaks.find_in_files(self._watched)
         assert not found, "the planted password got out:\n" + "\n".join(found)
-
-    def clear(self) -> None:
-        """Forget all runs and their backups."""
-        self.runs.clear()
-        shutil.rmtree(self.backups, ignore_errors=True)
