@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tests.engine.engine import CACHE, Engine, as_root, call, find_program, install, reach, sudo
 
-PACKAGES = ("podman", "catatonit", "netavark", "aardvark-dns")
+# netavark drives iptables in Debian 12, and nft, which it only suggests, in Debian 13.
+PACKAGES = ("podman", "catatonit", "netavark", "aardvark-dns", "iptables", "nftables")
 CONFIGURATION = """\
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]
