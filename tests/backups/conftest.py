@@ -10,7 +10,7 @@ import pytest
 
 from migrator.backups.manifest import Backup
 from migrator.backups.restore import Restored, restore
-from migrator.postgres import connect
+from migrator.postgres import connect, quote_identifier
 from migrator.settings import Settings, load
 from migrator.stages.backup import back_up
 from tests.support import leaks
@@ -60,7 +60,7 @@ class Workbench:
         """Return the sessions that bear our name, anywhere on the server."""
         return self.database.server.psql(
             "SELECT datname, application_name, query FROM pg_stat_activity WHERE application_name LIKE %s",
-            [APPLICATION[:10] + "%"],
+            [APPLICATION[:20] + "%"],
         )
 
 
@@ -77,6 +77,6 @@ def workbench(tmp_path: Path) -> Iterator[Callable[..., Workbench]]:
     yield make
     for bench in made:
         for name in bench.databases() - {bench.database.name}:
-            bench.database.server.drop_database(name)
+            bench.database.server.psql(f"DROP DATABASE {quote_identifier(name)} WITH (FORCE)")
         found = leaks.find_in_files([bench.folder]) if bench.folder.is_dir() else []
         assert not found, found

@@ -443,6 +443,7 @@ def test_two_restores_of_one_database_at_once(
         with pytest.raises(LockBusy, match="Another restore"):
             bench.restore(run_id="second")
 
+    monkeypatch.setattr(module, "_LOCK_PATIENCE", 0.3)
     monkeypatch.setattr(databases, "mark", meanwhile)
     bench.restore()
 

@@ -27,6 +27,7 @@ from migrator.settings import Settings
 from migrator.target import Target
 
 LOGGER = logging.getLogger("migrator.restore")
+_LOCK_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,24 @@ class _Restore:
         _check_file(self._backup)
         with self._connect() as session:
             self._session = session
-            key = f"migrator restore {self._target.database}"
-            if not session.value("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [key]):
-                raise LockBusy(
-                    f"Another restore of {self._target.database} is running on this server.",
-                    next_step="wait for its end, then try again",
-                )
+            self._keep_others_out()
             self._check_role()
             for name in databases.marked(session, self._target.database):
                 LOGGER.info("dropping %s, which an interrupted restore left", name)
                 databases.drop(session, name)
             yield
+
+    def _keep_others_out(self) -> None:
+        """Take a lock that ends with our session; wait a little for that of a run that was just killed."""
+        key = f"migrator restore {self._target.database}"
+        deadline = time.monotonic() + _LOCK_PATIENCE
+        while not self._session.value("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [key]):
+            if time.monotonic() > deadline:
+                raise LockBusy(
+                    f"Another restore of {self._target.database} is running on this server.",
+                    next_step="wait for its end, then try again",
+                )
+            time.sleep(0.1)
 
     def beside(self, name: str) -> tuple[str, str, int, int, list[str]]:
         """Restore into a new database that stays."""
