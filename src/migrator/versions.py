@@ -40,10 +40,13 @@ class KnowsRevisions(Protocol):
     """What is needed of the history to recognise its version table."""
 
     def version_table(self) -> VersionTable | None:
-        """Return the table that ``env.py`` names in so many words, or None."""
+        """Return the table that ``env.py`` names, or None where only running it would tell."""
 
     def known(self) -> frozenset[str]:
         """Return the ids of all revisions."""
+
+    def hints(self) -> frozenset[str]:
+        """Return the values of ``-x``."""
 
 
 def read_version(
@@ -51,36 +54,53 @@ def read_version(
 ) -> tuple[VersionTable | None, tuple[str, ...]]:
     """Return the version table that is there, or None, and its revisions.
 
-    Its name comes from the setting, else from what ``env.py`` says in so many words, else from the tables
-    that hold a revision of this history.  Raises :class:`SettingsError` where several do.
+    Its name comes from the setting, else from what ``env.py`` says.  Where only running that would tell, it is
+    the one that holds a revision of this history, in the schema that ``-x`` names if it names one.
+    Raises :class:`SettingsError` where that could be several.
     """
-    if setting:
-        schema, _, name = setting.rpartition(".")
-        named: VersionTable | None = VersionTable(name, schema)
-    else:
-        named = history.version_table()
-    if named is not None:
-        return _read_named(session, named)
-    known = history.known()
-    found = []
-    for schema, name in session.query(_VERSION_TABLES):
-        table = VersionTable(name, schema)
-        rows = read_rows(session, table)
-        if known & set(rows):
-            found.append((table, rows))
-    if len(found) > 1:
+    schema, _, name = setting.rpartition(".")
+    named = VersionTable(name, schema) if setting else history.version_table()
+    hints = history.hints()
+    told = hints & {row[0] for row in session.query("SELECT nspname::text FROM pg_namespace")}
+    if named is not None and (named.schema or not told):
+        return (named, read_rows(session, named)) if _exists(session, named) else (None, ())
+    found = _search(session, history.known(), named.name if named else "", told)
+    if len(found) > 1 or (found and hints and not told):
         names = ", ".join(str(table) for table, _ in found)
         raise SettingsError(
-            [f"env.py computes its version table, and several hold this history's revisions: {names}"],
+            [f"only env.py knows which version table is meant, and revisions are in: {names}"],
             next_step="name the right one with MIGRATOR_VERSION_TABLE",
         )
     return found[0] if found else (None, ())
 
 
-def _read_named(session: Session, table: VersionTable) -> tuple[VersionTable | None, tuple[str, ...]]:
-    if session.value("SELECT to_regclass(%s) IS NULL", (table.quoted,)):
-        return None, ()
-    return table, read_rows(session, table)
+def _search(
+    session: Session, known: frozenset[str], name: str, schemas: frozenset[str]
+) -> list[tuple[VersionTable, tuple[str, ...]]]:
+    """Return the tables that hold known revisions, else those that hold any (this image may be the older one).
+
+    ``name`` and ``schemas`` narrow the search where they are not empty.
+    """
+    found = []
+    denied: AccessDenied | None = None
+    for row in session.query(_VERSION_TABLES):
+        table = VersionTable(row[1], row[0])
+        if (name and table.name != name) or (schemas and table.schema not in schemas):
+            continue
+        try:
+            rows = read_rows(session, table)
+        except AccessDenied as error:  # another application's, unless there is no better one
+            denied = error
+            continue
+        if rows:
+            found.append((table, rows))
+    if denied and not found:
+        raise denied
+    return [(table, rows) for table, rows in found if known & set(rows)] or found
+
+
+def _exists(session: Session, table: VersionTable) -> bool:
+    return bool(session.value("SELECT to_regclass(%s) IS NOT NULL", (table.quoted,)))
 
 
 def read_rows(session: Session, table: VersionTable) -> tuple[str, ...]:

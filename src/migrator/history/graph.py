@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from migrator.errors import HistoryError
+from migrator.history.env_file import version_table
 from migrator.history.project import ProjectOptions, make_config, tell_address
 from migrator.target import Target
 from migrator.versions import VersionTable
@@ -58,6 +58,7 @@ class History:
 
     def __init__(self, options: ProjectOptions, target: Target | None, folder: Path | None = None) -> None:
         self._target = target
+        self._options = options
         self.config = make_config(options, folder or Path.cwd())
         self.script = self._read()
 
@@ -127,25 +128,17 @@ class History:
         return frozenset(script.revision for script in self.script.walk_revisions())
 
     def version_table(self) -> VersionTable | None:
-        """Return the version table that ``env.py`` names in so many words; None where it is computed.
+        """Return the version table that ``env.py`` names; None where only running it would tell."""
+        return version_table(
+            Path(self.script.env_py_location), self.config.get_main_option, self._options.x or ()
+        )
 
-        Read from the file's syntax tree: running ``env.py`` to find out would import the application.
-        """
-        place = Path(self.script.env_py_location)
-        try:
-            tree = ast.parse(place.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, ValueError):
-            return None
-        found = {"version_table": "alembic_version", "version_table_schema": ""}
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            for keyword in call.keywords:
-                if keyword.arg is None and _is_configure(call):
-                    return None
-                if keyword.arg in found:
-                    if not isinstance(keyword.value, ast.Constant):
-                        return None
-                    found[keyword.arg] = str(keyword.value.value or found[keyword.arg])
-        return VersionTable(found["version_table"], found["version_table_schema"])
+    def hints(self) -> frozenset[str]:
+        """Return those values of ``-x`` that may name a schema: an ``env.py`` that serves several is told so."""
+        values = (item.partition("=")[2] or item for item in self._options.x or ())
+        return frozenset(
+            value for value in values if value.isidentifier() and value.lower() not in _NO_SCHEMAS
+        )
 
     # -- planning --------------------------------------------------------------------------------------
 
@@ -245,6 +238,8 @@ class History:
             self.script.run_env()
 
 
+_NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
+
 _GRAPH_STEP = "mend the revision files; `alembic branches` and `alembic history` show the graph"
 
 
@@ -289,9 +284,3 @@ def _rows_after(steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:
     for step in steps:
         maintainer.update_to_step(step)
     return frozenset(maintainer.heads)
-
-
-def _is_configure(call: ast.Call) -> bool:
-    function = call.func
-    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    return name == "configure"

@@ -77,7 +77,7 @@ def inspect(
     baseline = settings.baseline if table is None or not current else ""
     unknown = history.unknown(current)
     if unknown and kind != "stamp":
-        raise _ahead(session, history, unknown)
+        raise _ahead(session, history, unknown, table)
     if table is None and tables and kind == "upgrade" and not baseline and not read_only:
         raise Unversioned(
             f"{session.target} has {tables} tables but no version table.",
@@ -105,12 +105,15 @@ def _refuse_standby(session: Session) -> None:
         )
 
 
-def _ahead(session: Session, history: History, unknown: tuple[str, ...]) -> DatabaseAhead:
+def _ahead(
+    session: Session, history: History, unknown: tuple[str, ...], table: VersionTable | None
+) -> DatabaseAhead:
     return DatabaseAhead(
         f"{session.target} is at revision {_some(unknown)}, which this image does not have"
         f" (its newest is {_some(history.heads)}): the image is older than the schema, or another project's.",
         next_step="deploy the image that has the revision; to go back, run its `migrator downgrade`"
-        f" to {_some(history.heads)} first",
+        f" to {_some(history.heads)} first; if {table} is another project's, name this one's with"
+        " MIGRATOR_VERSION_TABLE",
     )
 
 

@@ -1,0 +1,140 @@
+"""What ``env.py`` says of its version table, read from its syntax tree: running it would import the application."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from migrator.versions import VersionTable
+
+
+class _NotKnown(Exception):
+    """The value can only be found by running the file."""
+
+
+def version_table(
+    place: Path, get_main_option: Callable[[str], str | None], x: Sequence[str]
+) -> VersionTable | None:
+    """Return the version table that an ``env.py`` configures; None where only running it would tell.
+
+    Understood are literals, names bound once to something that is understood, environment variables that are
+    set, ``config.get_main_option`` and ``context.get_x_argument(as_dictionary=True)``.
+    """
+    try:
+        text = place.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError):
+        return None
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    online = [call for call in calls if _is_configure(call) and _keywords(call) & {"connection", None}]
+    if not online:
+        return None  # a module of its own configures Alembic
+    reader = _Reader(tree, get_main_option, x)
+    try:
+        name = _only(reader, online, calls, "version_table") or "alembic_version"
+        schema = _only(reader, online, calls, "version_table_schema")
+    except (_NotKnown, RecursionError):
+        return None
+    if not schema and "search_path" in text:
+        return None  # in whatever schema comes first on that path
+    return VersionTable(name, schema)
+
+
+def _only(reader: _Reader, online: list[ast.Call], calls: list[ast.Call], keyword: str) -> str:
+    """Return the one value that a keyword has, in ``configure`` or in a helper that is handed it."""
+    given = [item.value for call in online for item in call.keywords if item.arg == keyword]
+    if not given and any(None in _keywords(call) for call in online):
+        raise _NotKnown  # **options
+    given = given or [
+        item.value
+        for call in calls
+        if not _is_configure(call)
+        for item in call.keywords
+        if item.arg == keyword
+    ]
+    values = {reader.value(node) or "" for node in given}
+    if len(values) > 1 or not all(isinstance(value, str) for value in values):
+        raise _NotKnown
+    return str(values.pop()) if values else ""
+
+
+def _is_configure(call: ast.Call) -> bool:
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name == "configure"
+
+
+def _keywords(call: ast.Call) -> set[str | None]:
+    return {item.arg for item in call.keywords}
+
+
+class _Reader:
+    """Evaluates the few kinds of expression in which projects name a version table."""
+
+    def __init__(self, tree: ast.Module, get_main_option: Callable[[str], str | None], x: Sequence[str]):
+        self._get_main_option = get_main_option
+        self._x = {item.partition("=")[0]: item.partition("=")[2] for item in x}
+        stored = [
+            node.id if isinstance(node, ast.Name) else node.arg
+            for node in ast.walk(tree)
+            if isinstance(node, ast.arg)
+            or (isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load))
+        ]
+        self._names = {name: node for name, node in _assignments(tree.body) if stored.count(name) == 1}
+
+    def value(self, node: ast.expr) -> Any:
+        """Return what an expression is worth; raises _NotKnown."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name) and node.id in self._names:
+            return self.value(self._names[node.id])
+        if isinstance(node, ast.JoinedStr):
+            return "".join(str(self.value(part)) for part in node.values)
+        if isinstance(node, ast.FormattedValue) and node.format_spec is None and node.conversion == -1:
+            return self.value(node.value)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            left, right = self.value(node.left), self.value(node.right)
+            if isinstance(left, str) and isinstance(right, str):
+                return left + right
+        if isinstance(node, ast.Subscript):
+            return self._look_up(ast.unparse(node.value), node.value, [node.slice])
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        raise _NotKnown
+
+    def _call(self, node: ast.Call) -> Any:
+        function = ast.unparse(node.func)
+        if function.endswith("get_x_argument") and ast.unparse(node).endswith("(as_dictionary=True)"):
+            return self._x
+        if node.keywords or not node.args:
+            raise _NotKnown
+        if function in {"os.getenv", "getenv"}:
+            return self._look_up("os.environ", node, node.args)
+        if function in {"config.get_main_option", "context.config.get_main_option"}:
+            found = self._get_main_option(str(self.value(node.args[0])))
+            return self.value(node.args[1]) if found is None and len(node.args) > 1 else found
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            return self._look_up(ast.unparse(node.func.value), node.func.value, node.args)
+        raise _NotKnown
+
+    def _look_up(self, mapping: str, node: ast.expr, arguments: Sequence[ast.expr]) -> Any:
+        key = self.value(arguments[0])
+        if mapping in {"os.environ", "environ"}:
+            if key not in os.environ:
+                raise _NotKnown  # env.py may well read a file of variables first
+            return os.environ[key]
+        values = self.value(node)
+        if not isinstance(values, dict):
+            raise _NotKnown
+        return values.get(key, self.value(arguments[1]) if len(arguments) > 1 else None)
+
+
+def _assignments(body: Iterable[ast.stmt]) -> Iterable[tuple[str, ast.expr]]:
+    for node in body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0].id, node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            yield node.target.id, node.value
