@@ -223,6 +223,9 @@ def main() -> int:
     except DemoError as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped; the demo's databases and backups are gone again.", file=sys.stderr)
+        return 130
     print(styled(f"\nAll of it held, in {time.monotonic() - began:.1f} s:"))
     for claim in demo.held:
         print(f"  - {claim}")

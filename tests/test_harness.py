@@ -172,7 +172,7 @@ def test_the_environment_holds_no_settings(monkeypatch: pytest.MonkeyPatch, tmp_
 def demo(**variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **variables}
     return subprocess.run(
-        [str(ROOT / "bin" / "demo")], env=environment, capture_output=True, text=True, timeout=120
+        [str(ROOT / "bin" / "demo")], env=environment, capture_output=True, text=True, timeout=300
     )
 
 
