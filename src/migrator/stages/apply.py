@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from migrator.aftermath import Aftermath, explain
 from migrator.errors import HistoryError, Internal, SettingsError
 from migrator.history import History, Plan
+from migrator.history.statements import lift_timeouts_for_concurrent_builds
 from migrator.interruption import Interrupt, Interruption
 from migrator.logs import Logs
 from migrator.outcome import RevisionResult
@@ -147,6 +148,7 @@ class Application:
             raise Internal("Another connection holds the apply lock, under our run lock.")
         self._backend_pid = int(ask("SELECT pg_backend_pid()"))
         self._set_timeouts(context, ask)
+        lift_timeouts_for_concurrent_builds(context.connection)
         steps = self.history.steps(self.plan.kind, self.plan.destination, heads, self.plan.baseline)
         context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
         self._watch_autocommit(context)
