@@ -76,7 +76,7 @@ class History:
                 script.revision_map._real_heads  # noqa: B018 - builds the rest of the graph, depends_on too
             except CommandError as error:
                 raise HistoryError(f"The history cannot be read: {error}.", next_step=_GRAPH_STEP) from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a revision file may call sys.exit
                 raise _unreadable(error, [str(item.message) for item in caught]) from error
         for message in (str(item.message) for item in caught):
             if "is present more than once" in message:
@@ -243,13 +243,25 @@ _NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
 _GRAPH_STEP = "mend the revision files; `alembic branches` and `alembic history` show the graph"
 
 
-def _unreadable(error: Exception, said: Sequence[str]) -> HistoryError:
-    """Name the file that cannot be imported, or the parent that is missing."""
+def _unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
+    """Name the file that cannot be imported, the parent that is missing, or the revisions in a circle."""
+    from alembic.script.revision import CycleDetected
+
+    if isinstance(error, CycleDetected):
+        return HistoryError(
+            f"The revisions go in a circle: {', '.join(error.revisions)}.",
+            next_step="correct down_revision (or depends_on) in one of their files",
+        )
     missing = [message for message in said if "is not present" in message]
     if isinstance(error, KeyError) and missing:
         return HistoryError(
             f"A parent is missing: {missing[0]}.",
             next_step="add the missing file to the image, or correct down_revision in the file that names it",
+        )
+    if isinstance(error, KeyError) and _raised_by_alembic(error):
+        return HistoryError(
+            f"A dependency is missing: a revision's depends_on names {error.args[0]!r}, which no file has.",
+            next_step="add the missing file to the image, or correct depends_on in the file that names it",
         )
     if isinstance(error, SyntaxError) and error.filename:
         place = f"{Path(error.filename).name}, line {error.lineno}"
@@ -262,6 +274,12 @@ def _unreadable(error: Exception, said: Sequence[str]) -> HistoryError:
         f"A revision file does not import: {place}: {type(error).__name__}: {reason}.",
         next_step=f"mend {place.split(',')[0]}, or put what it imports into the image",
     )
+
+
+def _raised_by_alembic(error: BaseException) -> bool:
+    """Whether Alembic's own graph raised this, and not a revision file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).parts[-3:] == ("alembic", "script", "revision.py")
 
 
 def _rows_after(steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:
