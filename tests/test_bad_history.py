@@ -1,0 +1,297 @@
+"""Revision files that make no sound history, a database that does not fit them, an env.py that goes astray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from migrator.outcome import ExitCode
+from tests.support.outcomes import done, refusal, unchanged
+from tests.support.projects import ENV_FILES, Revision, linear_history
+from tests.support.runner import Runner
+from tests.support.servers import Database
+
+Project = Callable[..., Path]
+
+BAD = ExitCode.BAD_HISTORY
+IMPORTS = "import a_module_of_the_application"
+
+
+def head_of(folder: Path, text: str, name: str = "r003") -> Path:
+    """Write the newest revision's file anew."""
+    path = folder / "migrations" / "versions" / f"{name}.py"
+    path.write_text(text)
+    return folder
+
+
+FAULTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "a missing parent": ({"r003": Revision("r003", "gone").render()}, ("gone", "r003", "down_revision")),
+    "one id twice": (
+        {"copy": Revision("r002", "r001").render()},
+        ("r002", "more than once", "an id of its own"),
+    ),
+    "an import that fails": (
+        {"r003": f'"""a"""\n{IMPORTS}\nrevision = "r003"\ndown_revision = "r002"\n'},
+        ("r003.py, line 2", "ModuleNotFoundError", "a_module_of_the_application", "mend r003.py"),
+    ),
+    "a syntax error": (
+        {"r003": '"""a"""\nrevision = "r003"\ndown_revision = "r002"\ndef upgrade(:\n'},
+        ("r003.py, line 4", "SyntaxError", "mend r003.py"),
+    ),
+    "an error while it is imported": (
+        {"r003": 'revision = "r003"\ndown_revision = "r002"\n1 / 0\n'},
+        ("r003.py, line 3", "ZeroDivisionError", "mend r003.py"),
+    ),
+    "sys.exit while it is imported": (
+        {"r003": 'import sys\nrevision = "r003"\ndown_revision = "r002"\nsys.exit(3)\n'},
+        ("r003.py, line 4", "SystemExit", "mend r003.py"),
+    ),
+    "no revision id": ({"r003": '"""a"""\n'}, ("r003.py",)),
+    "a circle": (
+        {"r001": Revision("r001", "r003").render()},
+        ("circle", "r001", "r003", "down_revision"),
+    ),
+    "a circle below sound revisions": (
+        {"r001": Revision("r001", "r002").render()},
+        ("circle", "r001", "r002", "down_revision"),
+    ),
+    "its own parent": ({"r001": Revision("r001", "r001").render()}, ("circle", "r001")),
+    "a dependency that is missing": (
+        {"r003": Revision("r003", "r002").render().replace("depends_on = None", 'depends_on = "gone"')},
+        ("gone", "depends_on"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_history_is_named_by_file_or_parent(
+    database: Database, project: Project, run_migrator: Runner, fault: str
+) -> None:
+    files, words = FAULTS[fault]
+    folder = project(revisions=linear_history(3))
+    for name, text in files.items():
+        head_of(folder, text, name)
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, BAD, *words)
+
+
+def test_an_empty_versions_folder_is_no_success(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project()
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, BAD, str(folder / "migrations" / "versions"), "no revision", "mounted")
+
+
+def test_a_script_location_that_is_not_there(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=linear_history(1))
+    (folder / "migrations").rename(folder / "elsewhere")
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, BAD, str(folder / "migrations"))
+
+
+def two_heads() -> list[Revision]:
+    """Return a history that forks after its first revision."""
+    fork = Revision("fork", "r001", "CREATE TABLE fork (id int)", "DROP TABLE fork")
+    return [*linear_history(2), fork]
+
+
+def test_two_heads_are_named_with_both_ways_out(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=two_heads())
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, BAD, "r002", "fork", "`migrator alembic merge heads", "`migrator upgrade heads`")
+
+    # both ways out lead out
+    done(run_migrator("upgrade", "heads", cwd=folder, database=database))
+    assert database.psql("SELECT version_num FROM alembic_version ORDER BY 1") == [("fork",), ("r002",)]
+    done(run_migrator("alembic", "merge", "heads", "-m", "merge", cwd=folder, database=database))
+    done(run_migrator(cwd=folder, database=database))
+    assert len(database.psql("SELECT version_num FROM alembic_version")) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("upgrade", "nosuch"), ("nosuch", "`migrator history`")),
+        (("upgrade", "r00"), ("r00", "`migrator history`")),
+        (("upgrade", "+5"), ("5",)),
+        (("downgrade", "-5"), ("5",)),
+        (("downgrade", "nosuch"), ("nosuch",)),
+        (("stamp", "nosuch"), ("nosuch",)),
+        (("show", "nosuch"), ("nosuch",)),
+        (("upgrade", "--baseline", "nosuch"), ("nosuch",)),
+    ],
+)
+def test_a_revision_that_nobody_knows_or_that_is_ambiguous(
+    database: Database,
+    project: Project,
+    run_migrator: Runner,
+    command: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    folder = project(revisions=linear_history(3))
+    if "--baseline" not in command:
+        done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    else:
+        database.execute("CREATE TABLE t1 (id int)")
+    with unchanged(database):
+        result = run_migrator(*command, cwd=folder, database=database)
+    refusal(result, BAD, *words)
+
+
+@pytest.mark.parametrize(
+    "command", [("upgrade",), ("upgrade", "r001"), ("downgrade", "-1"), ("check",), ("status",), ("verify",)]
+)
+def test_a_database_of_a_newer_image_is_left_alone(
+    database: Database, project: Project, run_migrator: Runner, command: tuple[str, ...]
+) -> None:
+    database.execute("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+    database.execute("INSERT INTO alembic_version VALUES ('r009')")
+    folder = project(revisions=linear_history(2))
+    with unchanged(database):
+        result = run_migrator(*command, cwd=folder, database=database)
+    refusal(result, ExitCode.DATABASE_AHEAD, "r009", "r002", "older", "deploy the image")
+
+
+def test_a_row_that_is_a_prefix_of_a_revision_is_not_taken_for_it(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    database.execute("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+    database.execute("INSERT INTO alembic_version VALUES ('r00')")
+    with unchanged(database):
+        result = run_migrator(cwd=project(revisions=linear_history(1)), database=database)
+    refusal(result, ExitCode.DATABASE_AHEAD, "r00")
+
+
+def test_tables_without_a_version_are_adopted_only_on_demand(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=linear_history(3))
+    database.execute("CREATE TABLE t1 (id int PRIMARY KEY, note text); CREATE TABLE t2 (id int)")
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, ExitCode.UNVERSIONED, "2 tables", "--baseline REV", "--baseline base", "r003")
+    result = run_migrator("upgrade", "--baseline", "r002", "--format", "json", cwd=folder, database=database)
+    done(result)
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r003",)]
+    assert [revision["revision"] for revision in result.answer["revisions"]] == ["r003"]
+    assert result.answer["backup"], "there was something to lose"
+
+
+def test_a_baseline_at_head_only_stamps(database: Database, project: Project, run_migrator: Runner) -> None:
+    folder = project(revisions=linear_history(2))
+    database.execute("CREATE TABLE t1 (id int)")
+    done(run_migrator("--baseline", "head", cwd=folder, database=database))
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+    assert database.psql("SELECT to_regclass('t2')") == [(None,)]
+
+
+def test_another_applications_tables_are_no_baseline(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=linear_history(2))
+    database.execute("CREATE TABLE of_another (id int)")
+    done(run_migrator("--baseline", "base", cwd=folder, database=database))
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+    # the setting stays in the deployment, and does nothing once there is a version
+    done(run_migrator("--baseline", "base", cwd=folder, database=database))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("raise RuntimeError('no config for you')", ("RuntimeError", "no config for you")),
+        ("import a_module_of_the_application", ("ModuleNotFoundError", "a_module_of_the_application")),
+        ("import sys; sys.exit(7)", ("sys.exit(7)",)),
+        ("def broken(:", ("SyntaxError", "env.py")),
+        ("import os; os.environ['NOT_SET']", ("KeyError", "NOT_SET")),
+    ],
+)
+def test_an_env_that_fails(
+    database: Database, project: Project, run_migrator: Runner, line: str, words: tuple[str, ...]
+) -> None:
+    env = f"{line}\n" + (ENV_FILES / "plain_url.py").read_text()
+    folder = project({"migrations/env.py": env}, revisions=linear_history(1))
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, BAD, "env.py", *words)
+
+
+def test_an_env_that_runs_no_migration_is_no_success(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project({"migrations/env.py": "print('hello')\n"}, revisions=linear_history(1))
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, BAD, "run_migrations")
+    assert "hello" in result.stderr
+    assert result.stdout == ""
+
+
+FIXED_ADDRESS = """
+from alembic import context
+from sqlalchemy import create_engine
+
+with create_engine({url!r}).connect() as connection:
+    context.configure(connection=connection)
+    with context.begin_transaction():
+        context.run_migrations()
+"""
+
+
+def test_an_env_that_connects_to_another_database_changes_neither(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    other = database.server.create_database()
+    env = FIXED_ADDRESS.format(url=other.url)
+    folder = project({"migrations/env.py": env}, revisions=linear_history(1))
+    with unchanged(database), unchanged(other):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(
+        result, ExitCode.BAD_SETTINGS, other.name, database.name, "another database", "MIGRATOR_URL_VARIABLE"
+    )
+    database.server.drop_database(other.name)
+
+
+def test_an_env_that_connects_with_a_wrong_password(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    env = FIXED_ADDRESS.format(url=database.server.url(database.name, password="not it"))
+    folder = project({"migrations/env.py": env}, revisions=linear_history(1))
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(
+        result, ExitCode.ACCESS_DENIED, "env.py", "password authentication failed", "MIGRATOR_URL_VARIABLE"
+    )
+
+
+def test_version_rows_that_overlap(database: Database, project: Project, run_migrator: Runner) -> None:
+    # both a revision and its ancestor: what a hand that inserted instead of updating leaves
+    folder = project(revisions=linear_history(3))
+    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    database.execute("INSERT INTO alembic_version VALUES ('r001')")
+    with unchanged(database):
+        result = run_migrator(cwd=folder, database=database)
+    refusal(result, BAD, "r001", "r002", "overlap")
+
+
+def test_downgrade_to_base_needs_a_yes(database: Database, project: Project, run_migrator: Runner) -> None:
+    folder = project(revisions=linear_history(2))
+    done(run_migrator(cwd=folder, database=database))
+    for way in ("base", "-2"):
+        with unchanged(database):
+            result = run_migrator("downgrade", way, cwd=folder, database=database)
+        refusal(result, ExitCode.UNSAFE, "deletes the schema", f"migrator downgrade {way} --yes")
+    done(run_migrator("downgrade", "base", "--yes", cwd=folder, database=database))
+    assert database.psql("SELECT count(*) FROM alembic_version") == [(0,)]
+    assert database.psql("SELECT to_regclass('t1')") == [(None,)]
