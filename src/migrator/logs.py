@@ -1,12 +1,15 @@
 """Logging: JSON or text on stderr, without secrets, surviving ``fileConfig`` in a user's ``env.py``.
 
-Redaction replaces the known secrets themselves, in every form they can take (raw, percent-encoded,
-JSON- and repr-escaped).  It guesses nothing: a pattern for "what a password looks like" leaks the rest of
-a password with an ``@`` in it.
+Redaction replaces the known secrets themselves, in every form they can take: each character raw,
+percent-encoded, or escaped as JSON, repr() and HTML do.  It guesses nothing: a pattern for "what a password
+looks like" leaks the rest of a password with an ``@`` in it.
 """
 
 from __future__ import annotations
 
+import base64
+import html
+import itertools
 import json
 import logging
 import re
@@ -14,10 +17,10 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, TextIO, cast
-from urllib.parse import quote, quote_plus
 
 MASK = "***"
 _SHORT = 6
+_LONGEST_WORD = 12
 
 
 class Redactor:
@@ -33,11 +36,11 @@ class Redactor:
         self._secrets |= {secret for secret in secrets if secret}
         parts = []
         for secret in self._secrets:
-            forms = "|".join(re.escape(form) for form in sorted(_forms(secret), key=len, reverse=True))
-            if len(secret) < _SHORT or secret.isalpha():
+            forms = _forms(secret)
+            if len(secret) < _SHORT or _is_word(secret):
                 # A password such as "postgres" is also a user's, a database's and a product's name: hide it
                 # where it stands as a password, not in every sentence.
-                forms = rf"(?<=:)(?:{forms})(?=@)|(?<=(?i:password=))(?:{forms})\b|(?<=(?i:password=.))(?:{forms})(?=')"
+                forms = rf"(?:(?<=:)(?:{forms})(?=@)|(?:{_AFTER_ITS_NAME})(?:{forms})(?!\w))"
             parts.append((len(secret), forms))
         parts.sort(reverse=True)
         self._pattern = re.compile("|".join(forms for _, forms in parts)) if parts else None
@@ -47,21 +50,47 @@ class Redactor:
         return self._pattern.sub(MASK, text) if self._pattern else text
 
 
-def _forms(secret: str) -> set[str]:
-    escaped = secret.replace("\\", "\\\\").replace("'", "\\'")
-    return {
-        secret,
-        quote(secret, safe=""),
-        quote(secret),
-        quote_plus(secret),
-        secret.replace("%", "%%"),
-        quote(secret, safe="").replace("%", "%%"),
-        json.dumps(secret)[1:-1],
-        json.dumps(secret, ensure_ascii=False)[1:-1],
-        repr(secret)[1:-1],
-        escaped,
-        secret.replace("'", "''"),
-    }
+_AFTER_ITS_NAME = "|".join(
+    f"(?<=(?i:password{gap}))"
+    for gap in ("=", "='", '="', ": ", ": '", "': '", ': "', '": "', '":"', " ", " '")
+)
+
+
+def _is_word(secret: str) -> bool:
+    return secret.isascii() and secret.isalpha() and secret.islower() and len(secret) <= _LONGEST_WORD
+
+
+def _forms(secret: str) -> str:
+    """Return a pattern for all forms of a secret: libraries differ in which characters they encode, and how."""
+    encoded = base64.b64encode(secret.encode(errors="surrogateescape")).decode().rstrip("=")
+    runs = (_run(character, len(list(run))) for character, run in itertools.groupby(secret))
+    return "".join(runs) + "|" + re.escape(encoded) + "=*"
+
+
+def _run(character: str, count: int) -> str:
+    """Return a pattern for a character, ``count`` times, as it is or encoded.
+
+    No two alternatives match the same text, or a long line could take for ever; (?>) never goes back.
+    """
+    times = f"{{{count}}}"
+    encoded = "".join(f"%{{1,2}}{byte:02x}" for byte in character.encode(errors="surrogateescape"))
+    if character == "%":
+        return rf"(?:(?:%{{1,2}}25){times}|(?>%{{{count},{2 * count}}}))"
+    if character == "\\":
+        return rf"(?:(?i:{encoded}){times}|(?>\\{{{count},{8 * count}}}))"
+    if character == "'":
+        return rf"(?:(?i:{encoded}|&\#x27;){times}|(?>(?:\\{{0,4}}'){{{count},{2 * count}}}))"
+    forms = [f"(?i:{encoded})", re.escape(character)]
+    if not (character.isascii() and character.isalnum()):
+        names = {json.dumps(character)[1:-1], ascii(character)[1:-1]} - {character}
+        escapes = sorted({character, *(name[1:] for name in names if name.startswith("\\"))})
+        within = "|".join(re.escape(name).replace(r"\\", r"\\{1,4}") for name in escapes)
+        forms[1] = rf"\\{{0,4}}(?:{within})"  # none are left where a backslash before it took them
+    if character == " ":
+        forms.append(r"\+")
+    if html.escape(character) != character:
+        forms.append(re.escape(html.escape(character)))
+    return f"(?:{'|'.join(forms)}){times if count > 1 else ''}"
 
 
 redact = Redactor()
@@ -86,6 +115,17 @@ class RedactingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _RedactingFormatter(logging.Formatter):
+    """Another formatter's text with its secrets masked."""
+
+    def __init__(self, inner: logging.Formatter | None) -> None:
+        super().__init__()
+        self._inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(self._inner.format(record))
 
 
 class TextFormatter(logging.Formatter):
@@ -140,16 +180,19 @@ class Logs:
 
         ``fileConfig`` disables existing loggers and replaces the root's handlers
         (https://docs.python.org/3/library/logging.config.html#logging.config.fileConfig): handlers that
-        write to the console give way to ours, those that write to files stay.
+        write to the console give way to ours, those that write to files stay, without secrets.
         """
         root = logging.getLogger()
-        root.handlers = [handler for handler in root.handlers if not _is_console(handler)]
+        root.handlers = _kept(root)
         root.addHandler(self._handler)
         root.setLevel(logging.WARNING)
         for name, logger in list(logging.root.manager.loggerDict.items()):
             if not isinstance(logger, logging.Logger):
                 continue
-            logger.handlers = [handler for handler in logger.handlers if not _is_console(handler)]
+            kept = _kept(logger)
+            if len(kept) < len(logger.handlers):
+                logger.propagate = True  # what it wrote to the console comes out through our handler
+            logger.handlers = kept
             if name.split(".")[0] in {"migrator", "alembic"}:
                 logger.disabled = False
                 logger.propagate = True
@@ -158,6 +201,15 @@ class Logs:
         # Alembic says "Running upgrade a -> b" at INFO; migrator's own line per revision says more.
         logging.getLogger("alembic").setLevel("DEBUG" if self._level == "DEBUG" else "WARNING")
         logging.captureWarnings(True)
+
+
+def _kept(logger: logging.Logger) -> list[logging.Handler]:
+    """Return a logger's handlers that stay, made to mask secrets."""
+    kept = [handler for handler in logger.handlers if not _is_console(handler)]
+    for handler in kept:
+        if not isinstance(handler.formatter, _RedactingFormatter):
+            handler.setFormatter(_RedactingFormatter(handler.formatter))
+    return kept
 
 
 def _is_console(handler: logging.Handler) -> bool:

@@ -8,7 +8,6 @@ Every problem is found before any is reported.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator.errors import SettingsError
-from migrator.target import BadAddress, Target, from_environment, parse
+from migrator.target import BadAddress, Target, from_environment, parse, secrets_in
 
 ADDRESS_VARIABLES = ("MIGRATOR_DATABASE_URL", "DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI")
 SECRET_VARIABLES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "PGPASSWORD", "POSTGRES_PASSWORD")
@@ -44,6 +43,13 @@ def optional_duration(text: str) -> float | None:
     if text.strip().lower() in {"none", "off"}:
         return None
     return duration(text) or None
+
+
+def whole_number(text: str) -> int:
+    """Read a number from 0 to 1000."""
+    if not re.fullmatch(r"\d{1,3}|1000", text.strip()):
+        raise ValueError(f"{text!r} is not a whole number from 0 to 1000")
+    return int(text)
 
 
 def boolean(text: str) -> bool:
@@ -133,6 +139,9 @@ class Settings:
     run_lock_timeout: float = setting(600.0, duration, "how long to wait for another run", shown="10m")
     lock_timeout: float | None = setting(
         5.0, optional_duration, "Postgres's lock_timeout for the migration", shown="5s"
+    )
+    lock_retries: int = setting(
+        10, whole_number, "how often a migration that got no lock, or lost a deadlock, is tried again"
     )
     statement_timeout: float | None = setting(
         None, optional_duration, "Postgres's statement_timeout for the migration", shown="none"
@@ -247,33 +256,16 @@ def load(
         problems.append("; ".join([_NO_ADDRESS, *hints]))
     if problems:
         raise SettingsError(problems)
+    # Also those of addresses that this run does not use: a user's env.py may print them.
+    secrets = {text for name in SECRET_VARIABLES for text in secrets_in(variables.get(name, ""))}
+    secrets |= {variables[name] for name in ("PGPASSWORD", "POSTGRES_PASSWORD") if variables.get(name)}
     return Settings(
         **values,
         target=target,
         sources=sources,
         warnings=tuple(_unknown_variables(environment)),
-        secrets=tuple(sorted(_secrets(target, variables), key=len, reverse=True)),
+        secrets=tuple(sorted(secrets, key=len, reverse=True)),
     )
-
-
-def _secrets(target: Target | None, variables: Mapping[str, str]) -> set[str]:
-    """Return every secret that the environment holds, also those of addresses that this run does not use.
-
-    A user's ``env.py`` may print them.
-    """
-    secrets = set(target.secrets if target else ())
-    for name in SECRET_VARIABLES:
-        text = variables.get(name, "").strip()
-        if not text:
-            continue
-        if not name.endswith("PASSWORD"):
-            with contextlib.suppress(BadAddress):
-                found = parse(text)
-                secrets.update(found.secrets)
-                if not found.secrets:
-                    continue  # an address without a password is none
-        secrets.add(variables[name])
-    return secrets
 
 
 def _pick(

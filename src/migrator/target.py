@@ -222,6 +222,15 @@ def parse(address: str) -> Target:
     )
 
 
+def secrets_in(address: str) -> set[str]:
+    """Return an address's passwords, and itself where it has any; of what is no address, itself."""
+    try:
+        found = parse(address).secrets
+    except BadAddress:
+        return {address} - {""}
+    return {address, *found} if found else set()
+
+
 def _match(rest: str) -> re.Match[str] | None:
     """Split what follows the scheme, by RFC 3986 where that can be meant, else with a raw password in it.
 
