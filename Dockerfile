@@ -56,13 +56,15 @@ FROM runtime
 COPY --from=build /opt/migrator /opt/migrator
 
 # HOME: a user id that is not in /etc/passwd has none, and programs look for it.
+# SSL_CERT_FILE: for sslrootcert=system; psycopg2's own OpenSSL looks where its wheel was built.
 # PYTHONPATH: what an env.py imports beyond migrator's own dependencies goes to /app/.deps.
 ENV PATH=/opt/migrator/bin:/usr/lib/postgresql/17/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/tmp \
     LANG=C.UTF-8 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONPATH=/app/.deps \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 
 WORKDIR /app
 USER 10001:10001
