@@ -187,7 +187,7 @@ def _way_back(after: Aftermath) -> str:
         and len(after.plan.before) <= 1
         and after.rows not in (None, after.plan.before)
     ):
-        ways.append(f"`migrator downgrade {before}`{' --yes' if before == 'base' else ''}")
+        ways.append(f"`migrator downgrade {before}{' --yes' if before == 'base' else ''}`")
     if after.backup_id:
         ways.append(f"`migrator restore {after.backup_id}`")
     return "to go back: " + " or ".join(ways) if ways else "there is no backup to go back to"
