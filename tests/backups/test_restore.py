@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psycopg2
 import pytest
 
-from migrator import process
-from migrator.backups import archive, databases
-from migrator.backups import restore as module
+from migrator.backups import databases
 from migrator.backups.snapshot import Relation
-from migrator.errors import LockBusy, RestoreFailed, SettingsError
+from migrator.errors import RestoreFailed, SettingsError
 from tests.support import PLANTED, installations, leaks
 from tests.support.servers import Database, Server
 
@@ -150,33 +146,6 @@ def test_sessions_are_ended_and_find_the_new_database(database: Database, workbe
             connection.cursor().execute("SELECT 1")
 
 
-def test_a_swap_that_cannot_be_done_leaves_the_original(database: Database, workbench: Bench) -> None:
-    """A prepared transaction cannot be sent away."""
-    server = database.server
-    if server.psql("SHOW max_prepared_transactions") == [("0",)]:
-        server.psql("ALTER SYSTEM SET max_prepared_transactions = 5")
-        server.restart()
-    database.execute("CREATE TABLE t AS SELECT 'old' AS a")
-    bench = workbench(database)
-    bench.back_up()
-    connection = database.connect()
-    connection.tpc_begin("held")
-    connection.cursor().execute("UPDATE t SET a = 'prepared'")
-    connection.tpc_prepare()
-    connection.close()
-    patience = databases.SWAP_PATIENCE
-    databases.SWAP_PATIENCE = 0.0
-    try:
-        with pytest.raises(RestoreFailed, match="prepared transaction") as caught:
-            bench.restore()
-    finally:
-        databases.SWAP_PATIENCE = patience
-    assert "was not changed" in caught.value.state
-    assert bench.databases() == {database.name}
-    database.execute("ROLLBACK PREPARED 'held'")
-    bench.restore()
-
-
 def test_what_belongs_to_the_database_as_a_whole(
     database: Database, workbench: Bench, server: Server
 ) -> None:
@@ -228,224 +197,6 @@ def test_a_database_that_is_gone_comes_back(database: Database, workbench: Bench
     assert "is gone" in restored.notes[0]
     comment = "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = %s"
     assert database.psql(comment, [database.name]) == [(None,)]
-
-
-def flip(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte[0] ^ 0x10]))
-
-
-@pytest.mark.parametrize("damage", ["first", "middle", "last", "truncated", "longer", "gone"])
-def test_a_damaged_dump_is_refused(damage: str, database: Database, workbench: Bench) -> None:
-    database.execute("CREATE TABLE t AS SELECT generate_series(1, 1000) AS a")
-    bench = workbench(database)
-    place = Path(bench.back_up().place)
-    size = place.stat().st_size
-    if damage == "truncated":
-        os.truncate(place, size - 1)
-    elif damage == "longer":
-        with place.open("ab") as file:
-            file.write(b"\0")
-    elif damage == "gone":
-        place.unlink()
-    else:
-        flip(place, {"first": 0, "middle": size // 2, "last": size - 1}[damage])
-    with pytest.raises(RestoreFailed) as caught:
-        bench.restore()
-    assert caught.value.code == 43
-    if damage != "gone":
-        assert "is not what was written" in str(caught.value)
-        assert str(place) in str(caught.value)
-    assert bench.databases() == {database.name}
-
-
-def test_the_backup_of_another_database_is_not_put_in_its_place(database: Database, workbench: Bench) -> None:
-    other = database.server.create_database(database.name + "_other")
-    backup = workbench(other).back_up()
-    bench = workbench(database)
-    with pytest.raises(RestoreFailed, match="There is no backup of database"):
-        bench.restore()
-    with pytest.raises(RestoreFailed, match=f"is of database {other.name}") as caught:
-        bench.restore(backup.id)
-    assert "--to NAME" in caught.value.next_step
-    bench.restore(backup.id, to=database.name + "_look")
-
-
-def test_an_owner_that_does_not_exist(database: Database, workbench: Bench, server: Server) -> None:
-    server.psql("CREATE ROLE short_lived")
-    database.execute("CREATE TABLE t (a int); ALTER TABLE t OWNER TO short_lived")
-    bench = workbench(database)
-    bench.back_up()
-    database.execute("DROP TABLE t; DROP ROLE short_lived")
-    with pytest.raises(RestoreFailed, match="short_lived") as caught:
-        bench.restore()
-    assert "CREATE ROLE" in caught.value.next_step
-    assert "--no-owner" in caught.value.next_step
-    assert bench.databases() == {database.name}
-
-
-def test_a_database_owner_that_does_not_exist(database: Database, workbench: Bench, server: Server) -> None:
-    server.psql("CREATE ROLE short_lived")
-    server.psql(f"ALTER DATABASE {database.name} OWNER TO short_lived")
-    bench = workbench(database)
-    bench.back_up()
-    server.psql(f"ALTER DATABASE {database.name} OWNER TO postgres")
-    server.psql("DROP ROLE short_lived")
-    with pytest.raises(RestoreFailed, match="belongs to role short_lived") as caught:
-        bench.restore()
-    assert caught.value.next_step == 'CREATE ROLE "short_lived";'
-
-
-@pytest.fixture
-def app_database(server: Server) -> Iterator[Database]:
-    """A database that belongs to a role that may log in, and no more."""
-    server.create_role("app_role")
-    database = server.create_database()
-    server.psql(f"ALTER DATABASE {database.name} OWNER TO app_role")
-    database.url = database.url.replace("//postgres:", "//app_role:")
-    yield database
-    for name in server.psql("SELECT datname FROM pg_database WHERE datdba = 'app_role'::regrole"):
-        server.drop_database(name[0])
-    server.psql("DROP ROLE app_role")
-
-
-def test_a_role_that_may_not_create_databases(app_database: Database, workbench: Bench) -> None:
-    app_database.execute("SET ROLE app_role; CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
-    bench = workbench(app_database)
-    backup = bench.back_up()
-    with pytest.raises(RestoreFailed, match="may not create databases") as caught:
-        bench.restore()
-    assert 'ALTER ROLE "app_role" CREATEDB' in caught.value.next_step
-    by_hand = caught.value.next_step.partition("as it is: ")[2]
-    assert by_hand == archive.by_hand(backup, app_database.name)
-    app_database.execute("SET ROLE app_role; DELETE FROM t; CREATE TABLE newer (a int)")
-    done = subprocess.run(
-        ["sh", "-ec", by_hand],
-        env={
-            **app_database.environment(),
-            "PGUSER": "app_role",
-            "PATH": f"{app_database.server.bin}:{os.environ['PATH']}",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert app_database.psql("SELECT count(*) FROM t") == [(10,)]
-    app_database.server.psql("ALTER ROLE app_role CREATEDB")
-    restored = bench.restore()
-    assert app_database.psql("SELECT count(*), to_regclass('newer') FROM t") == [(10, None)]
-    app_database.server.drop_database(restored.kept)
-
-
-def test_a_session_that_we_may_not_end_is_named(app_database: Database, workbench: Bench) -> None:
-    app_database.server.psql("ALTER ROLE app_role CREATEDB")
-    bench = workbench(app_database)
-    bench.back_up()
-    superuser = app_database.connect(application_name="the admin")
-    patience = databases.SWAP_PATIENCE
-    databases.SWAP_PATIENCE = 0.0
-    try:
-        with pytest.raises(RestoreFailed, match=r"session \d+ of postgres \(the admin\)"):
-            bench.restore()
-    finally:
-        databases.SWAP_PATIENCE = patience
-    superuser.cursor().execute("SELECT 1")
-    superuser.close()
-    assert bench.databases() == {app_database.name}
-
-
-def test_rows_that_did_not_come_back_are_noticed(
-    database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a; CREATE TABLE u (a int)")
-    bench = workbench(database)
-    bench.back_up()
-    real = module.archive.restore_into
-
-    def lose(client: Any, path: Path, connection: str, environment: dict[str, str], major: int) -> None:
-        real(client, path, connection, environment, major)
-        name = re.search(r"dbname='([^']*)'", connection)
-        assert name is not None
-        database.server.psql("DELETE FROM t WHERE a = 1", dbname=name[1])
-        database.server.psql("DROP TABLE u; CREATE TABLE w (a int)", dbname=name[1])
-
-    monkeypatch.setattr(module.archive, "restore_into", lose)
-    with pytest.raises(RestoreFailed) as caught:
-        bench.restore()
-    for fact in ("public.u is missing", "public.w was not in the backup", "public.t has 9 rows and not 10"):
-        assert fact in str(caught.value)
-    assert bench.databases() == {database.name}
-
-
-class Stop(BaseException):
-    """What a signal handler raises."""
-
-
-@pytest.mark.parametrize("moment", ["create", "mark", "fill", "compare", "finish"])
-def test_an_interruption_leaves_nothing(
-    moment: str, database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
-    bench = workbench(database)
-    bench.back_up()
-
-    def stop(*_: object, **__: object) -> None:
-        raise Stop
-
-    place: tuple[object, str] = {
-        "create": (databases, "create"),
-        "mark": (databases, "mark"),
-        "fill": (process, "run"),
-        "compare": (module.snapshot, "count_exactly"),
-        "finish": (databases, "copy_settings"),
-    }[moment]
-    with monkeypatch.context() as patch:
-        if moment == "fill":
-            from migrator.backups import clients
-
-            found = clients.installed(bench.settings)
-            patch.setattr(clients, "installed", lambda _: found)
-        patch.setattr(*place, stop)
-        with pytest.raises(Stop):
-            bench.restore()
-    assert bench.databases() == {database.name}
-    assert bench.sessions() == []
-    assert bench.restore().rows == 10
-
-
-def test_what_a_killed_restore_left_is_dropped_by_the_next(database: Database, workbench: Bench) -> None:
-    database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
-    bench = workbench(database)
-    bench.back_up()
-    left = database.name + "_restore_run1"
-    foreign = database.name + "_restore_mine"
-    for name in (left, foreign):
-        database.server.create_database(name)
-    database.psql(f"COMMENT ON DATABASE {left} IS 'migrator: half-restored copy of {database.name}'")
-    restored = bench.restore()
-    assert bench.databases() == {database.name, restored.kept, foreign}
-    again = bench.restore(run_id="run3")
-    assert bench.databases() == {database.name, restored.kept, again.kept, foreign}
-
-
-def test_two_restores_of_one_database_at_once(
-    database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = workbench(database)
-    bench.back_up()
-    real = databases.mark
-
-    def meanwhile(session: Any, name: str, original: str) -> None:
-        real(session, name, original)
-        with pytest.raises(LockBusy, match="Another restore"):
-            bench.restore(run_id="second")
-
-    monkeypatch.setattr(module, "_LOCK_PATIENCE", 0.3)
-    monkeypatch.setattr(databases, "mark", meanwhile)
-    bench.restore()
 
 
 def test_nothing_secret_is_in_any_argument(database: Database, workbench: Bench) -> None:

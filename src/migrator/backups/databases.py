@@ -21,6 +21,7 @@ from migrator.target import Target
 LOGGER = logging.getLogger("migrator.restore")
 NAME_BYTES = 63
 """NAMEDATALEN - 1: Postgres cuts longer names off without a word."""
+_KEPT_OF_NAME = 20  # bytes
 SWAP_PATIENCE = 15.0
 """Seconds to get everyone out of a database and rename it; a container is usually given 30 to end."""
 _OBJECT_IN_USE = "55006"
@@ -64,8 +65,8 @@ def maintenance(target: Target, application_name: str, timeout: float, *, not_in
 
 def shorten(name: str, suffix: str) -> str:
     """Return ``name + suffix`` within 63 bytes of UTF-8: the name gives way, and a suffix that is too long itself."""
-    if len(suffix.encode()) > NAME_BYTES // 2:
-        suffix = suffix[:8] + hashlib.sha256(suffix.encode()).hexdigest()[:12]
+    if len(suffix.encode()) > NAME_BYTES - _KEPT_OF_NAME:
+        suffix = suffix[:9] + hashlib.sha256(suffix.encode()).hexdigest()[:12]
     room = NAME_BYTES - len(suffix.encode())
     return name.encode()[:room].decode(errors="ignore") + suffix
 

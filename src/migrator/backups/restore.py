@@ -28,6 +28,7 @@ from migrator.target import Target
 
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_PATIENCE = 10.0
+_Compared = tuple[int, int, int]  # tables, those of them that were counted, their rows
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,15 @@ class Restored:
     """What a restore did.
 
     ``database`` holds the backup now; ``kept`` is the name that the database which was there before has now
-    (empty where nothing was replaced); ``rows`` of ``tables`` were counted and are those of the manifest;
-    ``notes`` name what did not come back as it was; ``beside`` whether it is a look and not the database itself.
+    (empty where nothing was replaced).  Of its ``tables``, ``counted`` have as many rows as the manifest says,
+    ``rows`` in all; the others were too big to be counted.  ``notes`` name what did not come back as it was.
     """
 
     backup: Backup
     database: str
     kept: str
     tables: int
+    counted: int
     rows: int
     seconds: float
     notes: tuple[str, ...] = ()
@@ -52,7 +54,7 @@ class Restored:
     def message(self) -> str:
         """Say in one sentence what was done."""
         text = f"Restored {self.backup.id} into database {self.database} in {self.seconds:.1f} s: "
-        text += f"{self.tables} tables, {self.rows} rows counted and found equal."
+        text += f"{self.tables} tables, and the {self.counted} that were counted have the backup's {self.rows} rows."
         if self.kept:
             text += f" The database as it was before is now {self.kept}."
         return " ".join((text, *self.notes))
@@ -101,12 +103,15 @@ def restore(
     with _failing(backup):
         work = _Restore(session_target, settings, backup, run_id, application_name)
         with work.sessions():
-            name, kept, tables, rows, notes = work.beside(to) if to is not None else work.in_place()
+            name, kept, (tables, counted, rows), notes = (
+                work.beside(to) if to is not None else work.in_place()
+            )
     restored = Restored(
         backup=backup,
         database=name,
         kept=kept,
         tables=tables,
+        counted=counted,
         rows=rows,
         seconds=round(time.monotonic() - started, 3),
         notes=tuple(notes),
@@ -154,15 +159,15 @@ class _Restore:
                 )
             time.sleep(0.1)
 
-    def beside(self, name: str) -> tuple[str, str, int, int, list[str]]:
+    def beside(self, name: str) -> tuple[str, str, _Compared, list[str]]:
         """Restore into a new database that stays."""
         if not 0 < len(name.encode()) <= databases.NAME_BYTES:
             raise _failed(self._backup, f"{name!r} is no name for a database: it has 1 to 63 bytes.", "")
-        with self._scratch(name) as (tables, rows):
+        with self._scratch(name) as compared:
             notes = self._finish(name)
-        return name, "", tables, rows, notes
+        return name, "", compared, notes
 
-    def in_place(self) -> tuple[str, str, int, int, list[str]]:
+    def in_place(self) -> tuple[str, str, _Compared, list[str]]:
         """Restore into a scratch database, then give it the database's name."""
         database = self._target.database
         scratch = databases.shorten(database, f"_restore_{self._run_id}")
@@ -170,17 +175,17 @@ class _Restore:
         replaced = databases.exists(self._session, database)
         if replaced and databases.exists(self._session, kept):
             raise _failed(self._backup, f"There is a database {kept} already.", "rename or drop it")
-        with self._scratch(scratch) as (tables, rows):
+        with self._scratch(scratch) as compared:
             notes = self._finish(scratch)
             with self._connect() as helper, uninterrupted(forget=True):
                 if replaced:
                     databases.swap(self._session, helper, database, scratch, kept)
                 else:
                     databases.rename(self._session, scratch, database)
-        return database, kept if replaced else "", tables, rows, notes
+        return database, kept if replaced else "", compared, notes
 
     @contextlib.contextmanager
-    def _scratch(self, name: str) -> Iterator[tuple[int, int]]:
+    def _scratch(self, name: str) -> Iterator[_Compared]:
         """Make a database, restore into it, and compare it; dropped where anything fails from there on."""
         if databases.exists(self._session, name):
             raise _failed(
@@ -274,7 +279,7 @@ class _Restore:
             message = f"pg_restore of {backup.id} failed: {stopped.said}"
             raise _failed(backup, message, next_step) from stopped
 
-    def _compare(self, name: str) -> tuple[int, int]:
+    def _compare(self, name: str) -> _Compared:
         """Compare tables and row counts with the manifest, and give the planner its statistics."""
         target = self._target.with_database(name)
         counted = {
@@ -305,7 +310,7 @@ class _Restore:
                 f"What came back of {self._backup.id} is not what was backed up: {'; '.join(wrong[:5])}.",
                 "keep the backup, and report this with the backup's manifest",
             )
-        return len(found), rows
+        return len(found), len(counted), rows
 
     def _finish(self, name: str) -> list[str]:
         """Copy what belongs to the database as a whole; return what could not be.
