@@ -165,7 +165,9 @@ def _what(error: BaseException, after: Aftermath) -> str:
     text = message_of(getattr(error, "orig", None) or error).rstrip(".")
     kind = "" if code else f"{type(error).__name__}: "
     statement = " ".join(str(getattr(error, "statement", "") or "").split())
-    shown = f" The statement: {statement[:300]}{'...' if len(statement) > 300 else ''}" if statement else ""
+    shown = (
+        f" The statement: `{statement[:300]}{'...' if len(statement) > 300 else ''}`." if statement else ""
+    )
     return f"{where}: {kind}{text}{f' [{code}]' if code else ''}.{shown}"
 
 
