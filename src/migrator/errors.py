@@ -71,7 +71,7 @@ class SettingsError(MigratorError):
         count = "a problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(
             f"{count} in the settings: " + "; ".join(self.problems) + ".",
-            next_step=next_step or "see `migrator settings` for what is set, and from where",
+            next_step=next_step or "correct it; `migrator settings` then shows each value and its source",
         )
 
 
