@@ -34,18 +34,25 @@ class Interruption:
 
     def __init__(self) -> None:
         self.received = ""
+        self._writer = -1
         self._callbacks: list[Callable[[], None]] = []
         self._shielded = False
         self._raised = False
 
     def install(self) -> None:
         """Take over SIGTERM and SIGINT; call once, from the main thread."""
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self.retake()
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+
+    def retake(self) -> None:
+        """Take the signals over again from an ``env.py`` whose application installed handlers of its own."""
+        if self._writer < 0 or threading.current_thread() is not threading.main_thread():
+            return  # within someone else's program, whose signals are not ours to take
         for number in SIGNALS:
             signal.signal(number, self._handle)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def check(self) -> None:
         """Raise :class:`Interrupt` where a signal has arrived, even one whose exception someone swallowed."""
@@ -74,8 +81,11 @@ class Interruption:
     def _watch(self, reader: int) -> None:
         while True:
             numbers = set(os.read(reader, 64))
-            if not numbers & set(SIGNALS) or self._shielded:
+            ours = numbers & set(SIGNALS)
+            if not ours or self._shielded:
                 continue
+            # An application's own handler may have taken the signal and swallowed it.
+            self.received = self.received or signal.Signals(min(ours)).name
             for callback in list(self._callbacks):
                 try:
                     callback()

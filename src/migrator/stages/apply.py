@@ -8,17 +8,18 @@ takes the apply lock and the timeouts on that connection, and wraps each step to
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from migrator import surroundings
 from migrator.aftermath import Aftermath, explain
 from migrator.errors import HistoryError, Internal, SettingsError
 from migrator.history import History, Plan
+from migrator.history.commits import watch_commits
 from migrator.history.statements import lift_timeouts_for_concurrent_builds
 from migrator.interruption import Interrupt, Interruption
 from migrator.logs import Logs
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
 
 log = logging.getLogger("migrator.apply")
+
+_NOW = "SELECT now()::text"  # the start of the transaction: it stands still unless each statement is its own
 
 
 class Application:
@@ -59,6 +62,8 @@ class Application:
         self.version_table: VersionTable | None = None
         self.failed_in = ""
         self.committed_parts: list[str] = []
+        self._failure: BaseException | None = None
+        self._total = len(plan.revisions)
         self._backend_pid = 0
         self._heartbeat = Heartbeat()
         self._started = time.monotonic()
@@ -68,25 +73,27 @@ class Application:
         """Load ``env.py`` and run the steps; raises whatever they raise, after the connection is gone."""
         exported = tuple(name.strip() for name in self.settings.url_variable.split(",") if name.strip())
         try:
-            # What env.py prints is no answer of ours: it goes where the logs go.
-            with (
-                self._heartbeat,
-                self.interruption.calling(self.cancel),
-                contextlib.redirect_stdout(sys.stderr),
-            ):
+            with surroundings.kept(), self._heartbeat, self.interruption.calling(self.cancel):
                 self._heartbeat.begins("env.py")
                 self.history.run(
-                    self.plan.destination, self._enter, before_configure=self.logs.install, export=exported
+                    self.plan.destination, self._enter, before_configure=self._take_back, export=exported
                 )
         finally:
             self._progress.close()
-            self.logs.install()
+            self._take_back()
         self.interruption.check()
+        if self._failure is not None:
+            raise self._failure  # env.py swallowed it
         if self.version_table is None:
             raise HistoryError(
                 "env.py ended without running migrations (it never called context.run_migrations() online).",
                 next_step="run env.py as Alembic does: `migrator alembic upgrade head --sql` shows if it can",
             )
+
+    def _take_back(self) -> None:
+        """Take logging and signals back from whatever the application made of them."""
+        self.logs.install()
+        self.interruption.retake()
 
     def cancel(self) -> None:
         """Cancel the statement that the applying connection is running; called from the signal thread."""
@@ -129,35 +136,69 @@ class Application:
     # -- inside env.py ---------------------------------------------------------------------------------
 
     def _enter(self, heads: tuple[str, ...], context: MigrationContext) -> Sequence[Any]:
-        """Check and prepare the connection that ``env.py`` opened, and return the steps for Alembic to run."""
-        self.logs.install()
+        """Check and prepare the connection that ``env.py`` opened, and return the steps for Alembic to run.
+
+        Called again by an ``env.py`` that tries again, or that goes through several schemas.
+        """
+        self._take_back()
         self.interruption.check()
         ask = _asker(context)
         self._check_same_database(ask)
-        self.version_table = VersionTable(context.version_table, context.version_table_schema or "")
-        if frozenset(heads) != self.plan.before:
+        table = self._locate(VersionTable(context.version_table, context.version_table_schema or ""), ask)
+        again, self.version_table = self.version_table is not None, self.version_table or table
+        if not again and frozenset(heads) != self.plan.before:
             raise SettingsError(
                 [
-                    f"env.py keeps its revisions in {self.version_table}, which is at"
+                    f"env.py keeps its revisions in {table}, which is at"
                     f" {', '.join(heads) or 'base'}, but migrator read"
                     f" {', '.join(sorted(self.plan.before)) or 'base'}"
                 ],
-                next_step=f"set MIGRATOR_VERSION_TABLE={self.version_table}",
+                next_step=f"set MIGRATOR_VERSION_TABLE={table}",
             )
-        if not ask(f"SELECT pg_try_advisory_lock({self.apply_lock[0]}, {self.apply_lock[1]})"):
-            raise Internal("Another connection holds the apply lock, under our run lock.")
-        self._backend_pid = int(ask("SELECT pg_backend_pid()"))
+        self._take_apply_lock(ask)
         self._set_timeouts(context, ask)
         lift_timeouts_for_concurrent_builds(context.connection)
         steps = self.history.steps(self.plan.kind, self.plan.destination, heads, self.plan.baseline)
-        context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
-        self._watch_autocommit(context)
-        number = 0
-        for step in steps:
-            if getattr(step, "revision", None) is not None:
-                number += 1
-                self._wrap(step, number)
+        if self._applied not in context.on_version_apply_callbacks:
+            context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
+        watch_commits(context.connection, self._committed_part, every_statement=ask(_NOW) != ask(_NOW))
+        revisions = [step for step in steps if getattr(step, "revision", None) is not None]
+        if again:
+            self._forget([step.revision.revision for step in revisions], same=table == self.version_table)
+        for number, step in enumerate(revisions, start=self._total - len(revisions) + 1):
+            self._wrap(step, number)
         return steps
+
+    def _forget(self, pending: Sequence[str], *, same: bool) -> None:
+        """Make room for another pass: what it will run again was rolled back, unless it is another schema's."""
+        self._failure, self.failed_in = None, ""
+        if same:
+            self.results = [result for result in self.results if result.revision not in pending]
+        self._total = len(self.results) + len(pending)
+
+    def _locate(self, table: VersionTable, ask: Callable[[str], Any]) -> VersionTable:
+        """Return the table with its schema, where ``env.py``'s search_path finds another than ours does."""
+        literal = table.quoted.replace("'", "''")
+        oid = f"SELECT to_regclass('{literal}')::oid::bigint"
+        if table.schema or self.session.value(oid) == ask(oid):
+            return table
+        of = (
+            f"pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('{literal}')"
+        )
+        schema = ask(f"SELECT n.nspname::text FROM {of}")  # noqa: S608 - quoted
+        return VersionTable(table.name, schema or "")
+
+    def _take_apply_lock(self, ask: Callable[[str], Any]) -> None:
+        """Take the apply lock on the migration's connection, unless an earlier one of this run keeps it."""
+        query = f"SELECT pg_try_advisory_lock({self.apply_lock[0]}, {self.apply_lock[1]})"
+        deadline = time.monotonic() + 2  # an earlier connection may just be going
+        while not ask(query):
+            if not self._backend_pid:
+                raise Internal("Another connection holds the apply lock, under our run lock.")
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        self._backend_pid = int(ask("SELECT pg_backend_pid()"))
 
     def _check_same_database(self, ask: Callable[[str], Any]) -> None:
         facts = self.session.facts
@@ -189,18 +230,10 @@ class Application:
             milliseconds = int((seconds or 0) * 1000)
             ask(f"SELECT set_config('{name}', '{milliseconds}', false)")
 
-    def _watch_autocommit(self, context: MigrationContext) -> None:
-        """Note which revision leaves its transaction: what it had done until then is committed."""
-        block = context.autocommit_block
-
-        @contextlib.contextmanager
-        def noted() -> Iterator[None]:
-            if self.failed_in not in self.committed_parts:
-                self.committed_parts.append(self.failed_in)
-            with block():
-                yield
-
-        context.autocommit_block = noted  # type: ignore[method-assign]
+    def _committed_part(self) -> None:
+        """Note that the running revision left its transaction: what it had done until then is committed."""
+        if self.failed_in and self.failed_in not in self.committed_parts:
+            self.committed_parts.append(self.failed_in)
 
     def _wrap(self, step: Any, number: int) -> None:
         """Time a step, and know which one is running when something fails."""
@@ -214,8 +247,14 @@ class Application:
             self._step_started = time.monotonic()
             what = f"{revision.revision} {_first_line(revision.doc)}"
             self._progress.draw(number - 1, what)
-            self._heartbeat.begins(f"{number} of {len(self.plan.revisions)}: {what}")
-            run(*arguments, **options)
+            self._heartbeat.begins(f"{number} of {self._total}: {what}")
+            try:
+                run(*arguments, **options)
+            except BaseException as error:
+                self._failure = error
+                raise
+            finally:
+                self._take_back()
             self.interruption.check()
 
         step.migration_fn = timed
@@ -245,7 +284,7 @@ class Application:
             "%s %d of %d: %s %s (%.2f s, %.1f s in all)",
             "applied" if info.is_upgrade else "reverted",
             len(self.results),
-            len(self.plan.revisions),
+            self._total,
             revision,
             message,
             seconds,
