@@ -191,5 +191,5 @@ def _way_back(after: Aftermath) -> str:
     ):
         ways.append(f"`migrator downgrade {before}{' --yes' if before == 'base' else ''}`")
     if after.backup_id:
-        ways.append(f"`migrator restore {after.backup_id}`")
+        ways.append(f"`migrator restore {after.backup_id} --yes`")
     return "to go back: " + " or ".join(ways) if ways else "there is no backup to go back to"

@@ -132,6 +132,7 @@ def of_restored(restored: Restored) -> Answer:
         "database": restored.database,
         "kept": restored.kept,
         "tables": restored.tables,
+        "counted": restored.counted,
         "rows": restored.rows,
         "seconds": round(restored.seconds, 3),
         "notes": list(restored.notes),

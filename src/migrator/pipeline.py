@@ -94,6 +94,7 @@ def run(this: Run) -> Outcome:
 def _stages(this: Run) -> None:
     settings, record = this.settings, this.record
     history = History(this.project, settings.required_target)
+    this.logs.install()  # what a revision file imports may have set up logging of its own
     expectations = read(history.location / "verify.toml")
     record.heads = history.heads
     with contextlib.ExitStack() as stack:
@@ -251,7 +252,7 @@ def _verify_failed(errors: list[Finding], this: Run, *, changed: bool) -> Verify
     record = this.record
     count = "a check" if len(errors) == 1 else f"{len(errors)} checks"
     more = f"; and {len(errors) - 5} more in the report" if len(errors) > 5 else ""
-    back = f"; to go back: `migrator restore {record.backup_id}`" if record.backup_id else ""
+    back = f"; to go back: `migrator restore {record.backup_id} --yes`" if record.backup_id else ""
     return VerifyFailed(
         f"Verify failed {count}: " + "; ".join(str(error) for error in errors[:5]) + more + ".",
         state=f"The database is at {', '.join(record.after or ()) or 'base'}"

@@ -133,7 +133,9 @@ class Record:
             return ""
         back = self.before[0] if self.before and len(self.before) == 1 else "heads"
         restore = (
-            f"; to get deleted data back too: `migrator restore {self.backup_id}`" if self.backup_id else ""
+            f"; to get deleted data back too: `migrator restore {self.backup_id} --yes`"
+            if self.backup_id
+            else ""
         )
         return f"to come back: `migrator upgrade {back}`{restore}"
 

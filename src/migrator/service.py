@@ -104,7 +104,9 @@ class MigrationService:
 
     def history(self) -> History:
         """Read the revision graph; needs no database."""
-        return History(self.project, self.settings.target)
+        history = History(self.project, self.settings.target)
+        self.logs.install()  # what a revision file imports may have set up logging of its own
+        return history
 
     def wait(self) -> tuple[Session, int]:
         """Wait for Postgres; returns a session, which the caller closes, and the number of attempts."""

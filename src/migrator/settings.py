@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from migrator.errors import SettingsError
 from migrator.target import BadAddress, Target, from_environment, parse, secrets_in
@@ -85,7 +86,7 @@ def relation(text: str) -> str:
 def backup_url(text: str) -> str:
     """Read the place of the backups: ``file:///folder``, or a plain folder."""
     if text.startswith("/"):
-        return f"file://{text}"
+        return f"file://{quote(text)}"
     if re.match(r"^file:///.", text):
         return text
     shown = "an address" if "@" in text else repr(text)  # which may hold a password

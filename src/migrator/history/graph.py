@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Hook = Callable[["tuple[str, ...]", "MigrationContext"], "Sequence[Any]"]
 """What is called inside ``env.py`` with the database's revisions: returns the steps to run."""
+
+Around = Callable[[Callable[[], None], Callable[[], "MigrationContext"]], None]
+"""What is called in the place of ``context.run_migrations``."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class History:
         from alembic.script import ScriptDirectory
         from alembic.util import CommandError
 
-        with warnings.catch_warnings(record=True) as caught:
+        # What a revision file prints when it is imported is no answer of ours: it goes where the logs go.
+        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("always")
             try:
                 script = ScriptDirectory.from_config(self.config)
@@ -172,6 +177,11 @@ class History:
             stamped: Any = tuple(sorted(_rows_after(stamps, heads)))
             return [*stamps, *self.script._upgrade_revs(destination, stamped)]
 
+    def steps_done(self, steps: Sequence[Any], before: Iterable[str], rows: Iterable[str]) -> int | None:
+        """Return how many of ``steps`` led from ``before`` to the version ``rows``; None where none did."""
+        wanted, start = frozenset(rows), tuple(before)
+        return next((n for n in range(len(steps) + 1) if _rows_after(steps[:n], start) == wanted), None)
+
     def _revision(self, script: Any) -> Revision:
         parents = script.down_revision
         return Revision(
@@ -183,7 +193,7 @@ class History:
             labels=tuple(sorted(script.branch_labels or ())),
         )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _errors(self, destination: str = "") -> Iterator[None]:
         from alembic.util import CommandError
 
@@ -207,13 +217,15 @@ class History:
         hook: Hook,
         *,
         before_configure: Callable[[], None],
+        around: Around = lambda run, get_context: run(),
         export: Sequence[str] = (),
     ) -> None:
         """Load ``env.py`` once and let it run the steps that ``hook`` returns.
 
         The target's address is set as ``sqlalchemy.url``, and in the environment variables that ``env.py``
         may read instead (``export`` names more).  ``before_configure`` is called whenever ``env.py`` calls
-        ``context.configure``, by when it has set up its own logging.  Raises whatever ``env.py`` or a
+        ``context.configure``, by when it has set up its own logging; ``around`` in the place of
+        ``context.run_migrations``, with that and a function that returns the context.  Raises whatever ``env.py`` or a
         revision raises.
         """
         from alembic.runtime.environment import EnvironmentContext
@@ -233,6 +245,10 @@ class History:
 
         # On the instance: Alembic's module proxy knows EnvironmentContext itself, and no subclass of it.
         environment.configure = configure_after  # type: ignore[method-assign]
+        run_migrations = environment.run_migrations
+        environment.run_migrations = lambda **options: around(  # type: ignore[method-assign]
+            lambda: run_migrations(**options), environment.get_context
+        )
         tell_address(self.config, Path(self.script.env_py_location), self._target, export)
         with environment:
             self.script.run_env()
