@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import itertools
 import json
 import logging
@@ -16,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 MASK = "***"
 _SHORT = 6
@@ -98,15 +99,34 @@ redact = Redactor()
 
 
 class RedactingStream:
-    """A text stream that masks secrets in whatever anyone writes: prints of an ``env.py``, tracebacks, warnings."""
+    """A text stream that masks secrets in whatever anyone writes: prints of an ``env.py``, tracebacks, warnings.
+
+    Nobody can close it: what an application does with its stdout must not end our log.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.in_line = False
 
     def write(self, text: str) -> int:
         """Write ``text`` with its secrets masked."""
         self._stream.write(redact(text))
+        if text:
+            self.in_line = not text.endswith("\n")
         return len(text)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._stream.flush()
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """Return a stream of bytes that masks secrets as well, to be wrapped anew or written to."""
+        return cast(BinaryIO, _RedactingBytes(self))
+
+    def detach(self) -> BinaryIO:
+        """Return what :attr:`buffer` is, and stay usable."""
+        return self.buffer
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write each of ``lines``."""
@@ -115,6 +135,38 @@ class RedactingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _RedactingBytes(io.BufferedIOBase):
+    """The bytes beneath a RedactingStream; closing them closes nothing."""
+
+    def __init__(self, stream: RedactingStream) -> None:
+        self._text = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._text.write(bytes(data).decode("utf-8", "backslashreplace"))
+        return len(data)
+
+    def flush(self) -> None:
+        self._text.flush()
+
+    def fileno(self) -> int:
+        return int(self._text.fileno())
+
+    def isatty(self) -> bool:
+        return bool(self._text.isatty())
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes each record in a line of its own, also where someone printed without ending the line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(self.stream, "in_line", False) and not self.stream.isatty():
+            self.stream.write("\n")
+        super().emit(record)
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -157,6 +209,9 @@ def _json_formatter() -> logging.Formatter:
     return RedactingJsonFormatter("%(message)s", json_default=str, json_ensure_ascii=False)
 
 
+_OURS = ("migrator", "migrator.apply")
+
+
 class Logs:
     """The process's logging, set up once and set up again after an ``env.py`` has had its way."""
 
@@ -165,15 +220,23 @@ class Logs:
         as_json = log_format == "json" or (log_format == "auto" and not self.stream.isatty())
         self.is_json = as_json
         self._level = level.upper()
-        self._handler = logging.StreamHandler(cast(TextIO, self.stream))
+        self._handler = _Handler(cast(TextIO, self.stream))
         self._handler.setFormatter(_json_formatter() if as_json else TextFormatter())
         self._handler.addFilter(self._add_run_id)
         self._run_id = run_id
+        self._installed: list[logging.Handler] = []
 
     def _add_run_id(self, record: logging.LogRecord) -> bool:
         if self._run_id and not hasattr(record, "run_id"):
             record.run_id = self._run_id
         return True
+
+    def keep(self) -> None:
+        """Install again if someone has had a hand in it since: a glance, for it is done at every revision."""
+        root = logging.getLogger()
+        disabled = root.manager.disable or any(logging.getLogger(name).disabled for name in _OURS)
+        if disabled or root.handlers != self._installed:
+            self.install()
 
     def install(self) -> None:
         """Make the root logger write through our handler alone, and switch our and Alembic's loggers on.
@@ -182,6 +245,7 @@ class Logs:
         (https://docs.python.org/3/library/logging.config.html#logging.config.fileConfig): handlers that
         write to the console give way to ours, those that write to files stay, without secrets.
         """
+        logging.disable(logging.NOTSET)
         root = logging.getLogger()
         root.handlers = _kept(root)
         root.addHandler(self._handler)
@@ -201,6 +265,7 @@ class Logs:
         # Alembic says "Running upgrade a -> b" at INFO; migrator's own line per revision says more.
         logging.getLogger("alembic").setLevel("DEBUG" if self._level == "DEBUG" else "WARNING")
         logging.captureWarnings(True)
+        self._installed = list(root.handlers)
 
 
 def _kept(logger: logging.Logger) -> list[logging.Handler]:

@@ -254,7 +254,8 @@ class Application:
                 self._failure = error
                 raise
             finally:
-                self._take_back()
+                self.logs.keep()
+                self.interruption.retake()
             self.interruption.check()
 
         step.migration_fn = timed
