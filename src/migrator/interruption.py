@@ -86,7 +86,7 @@ class Interruption:
                 continue
             # An application's own handler may have taken the signal and swallowed it.
             self.received = self.received or signal.Signals(min(ours)).name
-            for callback in list(self._callbacks):
+            for callback in reversed(self._callbacks.copy()):  # the innermost first
                 try:
                     callback()
                 except Exception as error:  # noqa: BLE001 - the thread must live on for the next callback

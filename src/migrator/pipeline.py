@@ -100,6 +100,7 @@ def _stages(this: Run) -> None:
     with contextlib.ExitStack() as stack:
         session = _wait(this)
         stack.callback(session.close)
+        stack.enter_context(this.interruption.calling(session.cancel))
         found = _inspect(this, session, history)
         if this.request.kind != "verify" and not _nothing_to_do(this, found):
             with record.stage("lock") as details:

@@ -140,22 +140,37 @@ class Session:
     def __init__(self, connection: Any, target: Target) -> None:
         self._connection = connection
         self._lock = threading.RLock()
+        self._running = False
         self.target = target
         self.facts = self._read_facts()
 
-    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    def query(
+        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None
+    ) -> list[tuple[Any, ...]]:
         """Run one statement and return its rows (none for a statement that returns none).
 
         Raises :class:`QueryFailed`.
         """
         with self._lock:
             try:
+                self._running = True
                 with self._connection.cursor() as cursor:
                     cursor.execute(sql, parameters)
                     return list(cursor.fetchall()) if cursor.description else []
             except psycopg2.Error as error:
                 lost = bool(self._connection.closed) or error.pgcode in _ENDED
                 raise QueryFailed(message_of(error), error.pgcode or "", lost=lost) from error
+            finally:
+                self._running = False
+
+    def cancel(self) -> None:
+        """Cancel the statement that another thread is running here, if there is one.
+
+        psycopg2 waits for the server inside libpq, where no Python signal handler runs.
+        """
+        if self._running:
+            with contextlib.suppress(psycopg2.Error):
+                self._connection.cancel()
 
     def value(self, sql: str, parameters: Sequence[Any] | None = None) -> Any:
         """Return the first column of the first row, or None."""

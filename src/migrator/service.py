@@ -188,5 +188,5 @@ class MigrationService:
     @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:
         session, _ = self.wait()
-        with session:
+        with session, self._interruption.calling(session.cancel):
             yield session
