@@ -1,0 +1,117 @@
+"""One at a time: however many runs start, one applies and the others find the work done."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from migrator.outcome import ExitCode
+from tests.support.outcomes import done, left_behind, refusal, unchanged
+from tests.support.projects import Revision, linear_history
+from tests.support.runner import Runner, Running
+from tests.support.servers import Database
+
+Project = Callable[..., Path]
+Start = Callable[..., Running]
+
+RUNS = 8
+CONCURRENTLY = (
+    "with op.get_context().autocommit_block():\n"
+    '    op.execute("SELECT pg_sleep(1)")\n'
+    '    op.execute("CREATE INDEX CONCURRENTLY t1_note ON t1 (note)")'
+)
+
+
+@pytest.mark.parametrize("body", ["CREATE TABLE slow (id int); SELECT pg_sleep(2)", CONCURRENTLY])
+def test_of_many_runs_at_once_one_applies(
+    each_database: Database, project: Project, start_migrator: Start, body: str
+) -> None:
+    revisions = [*linear_history(2), Revision("r003", "r002", body), Revision("r004", "r003")]
+    folder = project(revisions=revisions)
+    runs = [start_migrator("--format", "json", cwd=folder, database=each_database) for _ in range(RUNS)]
+    results = [done(run.finish(90)) for run in runs]
+    applied = [len(result.answer["revisions"]) for result in results]
+    assert sorted(applied) == [0] * (RUNS - 1) + [4]
+    assert each_database.psql("SELECT version_num FROM alembic_version") == [("r004",)]
+    assert left_behind(each_database) == []
+    assert each_database.psql("SELECT count(*) FROM pg_index WHERE NOT indisvalid") == [(0,)]
+    followers = [result for result in results if not result.answer["revisions"]]
+    assert all("Nothing to do" in result.answer["message"] for result in followers)
+    waited = [
+        line["message"] for result in followers for line in result.logs if "run lock" in line["message"]
+    ]
+    assert any("held by migrator/" in line for line in waited)
+
+
+def test_a_lock_that_is_held_too_long_names_its_holder(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(60)")])
+    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    first = start_migrator(cwd=folder, database=database)
+    first.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    ((pid, name),) = database.psql(
+        "SELECT pid, application_name FROM pg_stat_activity JOIN pg_locks USING (pid)"
+        " WHERE locktype = 'advisory' AND objid = 1 AND datname = current_database()"
+    )
+    env = {"MIGRATOR_RUN_LOCK_TIMEOUT": "1s"}
+    result = run_migrator("--format", "json", cwd=folder, database=database, env=env)
+    refusal(result, ExitCode.LOCK_BUSY, name, f"pid {pid}", "for 1 s", f"pg_terminate_backend({pid})")
+    (lock,) = [stage for stage in result.answer["stages"] if stage["stage"] == "lock"]
+    assert 0.9 < lock["seconds"] < 3
+    status = done(run_migrator("status", "--format", "json", cwd=folder, database=database))
+    assert name in status.answer["running"]
+    first.send(signal.SIGTERM)
+    refusal(first.finish(10), ExitCode.INTERRUPTED)
+
+
+def test_ending_the_holders_control_session_lets_no_second_run_in(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    # the holder's control session is ended, as the message advises; the applying one still keeps others out
+    folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(4)")])
+    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    first = start_migrator(cwd=folder, database=database)
+    first.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    database.psql(
+        "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid = 1"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    second = start_migrator("--format", "json", cwd=folder, database=database)
+    second.wait_for("waiting for the run lock")
+    done(first.finish(30))
+    assert done(second.finish(30)).answer["revisions"] == []
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+
+
+def test_a_run_that_was_killed_keeps_nobody_out(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(2)")])
+    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    first = start_migrator(cwd=folder, database=database)
+    first.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    with unchanged(database):
+        first.kill()
+        first.finish(10)
+    result = done(run_migrator("--format", "json", cwd=folder, database=database))
+    assert [item["revision"] for item in result.answer["revisions"]] == ["r002"]
+
+
+def test_runs_against_two_databases_do_not_wait_for_each_other(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    other = database.server.create_database()
+    slow = project(
+        revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(60)")], name="slow"
+    )
+    first = start_migrator(cwd=slow, database=other)
+    first.wait_for(lambda: other.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    env = {"MIGRATOR_RUN_LOCK_TIMEOUT": "0"}
+    done(run_migrator(cwd=project(revisions=linear_history(1)), database=database, env=env))
+    first.send()
+    refusal(first.finish(10), ExitCode.INTERRUPTED)
+    database.server.drop_database(other.name)
