@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from migrator.errors import HistoryError
 from migrator.history.env_file import version_table
-from migrator.history.project import ProjectOptions, make_config, tell_address
+from migrator.history.project import ProjectOptions, make_config, parse_command, tell_address
 from migrator.target import Target
 from migrator.versions import VersionTable
 
@@ -213,6 +213,7 @@ class History:
 
     def run(
         self,
+        kind: str,
         destination: str,
         hook: Hook,
         *,
@@ -220,7 +221,7 @@ class History:
         around: Around = lambda run, get_context: run(),
         export: Sequence[str] = (),
     ) -> None:
-        """Load ``env.py`` once and let it run the steps that ``hook`` returns.
+        """Load ``env.py`` once, as ``alembic KIND DESTINATION`` does, and let it run the steps that ``hook`` returns.
 
         The target's address is set as ``sqlalchemy.url``, and in the environment variables that ``env.py``
         may read instead (``export`` names more).  ``before_configure`` is called whenever ``env.py`` calls
@@ -235,8 +236,11 @@ class History:
             self.script,
             fn=cast(Any, hook),  # Alembic's stub speaks of one revision; it passes all of them
             as_sql=False,
+            starting_rev=None,
             destination_rev=destination,
+            tag=None,
         )
+        self.config.cmd_opts = parse_command(self._options, kind, destination)
         configure = environment.configure
 
         def configure_after(*arguments: Any, **options: Any) -> None:

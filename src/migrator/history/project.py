@@ -68,16 +68,22 @@ def _has_alembic_table(path: Path) -> bool:
         return False
 
 
+def parse_command(options: ProjectOptions, command: str, revision: str) -> Namespace:
+    """Return what Alembic's own parser makes of a command: an ``env.py`` may look into ``config.cmd_opts``."""
+    from alembic.config import CommandLine
+
+    words = [word for value in options.x for word in ("-x", value)]
+    return CommandLine(prog="alembic").parser.parse_args([*words, command, revision])
+
+
 def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | None = None) -> Config:
     """Make Alembic's Config as its own command line would; raises :class:`SettingsError`."""
-    from alembic.config import CommandLine, Config
+    from alembic.config import Config
     from alembic.util import CommandError
 
     ini, toml, location = find_project(options, folder)
     if cmd_opts is None:
-        # An env.py may look into cmd_opts, and get_x_argument() does: hand it what Alembic's parser makes.
-        words = [word for value in options.x for word in ("-x", value)]
-        cmd_opts = CommandLine(prog="alembic").parser.parse_args([*words, "upgrade", "head"])
+        cmd_opts = parse_command(options, "upgrade", "head")
     # Alembic before 1.16 knows no pyproject.toml, and no toml_file.
     extra: dict[str, Any] = {"toml_file": toml} if toml else {}
     try:
@@ -110,10 +116,28 @@ def tell_address(config: Config, env_file: Path, target: Target | None, export: 
         target = dataclasses.replace(target, driver="")
     url = target.sqlalchemy_url(_driver(config, env_file))
     config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    _forgive_percent_signs(config)
     for name in export:
         os.environ[name] = url
     for name in ("DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI"):
         _correct(name, target, url, missing=name == "DATABASE_URL")
+
+
+def _forgive_percent_signs(config: Config) -> None:
+    """Let ``env.py`` hand an address with percent signs to the config as it is, as most do.
+
+    ConfigParser takes a percent sign for the start of a reference and refuses it, so that with plain Alembic
+    a password with a special character needs ``url.replace("%", "%%")`` in ``env.py``.
+    """
+    set_option = config.set_section_option
+
+    def set_or_escape(section: str, name: str, value: str) -> None:
+        try:
+            set_option(section, name, value)
+        except ValueError:
+            set_option(section, name, value.replace("%", "%%"))
+
+    config.set_section_option = set_or_escape  # type: ignore[method-assign]
 
 
 def _driver(config: Config, env_file: Path) -> str:
@@ -131,7 +155,14 @@ def _driver(config: Config, env_file: Path) -> str:
         text = ""
     if "async_engine_from_config" in text or "create_async_engine" in text:
         return next((name for name in ("asyncpg", "psycopg") if _importable(name)), "asyncpg")
-    return "psycopg2"
+    return _sync_driver()
+
+
+def _sync_driver() -> str:
+    """Return no driver, so that an ``env.py`` can put its own, unless SQLAlchemy's default one is not installed."""
+    from sqlalchemy.dialects.postgresql import dialect  # psycopg2 before SQLAlchemy 2.1, psycopg since
+
+    return "" if _importable(dialect.driver) else "psycopg2"
 
 
 def _importable(driver: str) -> bool:
@@ -151,10 +182,11 @@ def _correct(name: str, target: Target, url: str, *, missing: bool) -> None:
         told = parse(value)
     except BadAddress:
         return
-    if dataclasses.replace(told, driver="", parameters=()) != dataclasses.replace(
+    same = dataclasses.replace(told, driver="", parameters=()) == dataclasses.replace(
         target, driver="", parameters=()
-    ):
-        os.environ[name] = dataclasses.replace(target, driver=told.driver).sqlalchemy_url()
+    )
+    if not same or (not told.driver and _sync_driver()):
+        os.environ[name] = dataclasses.replace(target, driver=told.driver).sqlalchemy_url(_sync_driver())
 
 
 def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:

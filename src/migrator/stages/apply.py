@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrator import surroundings
 from migrator.aftermath import Aftermath, explain
-from migrator.errors import HistoryError, Internal, SettingsError
+from migrator.errors import HistoryError, Internal, RolledBack, SettingsError
 from migrator.history import History, Plan
 from migrator.history.commits import watch_commits
 from migrator.history.statements import lift_timeouts_for_concurrent_builds
@@ -62,7 +62,7 @@ class Application:
         self.version_table: VersionTable | None = None
         self.failed_in = ""
         self.committed_parts: list[str] = []
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._total = len(plan.revisions)
         self._backend_pid = 0
         self._heartbeat = Heartbeat()
@@ -76,14 +76,18 @@ class Application:
             with surroundings.kept(), self._heartbeat, self.interruption.calling(self.cancel):
                 self._heartbeat.begins("env.py")
                 self.history.run(
-                    self.plan.destination, self._enter, before_configure=self._take_back, export=exported
+                    self.plan.kind,
+                    self.plan.destination,
+                    self._enter,
+                    before_configure=self._take_back,
+                    export=exported,
                 )
         finally:
             self._progress.close()
             self._take_back()
         self.interruption.check()
-        if self._failure is not None:
-            raise self._failure  # env.py swallowed it
+        if self.failure is not None:
+            raise self.failure  # env.py swallowed it
         if self.version_table is None:
             raise HistoryError(
                 "env.py ended without running migrations (it never called context.run_migrations() online).",
@@ -171,7 +175,7 @@ class Application:
 
     def _forget(self, pending: Sequence[str], *, same: bool) -> None:
         """Make room for another pass: what it will run again was rolled back, unless it is another schema's."""
-        self._failure, self.failed_in = None, ""
+        self.failure, self.failed_in = None, ""
         if same:
             self.results = [result for result in self.results if result.revision not in pending]
         self._total = len(self.results) + len(pending)
@@ -251,7 +255,7 @@ class Application:
             try:
                 run(*arguments, **options)
             except BaseException as error:
-                self._failure = error
+                self.failure = error
                 raise
             finally:
                 self.logs.keep()
@@ -320,11 +324,21 @@ def apply(
     """
     try:
         application.run()
+        if application.results and read_rows() == application.plan.before != application.plan.after:
+            raise RolledBack(
+                "env.py ran the revisions and committed none of them.",
+                state="Everything was rolled back.",
+                next_step="put context.run_migrations() of env.py in `with context.begin_transaction():`,"
+                " as Alembic's own template has it",
+            )
     except (Exception, SystemExit, Interrupt) as error:  # a user's code may raise anything
         application.interruption.shield()
-        if application.interruption.received and not isinstance(error, Interrupt):
+        cause: BaseException = error
+        if application.interruption.received:
             # What was raised is the cancelled statement's own error: the signal is the cause.
-            error = Interrupt(application.interruption.received)
+            cause = Interrupt(application.interruption.received)
+        elif isinstance(error, SystemExit) and application.failure is not None:
+            cause = application.failure  # env.py caught it, and ended in its own way
         entered = application.version_table is not None
         after = Aftermath(
             plan=application.plan,
@@ -335,4 +349,4 @@ def apply(
             backup_id=backup_id,
         )
         log.debug("apply failed", exc_info=True)
-        raise explain(error, after) from error
+        raise explain(cause, after) from error
