@@ -17,7 +17,7 @@ import pytest
 import yaml
 from alembic.config import CommandLine
 
-from migrator import cli, settings
+from migrator import cli, errors, settings
 from migrator.outcome import ExitCode
 from migrator.schema import expectations
 
@@ -216,6 +216,42 @@ def test_every_message_is_one_that_is_printed(message: str) -> None:
     for part in parts:
         if len(part) >= 3:
             assert any(part in literal for literal in known), part
+
+
+def raised() -> set[str]:
+    """Return the first literal message of every error that the source makes, `…` where a value is filled in."""
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)} | {"_failed"}
+    found = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
+                texts = [words(argument) for argument in node.args]
+                found |= {next(text for text in texts if text.strip("… "))} if any(texts) else set()
+    return found
+
+
+def words(node: ast.expr) -> str:
+    """Return what is literal in an expression, `…` for the rest."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.List):
+        return " ".join(words(item) for item in node.elts)
+    if isinstance(node, ast.BinOp):
+        return f"{words(node.left)}…{words(node.right)}"
+    return ""
+
+
+def test_every_error_can_be_found() -> None:
+    page = " ".join((DOCS / "troubleshooting.md").read_text(encoding="utf-8").split())
+    missing = []
+    for message in raised():
+        parts = [part.strip(" .:;,[]") for part in message.split("…")]
+        own = [part for part in parts if len(part) > 4]
+        if own and not any(part[:25] in page for part in own):
+            missing.append(message)
+    assert not missing, "not in docs/troubleshooting.md"
 
 
 # -- links and blocks -------------------------------------------------------------------------------------
