@@ -47,7 +47,9 @@ RUN --mount=type=secret,id=ca_certificates \
 
 COPY pyproject.toml README.md LICENSE /build/
 COPY src /build/src
+COPY entrypoint.py /opt/migrator/
 RUN set -eu; \
+    python3 -m compileall -q /opt/migrator/entrypoint.py; \
     pip wheel --no-cache-dir --no-index --no-deps --no-build-isolation --wheel-dir /build/dist /build; \
     pip --python /opt/migrator/bin/python install --no-cache-dir --no-index --no-deps --compile /build/dist/*.whl
 
@@ -69,7 +71,7 @@ ENV PATH=/opt/migrator/bin:/usr/lib/postgresql/17/bin:/usr/local/sbin:/usr/local
 WORKDIR /app
 USER 10001:10001
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["/opt/migrator/bin/migrator"]
+ENTRYPOINT ["/opt/migrator/bin/python", "/opt/migrator/entrypoint.py"]
 
 # Last, for they change with each build.
 ARG MIGRATOR_VERSION=dev

@@ -62,7 +62,7 @@ def test_it_runs_python_itself_as_a_user_that_is_not_root(engine: Engine, image:
     assert config["User"] == "10001:10001"
     assert config["WorkingDir"] == "/app"
     assert config["StopSignal"] == "SIGTERM"
-    assert config["Entrypoint"] == ["/opt/migrator/bin/migrator"]  # no shell in between
+    assert config["Entrypoint"] == ["/opt/migrator/bin/python", "/opt/migrator/entrypoint.py"]  # no shell
     assert not config.get("Volumes")
 
 
