@@ -18,7 +18,6 @@ from migrator.target import Target, parse
 from tests.support import PLANTED, installations, leaks
 from tests.support.servers import Server, free_port
 
-KNOWN = pytest.mark.xfail(strict=True, reason="postgres.py takes it for something that waiting can help")
 LANGUAGES = {
     "C": "password authentication failed",
     "fr_FR.UTF-8": "authentification par mot de passe échouée",
@@ -142,7 +141,7 @@ def test_tls_that_the_server_has_not(speaker: Server) -> None:
     [
         "options=-c%20no_such_setting%3D1",
         "options=-c%20work_mem%3Dmuch",
-        pytest.param("options=--no-such-option", marks=KNOWN),
+        "options=--no-such-option",
         "no_such_parameter=1",
         "sslmode=perhaps",
         "connect_timeout=soon",
@@ -353,7 +352,6 @@ def test_of_several_hosts_one_that_answers_is_enough(speaker: Server) -> None:
         assert session.value("SELECT current_database()") == "app"
 
 
-@KNOWN
 def test_a_refusal_by_one_of_several_hosts_is_known(speaker: Server) -> None:
     here = f"127.0.0.1:{speaker.port}"
     url = speaker.url("app", password="wrong").replace(here, f"127.0.0.1:{free_port()},{here}")
@@ -437,7 +435,6 @@ def test_tls_that_cannot_be_trusted(private_server: Callable[..., Server], tmp_p
         assert error.refusal is Refusal.DENIED, (query, error.text)
 
 
-@KNOWN
 @pytest.mark.parametrize("query", ["ssl_min_protocol_version=TLSv9", "port=1,2"])
 def test_values_that_libpq_itself_refuses(query: str) -> None:
     assert refused(f"postgresql://u:p@127.0.0.1/db?{query}").refusal is Refusal.DENIED

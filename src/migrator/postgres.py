@@ -31,7 +31,8 @@ from migrator.target import Target
 _open: Callable[..., psycopg2.extensions.connection] = psycopg2.connect
 
 _VERBOSE = 2  # PQERRORS_VERBOSE
-_CODED = re.compile(r":\s+([0-9A-Z]{5}): (.*)", re.DOTALL)
+# A SQLSTATE has a digit: with several hosts, a word such as FATAL may stand at its place.
+_CODED = re.compile(r":\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)", re.DOTALL)
 _PREFIX = re.compile(r"^connection to server (?:at|on socket) .*? failed: ", re.DOTALL)
 
 
@@ -87,6 +88,7 @@ _CLIENT_SIDE_DENIALS = (
     "sslnegotiation",
     "does not support GSSAPI",
 )
+_INVALID_VALUE = re.compile(r"invalid \S+ value: |could not match \d+ ")
 _DENIED_CLASSES = ("28",)
 _DENIED_CODES = frozenset(
     {
@@ -95,6 +97,7 @@ _DENIED_CODES = frozenset(
         errorcodes.FEATURE_NOT_SUPPORTED,  # a protocol or startup option that this server has not
         errorcodes.UNDEFINED_OBJECT,  # options=-c no_such_setting=1
         errorcodes.INVALID_PARAMETER_VALUE,
+        errorcodes.SYNTAX_ERROR,  # options=--no-such-option
     }
 )
 
@@ -106,7 +109,7 @@ def classify(sqlstate: str, text: str) -> Refusal:
     if sqlstate:
         denied = sqlstate.startswith(_DENIED_CLASSES) or sqlstate in _DENIED_CODES
         return Refusal.DENIED if denied else Refusal.TRANSIENT
-    if any(phrase in text for phrase in _CLIENT_SIDE_DENIALS):
+    if any(phrase in text for phrase in _CLIENT_SIDE_DENIALS) or _INVALID_VALUE.search(text):
         return Refusal.DENIED
     return Refusal.TRANSIENT
 
