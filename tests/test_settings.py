@@ -12,18 +12,14 @@ import pytest
 
 from migrator.errors import SettingsError
 from migrator.outcome import ExitCode
+from migrator.readers import backup_url, boolean, duration, optional_duration, relation
 from migrator.settings import (
     ADDRESS_VARIABLES,
     SECRET_VARIABLES,
     Settings,
-    backup_url,
-    boolean,
-    duration,
     flag_name,
     load,
-    optional_duration,
     options,
-    relation,
     table,
     variable_name,
 )
