@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from migrator import __version__, logs, report, settings
 from migrator.errors import Interrupted, MigratorError, SettingsError
@@ -49,15 +49,26 @@ NO_TARGET = frozenset({"settings", "history", "heads", "show", "backups", "alemb
 """Commands that work without a database."""
 
 
+_SWITCHES = frozenset(
+    settings.flag_name(item) for item in settings.options() if isinstance(item.default, bool)
+)
+
+
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        # A switch alone means true, and must not take the word after it, which may be the command.
+        words = [f"{word}=true" if word in _SWITCHES else word for word in args or ()]
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise SettingsError([message], next_step=f"{self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; every option may stand before or after the command."""
-    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    _add_common(common)
+    common, after = (_Parser(add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
+    _add_common(common, x="x_before")
+    _add_common(after, x="x")
     parser = _Parser(
         prog="migrator",
         description="Take a Postgres database safely to the schema that the application needs.",
@@ -73,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             epilog=f"example:\n  {example}",
-            parents=[] if name == "alembic" else [common],
+            parents=[] if name == "alembic" else [after],
             prefix_chars="\0" if name == "alembic" else "-",
             add_help=name != "alembic",
             conflict_handler="resolve" if name == "backup" else "error",  # its --name is not Alembic's
@@ -83,14 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, x: str) -> None:
     parser.add_argument("--format", choices=("text", "json"), help="how the answer on stdout looks")
     project = parser.add_argument_group("project (Alembic's own options)")
     project.add_argument(
         "-c", "--config", action="append", metavar="FILE", help="alembic.ini or pyproject.toml"
     )
     project.add_argument("-n", "--name", dest="section", metavar="NAME", help="section of the ini file")
-    project.add_argument("-x", action="append", metavar="KEY=VALUE", help="argument for env.py")
+    # argparse lets what stands after the command replace what stands before it: both count here.
+    project.add_argument("-x", dest=x, action="append", metavar="KEY=VALUE", help="argument for env.py")
     group = parser.add_argument_group("settings (each also as a variable; `migrator settings` lists them)")
     for item in settings.options():
         flag = settings.flag_name(item)
@@ -102,7 +114,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
             dest=item.name,
             metavar=item.name.rsplit("_", 1)[-1].upper(),
             nargs="?" if boolean else None,
-            const="true" if boolean else None,
             help=f"{item.metadata['help']} [{settings.default_text(item) or 'not set'}]".replace("%", "%%"),
         )
 
