@@ -18,7 +18,7 @@ from migrator.errors import (
 )
 from migrator.history import Plan
 from migrator.interruption import Interrupt
-from migrator.postgres import ConnectFailed, QueryFailed, message_of
+from migrator.postgres import ConnectFailed, QueryFailed, Refusal, classify, message_of
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,25 @@ def translate(error: Exception) -> MigratorError:
         state="`migrator current` shows the state of the database.",
         next_step="please report it, with the log at MIGRATOR_LOG_LEVEL=debug",
     )
+
+
+def outside_of_stages(error: Exception, *, changes: bool) -> MigratorError:
+    """Turn a failure under Alembic's own command line; ``changes`` says whether that may have changed the database."""
+    code, text = sqlstate(error), message_of(getattr(error, "orig", None) or error).rstrip(".")
+    shown = f"{text} [{code}]" if code else f"{type(error).__name__}: {text}"
+    what = f"Alembic's own command failed: {shown}."
+    if "OperationalError" in type(error).__name__ and not code:
+        # psycopg2 has no code for a failed connection.
+        if classify("", text) is Refusal.DENIED:
+            return AccessDenied(what, next_step="check user and password, which `migrator wait` does too")
+        return Unreachable(what, next_step="check that Postgres runs: `migrator wait`")
+    if changes:
+        return Partial(
+            what,
+            state="Alembic was on its own: what it has committed is not known.",
+            next_step="`migrator current` shows where the database is",
+        )
+    return HistoryError(what, next_step="mend what it says; `migrator alembic --help` shows how it is used")
 
 
 def _partial(what: str, way_back: str, after: Aftermath) -> Partial:

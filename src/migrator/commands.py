@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from migrator import answers, report
+from migrator.aftermath import outside_of_stages
 from migrator.answers import Answer
 from migrator.errors import HistoryError, MigratorError
 from migrator.history import ProjectOptions
@@ -31,7 +32,7 @@ def make_service(
     project = ProjectOptions(
         config=tuple(settings.config.split(os.pathsep)) if settings.config else (),
         name=getattr(arguments, "section", "alembic"),
-        x=tuple(getattr(arguments, "x", ())),
+        x=(*getattr(arguments, "x_before", ()), *getattr(arguments, "x", ())),
     )
     return MigrationService(settings, project, logs=logs, interruption=interruption, run_id=run_id)
 
@@ -147,13 +148,20 @@ def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     from migrator.history import hand_over
 
     words = list(arguments.arguments)
-    if {"upgrade", "downgrade", "stamp"} & set(words) and "--sql" not in words:
+    changes = bool({"upgrade", "downgrade", "stamp"} & set(words)) and "--sql" not in words
+    if changes:
         log.warning(
             "Alembic works by itself here: without lock, backup and verify; `migrator %s` has them", words[0]
         )
-    problem = hand_over(words, service.project, service.settings.target)
+    try:
+        problem = hand_over(words, service.project, service.settings.target)
+    except MigratorError:
+        raise
+    except Exception as error:
+        log.debug("Alembic's own command failed", exc_info=True)
+        raise outside_of_stages(error, changes=changes) from error
     if problem:
-        raise HistoryError(f"Alembic says: {problem}.", state="", next_step="migrator alembic --help")
+        raise HistoryError(f"Alembic says: {problem.rstrip('.')}.", next_step="migrator alembic --help")
     return Answer({}, "")
 
 

@@ -189,8 +189,14 @@ def _correct(name: str, target: Target, url: str, *, missing: bool) -> None:
         os.environ[name] = dataclasses.replace(target, driver=told.driver).sqlalchemy_url(_sync_driver())
 
 
+_ALEMBIC_HELP = "migrator alembic --help"
+
+
 def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:
-    """Run Alembic's own command line against the target; returns what it complains of, or an empty string."""
+    """Run Alembic's own command line against the target; returns what it complains of, or an empty string.
+
+    Raises :class:`SettingsError` for words that it does not take, and whatever ``env.py`` or a revision raises.
+    """
     from alembic.config import CommandLine
     from alembic.script import ScriptDirectory
     from alembic.util import CommandError
@@ -198,8 +204,15 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
     command_line = CommandLine(prog="migrator alembic")
     try:
         parsed = command_line.parser.parse_args(list(words))
-        if not hasattr(parsed, "cmd"):
-            return "no command for Alembic"
+    except SystemExit as error:  # argparse's own: 0 after --help, 2 for a usage error that it has printed
+        if error.code in (0, None):
+            return ""
+        raise SettingsError(
+            ["Alembic's own command line does not take this; it says why above"], next_step=_ALEMBIC_HELP
+        ) from None
+    if not hasattr(parsed, "cmd"):
+        raise SettingsError(["no command for Alembic"], next_step=_ALEMBIC_HELP)
+    try:
         if parsed.cmd[0].__name__ in {"init", "list_templates"}:
             command_line.main(list(words))
             return ""
@@ -216,7 +229,6 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
         command_line.run_cmd(config, parsed)
     except CommandError as error:
         return " ".join(str(error).split())
-    except SystemExit as error:
-        # argparse's own exits (0 after --help, 2 for a usage error that it has printed), and sys.exit in env.py
+    except SystemExit as error:  # sys.exit in env.py or a revision
         return "" if error.code in (0, None) else f"Alembic ended with {error.code}"
     return ""
