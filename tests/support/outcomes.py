@@ -18,6 +18,7 @@ STATES = (
     "the database is at ",
     "The database is at ",
     "was committed",
+    "is not known",
 )
 """How a message says what state the database is in."""
 
