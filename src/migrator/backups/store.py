@@ -76,6 +76,11 @@ class FolderStore:
                 probe.unlink(missing_ok=True)
         except OSError as error:
             raise self.cannot_write(error) from error
+        if _lost_with_container(self.folder):
+            LOGGER.warning(
+                "%s is in the container itself: backups in it are gone with the container; mount a volume there",
+                self.folder,
+            )
 
     def cannot_write(self, error: OSError, needed: str = "") -> BackupFailed:
         """Say why a backup cannot be written here, and what to do about it."""
@@ -201,6 +206,13 @@ class FolderStore:
                     part.path.unlink(missing_ok=True)
                     raise
         return from_json(backup.to_json(), place=str(part.path))
+
+
+def _lost_with_container(folder: Path) -> bool:
+    """Whether the folder is on a container's own file system, of which nothing outlives it."""
+    if not any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv")):
+        return False
+    return folder.stat().st_dev == Path("/").stat().st_dev
 
 
 def _nobody_holds(path: Path) -> bool:

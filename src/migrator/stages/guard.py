@@ -21,7 +21,7 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
                 severity=Severity.ERROR,
                 place=f"downgrade {plan.destination}",
                 sentence=f"it reverts all {len(plan.revisions)} revisions and deletes the schema"
-                f" ({tables} tables are there now)",
+                f" ({tables} table{'' if tables == 1 else 's'} in it now)",
                 remedy="add --yes if that is meant",
             )
         )

@@ -80,7 +80,7 @@ def inspect(
         raise _ahead(session, history, unknown, table)
     if table is None and tables and kind == "upgrade" and not baseline and not read_only:
         raise Unversioned(
-            f"{session.target} has {tables} tables but no version table.",
+            f"{session.target} has {tables} table{'' if tables == 1 else 's'} but no version table.",
             next_step="if they are this application's, say at which revision:"
             f" `migrator upgrade --baseline REV` (the newest is {_some(history.heads)});"
             " if they are another's: `--baseline base`",

@@ -61,7 +61,7 @@ def wait(
         reason = last.text if isinstance(last, ConnectFailed) else str(last)
         raise Unreachable(
             f"{target} did not answer within {settings.wait_timeout:g} s"
-            f" ({error.last_attempt.attempt_number} attempts); the last one: {reason}.",
+            f" ({error.last_attempt.attempt_number} attempts); the last one: {reason.rstrip('.?')}.",
             next_step="check that Postgres runs and that host and port are right; wait longer with"
             " MIGRATOR_WAIT_TIMEOUT",
         ) from None
