@@ -149,7 +149,7 @@ class Application:
         ask = _asker(context)
         self._check_same_database(ask)
         table = self._locate(VersionTable(context.version_table, context.version_table_schema or ""), ask)
-        again, self.version_table = self.version_table is not None, self.version_table or table
+        again = self.version_table is not None
         if not again and frozenset(heads) != self.plan.before:
             raise SettingsError(
                 [
@@ -159,6 +159,7 @@ class Application:
                 ],
                 next_step=f"set MIGRATOR_VERSION_TABLE={table}",
             )
+        self.version_table = self.version_table or table
         self._take_apply_lock(ask)
         self._set_timeouts(context, ask)
         lift_timeouts_for_concurrent_builds(context.connection)
@@ -331,7 +332,7 @@ def apply(
                 next_step="put context.run_migrations() of env.py in `with context.begin_transaction():`,"
                 " as Alembic's own template has it",
             )
-    except (Exception, SystemExit, Interrupt) as error:  # a user's code may raise anything
+    except BaseException as error:  # a user's code may raise anything
         application.interruption.shield()
         cause: BaseException = error
         if application.interruption.received:
