@@ -222,14 +222,16 @@ class Logs:
         self._level = level.upper()
         self._handler = _Handler(cast(TextIO, self.stream))
         self._handler.setFormatter(_json_formatter() if as_json else TextFormatter())
-        self._handler.addFilter(self._add_run_id)
+        self._handler.addFilter(self._admit)
         self._run_id = run_id
         self._installed: list[logging.Handler] = []
 
-    def _add_run_id(self, record: logging.LogRecord) -> bool:
+    def _admit(self, record: logging.LogRecord) -> bool:
         if self._run_id and not hasattr(record, "run_id"):
             record.run_id = self._run_id
-        return True
+        # Alembic says "Running upgrade a -> b" at INFO; migrator's own line per revision says more.
+        below = record.levelno < logging.WARNING and self._level != "DEBUG"
+        return not (below and record.name.partition(".")[0] == "alembic")
 
     def keep(self) -> None:
         """Install again if someone has had a hand in it since: a glance, for it is done at every revision."""
@@ -249,7 +251,10 @@ class Logs:
         root = logging.getLogger()
         root.handlers = _kept(root)
         root.addHandler(self._handler)
-        root.setLevel(logging.WARNING)
+        # A project's own log files go on to say what they would without us.
+        in_files = len(root.handlers) > 1 or bool(_kept(logging.getLogger("alembic")))
+        if len(root.handlers) == 1:
+            root.setLevel(logging.WARNING)
         for name, logger in list(logging.root.manager.loggerDict.items()):
             if not isinstance(logger, logging.Logger):
                 continue
@@ -260,10 +265,11 @@ class Logs:
             if name.split(".")[0] in {"migrator", "alembic"}:
                 logger.disabled = False
                 logger.propagate = True
-                logger.setLevel(logging.NOTSET)
+                if not (in_files and name.startswith("alembic")):
+                    logger.setLevel(logging.NOTSET)
         logging.getLogger("migrator").setLevel(self._level)
-        # Alembic says "Running upgrade a -> b" at INFO; migrator's own line per revision says more.
-        logging.getLogger("alembic").setLevel("DEBUG" if self._level == "DEBUG" else "WARNING")
+        if not in_files:
+            logging.getLogger("alembic").setLevel("DEBUG" if self._level == "DEBUG" else "WARNING")
         logging.captureWarnings(True)
         self._installed = list(root.handlers)
 
