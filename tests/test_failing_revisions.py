@@ -9,7 +9,7 @@ import pytest
 
 from migrator.outcome import ExitCode
 from tests.support.outcomes import done, refusal, unchanged
-from tests.support.projects import ENV_FILES, Revision, linear_history
+from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
 from tests.support.runner import Runner
 from tests.support.servers import Database
 
@@ -51,7 +51,7 @@ def test_a_failure_in_the_middle_rolls_everything_back(
 ) -> None:
     body, words = FAILURES[failure]
     folder = project(revisions=history_failing_at_third(body))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)
     refusal(result, ExitCode.ROLLED_BACK, "Revision r003 failed", "Everything was rolled back.", *words)
@@ -102,7 +102,7 @@ def test_the_first_revision_failing_alone_is_all_rolled_back(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:
     folder = project(env_with(PER_MIGRATION), revisions=history_failing_at_third(RAISES))
-    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    bring_to(database, 2)
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)
     refusal(result, ExitCode.ROLLED_BACK, "Revision r003 failed")
@@ -166,7 +166,7 @@ def test_a_failure_after_a_part_was_committed_is_no_rollback(
 ) -> None:
     revisions = [*linear_history(1), Revision("r002", "r001", COMMITTING[way])]
     folder = project(revisions=revisions)
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     result = run_migrator("--format", "json", cwd=folder, database=database)
     assert database.psql("SELECT to_regclass('landed')::text") == [("landed",)]
     refusal(
@@ -185,7 +185,7 @@ def test_a_commit_that_only_a_text_speaks_of_is_none(
 ) -> None:
     body = "INSERT INTO t1 VALUES (1, 'commit; it'); COMMENT ON TABLE t1 IS 'no; commit'; SELECT 1 / 0"
     folder = project(revisions=[*linear_history(1), Revision("r002", "r001", body)])
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)
     refusal(result, ExitCode.ROLLED_BACK, "Revision r002 failed")
@@ -196,11 +196,11 @@ def test_a_busy_table_is_not_waited_for_longer_than_lock_timeout(
 ) -> None:
     alter = Revision("r002", "r001", "ALTER TABLE t1 ADD COLUMN b int", "ALTER TABLE t1 DROP COLUMN b")
     folder = project(revisions=[*linear_history(1), alter])
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         reader = database.connect()
         reader.cursor().execute("SELECT * FROM t1")  # and never ends its transaction
-        result = run_migrator("--lock-timeout", "500ms", cwd=folder, database=database)
+        result = run_migrator("--lock-timeout", "500ms", "--lock-retries", "1", cwd=folder, database=database)
         reader.close()
     refusal(
         result,
@@ -218,7 +218,7 @@ def test_a_statement_that_takes_too_long_is_rolled_back(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:
     folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(60)")])
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         result = run_migrator("--statement-timeout", "1s", cwd=folder, database=database)
     refusal(result, ExitCode.ROLLED_BACK, "Revision r002 failed", "statement timeout", "57014")
@@ -229,7 +229,7 @@ def test_a_connection_that_is_lost_is_not_called_a_rollback_without_looking(
 ) -> None:
     ends = "SELECT pg_terminate_backend(pg_backend_pid())"
     folder = project(revisions=[*linear_history(1), Revision("r002", "r001", ends)])
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)
     refusal(result, ExitCode.ROLLED_BACK, "Revision r002 failed", "Everything was rolled back.")

@@ -20,6 +20,9 @@ from migrator.history import Plan
 from migrator.interruption import Interrupt
 from migrator.postgres import ConnectFailed, QueryFailed, Refusal, classify, message_of
 
+RETRYABLE = frozenset({"55P03", "40P01", "40001"})
+"""SQLSTATEs that pass by themselves: lock_not_available, deadlock_detected, serialization_failure."""
+
 
 @dataclass(frozen=True)
 class Aftermath:
@@ -35,6 +38,8 @@ class Aftermath:
     failed_in: str = ""
     committed_parts: Sequence[str] = ()
     backup_id: str = ""
+    attempts: int = 1
+    blockers: Sequence[str] = ()
 
     @property
     def landed(self) -> tuple[str, ...]:
@@ -134,11 +139,14 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
     if isinstance(error, MigratorError):
         return error
     code = sqlstate(error)
-    if code == "55P03":
+    if code in RETRYABLE:
+        times = f" It was tried {after.attempts} times." if after.attempts > 1 else ""
+        by = f" It was last blocked by {'; '.join(after.blockers)}." if after.blockers else ""
         return Blocked(
-            what,
+            f"{what}{times}{by}",
             state="All was rolled back.",
-            next_step="run it again when the table is less busy, or give it longer with MIGRATOR_LOCK_TIMEOUT",
+            next_step="run it again when the table is less busy, or give it longer with MIGRATOR_LOCK_TIMEOUT"
+            " or MIGRATOR_LOCK_RETRIES",
         )
     if code == "42501":  # before env.py is entered too: Alembic makes its version table on the way
         return _may_not(what)

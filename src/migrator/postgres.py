@@ -181,6 +181,11 @@ class Session:
         return rows[0][0] if rows else None
 
     @property
+    def pooled(self) -> bool:
+        """Whether a pooler stands in between: it gives its clients a made-up process id to cancel with."""
+        return bool(self._connection.info.backend_pid != self.pid)
+
+    @property
     def closed(self) -> bool:
         """Whether the connection is known to be gone."""
         return bool(self._connection.closed)
@@ -225,7 +230,8 @@ def message_of(error: BaseException) -> str:
         if diagnostics.message_hint:
             parts.append(f"HINT: {diagnostics.message_hint}")
         return " ".join(" ".join(parts).split())
-    return " ".join(str(error).split())
+    # SQLAlchemy's asyncpg dialect puts the class in front of the server's words.
+    return re.sub(r"^<class '[\w.]+'>: ", "", " ".join(str(error).split()))
 
 
 def connect(target: Target, application_name: str, timeout: float) -> Session:
@@ -326,6 +332,25 @@ def _verbose_attempt(arguments: dict[str, str], deadline: float) -> Iterator[str
     finally:
         with contextlib.suppress(psycopg2.Error):
             connection.close()
+
+
+def in_transaction_pooling(session: Session, application_name: str, timeout: float) -> bool:
+    """Find out whether a pooler gives the session's server connection away between its transactions.
+
+    What the session has set is then found by another client, which a pooler hands the connection that was
+    used last; in session pooling nobody else gets it.  Costs nothing where there is no pooler.
+    """
+    if not session.pooled:
+        return False
+    for _ in range(3):
+        session.query("SELECT set_config('migrator.probe', 'mine', false)")
+        with connect(session.target, application_name, timeout) as other:
+            other.query("BEGIN")
+            if other.value("SELECT current_setting('migrator.probe', true)") == "mine":
+                return True
+            if session.value("SELECT current_setting('migrator.probe', true)") != "mine":
+                return True
+    return False
 
 
 def quote_identifier(name: str) -> str:

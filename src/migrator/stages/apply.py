@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrator import surroundings
 from migrator.aftermath import Aftermath, explain
+from migrator.attempts import Attempts
 from migrator.errors import HistoryError, Internal, RolledBack, SettingsError
 from migrator.history import History, Plan
 from migrator.history.commits import watch_commits
@@ -28,6 +29,7 @@ from migrator.postgres import Session
 from migrator.report.progress import Heartbeat, Progress
 from migrator.settings import Settings
 from migrator.versions import VersionTable
+from migrator.watch import Watch
 
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
@@ -63,7 +65,10 @@ class Application:
         self.failed_in = ""
         self.committed_parts: list[str] = []
         self.failure: BaseException | None = None
+        self.attempts = Attempts(settings.lock_retries, self._lasting)
+        self.watch = Watch(session)
         self._total = len(plan.revisions)
+        self._connections: list[Any] = []
         self._backend_pid = 0
         self._heartbeat = Heartbeat()
         self._started = time.monotonic()
@@ -73,13 +78,14 @@ class Application:
         """Load ``env.py`` and run the steps; raises whatever they raise, after the connection is gone."""
         exported = tuple(name.strip() for name in self.settings.url_variable.split(",") if name.strip())
         try:
-            with surroundings.kept(), self._heartbeat, self.interruption.calling(self.cancel):
+            with surroundings.kept(), self._heartbeat, self.watch, self.interruption.calling(self.cancel):
                 self._heartbeat.begins("env.py")
                 self.history.run(
                     self.plan.kind,
                     self.plan.destination,
                     self._enter,
                     before_configure=self._take_back,
+                    around=self.attempts.run,
                     export=exported,
                 )
         finally:
@@ -162,17 +168,32 @@ class Application:
         self.version_table = self.version_table or table
         self._take_apply_lock(ask)
         self._set_timeouts(context, ask)
-        lift_timeouts_for_concurrent_builds(context.connection)
-        steps = self.history.steps(self.plan.kind, self.plan.destination, heads, self.plan.baseline)
+        steps = self._steps(heads, again=again)
         if self._applied not in context.on_version_apply_callbacks:
             context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
-        watch_commits(context.connection, self._committed_part, every_statement=ask(_NOW) != ask(_NOW))
+        self._listen(context.connection, ask)
         revisions = [step for step in steps if getattr(step, "revision", None) is not None]
         if again:
             self._forget([step.revision.revision for step in revisions], same=table == self.version_table)
         for number, step in enumerate(revisions, start=self._total - len(revisions) + 1):
             self._wrap(step, number)
         return steps
+
+    def _listen(self, connection: Any, ask: Callable[[str], Any]) -> None:
+        """Listen to what a connection executes, once for each that ``env.py`` opens."""
+        if any(connection is known for known in self._connections):
+            return
+        self._connections.append(connection)
+        lift_timeouts_for_concurrent_builds(connection)
+        watch_commits(connection, self._committed_part, every_statement=ask(_NOW) != ask(_NOW))
+
+    def _steps(self, heads: tuple[str, ...], *, again: bool) -> list[Any]:
+        """Return Alembic's steps from ``heads``: to where the plan ends, whatever ``+2`` would mean by now."""
+        plan = self.plan
+        if again and frozenset(heads) != plan.before:
+            destination = next(iter(plan.after), "base") if len(plan.after) <= 1 else plan.destination
+            return self.history.steps(plan.kind, destination, heads)
+        return self.history.steps(plan.kind, plan.destination, heads, plan.baseline)
 
     def _forget(self, pending: Sequence[str], *, same: bool) -> None:
         """Make room for another pass: what it will run again was rolled back, unless it is another schema's."""
@@ -204,6 +225,7 @@ class Application:
                 break
             time.sleep(0.05)
         self._backend_pid = int(ask("SELECT pg_backend_pid()"))
+        self.watch.follow(self._backend_pid)
 
     def _check_same_database(self, ask: Callable[[str], Any]) -> None:
         facts = self.session.facts
@@ -239,6 +261,10 @@ class Application:
         """Note that the running revision left its transaction: what it had done until then is committed."""
         if self.failed_in and self.failed_in not in self.committed_parts:
             self.committed_parts.append(self.failed_in)
+
+    def _lasting(self) -> bool:
+        """Whether a part of the failed revision is committed, or nobody wants another attempt."""
+        return self.failed_in in self.committed_parts or bool(self.interruption.received)
 
     def _wrap(self, step: Any, number: int) -> None:
         """Time a step, and know which one is running when something fails."""
@@ -348,6 +374,8 @@ def apply(
             failed_in=application.failed_in,
             committed_parts=application.committed_parts,
             backup_id=backup_id,
+            attempts=application.attempts.count,
+            blockers=tuple(str(blocker) for blocker in application.watch.blockers),
         )
         log.debug("apply failed", exc_info=True)
         raise explain(cause, after) from error

@@ -14,8 +14,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 
-from migrator.errors import LockBusy
-from migrator.postgres import QueryFailed, Session
+from migrator.errors import LockBusy, SettingsError
+from migrator.postgres import QueryFailed, Session, in_transaction_pooling
 from migrator.settings import Settings
 
 log = logging.getLogger("migrator.lock")
@@ -55,8 +55,10 @@ def lock(
     """Hold the run lock within the block; yields the seconds that were waited for it.
 
     ``session_ends`` says that the block itself ends the session, as a restore does when it swaps databases.
-    Raises :class:`LockBusy` when another run holds it for ``settings.run_lock_timeout`` seconds.
+    Raises :class:`LockBusy` when another run holds it for ``settings.run_lock_timeout`` seconds, and
+    :class:`SettingsError` where a pooler makes it worthless.
     """
+    _refuse_pooler(session, settings)
     started = time.monotonic()
     deadline = started + settings.run_lock_timeout
     said, said_at = "", 0.0
@@ -79,6 +81,20 @@ def lock(
         yield time.monotonic() - started
     finally:
         _release(session, session_ends)
+
+
+def _refuse_pooler(session: Session, settings: Settings) -> None:
+    """Refuse an address through which a session lock would end with each transaction."""
+    name = f"migrator probe {session.pid}"
+    if not in_transaction_pooling(session, name, settings.connect_timeout):
+        return
+    raise SettingsError(
+        [
+            f"{session.target} leads through a connection pooler in transaction mode, where a session lock is worth"
+            " nothing"
+        ],
+        next_step="give the address around it in MIGRATOR_DIRECT_URL: lock, backup and migration then use that one",
+    )
 
 
 def _try(session: Session) -> bool:

@@ -1,0 +1,146 @@
+"""Watch the migration from the control connection: who blocks it, and how far the server says it has come.
+
+A thread of its own, for the main thread waits inside the database driver.  What it finds goes to the log as it
+changes; the last blockers are kept for the error message.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from migrator.postgres import QueryFailed, Session
+
+log = logging.getLogger("migrator.watch")
+
+# pg_blocking_pids gives 0 for a prepared transaction, which has no session.
+# https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SESSION
+_BLOCKERS = """
+SELECT b.pid, coalesce(a.application_name, ''), coalesce(a.state, ''),
+       extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, a.query_start, a.backend_start))::float8,
+       coalesce(left(regexp_replace(a.query, '\\s+', ' ', 'g'), 120), ''),
+       w.mode, coalesce(w.relation::regclass::text, w.locktype),
+       coalesce((SELECT string_agg(DISTINCT h.mode, ', ') FROM pg_locks h
+                 WHERE h.pid = b.pid AND h.granted AND h.relation = w.relation), '')
+FROM (SELECT DISTINCT unnest(pg_blocking_pids(%(pid)s)) AS pid) b
+LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+CROSS JOIN LATERAL (SELECT mode, relation, locktype FROM pg_locks WHERE pid = %(pid)s AND NOT granted LIMIT 1) w
+ORDER BY b.pid
+"""
+
+_PROGRESS = {
+    # https://www.postgresql.org/docs/current/progress-reporting.html
+    "pg_stat_progress_create_index": (
+        "SELECT phase, CASE WHEN lockers_total > 0 THEN lockers_done WHEN blocks_total > 0 THEN blocks_done"
+        " ELSE tuples_done END, CASE WHEN lockers_total > 0 THEN lockers_total WHEN blocks_total > 0 THEN"
+        " blocks_total ELSE tuples_total END FROM pg_stat_progress_create_index WHERE pid = %s"
+    ),
+    "pg_stat_progress_cluster": (
+        "SELECT phase, heap_blks_scanned, heap_blks_total FROM pg_stat_progress_cluster WHERE pid = %s"
+    ),
+    "pg_stat_progress_vacuum": (
+        "SELECT phase, heap_blks_scanned, heap_blks_total FROM pg_stat_progress_vacuum WHERE pid = %s"
+    ),
+    "pg_stat_progress_copy": (
+        "SELECT command, bytes_processed, bytes_total FROM pg_stat_progress_copy WHERE pid = %s"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """A session that the migration waits for; ``seconds`` is how long its transaction has been open."""
+
+    pid: int
+    application: str
+    state: str
+    seconds: float
+    query: str
+    wanted: str
+    relation: str
+    held: str
+
+    def __str__(self) -> str:
+        who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
+        doing = (
+            f", {self.state or 'busy'} for {self.seconds:.0f} s" if self.pid else ", a prepared transaction"
+        )
+        held = f", holds {self.held}" if self.held else ""
+        return f"{who}{doing}{held}" + (f': "{self.query}"' if self.query else "")
+
+
+class Watch:
+    """Watches one backend from another session, twice a second."""
+
+    def __init__(self, session: Session, *, interval: float = 0.5, repeat: float = 15.0) -> None:
+        self._session = session
+        self._interval = interval
+        self._repeat = repeat
+        self._pid = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._said: tuple[object, float] = (None, 0.0)
+        self.blockers: tuple[Blocker, ...] = ()
+
+    def follow(self, pid: int) -> None:
+        """Watch the server process ``pid`` from now on."""
+        self._pid = pid
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            if not self._pid:
+                continue
+            try:
+                if not self._look_for_blockers():
+                    self._look_for_progress()
+            except QueryFailed as error:
+                if error.lost:
+                    log.warning("the control connection was lost; the migration goes on under its own lock")
+                    return
+                log.debug("cannot watch: %s", error.text)
+
+    def _look_for_blockers(self) -> bool:
+        rows = self._session.query(_BLOCKERS, {"pid": self._pid})
+        found = tuple(Blocker(*row) for row in rows)
+        if not found:
+            return False
+        self.blockers = found
+        if self._news(tuple(blocker.pid for blocker in found)):
+            log.warning(
+                "waiting for %s on %s, blocked by %s",
+                found[0].wanted,
+                found[0].relation,
+                "; ".join(str(blocker) for blocker in found),
+                extra={"stage": "apply", "blockers": [blocker.pid for blocker in found]},
+            )
+        return True
+
+    def _look_for_progress(self) -> None:
+        for view, sql in _PROGRESS.items():
+            if view == "pg_stat_progress_copy" and self._session.facts.major < 14:
+                continue
+            for phase, done, total in self._session.query(sql, (self._pid,)):
+                percent = int(100 * done / total) if total else 0
+                if self._news((phase, percent // 10)):
+                    log.info("the server: %s, %d %%", phase, percent, extra={"stage": "apply"})
+
+    def _news(self, what: object) -> bool:
+        """Whether this differs from what was last said, or that was a while ago."""
+        now = time.monotonic()
+        if what == self._said[0] and now - self._said[1] < self._repeat:
+            return False
+        self._said = (what, now)
+        return True

@@ -1,0 +1,175 @@
+"""Live traffic: a lock that is not to be had is asked for again, and nothing that lasts is ever run twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from migrator.outcome import ExitCode
+from tests.support.outcomes import done, left_behind, refusal, unchanged
+from tests.support.projects import Revision, linear_history
+from tests.support.runner import Runner, Running
+from tests.support.servers import Database
+
+Project = Callable[..., Path]
+Start = Callable[..., Running]
+
+OWN_VARIABLE = (Path(__file__).parent / "support/env_files/own_variable.py").read_text()
+PER_MIGRATION = OWN_VARIABLE.replace(
+    "context.configure(connection=connection)",
+    "context.configure(connection=connection, transaction_per_migration=True)",
+)
+ALTER = Revision(
+    "r003",
+    "r002",
+    "op.execute('CREATE TABLE t3 (id int)')\nop.execute('ALTER TABLE t1 ADD COLUMN b int')",
+    "op.execute('ALTER TABLE t1 DROP COLUMN b')\nop.execute('DROP TABLE t3')",
+)
+LAST = Revision("r004", "r003", "CREATE TABLE t4 (id int)", "DROP TABLE t4")
+HISTORY = [*linear_history(2), ALTER, LAST]
+SHORT = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "DATABASE_URL": None}
+
+
+def retried(run: Running) -> bool:
+    """Whether the run has given up a first attempt."""
+    return "trying again" in run.stderr
+
+
+@pytest.mark.parametrize("env_file", [OWN_VARIABLE, PER_MIGRATION], ids=["one transaction", "per migration"])
+@pytest.mark.parametrize("destination", ["head", "+3"])
+def test_a_lock_that_comes_free_is_got_in_the_end(
+    database: Database,
+    project: Project,
+    run_migrator: Runner,
+    start_migrator: Start,
+    env_file: str,
+    destination: str,
+) -> None:
+    folder = project({"migrations/env.py": env_file}, revisions=HISTORY)
+    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    reader = database.connect()
+    reader.cursor().execute("SELECT * FROM t1")
+    env = {**SHORT, "MIGRATOR_LOCK_RETRIES": "100"}
+    run = start_migrator("upgrade", destination, "--format", "json", cwd=folder, database=database, env=env)
+    run.wait_for(lambda: retried(run))
+    # While it pauses it holds nothing that others wait for.
+    run.wait_for(lambda: "blocked by pid" in run.stderr)
+    reader.close()
+    result = done(run.finish(60))
+    assert [item["revision"] for item in result.answer["revisions"]] == ["r002", "r003", "r004"]
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r004",)]
+    assert left_behind(database) == []
+
+
+def test_who_blocks_is_named_while_waiting_and_at_the_end(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=HISTORY)
+    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    with unchanged(database):
+        reader = database.connect(application_name="nightly report")
+        reader.cursor().execute("SELECT * FROM t1 -- of last month")
+        env = {"MIGRATOR_LOCK_TIMEOUT": "1500ms", "MIGRATOR_LOCK_RETRIES": "1"}
+        result = run_migrator(cwd=folder, database=database, env=env)
+        pid = reader.info.backend_pid
+        reader.close()
+    refusal(
+        result,
+        ExitCode.BLOCKED,
+        "Revision r003 failed",
+        "It was tried 2 times.",
+        f"pid {pid} (nightly report), idle in transaction for",
+        "AccessShareLock",
+        "SELECT * FROM t1 -- of last month",
+        "All was rolled back.",
+        "MIGRATOR_LOCK_RETRIES",
+    )
+    waiting = [line for line in result.logs if line.get("blockers") == [pid]]
+    assert waiting
+    assert "waiting for AccessExclusiveLock on t1" in waiting[0]["message"]
+
+
+def test_a_lost_deadlock_is_tried_again(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    both = (
+        "op.execute('LOCK TABLE t1')\nop.execute('SELECT pg_sleep(1.5)')\nop.execute('LOCK TABLE t2')\n"
+        "op.execute('CREATE TABLE t3 (id int)')"
+    )
+    folder = project(revisions=[*linear_history(2), Revision("r003", "r002", both)])
+    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    run = start_migrator(cwd=folder, database=database, env={"MIGRATOR_LOCK_TIMEOUT": "60s"})
+    asleep = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+    run.wait_for(lambda: database.psql(asleep))
+    with database.connect() as rival:
+        cursor = rival.cursor()
+        cursor.execute("SET deadlock_timeout = '1min'")  # so that the migration is the one that loses
+        cursor.execute("LOCK TABLE t2")
+        cursor.execute("LOCK TABLE t1")
+    rival.close()
+    result = done(run.finish(60))
+    assert "deadlock" in result.stderr
+    assert "trying again" in result.stderr
+    assert database.psql("SELECT to_regclass('t3') IS NOT NULL") == [(True,)]
+
+
+def test_what_was_committed_is_not_run_twice(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    body = (
+        "with op.get_context().autocommit_block():\n"
+        "    op.execute('INSERT INTO t2 VALUES (1)')\n"
+        "    op.execute('ALTER TABLE t1 ADD COLUMN b int')"
+    )
+    folder = project(revisions=[*linear_history(2), Revision("r003", "r002", body)])
+    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    reader = database.connect()
+    reader.cursor().execute("SELECT * FROM t1")
+    result = run_migrator(cwd=folder, database=database, env=SHORT)
+    reader.close()
+    refusal(result, ExitCode.PARTIAL, "A part of r003 was committed")
+    assert "trying again" not in result.stderr
+    assert database.psql("SELECT count(*) FROM t2") == [(1,)]
+
+
+def test_a_concurrent_build_waits_for_as_long_as_it_takes(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    body = (
+        "with op.get_context().autocommit_block():\n"
+        "    op.create_index('t1_note', 't1', ['note'], postgresql_concurrently=True)"
+    )
+    after = Revision("r003", "r002", "INSERT INTO t1 VALUES (2, current_setting('lock_timeout'))")
+    folder = project(revisions=[*linear_history(1), Revision("r002", "r001", body), after])
+    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    writer = database.connect()
+    writer.cursor().execute("INSERT INTO t1 VALUES (1, 'x')")
+    env = {**SHORT, "MIGRATOR_STATEMENT_TIMEOUT": "500ms"}
+    run = start_migrator(cwd=folder, database=database, env=env)
+    run.wait_for(lambda: "blocked by pid" in run.stderr)
+    building = (
+        "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'CREATE INDEX CONC%' AND now() - query_start > '2s'"
+    )
+    run.wait_for(lambda: database.psql(building))
+    writer.commit()
+    writer.close()
+    done(run.finish(60))
+    assert database.psql("SELECT indisvalid FROM pg_index WHERE indexrelid = 't1_note'::regclass") == [
+        (True,)
+    ]
+
+
+def test_env_py_and_the_setting_disagree_about_the_version_table(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=linear_history(2))
+    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    database.execute("CREATE TABLE other_version (version_num varchar(32) PRIMARY KEY)")
+    with unchanged(database):
+        env = {"MIGRATOR_VERSION_TABLE": "other_version"}
+        result = run_migrator(cwd=folder, database=database, env=env)
+    refusal(
+        result, ExitCode.BAD_SETTINGS, "alembic_version", "r001", "MIGRATOR_VERSION_TABLE=alembic_version"
+    )
