@@ -226,7 +226,7 @@ def raised() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
                 texts = [words(argument) for argument in node.args]
-                found |= {next(text for text in texts if text.strip("… "))} if any(texts) else set()
+                found |= set([text for text in texts if text.strip("… ")][:1])
     return found
 
 
