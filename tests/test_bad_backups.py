@@ -12,7 +12,7 @@ import pytest
 from migrator.outcome import ExitCode
 from tests.support.installations import as_root
 from tests.support.outcomes import done, refusal, unchanged
-from tests.support.projects import linear_history
+from tests.support.projects import bring_to, linear_history
 from tests.support.runner import Runner
 from tests.support.servers import Database, Server
 
@@ -23,7 +23,7 @@ Project = Callable[..., Path]
 def at_first(database: Database, project: Project, run_migrator: Runner) -> Path:
     """A project of two revisions whose database is at the first, with something to lose."""
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     database.execute(
         "INSERT INTO t1 SELECT n, md5(n::text) || md5((n + 1)::text) FROM generate_series(1, 20000) n"
     )
@@ -93,7 +93,7 @@ def test_a_client_that_is_older_than_the_server(
     assert old.major < new.major
     database = new.create_database()
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         env = {"MIGRATOR_PG_BIN": str(old.bin)}
         result = run_migrator(cwd=folder, database=database, env=env)

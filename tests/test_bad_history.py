@@ -9,7 +9,7 @@ import pytest
 
 from migrator.outcome import ExitCode
 from tests.support.outcomes import done, refusal, unchanged
-from tests.support.projects import ENV_FILES, Revision, linear_history
+from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
 from tests.support.runner import Runner
 from tests.support.servers import Database
 
@@ -141,7 +141,7 @@ def test_a_revision_that_nobody_knows_or_that_is_ambiguous(
 ) -> None:
     folder = project(revisions=linear_history(3))
     if "--baseline" not in command:
-        done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+        bring_to(database, 2)
     else:
         database.execute("CREATE TABLE t1 (id int)")
     with unchanged(database):
@@ -278,7 +278,7 @@ def test_an_env_that_connects_with_a_wrong_password(
 def test_version_rows_that_overlap(database: Database, project: Project, run_migrator: Runner) -> None:
     # both a revision and its ancestor: what a hand that inserted instead of updating leaves
     folder = project(revisions=linear_history(3))
-    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    bring_to(database, 2)
     database.execute("INSERT INTO alembic_version VALUES ('r001')")
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)

@@ -14,7 +14,7 @@ import pytest
 from migrator.outcome import ExitCode
 from tests.support import PLANTED
 from tests.support.outcomes import done, refusal, unchanged
-from tests.support.projects import linear_history
+from tests.support.projects import bring_to, linear_history
 from tests.support.runner import Result, Runner
 from tests.support.servers import Database, Server, free_port
 
@@ -218,7 +218,7 @@ def test_a_read_only_database_is_refused(
     database: Database, project: Project, run_migrator: Runner, command: tuple[str, ...]
 ) -> None:
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     database.execute(f'ALTER DATABASE "{database.name}" SET default_transaction_read_only = on')
     with unchanged(database):
         result = run_migrator(*command, cwd=folder, database=database)
@@ -250,7 +250,7 @@ def test_a_role_that_may_not_read_the_version_table(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     env = lesser_role(database)
     with unchanged(database):
         result = run_migrator(cwd=folder, env=env)
@@ -266,7 +266,7 @@ def test_a_role_that_may_not_alter_what_it_does_not_own(
         .read_text()
         .replace("CREATE TABLE t2", "ALTER TABLE t1 ADD b int --")
     )
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     everything = ("USAGE, CREATE ON SCHEMA public", "ALL ON ALL TABLES IN SCHEMA public")
     env = lesser_role(database, *everything)
     with unchanged(database):
@@ -278,7 +278,7 @@ def test_a_role_that_may_not_write_the_version_table(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     env = lesser_role(database, "USAGE, CREATE ON SCHEMA public", "SELECT ON ALL TABLES IN SCHEMA public")
     with unchanged(database):
         result = run_migrator(cwd=folder, env=env)

@@ -10,7 +10,7 @@ import pytest
 
 from migrator.outcome import ExitCode
 from tests.support.outcomes import done, left_behind, refusal, unchanged
-from tests.support.projects import Revision, linear_history
+from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner, Running
 from tests.support.servers import Database
 
@@ -50,7 +50,7 @@ def test_a_lock_that_is_held_too_long_names_its_holder(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(60)")])
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     first = start_migrator(cwd=folder, database=database)
     first.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
     ((pid, name),) = database.psql(
@@ -73,7 +73,7 @@ def test_ending_the_holders_control_session_lets_no_second_run_in(
 ) -> None:
     # the holder's control session is ended, as the message advises; the applying one still keeps others out
     folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(4)")])
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     first = start_migrator(cwd=folder, database=database)
     first.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
     database.psql(
@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_keeps_nobody_out(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(2)")])
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     first = start_migrator(cwd=folder, database=database)
     first.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
     with unchanged(database):

@@ -13,7 +13,7 @@ import pytest
 from migrator.outcome import ExitCode
 from tests.support.leaks import process_tree
 from tests.support.outcomes import done, refusal, unchanged
-from tests.support.projects import ENV_FILES, Revision, linear_history
+from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
 from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database, free_port
 
@@ -81,7 +81,7 @@ def test_while_waiting_for_another_run(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=slow("SELECT pg_sleep(60)"))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         first = start_migrator(cwd=folder, database=database)
         first.wait_for(waiting_for(database, "PgSleep"))
@@ -110,7 +110,7 @@ def test_while_a_revision_runs_sql(
         ),
         env=env,
     )
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for(waiting_for(database, "PgSleep"))
@@ -134,7 +134,7 @@ def test_while_a_revision_runs_python(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start, kind: str
 ) -> None:
     folder = project(revisions=slow('op.execute("CREATE TABLE half (id int)")\n' + IN_PYTHON[kind]))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for((folder / "started").exists)
@@ -156,7 +156,7 @@ def test_while_a_revision_waits_for_a_lock(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=slow("ALTER TABLE t1 ADD COLUMN b int"))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     env = {"MIGRATOR_LOCK_TIMEOUT": "60s", "MIGRATOR_BACKUP": "off"}
     with unchanged(database), locked(database, "t1"):
         run = start_migrator(cwd=folder, database=database, env=env)
@@ -188,7 +188,7 @@ def test_while_pg_dump_runs(
     body: str,
 ) -> None:
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     programs = slow_pg_dump(tmp_path / "bin", database.server.bin, body)
     with unchanged(database):
         run = start_migrator(cwd=folder, database=database, env={"MIGRATOR_PG_BIN": str(programs)})
@@ -205,7 +205,7 @@ def test_while_the_backup_waits_for_a_table(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database), locked(database, "t1"):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for(waiting_for(database, "relation"))
@@ -217,7 +217,7 @@ def test_while_the_version_table_is_locked(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=linear_history(2))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database), locked(database, "alembic_version"):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for(waiting_for(database, "relation"))
@@ -278,7 +278,7 @@ def test_a_second_signal_does_not_stop_the_telling(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=slow("SELECT pg_sleep(60)"))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     with unchanged(database):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for(waiting_for(database, "PgSleep"))

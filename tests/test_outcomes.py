@@ -17,7 +17,7 @@ from migrator import errors
 from migrator.outcome import ExitCode
 from tests.support import leaks
 from tests.support.outcomes import done, refusal
-from tests.support.projects import Revision, linear_history
+from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner
 from tests.support.servers import Database
 
@@ -89,7 +89,7 @@ def test_a_success_in_every_form(
     database: Database, project: Project, run_migrator: Runner, tmp_path: Path
 ) -> None:
     folder = project(revisions=linear_history(3))
-    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    bring_to(database, 1)
     report, termination = tmp_path / "report.json", tmp_path / "termination-log"
     termination.touch()
     env = {

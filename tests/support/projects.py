@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.servers import Database
+
 ENV_FILES = Path(__file__).with_name("env_files")
 
 ALEMBIC_INI = """\
@@ -79,6 +81,16 @@ def linear_history(n: int, prefix: str = "r") -> list[Revision]:
         Revision(id, down, f"CREATE TABLE t{k} (id int PRIMARY KEY, note text)", f"DROP TABLE t{k}")
         for k, (id, down) in enumerate(zip(ids, parents, strict=True), start=1)
     ]
+
+
+def bring_to(database: Database, n: int) -> None:
+    """Make a database as `linear_history(n)` leaves it, in a fraction of the time that a run takes."""
+    tables = "; ".join(revision.upgrade for revision in linear_history(n))
+    database.execute(
+        f"{tables}; CREATE TABLE alembic_version"
+        " (version_num varchar(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num));"
+        f" INSERT INTO alembic_version VALUES ('r{n:03d}')"
+    )
 
 
 def write_project(
