@@ -154,6 +154,11 @@ COMMITTING = {
         'op.execute("""CREATE TABLE landed (id int);\n-- and done\ncommit; SELECT 1""")\n'
         'raise RuntimeError("after it")'
     ),
+    "COMMIT that SQLAlchemy knows nothing of": (
+        'op.execute("CREATE TABLE landed (id int)")\n'
+        'op.get_bind().connection.cursor().execute("COMMIT")\n'
+        'raise RuntimeError("after it")'
+    ),
     "COMMIT within a script that fails": (
         'op.execute("CREATE TABLE landed (id int); COMMIT; SELECT 1 / 0")\n'
     ),

@@ -20,12 +20,11 @@ from migrator.aftermath import Aftermath, explain
 from migrator.attempts import Attempts
 from migrator.errors import HistoryError, Internal, RolledBack, SettingsError
 from migrator.history import History, Plan
-from migrator.history.commits import watch_commits
-from migrator.history.statements import lift_timeouts_for_concurrent_builds
 from migrator.interruption import Interrupt, Interruption
 from migrator.logs import Logs
+from migrator.migration_connection import MigrationConnection
 from migrator.outcome import RevisionResult
-from migrator.postgres import Session
+from migrator.postgres import QueryFailed, Session
 from migrator.report.progress import Heartbeat, Progress
 from migrator.settings import Settings
 from migrator.versions import VersionTable
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
 
 log = logging.getLogger("migrator.apply")
-
-_NOW = "SELECT now()::text"  # the start of the transaction: it stands still unless each statement is its own
 
 
 class Application:
@@ -68,8 +65,9 @@ class Application:
         self.attempts = Attempts(settings.lock_retries, self._lasting)
         self.watch = Watch(session)
         self._total = len(plan.revisions)
-        self._connections: list[Any] = []
+        self._connection: MigrationConnection | None = None
         self._backend_pid = 0
+        self._transaction = 0
         self._heartbeat = Heartbeat()
         self._started = time.monotonic()
         self._progress = Progress(len(plan.revisions), sys.stderr, enabled=not logs.is_json)
@@ -152,9 +150,10 @@ class Application:
         """
         self._take_back()
         self.interruption.check()
-        ask = _asker(context)
-        self._check_same_database(ask)
-        table = self._locate(VersionTable(context.version_table, context.version_table_schema or ""), ask)
+        connection = MigrationConnection(context)
+        connection.refuse_another_database(self.session)
+        table = VersionTable(context.version_table, context.version_table_schema or "")
+        table = connection.locate(table, self.session)
         again = self.version_table is not None
         if not again and frozenset(heads) != self.plan.before:
             raise SettingsError(
@@ -166,26 +165,20 @@ class Application:
                 next_step=f"set MIGRATOR_VERSION_TABLE={table}",
             )
         self.version_table = self.version_table or table
-        self._take_apply_lock(ask)
-        self._set_timeouts(context, ask)
+        self._take_apply_lock(connection)
+        connection.set_timeouts(self.settings)
+        if self._connection is None or not self._connection.is_on(context.connection):
+            connection.listen(self._committed_part)
+        self._connection = connection
         steps = self._steps(heads, again=again)
         if self._applied not in context.on_version_apply_callbacks:
             context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
-        self._listen(context.connection, ask)
         revisions = [step for step in steps if getattr(step, "revision", None) is not None]
         if again:
             self._forget([step.revision.revision for step in revisions], same=table == self.version_table)
         for number, step in enumerate(revisions, start=self._total - len(revisions) + 1):
             self._wrap(step, number)
         return steps
-
-    def _listen(self, connection: Any, ask: Callable[[str], Any]) -> None:
-        """Listen to what a connection executes, once for each that ``env.py`` opens."""
-        if any(connection is known for known in self._connections):
-            return
-        self._connections.append(connection)
-        lift_timeouts_for_concurrent_builds(connection)
-        watch_commits(connection, self._committed_part, every_statement=ask(_NOW) != ask(_NOW))
 
     def _steps(self, heads: tuple[str, ...], *, again: bool) -> list[Any]:
         """Return Alembic's steps from ``heads``: to where the plan ends, whatever ``+2`` would mean by now."""
@@ -202,60 +195,17 @@ class Application:
             self.results = [result for result in self.results if result.revision not in pending]
         self._total = len(self.results) + len(pending)
 
-    def _locate(self, table: VersionTable, ask: Callable[[str], Any]) -> VersionTable:
-        """Return the table with its schema, where ``env.py``'s search_path finds another than ours does."""
-        literal = table.quoted.replace("'", "''")
-        oid = f"SELECT to_regclass('{literal}')::oid::bigint"
-        if table.schema or self.session.value(oid) == ask(oid):
-            return table
-        of = (
-            f"pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('{literal}')"
-        )
-        schema = ask(f"SELECT n.nspname::text FROM {of}")  # noqa: S608 - quoted
-        return VersionTable(table.name, schema or "")
-
-    def _take_apply_lock(self, ask: Callable[[str], Any]) -> None:
+    def _take_apply_lock(self, connection: MigrationConnection) -> None:
         """Take the apply lock on the migration's connection, unless an earlier one of this run keeps it."""
-        query = f"SELECT pg_try_advisory_lock({self.apply_lock[0]}, {self.apply_lock[1]})"
         deadline = time.monotonic() + 2  # an earlier connection may just be going
-        while not ask(query):
+        while not connection.try_lock(self.apply_lock):
             if not self._backend_pid:
                 raise Internal("Another connection holds the apply lock, under our run lock.")
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        self._backend_pid = int(ask("SELECT pg_backend_pid()"))
+        self._backend_pid = connection.pid
         self.watch.follow(self._backend_pid)
-
-    def _check_same_database(self, ask: Callable[[str], Any]) -> None:
-        facts = self.session.facts
-        found = ask(
-            "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text || ' ' || "
-            "(SELECT oid FROM pg_database WHERE datname = current_database())::text || ' ' || current_database()"
-        )
-        if found != f"{facts.started_at} {facts.database_oid} {facts.database}":
-            raise SettingsError(
-                [
-                    f"env.py connects to another database ({found.split(' ', 2)[2]!r}) than the one that migrator"
-                    f" locked and backed up ({facts.database!r} of {self.session.target})"
-                ],
-                next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
-                " with MIGRATOR_URL_VARIABLE",
-            )
-
-    def _set_timeouts(self, context: MigrationContext, ask: Callable[[str], Any]) -> None:
-        """Set Postgres's timeouts on the migration's connection; what ``env.py`` set itself stays, unless told."""
-        for name, seconds in (
-            ("lock_timeout", self.settings.lock_timeout),
-            ("statement_timeout", self.settings.statement_timeout),
-        ):
-            told = self.settings.sources.get(name, "default") != "default"
-            if seconds is None and not told:
-                continue
-            if not told and ask(f"SELECT current_setting('{name}')") != "0":
-                continue
-            milliseconds = int((seconds or 0) * 1000)
-            ask(f"SELECT set_config('{name}', '{milliseconds}', false)")
 
     def _committed_part(self) -> None:
         """Note that the running revision left its transaction: what it had done until then is committed."""
@@ -264,7 +214,20 @@ class Application:
 
     def _lasting(self) -> bool:
         """Whether a part of the failed revision is committed, or nobody wants another attempt."""
+        self.look_for_commits()
         return self.failed_in in self.committed_parts or bool(self.interruption.received)
+
+    def look_for_commits(self) -> None:
+        """Ask the server whether the failed revision's transaction was committed behind everybody's back."""
+        if not self._transaction:
+            return
+        try:
+            status = self.session.value("SELECT txid_status(%s)", (self._transaction,))
+        except QueryFailed as error:
+            log.debug("cannot ask for the transaction: %s", error.text)
+            return
+        if status == "committed":
+            self._committed_part()
 
     def _wrap(self, step: Any, number: int) -> None:
         """Time a step, and know which one is running when something fails."""
@@ -276,6 +239,7 @@ class Application:
             self.interruption.check()
             self.failed_in = revision.revision
             self._step_started = time.monotonic()
+            self._transaction = self._begin()
             what = f"{revision.revision} {_first_line(revision.doc)}"
             self._progress.draw(number - 1, what)
             self._heartbeat.begins(f"{number} of {self._total}: {what}")
@@ -290,6 +254,11 @@ class Application:
             self.interruption.check()
 
         step.migration_fn = timed
+
+    def _begin(self) -> int:
+        """Return the transaction that a revision begins in, 0 where each statement is one."""
+        connection = self._connection
+        return 0 if connection is None or connection.autocommits else connection.transaction()
 
     def _applied(self, **event: Any) -> None:
         """Say that a revision is done; called by Alembic after the version row moved, before the commit."""
@@ -330,17 +299,6 @@ def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0]
 
 
-def _asker(context: MigrationContext) -> Callable[[str], Any]:
-    """Return a function that asks the migration's own connection for one value, whatever driver it has."""
-    connection = context.connection
-    if connection is None:
-        raise HistoryError(
-            "env.py ran offline: it has no connection.",
-            next_step="`migrator alembic upgrade head --sql` is for offline use",
-        )
-    return lambda sql: connection.exec_driver_sql(sql).scalar()
-
-
 def apply(
     application: Application, *, backup_id: str, read_rows: Callable[[], frozenset[str] | None]
 ) -> None:
@@ -367,6 +325,7 @@ def apply(
         elif isinstance(error, SystemExit) and application.failure is not None:
             cause = application.failure  # env.py caught it, and ended in its own way
         entered = application.version_table is not None
+        application.look_for_commits()
         after = Aftermath(
             plan=application.plan,
             rows=(read_rows() if application.ended() else None) if entered else application.plan.before,

@@ -1,0 +1,106 @@
+"""The connection that a user's ``env.py`` opened: asked, prepared and listened to, whatever its driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from migrator.errors import HistoryError, SettingsError
+from migrator.history.commits import watch_commits
+from migrator.history.statements import lift_timeouts_for_concurrent_builds
+from migrator.postgres import Session
+from migrator.settings import Settings
+from migrator.versions import VersionTable
+
+if TYPE_CHECKING:
+    from alembic.runtime.migration import MigrationContext
+
+_IDENTITY = (
+    "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text || ' ' || "
+    "(SELECT oid FROM pg_database WHERE datname = current_database())::text || ' ' || current_database()"
+)
+_NOW = "SELECT now()::text"  # the start of the transaction: it stands still unless each statement is its own
+
+
+class MigrationConnection:
+    """The live connection of a MigrationContext; raises :class:`HistoryError` where it has none."""
+
+    def __init__(self, context: MigrationContext) -> None:
+        if context.connection is None:
+            raise HistoryError(
+                "env.py ran offline: it has no connection.",
+                next_step="`migrator alembic upgrade head --sql` is for offline use",
+            )
+        self._connection = context.connection
+
+    def is_on(self, connection: Any) -> bool:
+        """Whether this is about that very connection."""
+        return self._connection is connection
+
+    def ask(self, sql: str) -> Any:
+        """Return the first column of the first row; no parameters, for drivers differ in how they write them."""
+        return self._connection.exec_driver_sql(sql).scalar()
+
+    def refuse_another_database(self, session: Session) -> None:
+        """Raise :class:`SettingsError` unless this is the database that ``session`` locked and backed up."""
+        facts = session.facts
+        found = self.ask(_IDENTITY)
+        if found == f"{facts.started_at} {facts.database_oid} {facts.database}":
+            return
+        raise SettingsError(
+            [
+                f"env.py connects to another database ({found.split(' ', 2)[2]!r}) than the one that migrator"
+                f" locked and backed up ({facts.database!r} of {session.target})"
+            ],
+            next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
+            " with MIGRATOR_URL_VARIABLE",
+        )
+
+    def locate(self, table: VersionTable, session: Session) -> VersionTable:
+        """Return the table with its schema, where ``env.py``'s search_path finds another than ours does."""
+        literal = table.quoted.replace("'", "''")
+        oid = f"SELECT to_regclass('{literal}')::oid::bigint"
+        if table.schema or session.value(oid) == self.ask(oid):
+            return table
+        of = (
+            f"pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('{literal}')"
+        )
+        schema = self.ask(f"SELECT n.nspname::text FROM {of}")  # noqa: S608 - quoted
+        return VersionTable(table.name, schema or "")
+
+    def try_lock(self, keys: tuple[int, int]) -> bool:
+        """Take a session advisory lock, if nobody else has it."""
+        return bool(self.ask(f"SELECT pg_try_advisory_lock({keys[0]}, {keys[1]})"))
+
+    @property
+    def pid(self) -> int:
+        """Return the server process's id."""
+        return int(self.ask("SELECT pg_backend_pid()"))
+
+    @property
+    def autocommits(self) -> bool:
+        """Whether each statement is a transaction of its own."""
+        return bool(self.ask(_NOW) != self.ask(_NOW))
+
+    def transaction(self) -> int:
+        """Return the id of the transaction, which Postgres can be asked about afterwards (txid_status)."""
+        return int(self.ask("SELECT txid_current()"))
+
+    def set_timeouts(self, settings: Settings) -> None:
+        """Set Postgres's timeouts for the session; what ``env.py`` set itself stays, unless a setting was given."""
+        for name, seconds in (
+            ("lock_timeout", settings.lock_timeout),
+            ("statement_timeout", settings.statement_timeout),
+        ):
+            told = settings.sources.get(name, "default") != "default"
+            if seconds is None and not told:
+                continue
+            if not told and self.ask(f"SELECT current_setting('{name}')") != "0":
+                continue
+            milliseconds = int((seconds or 0) * 1000)
+            self.ask(f"SELECT set_config('{name}', '{milliseconds}', false)")
+
+    def listen(self, committed: Callable[[], None]) -> None:
+        """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection."""
+        lift_timeouts_for_concurrent_builds(self._connection)
+        watch_commits(self._connection, committed, every_statement=self.autocommits)
