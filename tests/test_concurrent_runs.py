@@ -87,6 +87,27 @@ def test_ending_the_holders_control_session_lets_no_second_run_in(
     assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
 
 
+def test_a_control_session_that_is_lost_comes_back_with_its_lock(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    held = (
+        "SELECT pid, application_name FROM pg_locks JOIN pg_stat_activity USING (pid)"
+        " WHERE locktype = 'advisory' AND objid = 1 AND datname = current_database()"
+    )
+    folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(6)")])
+    bring_to(database, 1)
+    run = start_migrator(cwd=folder, database=database)
+    run.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    ((before, name),) = database.psql(held)
+    database.psql("SELECT pg_terminate_backend(%s)", (before,))
+    run.wait_for("the control connection was lost", timeout=5)
+    run.wait_for(lambda: [found for found in database.psql(held) if found[0] != before], timeout=5)
+    ((after, same),) = database.psql(held)
+    assert (after != before, same) == (True, name)
+    done(run.finish(30))
+    assert left_behind(database) == []
+
+
 def test_a_run_that_was_killed_keeps_nobody_out(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:

@@ -33,7 +33,7 @@ from migrator.stages.apply import Application, apply
 from migrator.stages.backup import back_up, decide
 from migrator.stages.guard import guard
 from migrator.stages.inspect import Inspection, inspect
-from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock
+from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
 from migrator.stages.verify import verify
 from migrator.stages.wait import wait
 from migrator.versions import VersionTable, read_rows
@@ -175,6 +175,7 @@ def _apply(this: Run, session: Session, history: History, found: Inspection) -> 
         logs=this.logs,
         interruption=this.interruption,
         apply_lock=(LOCK_CLASS, APPLY_LOCK),
+        regain=lambda: regain(session),
     )
 
     def rows() -> frozenset[str] | None:

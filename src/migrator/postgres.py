@@ -140,8 +140,9 @@ class ServerFacts:
 class Session:
     """One autocommit connection that migrator itself uses; safe to share between threads."""
 
-    def __init__(self, connection: Any, target: Target) -> None:
+    def __init__(self, connection: Any, target: Target, application_name: str = "") -> None:
         self._connection = connection
+        self._application_name = application_name
         self._lock = threading.RLock()
         self._running = False
         self.target = target
@@ -179,6 +180,12 @@ class Session:
         """Return the first column of the first row, or None."""
         rows = self.query(sql, parameters)
         return rows[0][0] if rows else None
+
+    def reconnect(self, timeout: float) -> None:
+        """Put a new connection in the place of one that was lost; raises :class:`ConnectFailed`."""
+        fresh = connect(self.target, self._application_name, timeout)
+        with self._lock:
+            self._connection, self.facts = fresh._connection, fresh.facts
 
     @property
     def pooled(self) -> bool:
@@ -277,6 +284,7 @@ def _connect_now(target: Target, application_name: str, deadline: float) -> Sess
         keepalives_idle=5,
         keepalives_interval=2,
         keepalives_count=3,
+        tcp_user_timeout=5000,  # milliseconds that sent data may stay unacknowledged: a cut network is noticed
     )
     arguments["application_name"] = application_name
     try:
@@ -285,7 +293,7 @@ def _connect_now(target: Target, application_name: str, deadline: float) -> Sess
         raise _diagnose(arguments, str(error), deadline) from None
     connection.autocommit = True
     try:
-        return Session(connection, target)
+        return Session(connection, target, application_name)
     except QueryFailed as error:
         connection.close()
         refusal = classify(error.sqlstate, error.text) if error.sqlstate else Refusal.TRANSIENT

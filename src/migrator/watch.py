@@ -1,7 +1,9 @@
 """Watch the migration from the control connection: who blocks it, and how far the server says it has come.
 
 A thread of its own, for the main thread waits inside the database driver.  What it finds goes to the log as it
-changes; the last blockers are kept for the error message.
+changes; the last blockers are kept for the error message.  Asking twice a second also notices when the control
+connection is lost: it is made again, and the run lock taken again.  Meanwhile the apply lock, which the
+migration's own connection holds, keeps other runs out.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from migrator.postgres import QueryFailed, Session
+from migrator.postgres import ConnectFailed, QueryFailed, Session
 
 log = logging.getLogger("migrator.watch")
 
@@ -75,8 +78,12 @@ class Blocker:
 class Watch:
     """Watches one backend from another session, twice a second."""
 
-    def __init__(self, session: Session, *, interval: float = 0.5, repeat: float = 15.0) -> None:
+    def __init__(
+        self, session: Session, regain: Callable[[], bool], *, interval: float = 0.5, repeat: float = 15.0
+    ) -> None:
         self._session = session
+        self._regain = regain
+        self._locked = True
         self._interval = interval
         self._repeat = repeat
         self._pid = 0
@@ -104,13 +111,26 @@ class Watch:
             if not self._pid:
                 continue
             try:
-                if not self._look_for_blockers():
+                if not self._locked:
+                    self._come_back()
+                elif not self._look_for_blockers():
                     self._look_for_progress()
             except QueryFailed as error:
                 if error.lost:
+                    self._locked = False
                     log.warning("the control connection was lost; the migration goes on under its own lock")
-                    return
-                log.debug("cannot watch: %s", error.text)
+                else:
+                    log.debug("cannot watch: %s", error.text)
+            except ConnectFailed as error:
+                log.debug("no control connection yet: %s", error.text)
+
+    def _come_back(self) -> None:
+        """Connect again and take the run lock again, which no other run keeps while the apply lock is held."""
+        if self._session.closed:
+            self._session.reconnect(2.0)
+        self._locked = self._regain()
+        if self._locked:
+            log.info("the control connection is back, and the run lock with it")
 
     def _look_for_blockers(self) -> bool:
         rows = self._session.query(_BLOCKERS, {"pid": self._pid})

@@ -49,6 +49,7 @@ class Application:
         logs: Logs,
         interruption: Interruption,
         apply_lock: tuple[int, int],
+        regain: Callable[[], bool],
     ) -> None:
         self.session = session
         self.history = history
@@ -63,7 +64,7 @@ class Application:
         self.committed_parts: list[str] = []
         self.failure: BaseException | None = None
         self.attempts = Attempts(settings.lock_retries, self._lasting)
-        self.watch = Watch(session)
+        self.watch = Watch(session, regain)
         self._total = len(plan.revisions)
         self._connection: MigrationConnection | None = None
         self._backend_pid = 0

@@ -107,6 +107,11 @@ def _try(session: Session) -> bool:
     return True
 
 
+def regain(session: Session) -> bool:
+    """Take the run lock again on a session that was lost and is back; False while another run tries its luck."""
+    return bool(session.value("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, RUN_LOCK)))
+
+
 def _release(session: Session, session_ends: bool) -> None:
     try:
         released = session.value("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
