@@ -36,6 +36,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "check": ("exit 3 if revisions are pending", "migrator check || echo pending"),
     "status": ("show database, revision, what is pending, who is migrating", "migrator status --format json"),
     "wait": ("wait for Postgres to answer a query, and do nothing else", "migrator wait --wait-timeout 2m"),
+    "wait-for-current": (
+        "wait until nothing is pending, reading only: for pods that must not migrate",
+        "migrator wait-for-current --wait-timeout 10m",
+    ),
     "backup": ("make a verified backup now", "migrator backup --name before-sale"),
     "backups": ("list the backups", "migrator backups"),
     "restore": ("bring a backup back", "migrator restore latest --to shop_look"),

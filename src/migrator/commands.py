@@ -120,6 +120,15 @@ def wait(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     return Answer(data, f"{data['target']} answers (PostgreSQL {data['server_version']}).")
 
 
+def wait_for_current(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Wait until nothing is pending."""
+    found = service.wait_for_current()
+    text = (
+        f"{service.settings.required_target.database} is at {', '.join(found) or 'base'}: nothing is pending."
+    )
+    return Answer({"target": str(service.settings.target), "current": list(found)}, text)
+
+
 def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Make a backup."""
     from migrator.backups.manifest import summary
@@ -166,7 +175,7 @@ def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]] = {
-    handler.__name__: handler
+    handler.__name__.replace("_", "-"): handler
     for handler in (
         upgrade,
         downgrade,
@@ -179,6 +188,7 @@ HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]]
         check,
         status,
         wait,
+        wait_for_current,
         backup,
         backups,
         restore,

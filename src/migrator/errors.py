@@ -8,6 +8,7 @@
      ├─ LockBusy             21  LOCK_BUSY
      ├─ Blocked              22  BLOCKED
      ├─ Interrupted          23  INTERRUPTED
+     ├─ NotCurrent           24  NOT_CURRENT
      ├─ AccessDenied         30  ACCESS_DENIED
      │   └─ NoSuchDatabase   30
      ├─ HistoryError         31  BAD_HISTORY
@@ -97,6 +98,12 @@ class Interrupted(MigratorError):
     """SIGTERM or SIGINT arrived and all was rolled back."""
 
     code = ExitCode.INTERRUPTED
+
+
+class NotCurrent(MigratorError):
+    """The database did not come to this image's heads within the wait."""
+
+    code = ExitCode.NOT_CURRENT
 
 
 class AccessDenied(MigratorError):

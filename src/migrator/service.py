@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from migrator import pipeline
 from migrator.backups import store
 from migrator.backups.manifest import Backup, summary
+from migrator.currency import wait_for_current
 from migrator.errors import NoSuchDatabase, SettingsError
 from migrator.history import History, ProjectOptions, Revision
 from migrator.interruption import Interruption
@@ -111,6 +112,10 @@ class MigrationService:
     def wait(self) -> tuple[Session, int]:
         """Wait for Postgres; returns a session, which the caller closes, and the number of attempts."""
         return wait(self.settings.required_target, self.settings, self._application_name)
+
+    def wait_for_current(self) -> tuple[str, ...]:
+        """Wait until nothing is pending, reading only; returns the revisions that the database is at."""
+        return wait_for_current(self.history(), self.settings, self._application_name)
 
     def state(self) -> State:
         """Return where the database is; raises for a state that a person must decide about."""

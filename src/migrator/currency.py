@@ -1,0 +1,91 @@
+"""Wait until the database is at this image's heads: for backends, workers and cron jobs that must not migrate."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from migrator.errors import DatabaseAhead, NotCurrent
+from migrator.history import History
+from migrator.postgres import QueryFailed, Session
+from migrator.settings import Settings
+from migrator.stages.wait import wait
+from migrator.versions import read_version
+
+log = logging.getLogger("migrator.wait")
+
+
+def wait_for_current(
+    history: History,
+    settings: Settings,
+    application_name: str,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[str, ...]:
+    """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout`` seconds.
+
+    Only reads, and needs no privilege but SELECT on the version table.  Raises :class:`NotCurrent` when the time
+    is over, :class:`DatabaseAhead` for revisions that this image does not know, and whatever connecting raises.
+    """
+    wanted = _Wanted(history, settings, time.monotonic() + settings.wait_timeout, sleep)
+    while True:
+        rest = replace(settings, wait_timeout=wanted.left)
+        session, _ = wait(settings.required_target, rest, application_name)
+        with session:
+            try:
+                return wanted.on(session)
+            except QueryFailed as error:
+                if not error.lost:
+                    raise
+                log.info("the connection was lost, connecting again: %s", error.text)
+
+
+class _Wanted:
+    """What is waited for, and until when; outlives a lost connection."""
+
+    def __init__(
+        self, history: History, settings: Settings, deadline: float, sleep: Callable[[float], None]
+    ) -> None:
+        self._history, self._settings, self._deadline, self._sleep = history, settings, deadline, sleep
+        self._said: tuple[str, float] = ("", 0.0)
+
+    @property
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def on(self, session: Session) -> tuple[str, ...]:
+        """Return the revisions as soon as nothing is pending."""
+        while True:
+            current = read_version(session, self._history, self._settings.version_table)[1]
+            pending = self._pending(session, current)
+            if not pending:
+                return current
+            at = ", ".join(current) or "base"
+            if not self.left:
+                raise NotCurrent(
+                    f"{session.target} is at {at} after {self._settings.wait_timeout:g} s;"
+                    f" {pending} of this image's revisions are pending.",
+                    next_step="see how the run that migrates is doing (`migrator status`), or wait longer with"
+                    " MIGRATOR_WAIT_TIMEOUT",
+                )
+            now = time.monotonic()
+            if at != self._said[0] or now - self._said[1] >= 10:
+                self._said = (at, now)
+                log.info(
+                    "waiting for %s (%.0f s left): at %s, %d pending", session.target, self.left, at, pending
+                )
+            self._sleep(min(self.left, random.uniform(0.3, 1.0)))  # noqa: S311 - jitter, no secret
+
+    def _pending(self, session: Session, current: tuple[str, ...]) -> int:
+        unknown = self._history.unknown(current)
+        if unknown:
+            raise DatabaseAhead(
+                f"{session.target} is at revision {', '.join(unknown)}, which this image does not have:"
+                " it is older than the schema.",
+                next_step="deploy the image that belongs to the schema",
+            )
+        return len(self._history.plan("upgrade", "heads", current).revisions)
