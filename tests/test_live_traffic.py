@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +92,50 @@ def test_who_blocks_is_named_while_waiting_and_at_the_end(
     waiting = [line for line in result.logs if line.get("blockers") == [pid]]
     assert waiting
     assert "waiting for AccessExclusiveLock on t1" in waiting[0]["message"]
+
+
+def test_only_blockers_idle_in_transaction_are_ended_and_only_when_told(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=HISTORY)
+    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    idle = database.connect(application_name="forgotten")
+    idle.cursor().execute("SELECT * FROM t1")
+    env = {"MIGRATOR_LOCK_TIMEOUT": "1s", "MIGRATOR_LOCK_RETRIES": "2"}
+    refusal(run_migrator(cwd=folder, database=database, env=env), ExitCode.BLOCKED, "(forgotten)")
+    assert database.psql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'forgotten'") == [(1,)]
+    told = {**env, "MIGRATOR_LOCK_RETRIES": "50", "MIGRATOR_TERMINATE_BLOCKERS_AFTER": "1s"}
+    result = done(run_migrator(cwd=folder, database=database, env=told))
+    assert "ended pid" in result.stderr
+    assert database.psql("SELECT 1 FROM pg_stat_activity WHERE application_name = 'forgotten'") == []
+    idle.close()
+
+
+def test_a_blocker_that_works_is_never_ended(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=HISTORY)
+    done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    busy = (
+        f"PGPASSWORD={shlex.quote(database.server.password)} exec {database.server.bin}/psql -qAt -h 127.0.0.1"
+        f" -p {database.server.port} -U {database.server.user} {database.name}"
+        " -c 'BEGIN; SELECT count(*) FROM t1; SELECT pg_sleep(6); COMMIT'"
+    )
+    with subprocess.Popen(["sh", "-c", busy], stdout=subprocess.DEVNULL) as reader:
+        asleep = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+        )
+        while not database.psql(asleep):
+            time.sleep(0.05)
+        env = {
+            "MIGRATOR_LOCK_TIMEOUT": "1s",
+            "MIGRATOR_LOCK_RETRIES": "50",
+            "MIGRATOR_TERMINATE_BLOCKERS_AFTER": "1s",
+        }
+        result = done(run_migrator(cwd=folder, database=database, env=env))
+        assert reader.wait(20) == 0
+    assert "blocked by" in result.stderr
+    assert "ended pid" not in result.stderr
 
 
 def test_a_lost_deadlock_is_tried_again(

@@ -77,6 +77,12 @@ class Settings:
     lock_retries: int = setting(
         10, whole_number, "how often a migration that got no lock, or lost a deadlock, is tried again"
     )
+    terminate_blockers_after: float | None = setting(
+        None,
+        optional_duration,
+        "end sessions idle in transaction that have blocked the migration for this long",
+        shown="none",
+    )
     statement_timeout: float | None = setting(
         None, optional_duration, "Postgres's statement_timeout for the migration", shown="none"
     )

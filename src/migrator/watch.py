@@ -34,6 +34,11 @@ CROSS JOIN LATERAL (SELECT mode, relation, locktype FROM pg_locks WHERE pid = %(
 ORDER BY b.pid
 """
 
+_TERMINATE = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = %s AND state IN ('idle in transaction', 'idle in transaction (aborted)')
+"""
+
 _PROGRESS = {
     # https://www.postgresql.org/docs/current/progress-reporting.html
     "pg_stat_progress_create_index": (
@@ -79,11 +84,19 @@ class Watch:
     """Watches one backend from another session, twice a second."""
 
     def __init__(
-        self, session: Session, regain: Callable[[], bool], *, interval: float = 0.5, repeat: float = 15.0
+        self,
+        session: Session,
+        regain: Callable[[], bool],
+        *,
+        terminate_after: float | None = None,
+        interval: float = 0.5,
+        repeat: float = 15.0,
     ) -> None:
         self._session = session
         self._regain = regain
         self._locked = True
+        self._terminate_after = terminate_after
+        self._first_seen: dict[int, float] = {}
         self._interval = interval
         self._repeat = repeat
         self._pid = 0
@@ -146,7 +159,21 @@ class Watch:
                 "; ".join(str(blocker) for blocker in found),
                 extra={"stage": "apply", "blockers": [blocker.pid for blocker in found]},
             )
+        self._terminate_idle(found)
         return True
+
+    def _terminate_idle(self, found: tuple[Blocker, ...]) -> None:
+        """End those that have been in the way for too long, if they are idle in transaction at this very moment."""
+        if self._terminate_after is None:
+            return
+        now = time.monotonic()
+        for blocker in found:
+            since = self._first_seen.setdefault(blocker.pid, now)
+            if now - since < self._terminate_after:
+                continue
+            if self._session.query(_TERMINATE, (blocker.pid,)):
+                log.warning("ended %s, as MIGRATOR_TERMINATE_BLOCKERS_AFTER says", blocker)
+                del self._first_seen[blocker.pid]
 
     def _look_for_progress(self) -> None:
         for view, sql in _PROGRESS.items():

@@ -64,7 +64,7 @@ class Application:
         self.committed_parts: list[str] = []
         self.failure: BaseException | None = None
         self.attempts = Attempts(settings.lock_retries, self._lasting)
-        self.watch = Watch(session, regain)
+        self.watch = Watch(session, regain, terminate_after=settings.terminate_blockers_after)
         self._total = len(plan.revisions)
         self._connection: MigrationConnection | None = None
         self._backend_pid = 0
