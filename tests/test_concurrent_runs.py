@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrator.outcome import ExitCode
+from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
 from tests.support.outcomes import done, left_behind, refusal, unchanged
 from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner, Running
@@ -136,3 +137,25 @@ def test_runs_against_two_databases_do_not_wait_for_each_other(
     first.send()
     refusal(first.finish(10), ExitCode.INTERRUPTED)
     database.server.drop_database(other.name)
+
+
+def test_tables_that_another_run_is_about_to_commit_are_not_unversioned(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    """Between two queries of the unlocked look, another run may commit its tables and its version table."""
+    folder = project(revisions=linear_history(2))
+    database.execute(
+        "CREATE TABLE t1 (id int PRIMARY KEY, note text)"
+    )  # as a run whose version row is to come
+    holder = database.connect()
+    holder.autocommit = True
+    holder.cursor().execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+    run = start_migrator(cwd=folder, database=database)
+    run.wait_for("waiting for the run lock")  # and has not given up with 33
+    database.execute(
+        "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY);"
+        " INSERT INTO alembic_version VALUES ('r001')"
+    )
+    holder.close()
+    done(run.finish(30))
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]

@@ -144,7 +144,8 @@ def test_an_assertion_cannot_change_anything(database: Database, session: Sessio
     dump, path = database.dump(), session.value("SHOW search_path")
     (found,) = check(session, assertion(sql))
     # Large objects escape READ ONLY before PostgreSQL 16; the transaction is rolled back anyhow.
-    assert found.rule == ("assertion-failed" if "lo_create" in sql else "assertion-error")
+    escapes = "lo_create" in sql and database.server.major < 16
+    assert found.rule == ("assertion-failed" if escapes else "assertion-error")
     assert database.dump() == dump
     assert session.value("SHOW search_path") == path
     assert session.value("SHOW transaction_read_only") == "off"

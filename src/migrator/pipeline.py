@@ -101,12 +101,12 @@ def _stages(this: Run) -> None:
         session = _wait(this)
         stack.callback(session.close)
         stack.enter_context(this.interruption.calling(session.cancel))
-        found = _inspect(this, session, history)
+        found = _inspect(this, session, history, settled=this.request.kind == "verify")
         if this.request.kind != "verify" and not _nothing_to_do(this, found):
             with record.stage("lock") as details:
                 details["waited"] = round(stack.enter_context(lock(session, settings)), 3)
             # Another run may have done the work while this one waited.
-            found = _inspect(this, session, history)
+            found = _inspect(this, session, history, settled=True)
         if this.request.kind == "verify" or _nothing_to_do(this, found):
             _verify(this, session, found.version_table, expectations, history)
             return
@@ -125,10 +125,10 @@ def _wait(this: Run) -> Session:
     return session
 
 
-def _inspect(this: Run, session: Session, history: History) -> Inspection:
+def _inspect(this: Run, session: Session, history: History, *, settled: bool) -> Inspection:
     with this.record.stage("inspect") as details:
         kind = "upgrade" if this.request.kind == "verify" else this.request.kind
-        found = inspect(session, history, this.settings, kind, this.request.destination)
+        found = inspect(session, history, this.settings, kind, this.request.destination, settled=settled)
         details.update(
             current=found.current,
             pending=[revision.revision for revision in found.plan.revisions],

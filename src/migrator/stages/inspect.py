@@ -64,21 +64,25 @@ def inspect(
     destination: str,
     *,
     read_only: bool = False,
+    settled: bool = True,
 ) -> Inspection:
     """Find out what ``kind`` (upgrade, downgrade, stamp) to ``destination`` would do to this database.
 
     Raises an error with its own code for each state that a person must decide about; with ``read_only`` a
-    standby, or a database without a version table, is none.
+    standby, or a database without a version table, is none.  Nor is the latter while it is not ``settled``: before
+    the lock is held, another run may be about to commit tables and version table both.
     """
     if not read_only:
         _refuse_standby(session)
-    table, current = read_version(session, history, settings.version_table)
+    # In this order: whoever made the tables that are counted has made the version table by then.
     tables, objects, size = session.query(_CONTENTS)[0]
+    table, current = read_version(session, history, settings.version_table)
     baseline = settings.baseline if table is None or not current else ""
     unknown = history.unknown(current)
     if unknown and kind != "stamp":
         raise _ahead(session, history, unknown, table)
-    if table is None and tables and kind == "upgrade" and not baseline and not read_only:
+    must_know = settled and not read_only and kind == "upgrade"
+    if must_know and table is None and tables and not baseline:
         raise Unversioned(
             f"{session.target} has {tables} table{'' if tables == 1 else 's'} but no version table.",
             next_step="if they are this application's, say at which revision:"
