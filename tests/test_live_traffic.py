@@ -94,6 +94,24 @@ def test_who_blocks_is_named_while_waiting_and_at_the_end(
     assert "waiting for AccessExclusiveLock on t1" in waiting[0]["message"]
 
 
+def test_a_blocker_of_another_role_hides_what_it_does(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    role = database.server.create_role(f"migrates_{database.name}")
+    database.execute(f'GRANT ALL ON SCHEMA public TO "{role}"')
+    folder = project(revisions=HISTORY)
+    url = {**SHORT, "MIGRATOR_DATABASE_URL": database.server.url(database.name, user=role)}
+    done(run_migrator("upgrade", "r002", cwd=folder, database=database, env=url))
+    application = database.connect(application_name="the backend")
+    application.cursor().execute("SELECT * FROM t1")
+    result = run_migrator(cwd=folder, database=database, env={**url, "MIGRATOR_LOCK_RETRIES": "2"})
+    pid = application.info.backend_pid
+    application.close()
+    refusal(result, ExitCode.BLOCKED, f"pid {pid} (the backend), what it does is hidden", "AccessShareLock")
+    assert "<insufficient privilege>" not in result.stderr
+    assert "Exception in thread" not in result.stderr
+
+
 def test_only_blockers_idle_in_transaction_are_ended_and_only_when_told(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:

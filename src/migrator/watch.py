@@ -21,6 +21,8 @@ log = logging.getLogger("migrator.watch")
 
 # pg_blocking_pids gives 0 for a prepared transaction, which has no session.
 # https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SESSION
+# Of another role's session, state and times are NULL for a role that is no member of it or of pg_read_all_stats.
+# https://www.postgresql.org/docs/current/monitoring-stats.html#MONITORING-STATS-VIEWS
 _BLOCKERS = """
 SELECT b.pid, coalesce(a.application_name, ''), coalesce(a.state, ''),
        extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, a.query_start, a.backend_start))::float8,
@@ -60,12 +62,15 @@ _PROGRESS = {
 
 @dataclass(frozen=True)
 class Blocker:
-    """A session that the migration waits for; ``seconds`` is how long its transaction has been open."""
+    """A session that the migration waits for; ``seconds`` is how long its transaction has been open.
+
+    ``seconds`` is None where the server does not show what the session does: it is another role's.
+    """
 
     pid: int
     application: str
     state: str
-    seconds: float
+    seconds: float | None
     query: str
     wanted: str
     relation: str
@@ -73,11 +78,15 @@ class Blocker:
 
     def __str__(self) -> str:
         who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
-        doing = (
-            f", {self.state or 'busy'} for {self.seconds:.0f} s" if self.pid else ", a prepared transaction"
-        )
+        if not self.pid:
+            doing = ", a prepared transaction"
+        elif self.seconds is None:
+            doing = ", what it does is hidden (GRANT pg_read_all_stats shows it)"
+        else:
+            doing = f", {self.state or 'busy'} for {self.seconds:.0f} s"
         held = f", holds {self.held}" if self.held else ""
-        return f"{who}{doing}{held}" + (f': "{self.query}"' if self.query else "")
+        query = self.query if self.seconds is not None else ""
+        return f"{who}{doing}{held}" + (f': "{query}"' if query else "")
 
 
 class Watch:
