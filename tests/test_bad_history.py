@@ -295,3 +295,22 @@ def test_downgrade_to_base_needs_a_yes(database: Database, project: Project, run
     done(run_migrator("downgrade", "base", "--yes", cwd=folder, database=database))
     assert database.psql("SELECT count(*) FROM alembic_version") == [(0,)]
     assert database.psql("SELECT to_regclass('t1')") == [(None,)]
+
+
+def test_a_step_back_from_several_heads_must_say_which(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    branches = [
+        *linear_history(1),
+        Revision("a001", "r001", "CREATE TABLE a (id int)", "DROP TABLE a"),
+        Revision("b001", "r001", "CREATE TABLE b (id int)", "DROP TABLE b"),
+    ]
+    folder = project(revisions=branches)
+    done(run_migrator("upgrade", "heads", cwd=folder, database=database))
+    database.execute("DELETE FROM alembic_version WHERE version_num = 'a001'")
+    database.execute("INSERT INTO alembic_version VALUES ('a001')")  # rows come in any order
+    with unchanged(database):
+        result = run_migrator("downgrade", "-1", cwd=folder, database=database)
+    refusal(result, ExitCode.BAD_HISTORY, "several heads (a001, b001)", "migrator downgrade a001@-1")
+    done(run_migrator("downgrade", "a001@-1", cwd=folder, database=database))
+    assert database.psql("SELECT to_regclass('a'), to_regclass('b')::text") == [(None, "b")]

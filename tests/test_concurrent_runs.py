@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,3 +160,17 @@ def test_tables_that_another_run_is_about_to_commit_are_not_unversioned(
     holder.close()
     done(run.finish(30))
     assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+
+
+def test_a_killed_run_gives_its_locks_up_while_its_statement_still_runs(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "SELECT pg_sleep(120)")])
+    bring_to(database, 1)
+    run = start_migrator(cwd=folder, database=database)
+    run.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    run.kill()
+    deadline = time.monotonic() + 30
+    while left_behind(database) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left_behind(database) == []

@@ -159,7 +159,8 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
             )
         return HistoryError(
             what,
-            next_step="mend env.py, or put what it imports into the image (PYTHONPATH, or FROM migrator)",
+            next_step="mend env.py, or put what it imports into the image (prepend_sys_path in alembic.ini,"
+            " PYTHONPATH, or FROM migrator)",
         )
     where = f" {after.failed_in}" if after.failed_in else ""
     return RolledBack(

@@ -68,7 +68,7 @@ class _Wanted:
             if not self.left:
                 raise NotCurrent(
                     f"{session.target} is at {at} after {self._settings.wait_timeout:g} s;"
-                    f" {pending} of this image's revisions are pending.",
+                    f" {pending} of this image's revisions {'is' if pending == 1 else 'are'} pending.",
                     next_step="see how the run that migrates is doing (`migrator status`), or wait longer with"
                     " MIGRATOR_WAIT_TIMEOUT",
                 )

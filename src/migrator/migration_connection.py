@@ -100,6 +100,14 @@ class MigrationConnection:
             milliseconds = int((seconds or 0) * 1000)
             self.ask(f"SELECT set_config('{name}', '{milliseconds}', false)")
 
+    def notice_a_dead_client(self, server_major: int) -> None:
+        """Let the server look every two seconds whether we are still there, also while a statement runs.
+
+        Killed, a run would otherwise keep its locks until its statement ends (PostgreSQL 14 and newer).
+        """
+        if server_major >= 14:
+            self.ask("SELECT set_config('client_connection_check_interval', '2s', false)")
+
     def listen(self, committed: Callable[[], None]) -> None:
         """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection."""
         lift_timeouts_for_concurrent_builds(self._connection)

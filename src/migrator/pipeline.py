@@ -128,7 +128,15 @@ def _wait(this: Run) -> Session:
 def _inspect(this: Run, session: Session, history: History, *, settled: bool) -> Inspection:
     with this.record.stage("inspect") as details:
         kind = "upgrade" if this.request.kind == "verify" else this.request.kind
-        found = inspect(session, history, this.settings, kind, this.request.destination, settled=settled)
+        found = inspect(
+            session,
+            history,
+            this.settings,
+            kind,
+            this.request.destination,
+            read_only=this.request.kind == "verify",
+            settled=settled,
+        )
         details.update(
             current=found.current,
             pending=[revision.revision for revision in found.plan.revisions],

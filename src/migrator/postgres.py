@@ -33,6 +33,7 @@ _open: Callable[..., psycopg2.extensions.connection] = psycopg2.connect
 _VERBOSE = 2  # PQERRORS_VERBOSE
 # A SQLSTATE has a digit: with several hosts, a word such as FATAL may stand at its place.
 _CODED = re.compile(r":\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)", re.DOTALL)
+_HINT = re.compile(r"\s*Is the server running [^?]*\?")
 _PREFIX = re.compile(r"^connection to server (?:at|on socket) .*? failed: ", re.DOTALL)
 
 
@@ -302,7 +303,7 @@ def _connect_now(target: Target, application_name: str, deadline: float) -> Sess
 
 def _diagnose(arguments: dict[str, str], text: str, deadline: float) -> ConnectFailed:
     """Find the SQLSTATE of a failed connection by asking again with libpq's verbose errors."""
-    plain = " ".join(_PREFIX.sub("", text).split())
+    plain = " ".join(_HINT.sub("", _PREFIX.sub("", text)).split())
     if "FATAL" not in text and not re.search(r" failed: \S+:  ", text):
         # libpq's own words: nothing answered as a server does.
         return ConnectFailed(classify("", plain), plain)

@@ -112,6 +112,8 @@ class Record:
     def _success(self) -> str:
         after = _names(self.after)
         database = self.target.database if self.target else "the database"
+        if self.command == "verify":
+            return f"{database} is at {after}{_head(self.after, self.heads)}, verified."
         if self.before == self.after:
             backed_up = f"; backup {self.backup_id}" if self.backup_id else ""
             return f"Nothing to do: {database} is at {after}{_head(self.after, self.heads)}, verified{backed_up}."
@@ -119,6 +121,8 @@ class Record:
             self.command, "brought"
         )
         count = len(self.revisions)
+        if self.plan is not None and self.plan.baseline and not count:
+            return f"{database} adopted at {after}{_head(self.after, self.heads)}, verified."
         revisions = f": {count} revision{'' if count == 1 else 's'}" if self.command != "stamp" else ""
         backup = f"backup {self.backup_id}" if self.backup_id else "no backup"
         skipped = [stage.reason for stage in self.stages if stage.stage == "backup" and stage.reason]

@@ -168,6 +168,11 @@ class MigrationService:
             )
         from migrator.backups.restore import restore
 
+        if to and to == self.settings.required_target.database:
+            raise SettingsError(
+                [f"--to {to} names the database itself: --to is for another one beside it"],
+                next_step=f"to put the backup in its place: migrator restore {backup_id} --yes",
+            )
         with contextlib.ExitStack() as stack:
             try:
                 session = stack.enter_context(self._session())

@@ -106,6 +106,7 @@ class Watch:
         self._locked = True
         self._terminate_after = terminate_after
         self._first_seen: dict[int, float] = {}
+        self._spared: set[int] = set()
         self._interval = interval
         self._repeat = repeat
         self._pid = 0
@@ -180,9 +181,24 @@ class Watch:
             since = self._first_seen.setdefault(blocker.pid, now)
             if now - since < self._terminate_after:
                 continue
-            if self._session.query(_TERMINATE, (blocker.pid,)):
+            try:
+                ended = self._session.query(_TERMINATE, (blocker.pid,))
+            except QueryFailed as error:
+                if error.lost:
+                    raise
+                self._cannot_end(blocker, error.text)
+                continue
+            if ended:
                 log.warning("ended %s, as MIGRATOR_TERMINATE_BLOCKERS_AFTER says", blocker)
                 del self._first_seen[blocker.pid]
+            elif blocker.pid and not blocker.state:
+                self._cannot_end(blocker, "what it does is hidden; GRANT pg_read_all_stats shows it")
+
+    def _cannot_end(self, blocker: Blocker, reason: str) -> None:
+        """Say once of each blocker that it stays."""
+        if blocker.pid not in self._spared:
+            self._spared.add(blocker.pid)
+            log.warning("cannot end pid %d: %s", blocker.pid, reason)
 
     def _look_for_progress(self) -> None:
         for view, sql in _PROGRESS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import traceback
 import warnings
@@ -152,7 +153,7 @@ class History:
 
         Raises :class:`HistoryError`.
         """
-        before = tuple(current)
+        before = tuple(sorted(current))
         steps = self.steps(kind, destination, before, baseline)
         revisions = tuple(
             self._revision(self.script.get_revision(step.revision.revision))
@@ -165,8 +166,14 @@ class History:
 
     def steps(self, kind: str, destination: str, current: Sequence[str], baseline: str = "") -> list[Any]:
         """Return Alembic's own steps; ``baseline`` puts a stamp of that revision before them."""
+        # Sorted, so that the plan that was judged is the one that is run: rows come in any order.
+        heads: Any = tuple(sorted(current))
+        if kind == "downgrade" and len(heads) > 1 and re.fullmatch(r"-\d+", destination):
+            raise HistoryError(
+                f"The database is at several heads ({', '.join(heads)}), so {destination} does not say which to leave.",
+                next_step=f"name the branch: `migrator downgrade {heads[0]}@{destination}`, or the revision to go to",
+            )
         with self._errors(destination):
-            heads: Any = tuple(current)
             if kind == "stamp":
                 return list(self.script._stamp_revs(destination, heads))
             if kind == "downgrade":

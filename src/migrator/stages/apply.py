@@ -168,6 +168,7 @@ class Application:
         self.version_table = self.version_table or table
         self._take_apply_lock(connection)
         connection.set_timeouts(self.settings)
+        connection.notice_a_dead_client(self.session.facts.major)
         if self._connection is None or not self._connection.is_on(context.connection):
             connection.listen(self._committed_part)
         self._connection = connection

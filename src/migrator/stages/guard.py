@@ -14,13 +14,15 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
     Raises :class:`Unsafe`.
     """
     findings = []
+    count = len(plan.revisions)
+    revisions = "the only revision" if count == 1 else f"all {count} revisions"
     if plan.kind == "downgrade" and plan.revisions and not plan.after and not yes:
         findings.append(
             Finding(
                 rule="downgrade-to-base",
                 severity=Severity.ERROR,
                 place=f"downgrade {plan.destination}",
-                sentence=f"it reverts all {len(plan.revisions)} revisions and deletes the schema"
+                sentence=f"it reverts {revisions} and deletes the schema"
                 f" ({tables} table{'' if tables == 1 else 's'} in it now)",
                 remedy="add --yes if that is meant",
             )

@@ -59,6 +59,11 @@ def wait(
     except RetryError as error:
         last = error.last_attempt.exception()
         reason = last.text if isinstance(last, ConnectFailed) else str(last)
+        if isinstance(last, ConnectFailed) and last.refusal is Refusal.NO_DATABASE:
+            raise Unreachable(
+                f"Postgres answers, but nobody created the database within {settings.wait_timeout:g} s: {target}.",
+                next_step="create the database, or wait longer with MIGRATOR_WAIT_TIMEOUT",
+            ) from None
         raise Unreachable(
             f"{target} did not answer within {settings.wait_timeout:g} s"
             f" ({error.last_attempt.attempt_number} attempts); the last one: {reason.rstrip('.?')}.",
