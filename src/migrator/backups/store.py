@@ -235,11 +235,20 @@ class Part:
         self.size = 0
         self._hash = hashlib.sha256()
         self._published = False
-        with uninterrupted():
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(self.temporary, flags, 0o600)
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._descriptor = -1
+        try:
+            with uninterrupted():
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                self._descriptor = os.open(self.temporary, flags, 0o600)
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (
+            BaseException
+        ):  # a signal that was held back until here: no one will leave what was not entered
+            if self._descriptor >= 0:
+                self.temporary.unlink(missing_ok=True)
+                os.close(self._descriptor)
+            raise
 
     def __enter__(self) -> Part:
         return self
