@@ -104,7 +104,11 @@ def test_a_blocker_of_another_role_hides_what_it_does(
     done(run_migrator("upgrade", "r002", cwd=folder, database=database, env=url))
     application = database.connect(application_name="the backend")
     application.cursor().execute("SELECT * FROM t1")
-    result = run_migrator(cwd=folder, database=database, env={**url, "MIGRATOR_LOCK_RETRIES": "2"})
+    result = run_migrator(
+        cwd=folder,
+        database=database,
+        env={**url, "MIGRATOR_LOCK_RETRIES": "2", "MIGRATOR_LOCK_TIMEOUT": "1s"},
+    )
     pid = application.info.backend_pid
     application.close()
     refusal(result, ExitCode.BLOCKED, f"pid {pid} (the backend), what it does is hidden", "AccessShareLock")

@@ -27,6 +27,7 @@ from migrator.backups.manifest import Backup, BadManifest, from_json
 from migrator.errors import BackupFailed, RestoreFailed
 from migrator.process import uninterrupted
 
+_PROBE = ".migrator-"
 LOGGER = logging.getLogger("migrator.backup")
 LATEST = "latest"
 STALE_AFTER = 3600.0
@@ -67,7 +68,7 @@ class FolderStore:
 
     def prepare(self) -> None:
         """Create the folder if need be and try that files can be made in it; raises :class:`BackupFailed`."""
-        probe = self.folder / f".migrator-{secrets.token_hex(6)}{_PART}"
+        probe = self.folder / f"{_PROBE}{secrets.token_hex(6)}{_PART}"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
@@ -177,6 +178,9 @@ class FolderStore:
         ours = re.compile(re.escape(_slug(database)) + r"-\d{8}T\d{6}Z-[0-9a-f]{6}\.(dump|json)\.part")
         for path in self._names(_PART):
             try:
+                if path.name.startswith(_PROBE):  # only making it mattered, to whichever run
+                    path.unlink(missing_ok=True)
+                    continue
                 old = time.time() - path.stat().st_mtime > STALE_AFTER
                 if (old or ours.fullmatch(path.name)) and _nobody_holds(path):
                     path.unlink()

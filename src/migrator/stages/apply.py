@@ -64,7 +64,10 @@ class Application:
         self.committed_parts: list[str] = []
         self.failure: BaseException | None = None
         self.attempts = Attempts(settings.lock_retries, self._lasting)
-        self.watch = Watch(session, regain, terminate_after=settings.terminate_blockers_after)
+        looks = min(0.5, (settings.lock_timeout or 2.0) / 5)  # several while one attempt waits for its lock
+        self.watch = Watch(
+            session, regain, terminate_after=settings.terminate_blockers_after, interval=max(0.05, looks)
+        )
         self._total = len(plan.revisions)
         self._connection: MigrationConnection | None = None
         self._backend_pid = 0
