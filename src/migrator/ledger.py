@@ -1,0 +1,286 @@
+"""The ledger: the table ``migrator_ledger`` beside the version table, which says who changed the schema, when and how.
+
+A row for each revision that was applied or reverted, written in that revision's own transaction on the migration's
+own connection, and one for each run that had something to do.  Rows are only ever added.  Each is handed over as one
+JSON document, which the server unpacks: drivers differ in how they write parameters, and an older migrator's table
+may have fewer columns than a newer one fills.
+https://www.postgresql.org/docs/current/functions-json.html#FUNCTIONS-JSON-PROCESSING (jsonb_populate_record)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from migrator.postgres import QueryFailed, Session, quote_identifier
+from migrator.versions import VersionTable
+
+NAME = "migrator_ledger"
+
+APPLIED, REVERTED, STAMPED, UNSTAMPED = "applied", "reverted", "stamped", "unstamped"
+FOUND, GONE = "found", "gone"
+"""Applied, or reverted, by something else than migrator: noticed by the next run."""
+ACCEPTED = "accepted"
+"""An edited file was accepted by `migrator repair --accept`."""
+RUN = "run"
+
+_GONE = (REVERTED, UNSTAMPED, GONE)
+
+_CREATE = """
+CREATE TABLE {table} (
+    run_id text NOT NULL,
+    number integer NOT NULL,
+    at timestamptz NOT NULL,
+    event text NOT NULL,
+    version_table text NOT NULL,
+    revision text,
+    message text,
+    file text,
+    checksum text,
+    syntax text,
+    parents text[],
+    min_compatible text,
+    rows_before text[],
+    rows_after text[],
+    seconds double precision,
+    backup_id text,
+    command text,
+    code integer,
+    outcome text,
+    digest text,
+    actor text,
+    role text,
+    host text,
+    migrator_version text,
+    image_version text,
+    way_back text[],
+    no_way_back text,
+    details jsonb,
+    PRIMARY KEY (run_id, version_table, number)
+)
+"""
+
+_INSERT = (
+    "INSERT INTO {table} SELECT r.* FROM jsonb_array_elements(CAST({rows} AS jsonb)) AS d,"
+    " jsonb_populate_record(NULL::{table}, d || jsonb_build_object("
+    "'at', clock_timestamp(), 'role', current_user)) AS r"
+)
+
+# A ledger of a version table that was renamed, or of another one in the schema, is not ours.
+_STANDING = """
+SELECT DISTINCT ON (revision) revision, event, checksum, syntax, file, at, run_id, image_version, migrator_version,
+       min_compatible, role, host
+FROM {table} WHERE version_table = %s AND revision IS NOT NULL ORDER BY revision, at DESC, number DESC
+"""
+
+_LAST_RUN = """
+SELECT code, digest FROM {table} WHERE version_table = %s AND event = 'run' ORDER BY at DESC LIMIT 1
+"""
+
+_WAYS_BACK = """
+SELECT DISTINCT ON (revision) revision, event, message, parents, rows_before, rows_after, way_back, no_way_back,
+       at, number, image_version
+FROM {table} WHERE version_table = %s AND revision IS NOT NULL AND event <> 'accepted'
+ORDER BY revision, at DESC, number DESC
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The newest row about one revision; ``checksum`` and ``syntax`` are the digests of its file back then."""
+
+    revision: str
+    event: str
+    checksum: str
+    syntax: str
+    file: str
+    at: datetime
+    run_id: str
+    image_version: str
+    migrator_version: str
+    min_compatible: str
+    role: str
+    host: str
+
+    @property
+    def by(self) -> str:
+        """Say when, and by which run of which image, this came about."""
+        image = f" of image {self.image_version}" if self.image_version else ""
+        return f"{self.at:%Y-%m-%d %H:%M:%S %Z} by run {self.run_id}{image}"
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """How to revert one revision without its file: SQL statements, or the reason why there are none."""
+
+    revision: str
+    message: str
+    parents: tuple[str, ...]
+    rows_before: tuple[str, ...]
+    rows_after: tuple[str, ...]
+    statements: tuple[str, ...] | None
+    reason: str
+    at: datetime
+    number: int
+    image_version: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the ledger says stands: a row for each revision that is applied, and how the last run ended."""
+
+    exists: bool = False
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    last_code: int | None = None
+    last_digest: str = ""
+
+    def clean(self, digest: str) -> bool:
+        """Whether the last run ended well for the very history that has this digest."""
+        return self.last_code == 0 and self.last_digest == digest
+
+
+@dataclass(frozen=True)
+class Author:
+    """Who a row is by: the same in every row of a run."""
+
+    run_id: str
+    actor: str
+    host: str
+    migrator_version: str
+    image_version: str
+
+    def row(self, event: str, number: int, version_table: VersionTable, **values: Any) -> dict[str, Any]:
+        """Return a row, ready for :func:`insertion`."""
+        return {
+            "run_id": self.run_id,
+            "actor": self.actor,
+            "host": self.host,
+            "migrator_version": self.migrator_version,
+            "image_version": self.image_version,
+            "event": event,
+            "number": number,
+            "version_table": version_table.name,
+            **values,
+        }
+
+
+def beside(version_table: VersionTable, ask: Callable[[str], Any]) -> VersionTable:
+    """Return the ledger's name, with the schema that the version table is in; ``ask`` returns one value."""
+    literal = version_table.quoted.replace("'", "''")
+    schema = version_table.schema or ask(
+        "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        f" WHERE c.oid = to_regclass('{literal}')"
+    )
+    return VersionTable(NAME, schema or "")
+
+
+def exists(ledger: VersionTable, ask: Callable[[str], Any]) -> bool:
+    """Whether the ledger is there."""
+    literal = ledger.quoted.replace("'", "''")
+    return bool(ask(f"SELECT to_regclass('{literal}') IS NOT NULL"))
+
+
+def creation(ledger: VersionTable) -> str:
+    """Return the statement that makes the ledger."""
+    return _CREATE.format(table=ledger.quoted)
+
+
+def insertion(ledger: VersionTable, rows: str) -> str:
+    """Return the statement that adds rows; ``rows`` is how the driver writes the parameter that holds them."""
+    return _INSERT.format(table=ledger.quoted, rows=rows)
+
+
+def document(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as the JSON text that :func:`insertion` takes."""
+    # Postgres's jsonb takes no NUL.
+    return json.dumps(list(rows), ensure_ascii=False, default=str).replace("\\u0000", "")
+
+
+def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows on migrator's own session, and make the ledger first where it is missing; raises QueryFailed.
+
+    A ledger that is made here belongs to the version table's owner, for the migration's connection must be able to
+    write it too, and may have changed its role.
+    """
+    ledger = beside(version_table, session.value)
+    if not exists(ledger, session.value):
+        session.query(creation(ledger))
+        _give_to_owner_of(session, version_table, ledger)
+    session.query(insertion(ledger, "%s"), (document(rows),))
+
+
+def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: VersionTable) -> None:
+    owner = session.value(
+        "SELECT pg_get_userbyid(relowner)::text FROM pg_class WHERE oid = to_regclass(%s)"
+        " AND relowner <> current_user::regrole AND pg_has_role(relowner, 'USAGE')",
+        (version_table.quoted,),
+    )
+    if owner:
+        session.query(f"ALTER TABLE {ledger.quoted} OWNER TO {quote_identifier(owner)}")
+
+
+def read_standing(session: Session, version_table: VersionTable | None) -> Standing:
+    """Read what stands; a ledger that is not there, or may not be read, says nothing."""
+    if version_table is None:
+        return Standing()
+    ledger = beside(version_table, session.value)
+    parameters = (version_table.name,)
+    try:
+        rows = session.query(_STANDING.format(table=ledger.quoted), parameters)
+        last = session.query(_LAST_RUN.format(table=ledger.quoted), parameters)
+    except QueryFailed as error:
+        if error.lost or error.sqlstate not in _UNREADABLE:
+            raise
+        return Standing()
+    entries = {row[0]: Entry(*(item or "" for item in row)) for row in rows if row[1] not in _GONE}
+    code, digest = last[0] if last else (None, "")
+    return Standing(True, entries, code, digest or "")
+
+
+def read_ways_back(session: Session, version_table: VersionTable) -> list[WayBack]:
+    """Return how to revert each applied revision, the newest one first."""
+    ledger = beside(version_table, session.value)
+    try:
+        rows = session.query(_WAYS_BACK.format(table=ledger.quoted), (version_table.name,))
+    except QueryFailed as error:
+        if error.lost or error.sqlstate not in _UNREADABLE:
+            raise
+        return []
+    ways = [
+        WayBack(
+            revision=row[0],
+            message=row[2] or "",
+            parents=tuple(row[3] or ()),
+            rows_before=tuple(row[4] or ()),
+            rows_after=tuple(row[5] or ()),
+            statements=None if row[6] is None else tuple(row[6]),
+            reason=row[7] or "",
+            at=row[8],
+            number=row[9],
+            image_version=row[10] or "",
+        )
+        for row in rows
+        if row[1] not in _GONE
+    ]
+    return sorted(ways, key=lambda way: (way.at, way.number), reverse=True)
+
+
+def read_rows(session: Session, version_table: VersionTable, limit: int) -> list[dict[str, Any]]:
+    """Return the newest rows as they are, the newest first; the SQL of the way back is left out."""
+    ledger = beside(version_table, session.value)
+    sql = (
+        f"SELECT to_jsonb(l) - 'way_back' FROM {ledger.quoted} l WHERE version_table = %s"  # noqa: S608 - quoted
+        " ORDER BY at DESC, number DESC LIMIT %s"
+    )
+    try:
+        return [row[0] for row in session.query(sql, (version_table.name, limit))]
+    except QueryFailed as error:
+        if error.lost or error.sqlstate != "42P01":
+            raise
+        return []
+
+
+_UNREADABLE = ("42P01", "42501")  # not there, not allowed
