@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import math
 import queue
 import re
@@ -25,6 +24,11 @@ import psycopg2
 import psycopg2.extensions
 from psycopg2 import errorcodes
 
+from migrator.refusals import ConnectFailed as ConnectFailed
+from migrator.refusals import QueryFailed as QueryFailed
+from migrator.refusals import Refusal as Refusal
+from migrator.refusals import classify as classify
+from migrator.silence import DEADLINES, PATIENCE, PROBE, PROBES, Wait, shut_down
 from migrator.target import Target
 
 # Its stubs know no open-ended keyword arguments; libpq's parameters are open-ended.
@@ -35,84 +39,6 @@ _VERBOSE = 2  # PQERRORS_VERBOSE
 _CODED = re.compile(r":\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)", re.DOTALL)
 _HINT = re.compile(r"\s*Is the server running [^?]*\?")
 _PREFIX = re.compile(r"^connection to server (?:at|on socket) .*? failed: ", re.DOTALL)
-
-
-class Refusal(enum.Enum):
-    """Why a connection failed, as far as it matters for what to do about it."""
-
-    TRANSIENT = "not ready"
-    DENIED = "denied"
-    NO_DATABASE = "no such database"
-
-
-class ConnectFailed(Exception):
-    """A connection could not be made; ``refusal`` says whether waiting can help, ``sqlstate`` may be empty."""
-
-    def __init__(self, refusal: Refusal, text: str, sqlstate: str = "") -> None:
-        super().__init__(text)
-        self.refusal = refusal
-        self.text = text
-        self.sqlstate = sqlstate
-
-
-class QueryFailed(Exception):
-    """A statement failed; ``sqlstate`` is empty where the connection itself was lost (``lost``)."""
-
-    def __init__(self, text: str, sqlstate: str = "", *, lost: bool = False) -> None:
-        super().__init__(text)
-        self.text = text
-        self.sqlstate = sqlstate
-        self.lost = lost
-
-
-# What libpq itself says, always in English here, when it is TLS, a credential or a parameter that is wrong:
-# fe-connect.c, fe-auth.c and fe-secure-openssl.c of PostgreSQL 13 to 18.
-_CLIENT_SIDE_DENIALS = (
-    "certificate",
-    "does not support SSL",
-    "no password supplied",
-    "authentication method",
-    "authentication failed",
-    "channel binding",
-    "private key file",
-    "invalid sslmode value",
-    "invalid connection option",
-    "invalid port number",
-    "invalid integer value",
-    "invalid channel_binding value",
-    "definition of service",
-    "service file",
-    "could not open certificate",
-    "tlsv1 alert",
-    "SSL error: ",
-    "invalid URI",
-    "sslnegotiation",
-    "does not support GSSAPI",
-)
-_INVALID_VALUE = re.compile(r"invalid \S+ value: |could not match \d+ ")
-_DENIED_CLASSES = ("28",)
-_DENIED_CODES = frozenset(
-    {
-        errorcodes.INSUFFICIENT_PRIVILEGE,
-        errorcodes.OBJECT_NOT_IN_PREREQUISITE_STATE,  # ALTER DATABASE ... ALLOW_CONNECTIONS false
-        errorcodes.FEATURE_NOT_SUPPORTED,  # a protocol or startup option that this server has not
-        errorcodes.UNDEFINED_OBJECT,  # options=-c no_such_setting=1
-        errorcodes.INVALID_PARAMETER_VALUE,
-        errorcodes.SYNTAX_ERROR,  # options=--no-such-option
-    }
-)
-
-
-def classify(sqlstate: str, text: str) -> Refusal:
-    """Decide from SQLSTATE, or from libpq's own English text where there is none, whether waiting can help."""
-    if sqlstate == errorcodes.INVALID_CATALOG_NAME:
-        return Refusal.NO_DATABASE
-    if sqlstate:
-        denied = sqlstate.startswith(_DENIED_CLASSES) or sqlstate in _DENIED_CODES
-        return Refusal.DENIED if denied else Refusal.TRANSIENT
-    if any(phrase in text for phrase in _CLIENT_SIDE_DENIALS) or _INVALID_VALUE.search(text):
-        return Refusal.DENIED
-    return Refusal.TRANSIENT
 
 
 @dataclass(frozen=True)
@@ -141,52 +67,116 @@ class ServerFacts:
 class Session:
     """One autocommit connection that migrator itself uses; safe to share between threads."""
 
-    def __init__(self, connection: Any, target: Target, application_name: str = "") -> None:
+    def __init__(
+        self, connection: Any, target: Target, application_name: str = "", timeout: float = 10.0
+    ) -> None:
         self._connection = connection
         self._application_name = application_name
         self._lock = threading.RLock()
-        self._running = False
+        self._wait: Wait | None = None
+        self._watched = False
         self.target = target
-        self.facts = self._read_facts()
+        self.facts = self._read_facts(timeout)
 
     def query(
-        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None
+        self,
+        sql: str,
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[tuple[Any, ...]]:
         """Run one statement and return its rows (none for a statement that returns none).
 
-        Raises :class:`QueryFailed`.
+        It may take as long as the server works on it, but no answer is waited for that will not come; with
+        ``timeout`` it ends, and the connection with it, after that many seconds.  Raises :class:`QueryFailed`.
         """
-        with self._lock:
+        late = self._ask_elsewhere if timeout is None else self._give_up
+        with self._lock, DEADLINES.limit(PATIENCE if timeout is None else timeout, late) as wait:
             try:
-                self._running = True
+                self._wait = wait
                 with self._connection.cursor() as cursor:
                     cursor.execute(sql, parameters)
                     return list(cursor.fetchall()) if cursor.description else []
             except psycopg2.Error as error:
                 lost = bool(self._connection.closed) or error.pgcode in _ENDED
-                raise QueryFailed(message_of(error), error.pgcode or "", lost=lost) from error
+                text = message_of(error)
+                if wait.cut:
+                    text = f"no answer for {time.monotonic() - wait.began:.0f} s"
+                raise QueryFailed(text, error.pgcode or "", lost=lost) from error
             finally:
-                self._running = False
+                self._wait = None
+
+    def _give_up(self, wait: Wait) -> None:
+        with contextlib.suppress(psycopg2.Error):  # closed in between
+            wait.end(lambda: shut_down(self._connection.fileno()))
+
+    def _ask_elsewhere(self, wait: Wait) -> None:
+        """Ask over another connection whether the server still works on the statement; give up where it does not."""
+        failures, pause = 0, PATIENCE
+        while not wait.over and failures < PROBES:
+            busy = None
+            try:
+                with connect(self.target, self._application_name, PROBE) as other:
+                    busy = other.query(_BUSY, (self.pid,), timeout=PROBE)
+            except (ConnectFailed, QueryFailed) as error:
+                # Too many clients, for one, is an answer: the server is there.
+                failures = failures + 1 if error.sqlstate in ("", errorcodes.CANNOT_CONNECT_NOW) else 0
+            else:
+                failures, pause = 0, min(2 * pause, 60.0)
+                if not busy or not busy[0][0]:
+                    break
+            deadline = time.monotonic() + pause
+            while not wait.over and time.monotonic() < deadline:
+                time.sleep(0.2)
+        self._give_up(wait)
 
     def cancel(self) -> None:
         """Cancel the statement that another thread is running here, if there is one.
 
-        psycopg2 waits for the server inside libpq, where no Python signal handler runs.
+        psycopg2 waits for the server inside libpq, where no Python signal handler runs.  Where the server cannot
+        be told (libpq would wait for that without end), the connection is ended on this side.
         """
-        if self._running:
-            with contextlib.suppress(psycopg2.Error):
-                self._connection.cancel()
+        wait = self._wait
+        if wait is None:
+            return
+        telling = threading.Thread(target=self._tell_to_cancel, name="cancel", daemon=True)
+        telling.start()
+        telling.join(PROBE)
+        if telling.is_alive():
+            self._give_up(wait)
 
-    def value(self, sql: str, parameters: Sequence[Any] | None = None) -> Any:
+    def _tell_to_cancel(self) -> None:
+        with contextlib.suppress(psycopg2.Error):
+            self._connection.cancel()
+
+    def notice_a_dead_client(self) -> None:
+        """Let the server notice within seconds that we are gone, for our locks end then; kept on reconnecting."""
+        self._watched = True
+        self.query(dead_client_settings(self.facts.major))
+
+    def value(
+        self, sql: str, parameters: Sequence[Any] | None = None, *, timeout: float | None = None
+    ) -> Any:
         """Return the first column of the first row, or None."""
-        rows = self.query(sql, parameters)
+        rows = self.query(sql, parameters, timeout=timeout)
         return rows[0][0] if rows else None
+
+    def answers(self) -> bool:
+        """Whether the connection is there, asked now; after PROBE seconds of silence it is not."""
+        try:
+            self.query("SELECT 1", timeout=PROBE)
+        except QueryFailed as error:
+            return not error.lost
+        return True
 
     def reconnect(self, timeout: float) -> None:
         """Put a new connection in the place of one that was lost; raises :class:`ConnectFailed`."""
         fresh = connect(self.target, self._application_name, timeout)
         with self._lock:
+            self.close()
             self._connection, self.facts = fresh._connection, fresh.facts
+        if self._watched:
+            self.notice_a_dead_client()
 
     @property
     def pooled(self) -> bool:
@@ -214,16 +204,41 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_facts(self) -> ServerFacts:
+    def _read_facts(self, timeout: float) -> ServerFacts:
         row = self.query(
             "SELECT current_setting('server_version'), current_setting('server_version_num')::int,"
             " pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',"
             " current_database()::text, current_user::text,"
             " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,"
-            " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()"
+            " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()",
+            timeout=timeout,
         )[0]
         return ServerFacts(*row)
 
+
+def dead_client_settings(server_major: int) -> str:
+    """Return the query that makes the server look whether a session's client is still there.
+
+    While a statement runs it looks every two seconds (PostgreSQL 14 and newer); while it waits for the client, TCP
+    keepalives find out within about 11 seconds; an answer that nobody acknowledges is given up after 15.
+    https://www.postgresql.org/docs/current/runtime-config-connection.html#RUNTIME-CONFIG-TCP-SETTINGS
+    """
+    values = {
+        "tcp_keepalives_idle": "5",
+        "tcp_keepalives_interval": "2",
+        "tcp_keepalives_count": "3",
+        "tcp_user_timeout": "15000",
+    }
+    if server_major >= 14:
+        values["client_connection_check_interval"] = "2s"
+    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', false)" for name, value in values.items())
+
+
+# A statement that has just ended counts as running: its answer is on the way.  NULL: hidden from this role.
+_BUSY = """
+SELECT coalesce(state = 'active' OR clock_timestamp() - state_change < interval '2s', true)
+FROM pg_stat_activity WHERE pid = %s
+"""
 
 _ENDED = frozenset({errorcodes.ADMIN_SHUTDOWN, errorcodes.CRASH_SHUTDOWN, errorcodes.DATABASE_DROPPED})
 
@@ -294,7 +309,7 @@ def _connect_now(target: Target, application_name: str, deadline: float) -> Sess
         raise _diagnose(arguments, str(error), deadline) from None
     connection.autocommit = True
     try:
-        return Session(connection, target, application_name)
+        return Session(connection, target, application_name, max(1.0, deadline - time.monotonic()))
     except QueryFailed as error:
         connection.close()
         refusal = classify(error.sqlstate, error.text) if error.sqlstate else Refusal.TRANSIENT
