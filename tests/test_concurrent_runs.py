@@ -6,11 +6,12 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from migrator.outcome import ExitCode
-from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
+from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, RUN_LOCK
 from tests.support.outcomes import done, left_behind, refusal, unchanged
 from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner, Running
@@ -173,4 +174,81 @@ def test_a_killed_run_gives_its_locks_up_while_its_statement_still_runs(
     deadline = time.monotonic() + 30
     while left_behind(database) and time.monotonic() < deadline:
         time.sleep(0.2)
+    assert left_behind(database) == []
+
+
+def waits(database: Database, project: Project, start_migrator: Start, key: int) -> tuple[Any, Running]:
+    """Return a session that holds one of the locks, and a run with one revision to apply that waits for it."""
+    folder = project(revisions=linear_history(2))
+    bring_to(database, 1)
+    rival = database.connect(application_name="rival")
+    rival.autocommit = True
+    rival.cursor().execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, key))
+    env = {"MIGRATOR_RUN_LOCK_TIMEOUT": "3s"}
+    run = start_migrator("--format", "json", cwd=folder, database=database, env=env)
+    run.wait_for("held by rival (pid")
+    return rival, run
+
+
+DONE_BY_ANOTHER = (
+    "CREATE TABLE t2 (id int PRIMARY KEY, note text); UPDATE alembic_version SET version_num = 'r002'"
+)
+
+
+def test_who_has_waited_leaves_beside_others_that_only_look(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    rival, run = waits(database, project, start_migrator, RUN_LOCK)
+    database.execute(DONE_BY_ANOTHER)
+    cursor = rival.cursor()
+    cursor.execute("SELECT pg_advisory_lock_shared(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+    cursor.execute("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+    result = done(run.finish(30))
+    assert "Nothing to do" in result.answer["message"]
+    assert [stage["stage"] for stage in result.answer["stages"]] == [
+        "wait",
+        "inspect",
+        "lock",
+        "inspect",
+        "verify",
+    ]
+    assert [
+        stage["details"].get("current") for stage in result.answer["stages"] if stage["stage"] == "inspect"
+    ] == [
+        ["r001"],
+        ["r002"],
+    ]
+    rival.close()
+    assert left_behind(database) == []
+
+
+def test_nobody_applies_beside_others_that_look_and_they_are_not_named_as_holders(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    rival, run = waits(database, project, start_migrator, RUN_LOCK)
+    cursor = rival.cursor()
+    cursor.execute("SELECT pg_advisory_lock_shared(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+    cursor.execute("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+    sentence = refusal(run.finish(30), ExitCode.LOCK_BUSY, "for 3 s: another run.")
+    assert "rival" not in sentence
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r001",)]
+    rival.close()
+
+
+def test_nobody_leaves_while_an_applying_connection_without_its_run_is_still_alive(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    rival, run = waits(database, project, start_migrator, APPLY_LOCK)
+    database.execute(DONE_BY_ANOTHER)  # and not done with it: the lock is still there
+    refusal(run.finish(30), ExitCode.LOCK_BUSY, "rival", f"pg_terminate_backend({rival.info.backend_pid})")
+    rival.close()
+
+
+def test_a_run_whose_rival_gave_up_does_the_work(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    rival, run = waits(database, project, start_migrator, RUN_LOCK)
+    rival.close()
+    result = done(run.finish(30))
+    assert [item["revision"] for item in result.answer["revisions"]] == ["r002"]
     assert left_behind(database) == []

@@ -17,11 +17,15 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from migrator import bookkeeping
 from migrator.aftermath import translate
 from migrator.backups.manifest import summary
+from migrator.bookkeeping import Bookkeeper
+from migrator.edited import judge
 from migrator.errors import Internal, Interrupted, MigratorError, Partial, VerifyFailed
 from migrator.history import History, ProjectOptions
 from migrator.interruption import Interrupt, Interruption
+from migrator.ledger import FOUND, GONE, Standing, read_standing
 from migrator.logs import Logs
 from migrator.outcome import Finding, Outcome, Severity
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect
@@ -33,7 +37,7 @@ from migrator.stages.apply import Application, apply
 from migrator.stages.backup import back_up, decide
 from migrator.stages.guard import guard
 from migrator.stages.inspect import Inspection, inspect
-from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
+from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, lock_if_free, regain
 from migrator.stages.verify import verify
 from migrator.stages.wait import wait
 from migrator.versions import VersionTable, read_rows
@@ -69,26 +73,29 @@ class Run:
 
 def run(this: Run) -> Outcome:
     """Carry out a request from first to last stage; never raises, whatever happens."""
-    record = this.record
     try:
         _stages(this)
-    except MigratorError as error:
-        return record.failed(error)
-    except Interrupt as error:
-        this.interruption.shield()
-        if record.after is not None and record.after != record.before:
-            return record.failed(
-                Partial(
-                    f"Interrupted by {error.name} after the revisions were committed, before they were verified.",
-                    state=f"The database is at {', '.join(record.after) or 'base'}.",
-                    next_step="`migrator verify` checks it",
-                )
-            )
-        return record.failed(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"))
-    except Exception as error:
-        log.exception("unexpected")
-        return record.failed(translate(error))
-    return record.succeeded()
+    except (Exception, Interrupt) as error:  # noqa: BLE001 - the one place that catches everything
+        return this.record.failed(_known(this, error))
+    return this.record.succeeded()
+
+
+def _known(this: Run, error: Exception | Interrupt) -> MigratorError:
+    """Return the error that says what happened, whatever was raised."""
+    record = this.record
+    if isinstance(error, MigratorError):
+        return error
+    if not isinstance(error, Interrupt):
+        log.error("unexpected", exc_info=error)
+        return translate(error)
+    this.interruption.shield()
+    if record.after is None or record.after == record.before:
+        return Interrupted(f"Interrupted by {error.name}.", next_step="run it again")
+    return Partial(
+        f"Interrupted by {error.name} after the revisions were committed, before they were verified.",
+        state=f"The database is at {', '.join(record.after) or 'base'}.",
+        next_step="`migrator verify` checks it",
+    )
 
 
 def _stages(this: Run) -> None:
@@ -104,12 +111,17 @@ def _stages(this: Run) -> None:
         found = _inspect(this, session, history, settled=this.request.kind == "verify")
         if this.request.kind != "verify" and not _nothing_to_do(this, found):
             with record.stage("lock") as details:
-                details["waited"] = round(stack.enter_context(lock(session, settings)), 3)
-            # Another run may have done the work while this one waited.
-            found = _inspect(this, session, history, settled=True)
+                # Another run may have done the work while this one waited.
+                held = stack.enter_context(
+                    lock(session, settings, look=lambda: _work_done(this, session, history))
+                )
+                details.update(waited=round(held.waited, 3))
+            found = _inspect(this, session, history, settled=True, seen=held.seen)
         if this.request.kind == "verify" or _nothing_to_do(this, found):
             _verify(this, session, found.version_table, expectations, history)
+            _settle(this, session, history, found)
             return
+        stack.enter_context(_on_the_books(this, session, history))
         with record.stage("guard"):
             record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
         _backup(this, session, found)
@@ -125,26 +137,45 @@ def _wait(this: Run) -> Session:
     return session
 
 
-def _inspect(this: Run, session: Session, history: History, *, settled: bool) -> Inspection:
+def _inspect(
+    this: Run, session: Session, history: History, *, settled: bool, seen: Inspection | None = None
+) -> Inspection:
+    """Find out what there is to do, unless that was ``seen`` just now, under the lock that is still held."""
+    findings: tuple[Finding, ...] = ()
     with this.record.stage("inspect") as details:
-        kind = "upgrade" if this.request.kind == "verify" else this.request.kind
-        found = inspect(
-            session,
-            history,
-            this.settings,
-            kind,
-            this.request.destination,
-            read_only=this.request.kind == "verify",
-            settled=settled,
-        )
+        found = seen or _look(this, session, history, settled=settled)
         details.update(
             current=found.current,
             pending=[revision.revision for revision in found.plan.revisions],
             tables=found.tables,
             size_bytes=found.size,
         )
-    this.record.plan, this.record.before, this.record.after = found.plan, found.current, found.current
+        if this.request.kind != "stamp":
+            details["edited"] = [edit.entry.revision for edit in found.edits]
+            findings = judge(found.edits, this.settings.edited)
+    record = this.record
+    record.plan, record.before, record.after = found.plan, found.current, found.current
+    record.version_table, record.ahead = found.version_table, found.ahead
+    record.findings += tuple(finding for finding in findings if finding not in record.findings)
     return found
+
+
+def _look(this: Run, session: Session, history: History, *, settled: bool) -> Inspection:
+    return inspect(
+        session,
+        history,
+        this.settings,
+        "upgrade" if this.request.kind == "verify" else this.request.kind,
+        this.request.destination,
+        read_only=this.request.kind == "verify",
+        settled=settled,
+    )
+
+
+def _work_done(this: Run, session: Session, history: History) -> Inspection | None:
+    """Return what shows that another run has done the work; None while something is left to do."""
+    found = _look(this, session, history, settled=True)
+    return found if _nothing_to_do(this, found) else None
 
 
 def _nothing_to_do(this: Run, found: Inspection) -> bool:
@@ -184,6 +215,13 @@ def _apply(this: Run, session: Session, history: History, found: Inspection) -> 
         interruption=this.interruption,
         apply_lock=(LOCK_CLASS, APPLY_LOCK),
         regain=lambda: regain(session),
+        books=Bookkeeper(
+            record.author(this.settings.actor),
+            history,
+            command=f"{this.request.kind} {this.request.destination}",
+            backup_id=record.backup_id,
+            enabled=this.settings.ledger,
+        ),
     )
 
     def rows() -> frozenset[str] | None:
@@ -194,10 +232,57 @@ def _apply(this: Run, session: Session, history: History, found: Inspection) -> 
             apply(application, backup_id=record.backup_id, read_rows=rows)
     finally:
         if application.version_table is not None:
+            record.version_table = application.version_table
             now = rows()
             record.revisions = application.committed(now)
             record.after = None if now is None else tuple(sorted(now))
     return application.version_table
+
+
+@contextlib.contextmanager
+def _on_the_books(this: Run, session: Session, history: History) -> Iterator[None]:
+    """Add the run to the ledger when the block ends, well or not."""
+    try:
+        yield
+    except (Exception, Interrupt) as error:
+        known = _known(this, error)
+        _close(this, session, history, this.record.failed(known))
+        raise known from error
+    _close(this, session, history, this.record.succeeded())
+
+
+def _close(this: Run, session: Session, history: History, outcome: Outcome) -> None:
+    table = this.record.version_table
+    if table is None or not this.settings.ledger:
+        return
+    author = this.record.author(this.settings.actor)
+    try:
+        with _alive(this, session) as alive:
+            bookkeeping.close(alive, table, author, outcome, history.digest)
+    except (ConnectFailed, QueryFailed) as error:
+        log.warning("the ledger does not say how this run ended: %s", error.text)
+
+
+def _settle(this: Run, session: Session, history: History, found: Inspection) -> None:
+    """Bring the ledger up to date in a run with nothing to do, where another image or plain Alembic was at work."""
+    table, digest = found.version_table, history.digest
+    if table is None or not this.settings.ledger or found.ahead or _settled(history, found, found.standing):
+        return
+    try:
+        with lock_if_free(session) as held:
+            standing = read_standing(session, table)
+            if held and not _settled(history, found, standing):
+                author = this.record.author(this.settings.actor)
+                bookkeeping.settle(session, history, table, standing.entries, found.current, author)
+                bookkeeping.close(session, table, author, this.record.succeeded(), digest)
+    except QueryFailed as error:
+        log.info("the ledger was left as it is: %s", error.text)
+
+
+def _settled(history: History, found: Inspection, standing: Standing) -> bool:
+    return standing.clean(history.digest) and not bookkeeping.differences(
+        history, standing.entries, found.current, FOUND, GONE
+    )
 
 
 def _rows_now(this: Run, session: Session, table: VersionTable | None) -> frozenset[str] | None:

@@ -4,6 +4,9 @@ The lock is Postgres's own session advisory lock, so nothing is persisted that c
 by *polling* ``pg_try_advisory_lock`` in autocommit: a session blocked in ``pg_advisory_lock`` holds a
 snapshot, for which ``CREATE INDEX CONCURRENTLY`` in the other run waits, which is a deadlock.
 Advisory locks are counted per database, so one constant pair of keys serves them all.
+
+Who had to wait looks under a *shared* lock whether anything is left to do: it keeps out whoever wants to apply,
+but not the others that look, so that however many have waited leave together and not one after another.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from migrator.errors import LockBusy, SettingsError
 from migrator.postgres import QueryFailed, Session, in_transaction_pooling
@@ -30,9 +35,26 @@ SELECT l.objid::int, l.pid, a.application_name, a.backend_start::text
 FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'advisory' AND l.granted AND l.classid = %s AND l.objid IN (1, 2) AND l.objsubid = 2
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND l.pid <> pg_backend_pid()
+  AND l.mode = 'ExclusiveLock' AND l.pid <> pg_backend_pid()
 ORDER BY l.objid
 """
+"""Who applies, or is about to; not who only looks, under the shared lock."""
+
+_POLL = (0.1, 0.3)
+"""Seconds between two tries, jittered: fifty waiting runs then ask the server some 250 times a second."""
+
+_ALONE = 3
+"""Tries for the exclusive lock, after a look that found work, before another look: lookers keep each other from it."""
+
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True)
+class Held(Generic[Seen]):
+    """How the lock is held: after ``waited`` seconds, and shared where ``seen`` shows that nothing is left to do."""
+
+    waited: float
+    seen: Seen | None = None
 
 
 def holder(session: Session) -> tuple[int, str] | None:
@@ -49,14 +71,16 @@ def lock(
     session: Session,
     settings: Settings,
     *,
+    look: Callable[[], Seen | None] = lambda: None,
     session_ends: bool = False,
     sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[float]:
-    """Hold the run lock within the block; yields the seconds that were waited for it.
+) -> Iterator[Held[Seen]]:
+    """Hold the run lock within the block.
 
-    ``session_ends`` says that the block itself ends the session, as a restore does when it swaps databases.
-    Raises :class:`LockBusy` when another run holds it for ``settings.run_lock_timeout`` seconds, and
-    :class:`SettingsError` where a pooler makes it worthless.
+    ``look`` is asked, by a run that had to wait and while nobody applies, for something that shows that nothing is
+    left to do; the lock is then held shared.  ``session_ends`` says that the block itself ends the session, as a
+    restore does when it swaps databases.  Raises :class:`LockBusy` when another run holds it for
+    ``settings.run_lock_timeout`` seconds, and :class:`SettingsError` where a pooler makes it worthless.
     """
     _refuse_pooler(session, settings)
     if (
@@ -64,27 +88,68 @@ def lock(
     ):  # a killed run's lock ends with its connection, also in the middle of a statement
         session.query("SET client_connection_check_interval = '2s'")
     started = time.monotonic()
-    deadline = started + settings.run_lock_timeout
-    said, said_at = "", 0.0
-    while not _try(session):
-        found = holder(session)
-        now = time.monotonic()
-        text = found[1] if found else "another run"
-        if now >= deadline:
-            pid = found[0] if found else "PID"
-            raise LockBusy(
-                f"Another run held the lock for {settings.run_lock_timeout:g} s: {text}.",
-                next_step="let it finish and run again; if it hangs, end its session:"
-                f" SELECT pg_terminate_backend({pid})",
-            )
-        if text != said or now - said_at >= 15:
-            log.info("waiting for the run lock (%.0f s left), held by %s", deadline - now, text)
-            said, said_at = text, now
-        sleep(min(random.uniform(0.1, 0.5), max(0.01, deadline - now)))  # noqa: S311 - jitter, no secret
+    seen = _acquire(session, settings.run_lock_timeout, look, sleep)
     try:
-        yield time.monotonic() - started
+        yield Held(time.monotonic() - started, seen)
     finally:
-        _release(session, session_ends)
+        _release(session, session_ends, shared=seen is not None)
+
+
+def _acquire(
+    session: Session, patience: float, look: Callable[[], Seen | None], sleep: Callable[[float], None]
+) -> Seen | None:
+    """Take the lock: exclusive, or shared where ``look`` returned something, which is returned."""
+    waiting = _Waiting(session, patience)
+    alone = 1  # a run with work to do wants the exclusive lock
+    while True:
+        if alone > 0:
+            alone -= 1
+            if _try(session):
+                return None
+        elif _try(session, shared=True):
+            seen = look()
+            if seen is not None:
+                return seen
+            _unlock(session, shared=True)
+            alone = _ALONE
+            continue
+        sleep(waiting.pause())
+
+
+class _Waiting:
+    """The wait for another run: bounded, and said aloud."""
+
+    def __init__(self, session: Session, patience: float) -> None:
+        self._session = session
+        self._patience = patience
+        self._deadline = time.monotonic() + patience
+        self._said, self._said_at, self._asked_at = "", float("-inf"), float("-inf")
+
+    def pause(self) -> float:
+        """Return the seconds until the next try; raises :class:`LockBusy` when the time is over."""
+        now = time.monotonic()
+        if now >= self._deadline:
+            raise self._busy()
+        if now - self._asked_at >= 1:  # not at every try: the answer costs the server more than the try
+            self._asked_at = now
+            self._say(now)
+        return min(random.uniform(*_POLL), max(0.01, self._deadline - now))  # noqa: S311 - jitter, no secret
+
+    def _say(self, now: float) -> None:
+        found = holder(self._session)
+        text = found[1] if found else "another run"
+        if text != self._said or now - self._said_at >= 15:
+            log.info("waiting for the run lock (%.0f s left), held by %s", self._deadline - now, text)
+            self._said, self._said_at = text, now
+
+    def _busy(self) -> LockBusy:
+        found = holder(self._session)
+        pid, text = found or ("PID", "another run")
+        return LockBusy(
+            f"Another run held the lock for {self._patience:g} s: {text}.",
+            next_step="let it finish and run again; if it hangs, end its session:"
+            f" SELECT pg_terminate_backend({pid})",
+        )
 
 
 def _refuse_pooler(session: Session, settings: Settings) -> None:
@@ -101,12 +166,13 @@ def _refuse_pooler(session: Session, settings: Settings) -> None:
     )
 
 
-def _try(session: Session) -> bool:
+def _try(session: Session, *, shared: bool = False) -> bool:
     """Take the run lock unless a run holds it, or an applying connection without its run is still alive."""
-    if not session.value("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, RUN_LOCK)):
+    take = "pg_try_advisory_lock_shared" if shared else "pg_try_advisory_lock"
+    if not session.value(f"SELECT {take}(%s, %s)", (LOCK_CLASS, RUN_LOCK)):
         return False
     if any(row[0] == APPLY_LOCK for row in session.query(_HOLDERS, (LOCK_CLASS,))):
-        session.value("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+        _unlock(session, shared=shared)
         return False
     return True
 
@@ -116,9 +182,26 @@ def regain(session: Session) -> bool:
     return bool(session.value("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, RUN_LOCK)))
 
 
-def _release(session: Session, session_ends: bool) -> None:
+@contextlib.contextmanager
+def lock_if_free(session: Session) -> Iterator[bool]:
+    """Hold the run lock within the block if nobody has it; yields whether it is held."""
+    held = _try(session)
     try:
-        released = session.value("SELECT pg_advisory_unlock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+        yield held
+    finally:
+        if held:
+            _release(session, session_ends=False, shared=False)
+
+
+def _unlock(session: Session, *, shared: bool) -> bool:
+    """Give the lock back; returns whether it was ours."""
+    give = "pg_advisory_unlock_shared" if shared else "pg_advisory_unlock"
+    return bool(session.value(f"SELECT {give}(%s, %s)", (LOCK_CLASS, RUN_LOCK)))
+
+
+def _release(session: Session, session_ends: bool, *, shared: bool) -> None:
+    try:
+        released = _unlock(session, shared=shared)
     except QueryFailed as error:
         level = logging.DEBUG if session_ends else logging.WARNING
         log.log(level, "the connection that held the run lock was lost, and the lock with it: %s", error.text)
