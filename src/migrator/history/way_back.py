@@ -1,12 +1,32 @@
-"""The way back of a revision as plain SQL, for an image that has never seen the revision."""
+"""The way back of a revision as plain SQL, for an image that has never seen the revision.
+
+A revision's ``downgrade()`` is rendered as Alembic's offline mode does, without ``env.py`` and without a database;
+only where :mod:`migrator.history.judgement` finds that calling it is harmless.  docs/adr has why.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from migrator.history.judgement import Judge, Refused
+from migrator.logs import redact
 
 if TYPE_CHECKING:
     from alembic.script import Script
+
+_MOST_STATEMENTS = 5_000
+_MOST_CHARACTERS = 2_000_000
+_PASSWORD = re.compile(r"\bPASSWORD\s+(?:E?'|\$)", re.IGNORECASE)
+_CREATES = re.compile(r"\s*CREATE (TYPE|DOMAIN|TABLE|SEQUENCE)\s")
+_DROPS = re.compile(r"\s*DROP (TYPE|DOMAIN|TABLE|SEQUENCE|INDEX)\s")
 
 
 @dataclass(frozen=True)
@@ -23,4 +43,174 @@ class WayBack:
 
 def offline_downgrade(script: Script) -> WayBack:
     """Render the revision's ``downgrade()`` without a database and without ``env.py``; never raises."""
-    return WayBack(None, f"{script.revision} has not been rendered")
+    downgrade = getattr(script.module, "downgrade", None)
+    if downgrade is None:
+        return WayBack(None, "it has no downgrade()")
+    judge = Judge(script.module)
+    try:
+        judge.admit(downgrade)
+        with _renderer().collect() as statements, _silent(judge.loggers):
+            downgrade()
+    except Refused as error:
+        return WayBack(None, redact(str(error)))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code may raise anything
+        return WayBack(None, redact(_reason(error, str(script.path))))
+    if any(_PASSWORD.search(text) or redact(text) != text for text in statements):
+        return WayBack(None, "it holds a password, which must not be kept")
+    return WayBack(tuple(statements))
+
+
+def _reason(error: BaseException, path: str) -> str:
+    """Tell an author who raises on purpose from SQL that cannot be rendered."""
+    text = " ".join(str(error).split("\n")[0].split())
+    said = type(error).__name__ + (f": {text}" if text else "")
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is not None and Path(place.tb_frame.f_code.co_filename).name == Path(path).name:
+        return f"its author supports no downgrade ({said})"
+    return f"it cannot be written as SQL ({said})"
+
+
+@contextlib.contextmanager
+def _silent(loggers: list[logging.Logger]) -> Iterator[None]:
+    """Let nothing be printed or logged that speaks of a downgrade which does not take place."""
+    before = [(logger, logger.disabled) for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in before:
+            logger.disabled = disabled
+
+
+class _Renderer:
+    """Alembic's offline mode for PostgreSQL, made once and used for every revision."""
+
+    def __init__(self) -> None:
+        from alembic.operations import Operations
+        from alembic.runtime.migration import MigrationContext
+        from sqlalchemy.dialects.postgresql.base import PGDialect
+
+        # Any other paramstyle doubles the percent signs of text().
+        make: Any = PGDialect  # untyped
+        dialect = make(paramstyle="named")
+        dialect._backslash_escapes = (
+            False  # standard_conforming_strings is on, as a live connection finds out
+        )
+        logger = logging.getLogger("alembic.runtime.migration")
+        disabled, logger.disabled = logger.disabled, True
+        try:
+            options = {"as_sql": True, "literal_binds": True, "output_buffer": io.StringIO()}
+            context: Any = MigrationContext.configure(dialect=dialect, opts=options)
+        finally:
+            logger.disabled = disabled
+        self._texts: list[str] = []
+        self._characters = 0
+        context.impl.command_terminator = ""
+        context.impl.static_output = self.add
+        context.impl._exec = functools.partial(_refuse_missing_values, context.impl._exec)
+        context.connection = context.impl.connection = _bind(dialect, context.impl, self)
+        self._operations: Any = Operations(context)
+
+    def add(self, text: str) -> None:
+        """Keep a statement; raises ValueError where there are too many."""
+        self._characters += len(text)
+        if len(self._texts) >= _MOST_STATEMENTS or self._characters > _MOST_CHARACTERS:
+            raise ValueError(f"more than {_MOST_STATEMENTS} statements or {_MOST_CHARACTERS} characters")
+        self._texts.append(text)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[list[str]]:
+        """Stand behind ``alembic.op`` for the block, where the running migration may stand too."""
+        from alembic import op
+
+        self._texts, self._characters = [], 0
+        before = getattr(op, "_proxy", None)
+        self._operations._install_proxy()
+        try:
+            yield self._texts
+        finally:
+            if before is not None:
+                before._install_proxy()
+            else:
+                self._operations._remove_proxy()
+
+
+def _refuse_missing_values(execute: Any, construct: Any, *arguments: Any, **options: Any) -> None:
+    """Raise ValueError where a parameter has no value: SQLAlchemy would write NULL for it."""
+    from sqlalchemy import text
+    from sqlalchemy.sql import visitors
+    from sqlalchemy.sql.elements import BindParameter
+
+    construct = text(construct) if isinstance(construct, str) else construct
+    if not hasattr(construct, "target"):  # DDL has none
+        for part in visitors.iterate(construct):
+            if isinstance(part, BindParameter) and part.required:
+                raise ValueError(f"the parameter {part.key!r} has no value")
+    execute(construct, *arguments, **options)
+
+
+@functools.cache
+def _renderer() -> _Renderer:
+    return _Renderer()
+
+
+def _bind(dialect: Any, impl: Any, renderer: _Renderer) -> Any:
+    """Return what ``op.get_bind()`` gives: it renders what it is to execute, and returns nothing."""
+    from sqlalchemy import text
+    from sqlalchemy.engine.mock import MockConnection
+
+    base: Any = MockConnection
+
+    class Bind(base):  # type: ignore[misc]
+        _checkfirst: Any = False
+
+        def _run_ddl_visitor(self, visitorcallable: Any, element: Any, **options: Any) -> None:
+            before, self._checkfirst = self._checkfirst, options.get("checkfirst", False)
+            options["checkfirst"] = False  # there is nothing to look at: the statement itself has to check
+            try:
+                visitorcallable(dialect=self.dialect, connection=self, **options).traverse_single(element)
+            finally:
+                self._checkfirst = before
+
+        def execute(self, statement: Any, parameters: Any = None, *_: Any, **__: Any) -> None:
+            rows = parameters if isinstance(parameters, (list, tuple)) else [parameters or {}]
+            for row in rows:
+                self._execute_one(statement, row)
+
+        def _execute_one(self, statement: Any, row: Any) -> None:
+            if isinstance(statement, str):
+                statement = text(statement)
+            if row:
+                bound = getattr(
+                    statement, "values" if getattr(statement, "is_insert", False) else "bindparams", None
+                )
+                if bound is None:
+                    raise TypeError(f"parameters of a {type(statement).__name__} cannot be written as SQL")
+                statement = bound(**row)
+            if not self._checkfirst:
+                impl._exec(statement)
+                return
+            renderer.add(_if_needed(str(statement.compile(dialect=dialect)).strip()))
+
+        def exec_driver_sql(self, statement: str, parameters: Any = None, *_: Any, **__: Any) -> None:
+            if parameters:
+                raise TypeError("parameters of a driver's own SQL cannot be written as SQL")
+            renderer.add(statement.strip())
+
+    return Bind(dialect, lambda *_, **__: None)
+
+
+def _if_needed(sql: str) -> str:
+    """Return DDL that does nothing where ``checkfirst`` would have found that there is nothing to do."""
+    dropped, created = _DROPS.match(sql), _CREATES.match(sql)
+    if dropped:
+        return f"{sql[: dropped.end()]}IF EXISTS {sql[dropped.end() :]}"
+    if created and created[1] in ("TABLE", "SEQUENCE"):
+        return f"{sql[: created.end()]}IF NOT EXISTS {sql[created.end() :]}"
+    if created:
+        return f"DO $migrator$ BEGIN\n{sql};\nEXCEPTION WHEN duplicate_object THEN NULL;\nEND $migrator$"
+    return sql
