@@ -8,9 +8,19 @@ a review.  Standard library only, and little of it, for a run with nothing to do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+
+class NoManifest(Exception):
+    """There is no manifest in that place, or it is none that this version reads; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,10 @@ def file_sums(path: Path) -> FileSums:
     return FileSums(hashlib.sha256(source).hexdigest(), syntax_of(source))
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     """Return the sha256 of a file's bytes; raises OSError."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def syntax_of(source: bytes) -> str:
@@ -49,3 +60,175 @@ def digest_of(sums: Mapping[str, str]) -> str:
     """Return one digest over a history: ``sums`` are the sha256 of each revision's file by the revision's id."""
     lines = "".join(f"{revision} {sums[revision]}\n" for revision in sorted(sums))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FrozenRevision:
+    """One revision as it was frozen; ``file`` is relative to the manifest's folder, with forward slashes.
+
+    ``min_compatible`` is what the file declares as ``migrator_min_compatible``, or empty.
+    """
+
+    revision: str
+    file: str
+    sha256: str
+    syntax: str
+    parents: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    min_compatible: str = ""
+    message: str = ""
+
+    @property
+    def sums(self) -> FileSums:
+        """Return the file's checksums."""
+        return FileSums(self.sha256, self.syntax)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A history as it was frozen.
+
+    ``rows_at_head`` are the version rows of a fully upgraded database, with ``depends_on`` fewer than ``heads``.
+    ``options`` are the values that say where the revisions are and which version table is meant, as
+    :mod:`migrator.layout` reads them; ``folders`` are the version locations relative to the manifest, and
+    ``working_folder`` is the one that freeze was run in, where that matters to them.  ``version_table`` is (name,
+    schema), or None where only running ``env.py`` would tell.
+    """
+
+    revisions: tuple[FrozenRevision, ...]
+    heads: tuple[str, ...]
+    rows_at_head: tuple[str, ...]
+    env_sha256: str
+    section: str
+    options: Mapping[str, Any]
+    folders: tuple[str, ...]
+    recursive: bool = False
+    working_folder: str | None = None
+    version_table: tuple[str, str] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Return the digest over all revisions and their files."""
+        return digest_of({item.revision: item.sha256 for item in self.revisions})
+
+
+_LISTS = frozenset({"heads", "rows_at_head", "folders", "version_table"})
+_NOT_SHOWN: frozenset[Any] = frozenset({"", ()})
+
+
+def dump(manifest: Manifest) -> str:
+    """Return the manifest as text: always the same for the same history."""
+    head: dict[str, Any] = {"format": FORMAT, "digest": manifest.digest}
+    head |= {item.name: getattr(manifest, item.name) for item in fields(manifest) if item.name != "revisions"}
+    head["options"] = dict(sorted(manifest.options.items()))
+    lines = [f"{_json(key)}: {_json(value)}," for key, value in head.items()]
+    revisions = [
+        _json(
+            {
+                item.name: getattr(revision, item.name)
+                for item in fields(revision)
+                if getattr(revision, item.name) not in _NOT_SHOWN
+            }
+        )
+        for revision in manifest.revisions
+    ]
+    return "\n".join(["{", *lines, '"revisions": [', ",\n".join(revisions), "]", "}", ""])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def load(place: Path) -> Manifest:
+    """Read a manifest; raises :class:`NoManifest`."""
+    try:
+        text = place.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NoManifest("there is none") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise NoManifest(f"it cannot be read: {error}") from None
+    return parse(text)
+
+
+def parse(text: str) -> Manifest:
+    """Read a manifest's text; raises :class:`NoManifest`, for one whose digest is not that of its lines too."""
+    try:
+        document = json.loads(text)
+        if document["format"] != FORMAT:
+            raise NoManifest(f"it is of format {document['format']!r}, not {FORMAT}")
+        del document["format"]
+        digest = document.pop("digest")
+        values: dict[str, Any] = {
+            key: tuple(value) if key in _LISTS and value is not None else value
+            for key, value in document.items()
+        }
+        values["revisions"] = tuple(_revision(line) for line in document["revisions"])
+        found = Manifest(**values)
+        if found.digest != digest:
+            raise NoManifest("its digest is not that of its revisions: it was merged or edited by hand")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NoManifest(f"it is not as freeze writes it: {type(error).__name__}: {error}") from None
+    return found
+
+
+def _revision(line: dict[str, Any]) -> FrozenRevision:
+    values: dict[str, Any] = {
+        key: tuple(value) if value.__class__ is list else value for key, value in line.items()
+    }
+    return FrozenRevision(**values)
+
+
+def problems(manifest: Manifest, folder: Path) -> tuple[str, ...]:
+    """Compare the files below ``folder`` with the manifest; return what differs, nothing where they are the same."""
+    root = os.path.realpath(folder)
+    found = []
+    listed = {os.path.normpath(os.path.join(root, item.file)): item for item in manifest.revisions}
+    for path, item in [*listed.items()]:
+        try:
+            if sha256_of(path) != item.sha256:
+                found.append(f"{item.file} was edited")
+        except OSError:
+            found.append(f"{item.file} is missing")
+    for path in revision_files([os.path.join(root, item) for item in manifest.folders], manifest.recursive):
+        if path not in listed and os.path.realpath(path) not in listed:
+            found.append(f"{os.path.relpath(path, root)} is not in it")
+    try:
+        if sha256_of(os.path.join(root, "env.py")) != manifest.env_sha256:
+            found.append("env.py was edited")
+    except OSError:
+        found.append("env.py is missing")
+    return tuple(found)
+
+
+def revision_files(folders: list[str], recursive: bool) -> Iterator[str]:
+    """Yield the files that Alembic takes for revisions, as its ScriptDirectory lists them."""
+    for folder in folders:
+        for root, below, names in os.walk(os.path.normpath(folder)):
+            if not recursive:
+                below.clear()
+            if not root.endswith("__pycache__"):
+                yield from (os.path.join(root, name) for name in names if _is_revision(name))
+
+
+def _is_revision(name: str) -> bool:
+    return name.endswith(".py") and not name.startswith((".#", "__init__"))
+
+
+def changes(old: Manifest, new: Manifest) -> tuple[str, ...]:
+    """Return what a new manifest says otherwise than an old one, for people: revisions first."""
+    before = {item.revision: item for item in old.revisions}
+    after = {item.revision: item for item in new.revisions}
+    found = [f"{item.revision} ({item.file}) is new" for key, item in after.items() if key not in before]
+    found += [f"{item.revision} ({item.file}) is gone" for key, item in before.items() if key not in after]
+    for key, item in after.items():
+        was = before.get(key)
+        if was is None or was == item:
+            continue
+        edit = item.sums.edited_from(was.sums)
+        what = f"has {'a' if edit == 'real' else 'a cosmetic'} change" if edit else "has moved"
+        found.append(f"{item.revision} ({item.file}) {what}")
+    for name in (field.name for field in fields(new) if field.name != "revisions"):
+        if getattr(old, name) != getattr(new, name) and not (found and name in {"heads", "rows_at_head"}):
+            found.append(f"{name} differs")
+    return tuple(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ class _NotKnown(Exception):
 
 
 def version_table(
-    place: Path, get_main_option: Callable[[str], str | None], x: Sequence[str]
+    place: Path,
+    get_main_option: Callable[[str], str | None],
+    x: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
 ) -> VersionTable | None:
     """Return the version table that an ``env.py`` configures; None where only running it would tell.
 
-    Understood are literals, names bound once to something that is understood, environment variables that are
-    set, ``config.get_main_option`` and ``context.get_x_argument(as_dictionary=True)``.
+    Understood are literals, names bound once to something that is understood (a dictionary of options, where it is
+    only spread over calls), environment variables that are set, ``config.get_main_option`` and
+    ``context.get_x_argument(as_dictionary=True)``.
     """
     try:
         text = place.read_text(encoding="utf-8")
@@ -32,7 +36,7 @@ def version_table(
     online = [call for call in calls if _is_configure(call) and _keywords(call) & {"connection", None}]
     if not online:
         return None  # a module of its own configures Alembic
-    reader = _Reader(tree, get_main_option, x)
+    reader = _Reader(tree, get_main_option, x, environment)
     try:
         name = _only(reader, online, calls, "version_table") or "alembic_version"
         schema = _only(reader, online, calls, "version_table_schema")
@@ -46,8 +50,9 @@ def version_table(
 def _only(reader: _Reader, online: list[ast.Call], calls: list[ast.Call], keyword: str) -> str:
     """Return the one value that a keyword has, in ``configure`` or in a helper that is handed it."""
     given = [item.value for call in online for item in call.keywords if item.arg == keyword]
-    if not given and any(None in _keywords(call) for call in online):
-        raise _NotKnown  # **options
+    if not given:
+        spread = [item.value for call in online for item in call.keywords if item.arg is None]
+        given = [value for node in spread for key, value in reader.members(node) if key == keyword]
     given = given or [
         item.value
         for call in calls
@@ -74,8 +79,15 @@ def _keywords(call: ast.Call) -> set[str | None]:
 class _Reader:
     """Evaluates the few kinds of expression in which projects name a version table."""
 
-    def __init__(self, tree: ast.Module, get_main_option: Callable[[str], str | None], x: Sequence[str]):
+    def __init__(
+        self,
+        tree: ast.Module,
+        get_main_option: Callable[[str], str | None],
+        x: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
         self._get_main_option = get_main_option
+        self._environment = environment
         self._x = {item.partition("=")[0]: item.partition("=")[2] for item in x}
         stored = [
             node.id if isinstance(node, ast.Name) else node.arg
@@ -84,6 +96,22 @@ class _Reader:
             or (isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load))
         ]
         self._names = {name: node for name, node in _assignments(tree.body) if stored.count(name) == 1}
+
+        loads = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in self._names]
+        spread = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg is None]
+        spread_names = [node.id for node in spread if isinstance(node, ast.Name)]
+        # A dictionary that is used otherwise too may be changed there; one of the mentions binds it.
+        self._options = {name for name in spread_names if loads.count(name) == spread_names.count(name) + 1}
+
+    def members(self, node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+        """Yield the members of a dictionary that is spread over a call (``**OPTIONS``); raises _NotKnown."""
+        found = self._names.get(node.id) if isinstance(node, ast.Name) and node.id in self._options else None
+        if not isinstance(found, ast.Dict):
+            raise _NotKnown
+        for key, value in zip(found.keys, found.values, strict=True):
+            if not isinstance(key, ast.Constant):
+                raise _NotKnown
+            yield str(key.value), value
 
     def value(self, node: ast.expr) -> Any:
         """Return what an expression is worth; raises _NotKnown."""
@@ -123,9 +151,9 @@ class _Reader:
     def _look_up(self, mapping: str, node: ast.expr, arguments: Sequence[ast.expr]) -> Any:
         key = self.value(arguments[0])
         if mapping in {"os.environ", "environ"}:
-            if key not in os.environ:
+            if key not in self._environment:
                 raise _NotKnown  # env.py may well read a file of variables first
-            return os.environ[key]
+            return self._environment[key]
         values = self.value(node)
         if not isinstance(values, dict):
             raise _NotKnown

@@ -1,0 +1,91 @@
+"""Where a project's files are, read from its configuration without Alembic, for a run with nothing to do.
+
+What Alembic's own Config would say is said here too, or nothing: a project that this cannot read goes the long way.
+"""
+
+from __future__ import annotations
+
+import configparser
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from migrator.history.project import ProjectOptions, find_project
+
+HERE = "{here}"
+"""Stands for the configuration's folder, so that the values are the same wherever the project is."""
+
+PLACES = (
+    "script_location",
+    "version_locations",
+    "path_separator",
+    "version_path_separator",
+    "recursive_version_locations",
+    "sourceless",
+)
+"""The options that say where the revisions are."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A project's configuration: the values of its section of the ini, and else those of ``[tool.alembic]``."""
+
+    location: Path
+    ini: Mapping[str, str]
+    toml: Mapping[str, Any]
+
+    def options(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return those of the options that are set."""
+        both = {**self.toml, **self.ini}
+        return {name: both[name] for name in sorted(names) if name in both}
+
+
+def read(options: ProjectOptions, folder: Path) -> Layout | None:
+    """Read the configuration of the project in ``folder``; None where that takes Alembic, or there is none.
+
+    Raises :class:`migrator.errors.SettingsError` as :func:`find_project` does.
+    """
+    ini, toml, location = find_project(options, folder)
+    if location:
+        return Layout(folder / location, {}, {})
+    try:
+        of_ini = _read_ini(folder / ini, options.name) if ini else {}
+        of_toml = _read_toml(folder / toml) if toml else {}
+    except (OSError, ValueError, KeyError, TypeError, configparser.Error):
+        return None
+    named = of_ini.get("script_location") or of_toml.get("script_location")
+    if not isinstance(named, str) or (not named.startswith((HERE, "/")) and ":" in named):
+        return None  # package:folder
+    config = ini if "script_location" in of_ini else toml
+    here = (folder / (config or "")).absolute().parent.as_posix()
+    return Layout(folder / named.replace(HERE, here), of_ini, of_toml)
+
+
+def _read_ini(path: Path, section: str) -> dict[str, str]:
+    parser = configparser.ConfigParser({"here": HERE})
+    with path.open(encoding="locale") as file:
+        parser.read_file(file)
+    found = {}
+    for name in parser.options(section):
+        try:
+            found[name] = parser.get(section, name)
+        except configparser.InterpolationError:
+            continue  # an address with a percent sign in it; where it matters, Alembic says so
+    return found
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    with path.open("rb") as file:
+        table = tomllib.load(file)["tool"]["alembic"]
+    return {name: _with_here(value) for name, value in table.items()}
+
+
+def _with_here(value: Any) -> Any:
+    if isinstance(value, str):
+        return value % {"here": HERE}
+    if isinstance(value, list):
+        return [_with_here(item) for item in value]
+    return value
