@@ -14,6 +14,7 @@
      ├─ HistoryError         31  BAD_HISTORY
      ├─ DatabaseAhead        32  DATABASE_AHEAD
      ├─ Unversioned          33  UNVERSIONED
+     ├─ Tampered             34  TAMPERED
      ├─ Unsafe               35  UNSAFE
      ├─ BackupFailed         36  BACKUP_FAILED
      ├─ RolledBack           39  ROLLED_BACK
@@ -132,6 +133,12 @@ class Unversioned(MigratorError):
     """There are tables but no version table."""
 
     code = ExitCode.UNVERSIONED
+
+
+class Tampered(MigratorError):
+    """An applied revision's file is not the one that was applied."""
+
+    code = ExitCode.TAMPERED
 
 
 class Unsafe(MigratorError):

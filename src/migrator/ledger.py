@@ -76,6 +76,14 @@ SELECT DISTINCT ON (revision) revision, event, checksum, syntax, file, at, run_i
 FROM {table} WHERE version_table = %s AND revision IS NOT NULL ORDER BY revision, at DESC, number DESC
 """
 
+STANDING_NAMES = """
+SELECT json_agg(revision)::text FROM (
+    SELECT DISTINCT ON (revision) revision, event FROM {table}
+    WHERE version_table = '{version_table}' AND revision IS NOT NULL ORDER BY revision, at DESC, number DESC
+) newest WHERE event NOT IN ('reverted', 'unstamped', 'gone')
+"""
+"""The revisions that stand, as JSON text: one value, and no parameters, whatever the driver."""
+
 _LAST_RUN = """
 SELECT code, digest FROM {table} WHERE version_table = %s AND event = 'run' ORDER BY at DESC LIMIT 1
 """
@@ -171,7 +179,7 @@ def beside(version_table: VersionTable, ask: Callable[[str], Any]) -> VersionTab
     """Return the ledger's name, with the schema that the version table is in; ``ask`` returns one value."""
     literal = version_table.quoted.replace("'", "''")
     schema = version_table.schema or ask(
-        "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"  # noqa: S608 - quoted
         f" WHERE c.oid = to_regclass('{literal}')"
     )
     return VersionTable(NAME, schema or "")
@@ -235,9 +243,13 @@ def read_standing(session: Session, version_table: VersionTable | None) -> Stand
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise
         return Standing()
-    entries = {row[0]: Entry(*(item or "" for item in row)) for row in rows if row[1] not in _GONE}
+    entries = {row[0]: _entry(row) for row in rows if row[1] not in _GONE}
     code, digest = last[0] if last else (None, "")
     return Standing(True, entries, code, digest or "")
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    return Entry(*(item or "" for item in row))  # type: ignore[arg-type]
 
 
 def read_ways_back(session: Session, version_table: VersionTable) -> list[WayBack]:

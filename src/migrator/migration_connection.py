@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from migrator.errors import HistoryError, SettingsError
 from migrator.history.commits import watch_commits
+from migrator.history.driver_calls import DriverCalls
 from migrator.history.statements import lift_timeouts_for_concurrent_builds
-from migrator.postgres import Session
+from migrator.postgres import Session, dead_client_settings
 from migrator.settings import Settings
 from migrator.versions import VersionTable
 
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
 
+log = logging.getLogger("migrator.apply")
+
 _IDENTITY = (
     "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text || ' ' || "
     "(SELECT oid FROM pg_database WHERE datname = current_database())::text || ' ' || current_database()"
 )
+_TRANSACTION = "SELECT (now() = statement_timestamp())::text || ' ' || txid_current()::text"
 _NOW = "SELECT now()::text"  # the start of the transaction: it stands still unless each statement is its own
 
 
@@ -32,6 +37,12 @@ class MigrationConnection:
                 next_step="`migrator alembic upgrade head --sql` is for offline use",
             )
         self._connection = context.connection
+        self.calls: DriverCalls | None = None
+
+    @property
+    def raw(self) -> Any:
+        """Return SQLAlchemy's connection."""
+        return self._connection
 
     def is_on(self, connection: Any) -> bool:
         """Whether this is about that very connection."""
@@ -40,6 +51,12 @@ class MigrationConnection:
     def ask(self, sql: str) -> Any:
         """Return the first column of the first row; no parameters, for drivers differ in how they write them."""
         return self._connection.exec_driver_sql(sql).scalar()
+
+    def tell(self, sql: str, **values: str) -> None:
+        """Run a statement; parameters are written ``:name``, whatever the driver."""
+        from sqlalchemy import text
+
+        self._connection.execute(text(sql), values)
 
     def refuse_another_database(self, session: Session) -> None:
         """Raise :class:`SettingsError` unless this is the database that ``session`` locked and backed up."""
@@ -55,6 +72,19 @@ class MigrationConnection:
             next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
             " with MIGRATOR_URL_VARIABLE",
         )
+
+    def assume_role(self, role: str, session: Session) -> None:
+        """Do ``SET ROLE``, so that the role owns what is made; one that ``env.py`` has set itself stays.
+
+        Within a transaction that is rolled back it is undone, so it is asked for at every attempt.
+        """
+        if not role:
+            return
+        now, login = self.ask("SELECT current_user::text"), self.ask("SELECT session_user::text")
+        if now in (login, session.facts.user):
+            self.tell("SELECT set_config('role', :role, false)", role=role)
+        elif now != role:
+            log.info("env.py has set the role %s itself; it stays", now)
 
     def locate(self, table: VersionTable, session: Session) -> VersionTable:
         """Return the table with its schema, where ``env.py``'s search_path finds another than ours does."""
@@ -83,8 +113,12 @@ class MigrationConnection:
         return bool(self.ask(_NOW) != self.ask(_NOW))
 
     def transaction(self) -> int:
-        """Return the id of the transaction, which Postgres can be asked about afterwards (txid_status)."""
-        return int(self.ask("SELECT txid_current()"))
+        """Return the transaction's id, for asking Postgres about it afterwards (txid_status); 0 in autocommit.
+
+        A transaction stands still in time: only where nothing came before in it, a second question must tell.
+        """
+        fresh, number = self.ask(_TRANSACTION).split()
+        return 0 if fresh == "true" and self.ask(_TRANSACTION).startswith("true") else int(number)
 
     def set_timeouts(self, settings: Settings) -> None:
         """Set Postgres's timeouts for the session; what ``env.py`` set itself stays, unless a setting was given."""
@@ -101,14 +135,14 @@ class MigrationConnection:
             self.ask(f"SELECT set_config('{name}', '{milliseconds}', false)")
 
     def notice_a_dead_client(self, server_major: int) -> None:
-        """Let the server look every two seconds whether we are still there, also while a statement runs.
-
-        Killed, a run would otherwise keep its locks until its statement ends (PostgreSQL 14 and newer).
-        """
-        if server_major >= 14:
-            self.ask("SELECT set_config('client_connection_check_interval', '2s', false)")
+        """Let the server notice within seconds that we are gone: a killed run would keep its locks otherwise."""
+        self.ask(dead_client_settings(server_major))
 
     def listen(self, committed: Callable[[], None]) -> None:
-        """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection."""
+        """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection.
+
+        From then on ``calls`` knows whether the driver waits for the server.
+        """
+        self.calls = DriverCalls(self._connection)
         lift_timeouts_for_concurrent_builds(self._connection)
         watch_commits(self._connection, committed, every_statement=self.autocommits)

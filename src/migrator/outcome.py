@@ -99,13 +99,18 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RevisionResult:
-    """One revision that was applied (``upgrade``) or reverted (``downgrade``), and its duration in seconds."""
+    """One revision that was applied (``upgrade``) or reverted (``downgrade``), and its duration in seconds.
+
+    ``no_way_back`` says why it cannot be reverted without its file; ``measured`` is what it did, JSON-ready.
+    """
 
     revision: str
     direction: str
     message: str
     seconds: float
     transactional: bool = True
+    no_way_back: str = ""
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from migrator.stages.backup import back_up, decide
 from migrator.stages.guard import guard
 from migrator.stages.inspect import Inspection, inspect
 from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, lock_if_free, regain
+from migrator.stages.revert import Reversal
 from migrator.stages.verify import verify
 from migrator.stages.wait import wait
 from migrator.versions import VersionTable, read_rows
@@ -206,6 +207,8 @@ def _apply(this: Run, session: Session, history: History, found: Inspection) -> 
     if found.plan.empty:
         record.skip("apply", "nothing is pending")
         return found.version_table
+    if found.plan.kept:
+        return _revert(this, session, found)
     application = Application(
         session,
         history,
@@ -237,6 +240,24 @@ def _apply(this: Run, session: Session, history: History, found: Inspection) -> 
             record.revisions = application.committed(now)
             record.after = None if now is None else tuple(sorted(now))
     return application.version_table
+
+
+def _revert(this: Run, session: Session, found: Inspection) -> VersionTable | None:
+    """Go back by the SQL that the ledger kept, for revisions that this image does not have."""
+    record, table = this.record, found.version_table
+    if table is None:
+        raise Internal("a plan from a ledger without a version table")
+    author = record.author(this.settings.actor)
+    reversal = Reversal(session, this.settings, table, author, f"downgrade {found.plan.destination}")
+    try:
+        with record.stage("apply") as details:
+            details["from"] = "ledger"
+            reversal.run(found.plan, this.application_name, this.interruption)
+    finally:
+        record.revisions = tuple(reversal.results)
+        now = _rows_now(this, session, table)
+        record.after = None if now is None else tuple(sorted(now))
+    return table
 
 
 @contextlib.contextmanager

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from migrator import __version__
 from migrator.errors import MigratorError
+from migrator.ledger import Author
 from migrator.outcome import ExitCode, Finding, Outcome, RevisionResult, StageResult, Status
 from migrator.target import Target
+from migrator.versions import VersionTable
 
 if TYPE_CHECKING:
     from migrator.history import Plan
@@ -39,6 +41,8 @@ class Record:
         self._clock = time.monotonic()
         self.stages: list[StageResult] = []
         self.plan: Plan | None = None
+        self.version_table: VersionTable | None = None
+        self.ahead = ""
         self.heads: tuple[str, ...] = ()
         self.before: tuple[str, ...] | None = None
         self.after: tuple[str, ...] | None = None
@@ -51,6 +55,11 @@ class Record:
         """Return ``migrator/HOST RUN_ID`` in the 63 bytes that Postgres keeps."""
         host = os.environ.get("POD_NAME") or socket.gethostname()
         return f"migrator/{host[: 63 - len(self.run_id) - 10]} {self.run_id}"
+
+    def author(self, actor: str) -> Author:
+        """Return whose rows this run adds to the ledger."""
+        host = os.environ.get("POD_NAME") or socket.gethostname()
+        return Author(self.run_id, actor, host, __version__, os.environ.get("MIGRATOR_IMAGE_VERSION", ""))
 
     @property
     def backup_id(self) -> str:
@@ -114,6 +123,10 @@ class Record:
         database = self.target.database if self.target else "the database"
         if self.command == "verify":
             return f"{database} is at {after}{_head(self.after, self.heads)}, verified."
+        if self.ahead:
+            return (
+                f"Nothing to do: {database} is at {after}, ahead of this image, and {self.ahead}; verified."
+            )
         if self.before == self.after:
             backed_up = f"; backup {self.backup_id}" if self.backup_id else ""
             return f"Nothing to do: {database} is at {after}{_head(self.after, self.heads)}, verified{backed_up}."

@@ -20,11 +20,13 @@ from migrator.errors import SettingsError
 from migrator.readers import (
     backup_url,
     boolean,
+    callable_name,
     choice,
     duration,
     only_stop,
     optional_duration,
     relation,
+    role_name,
     whole_number,
 )
 from migrator.target import BadAddress, Target, from_environment, parse, secrets_in
@@ -100,8 +102,37 @@ class Settings:
     version_table: str = setting(
         "", relation, "the version table, where it cannot be read from env.py: name or schema.name"
     )
+    ledger: bool = setting(
+        True, boolean, "keep migrator_ledger beside the version table: who changed the schema, when and how"
+    )
+    actor: str = setting(
+        "", str, "who is answerable for a run, for the ledger (such as the CI job's address)"
+    )
+    edited: str = setting(
+        "refuse",
+        choice("refuse", "cosmetic", "warn"),
+        "what of applied revisions whose file was edited since: refuse, cosmetic (let comments and formatting pass)"
+        " or warn",
+    )
+    allow_ahead: bool = setting(
+        False, boolean, "start on a newer schema, unless that declares this image too old"
+    )
     url_variable: str = setting(
         "", str, "the variable in which env.py expects the address, if it is not DATABASE_URL (several: a,b)"
+    )
+    bootstrap: str = setting(
+        "",
+        callable_name,
+        "module:callable, a context manager that is entered with Alembic's Config before env.py loads",
+    )
+    role: str = setting(
+        "", role_name, "the role that the migration does SET ROLE to, so that it owns what is made"
+    )
+    transaction: str = setting(
+        "env.py",
+        choice("env.py", "each", "all", "none"),
+        "env.py (as it says), each (one transaction a revision), all (one over all of them) or none (transactional_ddl"
+        " off)",
     )
     config: str = setting(
         "", str, "alembic.ini or pyproject.toml of the project", flag="-c", variable="ALEMBIC_CONFIG"

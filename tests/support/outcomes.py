@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from migrator.outcome import ExitCode
 from tests.support.runner import Result
-from tests.support.servers import Database
+from tests.support.servers import LEDGER, Database
 
 STATES = (
     "The database was not changed.",
@@ -52,10 +52,13 @@ def refusal(result: Result, code: ExitCode, *words: str) -> str:
 
 @contextlib.contextmanager
 def unchanged(database: Database) -> Iterator[None]:
-    """Assert that the block leaves the database as it was: schema, rows, and nobody's lock or session."""
-    before = database.dump()
+    """Assert that the block leaves the database as it was: schema, rows, and nobody's lock or session.
+
+    The ledger grows: it also says which runs failed.
+    """
+    before = database.dump(LEDGER)
     yield
-    assert database.dump() == before
+    assert database.dump(LEDGER) == before
     assert left_behind(database) == []
 
 

@@ -43,6 +43,10 @@ ATTVER = re.compile(r"^ALTER .* ALTER COLUMN .* SET \(pg_attver=\d+\);$")
 Row = tuple[Any, ...]
 
 
+LEDGER = "--exclude-table=*.migrator_ledger*"
+"""For pg_dump: everything but the ledger, which plain Alembic does not have and which also grows when a run fails."""
+
+
 class Server:
     """A Postgres server with a data folder, a port and a superuser of its own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 import traceback
@@ -12,21 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from migrator.errors import HistoryError
+from migrator import ledger, surroundings
+from migrator.errors import HistoryError, MigratorError
+from migrator.history.bootstrap import ground, shapes_history
 from migrator.history.env_file import version_table
-from migrator.history.project import ProjectOptions, make_config, parse_command, tell_address
+from migrator.history.environment import Around, Command, Hook, run_env
+from migrator.history.project import ProjectOptions, make_config
+from migrator.history.way_back import WayBack, offline_downgrade
+from migrator.manifest import FileSums, digest_of, file_sums, sha256_of
 from migrator.target import Target
 from migrator.versions import VersionTable
 
 if TYPE_CHECKING:
-    from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
-
-Hook = Callable[["tuple[str, ...]", "MigrationContext"], "Sequence[Any]"]
-"""What is called inside ``env.py`` with the database's revisions: returns the steps to run."""
-
-Around = Callable[[Callable[[], None], Callable[[], "MigrationContext"]], None]
-"""What is called in the place of ``context.run_migrations``."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,11 @@ class Revision:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command will do: the revisions in order, and the version rows before and after."""
+    """What a command will do: the revisions in order, and the version rows before and after.
+
+    ``kept`` is the SQL from the ledger for each of them, with the version rows after it, where this image is older
+    than the schema and has no files for them.
+    """
 
     kind: str
     destination: str
@@ -51,6 +54,7 @@ class Plan:
     before: frozenset[str]
     after: frozenset[str]
     baseline: str = ""
+    kept: tuple[tuple[ledger.WayBack, frozenset[str]], ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -64,12 +68,13 @@ class History:
     def __init__(self, options: ProjectOptions, target: Target | None, folder: Path | None = None) -> None:
         self._target = target
         self._options = options
+        self._sha256: dict[str, str] = {}
         self.config = make_config(options, folder or Path.cwd())
-        self.script = self._read()
+        self.script = self._read(bootstrapped=shapes_history(options.bootstrap))
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def _read(self) -> ScriptDirectory:
+    def _read(self, *, bootstrapped: bool) -> ScriptDirectory:
         from alembic.script import ScriptDirectory
         from alembic.util import CommandError
 
@@ -78,8 +83,12 @@ class History:
             warnings.simplefilter("always")
             try:
                 script = ScriptDirectory.from_config(self.config)
+                if bootstrapped:
+                    script = self._bootstrapped(Path(script.env_py_location))
                 heads = script.get_heads()
                 script.revision_map._real_heads  # noqa: B018 - builds the rest of the graph, depends_on too
+            except MigratorError:
+                raise
             except CommandError as error:
                 raise HistoryError(f"The history cannot be read: {error}.", next_step=_GRAPH_STEP) from error
             except (Exception, SystemExit) as error:  # a revision file may call sys.exit
@@ -90,6 +99,8 @@ class History:
                     f"The history is ambiguous: {message}.",
                     next_step="give one of the two files an id of its own, or delete the copy",
                 )
+        if not heads and self._options.bootstrap and not bootstrapped:
+            return self._read(bootstrapped=True)
         if not heads:
             places = ", ".join(str(place) for place in script._version_locations)
             raise HistoryError(
@@ -97,6 +108,13 @@ class History:
                 next_step="check what is mounted there; `migrator alembic revision -m ...` makes a first one",
             )
         return script
+
+    def _bootstrapped(self, env_file: Path) -> ScriptDirectory:
+        """Let the bootstrap say where the revisions are."""
+        from alembic.script import ScriptDirectory
+
+        with surroundings.kept(), ground(self.config, env_file, self._target, self._options) as config:
+            return ScriptDirectory.from_config(config)
 
     @property
     def location(self) -> Path:
@@ -132,6 +150,53 @@ class History:
     def known(self) -> frozenset[str]:
         """Return the ids of all revisions."""
         return frozenset(script.revision for script in self.script.walk_revisions())
+
+    def applied(self, rows: Iterable[str]) -> tuple[str, ...]:
+        """Return the revisions that version rows stand for, what they depend on too; the oldest first."""
+        known = self.script.revision_map._revision_map
+        seen: set[str] = set()
+        waiting = [row for row in rows if known.get(row) is not None]
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += cast(Any, known[name])._all_down_revisions  # parents and dependencies, as ids
+        order = [script.revision for script in self.script.walk_revisions() if script.revision in seen]
+        return tuple(reversed(order))
+
+    def revision(self, name: str) -> Revision:
+        """Return the revision with this very id."""
+        return self._revision(self.script.get_revision(name))
+
+    def sha256(self, revision: Revision) -> str:
+        """Return the checksum of a revision's file, which is read once."""
+        if revision.path not in self._sha256:
+            self._sha256[revision.path] = sha256_of(Path(revision.path))
+        return self._sha256[revision.path]
+
+    def sums(self, name: str) -> FileSums:
+        """Return the checksums of a revision's file."""
+        return file_sums(Path(self.revision(name).path))
+
+    def file_name(self, revision: Revision) -> str:
+        """Return a revision's file as people know it: from the folder of ``env.py``, where it is in there."""
+        path = Path(revision.path).resolve()
+        place = self.location.resolve()
+        return str(path.relative_to(place)) if path.is_relative_to(place) else path.name
+
+    def min_compatible(self, name: str) -> str:
+        """Return the ``migrator_min_compatible`` that a revision declares, or an empty string."""
+        module = cast(Any, self.script.get_revision(name)).module
+        return str(getattr(module, "migrator_min_compatible", None) or "")
+
+    def way_back(self, name: str) -> WayBack:
+        """Return the SQL that reverts a revision, for images that will not have its file."""
+        return offline_downgrade(self.script.get_revision(name))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Return one sha256 over every revision's id and file."""
+        return digest_of({item.revision: self.sha256(item) for item in self.walk()})
 
     def version_table(self) -> VersionTable | None:
         """Return the version table that ``env.py`` names; None where only running it would tell."""
@@ -226,43 +291,19 @@ class History:
         *,
         before_configure: Callable[[], None],
         around: Around = lambda run, get_context: run(),
-        export: Sequence[str] = (),
+        transaction: str = "env.py",
     ) -> None:
-        """Load ``env.py`` once, as ``alembic KIND DESTINATION`` does, and let it run the steps that ``hook`` returns.
-
-        The target's address is set as ``sqlalchemy.url``, and in the environment variables that ``env.py``
-        may read instead (``export`` names more).  ``before_configure`` is called whenever ``env.py`` calls
-        ``context.configure``, by when it has set up its own logging; ``around`` in the place of
-        ``context.run_migrations``, with that and a function that returns the context.  Raises whatever ``env.py`` or a
-        revision raises.
-        """
-        from alembic.runtime.environment import EnvironmentContext
-
-        environment = EnvironmentContext(
+        """Load ``env.py`` once, as ``alembic KIND DESTINATION`` does: :func:`migrator.history.environment.run_env`."""
+        command = Command(kind, destination, self._options, self._target)
+        run_env(
             self.config,
             self.script,
-            fn=cast(Any, hook),  # Alembic's stub speaks of one revision; it passes all of them
-            as_sql=False,
-            starting_rev=None,
-            destination_rev=destination,
-            tag=None,
+            command,
+            hook,
+            before_configure=before_configure,
+            around=around,
+            transaction=transaction,
         )
-        self.config.cmd_opts = parse_command(self._options, kind, destination)
-        configure = environment.configure
-
-        def configure_after(*arguments: Any, **options: Any) -> None:
-            before_configure()
-            configure(*arguments, **options)
-
-        # On the instance: Alembic's module proxy knows EnvironmentContext itself, and no subclass of it.
-        environment.configure = configure_after  # type: ignore[method-assign]
-        run_migrations = environment.run_migrations
-        environment.run_migrations = lambda **options: around(  # type: ignore[method-assign]
-            lambda: run_migrations(**options), environment.get_context
-        )
-        tell_address(self.config, Path(self.script.env_py_location), self._target, export)
-        with environment:
-            self.script.run_env()
 
 
 _NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})

@@ -18,15 +18,19 @@ from typing import TYPE_CHECKING, Any
 from migrator import surroundings
 from migrator.aftermath import Aftermath, explain
 from migrator.attempts import Attempts
+from migrator.bookkeeping import Bookkeeper
 from migrator.errors import HistoryError, Internal, RolledBack, SettingsError
 from migrator.history import History, Plan
 from migrator.interruption import Interrupt, Interruption
+from migrator.lifeline import Lifeline, revive
 from migrator.logs import Logs
 from migrator.migration_connection import MigrationConnection
 from migrator.outcome import RevisionResult
-from migrator.postgres import QueryFailed, Session
+from migrator.postgres import ConnectFailed, QueryFailed, Session
+from migrator.recovery import Recovery
 from migrator.report.progress import Heartbeat, Progress
 from migrator.settings import Settings
+from migrator.silence import PROBE
 from migrator.versions import VersionTable
 from migrator.watch import Watch
 
@@ -50,6 +54,7 @@ class Application:
         interruption: Interruption,
         apply_lock: tuple[int, int],
         regain: Callable[[], bool],
+        books: Bookkeeper,
     ) -> None:
         self.session = session
         self.history = history
@@ -58,6 +63,8 @@ class Application:
         self.logs = logs
         self.interruption = interruption
         self.apply_lock = apply_lock
+        self.books = books
+        self.no_way_back: dict[str, str] = {}
         self.results: list[RevisionResult] = []
         self.version_table: VersionTable | None = None
         self.failed_in = ""
@@ -65,42 +72,61 @@ class Application:
         self.failure: BaseException | None = None
         self.attempts = Attempts(settings.lock_retries, self._lasting)
         looks = min(0.5, (settings.lock_timeout or 2.0) / 5)  # several while one attempt waits for its lock
+        self.lifeline = Lifeline(session, regain, settings.wait_timeout)
+        self.recovery = Recovery(self)
         self.watch = Watch(
-            session, regain, terminate_after=settings.terminate_blockers_after, interval=max(0.05, looks)
+            self.lifeline, terminate_after=settings.terminate_blockers_after, interval=max(0.05, looks)
         )
         self._total = len(plan.revisions)
         self._connection: MigrationConnection | None = None
         self._backend_pid = 0
+        self._backend_of = 0  # the start of the server that it runs on
         self._transaction = 0
+        self.anything_committed = False
         self._heartbeat = Heartbeat()
         self._started = time.monotonic()
         self._progress = Progress(len(plan.revisions), sys.stderr, enabled=not logs.is_json)
 
     def run(self) -> None:
         """Load ``env.py`` and run the steps; raises whatever they raise, after the connection is gone."""
-        exported = tuple(name.strip() for name in self.settings.url_variable.split(",") if name.strip())
+        if self.plan.kind == "upgrade":
+            self.no_way_back = self.books.look_back(self.plan.revisions)
         try:
             with surroundings.kept(), self._heartbeat, self.watch, self.interruption.calling(self.cancel):
-                self._heartbeat.begins("env.py")
-                self.history.run(
-                    self.plan.kind,
-                    self.plan.destination,
-                    self._enter,
-                    before_configure=self._take_back,
-                    around=self.attempts.run,
-                    export=exported,
-                )
+                self.recovery.run(self._go_through)
         finally:
             self._progress.close()
             self._take_back()
         self.interruption.check()
-        if self.failure is not None:
-            raise self.failure  # env.py swallowed it
         if self.version_table is None:
             raise HistoryError(
                 "env.py ended without running migrations (it never called context.run_migrations() online).",
                 next_step="run env.py as Alembic does: `migrator alembic upgrade head --sql` shows if it can",
             )
+
+    def _go_through(self) -> None:
+        """Load ``env.py`` and let it run the steps."""
+        self._heartbeat.begins("env.py")
+        self.history.run(
+            self.plan.kind,
+            self.plan.destination,
+            self._enter,
+            before_configure=self._take_back,
+            around=self._run_migrations,
+            transaction=self.settings.transaction,
+        )
+
+    def _run_migrations(self, run: Callable[[], None], get_context: Callable[[], MigrationContext]) -> None:
+        """Run the migrations, as often as it takes, as the role that is to own what they make."""
+
+        def run_as_role() -> None:
+            if self.settings.role:
+                connection = MigrationConnection(get_context())
+                connection.refuse_another_database(self.session)
+                connection.assume_role(self.settings.role, self.session)
+            run()
+
+        self.recovery.around(lambda: self.attempts.run(run_as_role, get_context))
 
     def _take_back(self) -> None:
         """Take logging and signals back from whatever the application made of them."""
@@ -109,9 +135,16 @@ class Application:
 
     def cancel(self) -> None:
         """Cancel the statement that the applying connection is running; called from the signal thread."""
-        if self._backend_pid:
-            log.info("cancelling the running statement (pid %d)", self._backend_pid)
-            self.session.value("SELECT pg_cancel_backend(%s)", (self._backend_pid,))
+        if not self._backend_pid:
+            return
+        log.info("cancelling the running statement (pid %d)", self._backend_pid)
+        try:
+            self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=PROBE)
+        except QueryFailed as error:
+            # The server cannot be told: the connection ends on this side, and with it the wait.
+            log.warning("the server cannot be told to cancel: %s", error.text)
+            if self._connection and self._connection.calls:
+                self._connection.calls.end()
 
     def committed(self, rows: frozenset[str] | None) -> tuple[RevisionResult, ...]:
         """Return the results that lasted, given the version rows as they are now."""
@@ -121,11 +154,11 @@ class Application:
     def ended(self, patience: float = 8.0) -> bool:
         """Wait until the applying connection is gone from the server, ending it after half of ``patience`` seconds.
 
-        Only then is what the version table says the last word.
+        Only then is what the version table says the last word.  Raises QueryFailed.
         """
         deadline = time.monotonic() + patience
         terminated = False
-        while self._backend_pid and self._alive():
+        while self._backend_pid and self._backend_of == self.session.facts.started_at and self._alive():
             if time.monotonic() > deadline:
                 return False
             if not terminated and time.monotonic() > deadline - patience / 2:
@@ -154,6 +187,7 @@ class Application:
         """
         self._take_back()
         self.interruption.check()
+        self.lifeline.ensure()  # env.py may have taken long
         connection = MigrationConnection(context)
         connection.refuse_another_database(self.session)
         table = VersionTable(context.version_table, context.version_table_schema or "")
@@ -173,9 +207,12 @@ class Application:
         connection.set_timeouts(self.settings)
         connection.notice_a_dead_client(self.session.facts.major)
         if self._connection is None or not self._connection.is_on(context.connection):
-            connection.listen(self._committed_part)
-        self._connection = connection
+            connection.listen(self.committed_part)
+            self._connection = connection
+            self.watch.follow(self._backend_pid, connection.calls)
+        self.books.enter(connection, table, heads)
         steps = self._steps(heads, again=again)
+        self.recovery.entered(context.connection, table, heads, steps)
         if self._applied not in context.on_version_apply_callbacks:
             context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
         revisions = [step for step in steps if getattr(step, "revision", None) is not None]
@@ -209,11 +246,16 @@ class Application:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        self._backend_pid = connection.pid
-        self.watch.follow(self._backend_pid)
+        self._backend_pid, self._backend_of = connection.pid, self.session.facts.started_at
 
-    def _committed_part(self) -> None:
+    @property
+    def transactional(self) -> bool:
+        """Whether the running revision began in a transaction."""
+        return bool(self._transaction)
+
+    def committed_part(self) -> None:
         """Note that the running revision left its transaction: what it had done until then is committed."""
+        self.anything_committed = True
         if self.failed_in and self.failed_in not in self.committed_parts:
             self.committed_parts.append(self.failed_in)
 
@@ -232,7 +274,7 @@ class Application:
             log.debug("cannot ask for the transaction: %s", error.text)
             return
         if status == "committed":
-            self._committed_part()
+            self.committed_part()
 
     def _wrap(self, step: Any, number: int) -> None:
         """Time a step, and know which one is running when something fails."""
@@ -244,7 +286,7 @@ class Application:
             self.interruption.check()
             self.failed_in = revision.revision
             self._step_started = time.monotonic()
-            self._transaction = self._begin()
+            self._transaction = self._connection.transaction() if self._connection else 0
             what = f"{revision.revision} {_first_line(revision.doc)}"
             self._progress.draw(number - 1, what)
             self._heartbeat.begins(f"{number} of {self._total}: {what}")
@@ -257,18 +299,20 @@ class Application:
                 self.logs.keep()
                 self.interruption.retake()
             self.interruption.check()
+            self._own_transaction("BEGIN")
 
         step.migration_fn = timed
 
-    def _begin(self) -> int:
-        """Return the transaction that a revision begins in, 0 where each statement is one."""
-        connection = self._connection
-        return 0 if connection is None or connection.autocommits else connection.transaction()
+    def _own_transaction(self, command: str) -> None:
+        """Let the version row and the ledger's be one, where each statement is a transaction of its own."""
+        if self._connection is not None and not self._transaction:
+            self._connection.tell(command)
 
     def _applied(self, **event: Any) -> None:
         """Say that a revision is done; called by Alembic after the version row moved, before the commit."""
         info = event["step"]
         if info.is_stamp:
+            self.books.stamped(event["heads"])
             log.info("stamped %s", ", ".join(info.up_revision_ids) or "base")
             return
         revision = self.failed_in
@@ -281,8 +325,11 @@ class Application:
                 message=message,
                 seconds=seconds,
                 transactional=revision not in self.committed_parts,
+                no_way_back=self.no_way_back.get(revision, ""),
             )
         )
+        self.books.done(revision, upgrade=info.is_upgrade, rows=event["heads"], seconds=seconds, details={})
+        self._own_transaction("COMMIT")
         self.failed_in = ""
         self._heartbeat.begins("the end of env.py")
         self._progress.clear()
@@ -329,12 +376,11 @@ def apply(
             cause = Interrupt(application.interruption.received)
         elif isinstance(error, SystemExit) and application.failure is not None:
             cause = application.failure  # env.py caught it, and ended in its own way
-        entered = application.version_table is not None
-        application.look_for_commits()
         after = Aftermath(
             plan=application.plan,
-            rows=(read_rows() if application.ended() else None) if entered else application.plan.before,
-            entered=entered,
+            rows=_rows_after(application, read_rows),
+            entered=application.version_table is not None,
+            anything_committed=application.anything_committed,
             failed_in=application.failed_in,
             committed_parts=application.committed_parts,
             backup_id=backup_id,
@@ -343,3 +389,17 @@ def apply(
         )
         log.debug("apply failed", exc_info=True)
         raise explain(cause, after) from error
+
+
+def _rows_after(
+    application: Application, read_rows: Callable[[], frozenset[str] | None]
+) -> frozenset[str] | None:
+    """Return the version rows once the applying connection is gone; None where the server cannot be asked."""
+    try:
+        revive(application.session, 0)
+        application.look_for_commits()
+        if application.version_table is None:
+            return application.plan.before
+        return read_rows() if application.ended() else None
+    except (ConnectFailed, QueryFailed):
+        return None

@@ -6,32 +6,18 @@ do should cost nothing, and again under the lock, for another run may have finis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from migrator.errors import AccessDenied, DatabaseAhead, Unversioned
-from migrator.history import History, Plan
-from migrator.postgres import ServerFacts, Session
+from migrator.ahead import refuse_or_allow
+from migrator.contents import CONTENTS
+from migrator.edited import Edit, find_edits
+from migrator.errors import AccessDenied, Unversioned
+from migrator.history import History, Plan, Revision
+from migrator.kept import choose, rows_after
+from migrator.ledger import Standing, read_standing, read_ways_back
+from migrator.postgres import QueryFailed, ServerFacts, Session, quote_identifier
 from migrator.settings import Settings
 from migrator.versions import VersionTable, read_version
-
-_SYSTEM = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
-
-_OURS = """NOT EXISTS (SELECT 1 FROM pg_depend d
-                   WHERE d.classid = '{0}'::regclass AND d.objid = {1}.oid AND d.deptype = 'e')"""
-
-_CONTENTS = f"""
-SELECT count(*) FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm')),
-       count(*)
-       + (SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-          WHERE {_SYSTEM} AND {_OURS.format("pg_proc", "p")})
-       + (SELECT count(*) FROM pg_largeobject_metadata),
-       pg_database_size(current_database())
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind IN ('r', 'p', 'f', 'm', 'v', 'S') AND {_SYSTEM} AND {_OURS.format("pg_class", "c")}
-  AND NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_index i ON i.indrelid = a.attrelid
-                  WHERE a.attrelid = c.oid AND a.attname = 'version_num' AND i.indisprimary AND c.relnatts = 1)
-"""  # noqa: S608 - constants only
-"""Tables that no extension owns, everything that could be lost, and the size; the version table counts as neither."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +25,9 @@ class Inspection:
     """What was found: the plan, and the version table (None where there is none yet).
 
     ``tables`` and ``objects`` (tables, views, sequences, functions, large objects) count what is neither the
-    system's, nor an extension's, nor the version table; ``size`` is the database's, in bytes.
+    system's, nor an extension's, nor the version table; ``size`` is the database's, in bytes.  ``standing`` is what
+    the ledger says, ``edits`` are applied revisions whose file has changed, and ``ahead`` is why this image may
+    start although the schema is newer.
     """
 
     facts: ServerFacts
@@ -49,6 +37,9 @@ class Inspection:
     tables: int
     objects: int
     size: int
+    standing: Standing = field(default_factory=Standing)
+    edits: tuple[Edit, ...] = ()
+    ahead: str = ""
 
     @property
     def empty(self) -> bool:
@@ -74,13 +65,25 @@ def inspect(
     """
     if not read_only:
         _refuse_standby(session)
+        _refuse_role(session, settings.role)
     # In this order: whoever made the tables that are counted has made the version table by then.
-    tables, objects, size = session.query(_CONTENTS)[0]
+    tables, objects, size = session.query(CONTENTS)[0]
     table, current = read_version(session, history, settings.version_table)
     baseline = settings.baseline if table is None or not current else ""
-    unknown = history.unknown(current)
-    if unknown and kind != "stamp":
-        raise _ahead(session, history, unknown, table)
+    standing = read_standing(session, table) if settings.ledger else Standing()
+    unknown, ahead = history.unknown(current), ""
+    kept = (
+        _plan_back(session, history, table, current, destination) if unknown and kind == "downgrade" else None
+    )
+    if unknown and kind != "stamp" and kept is None:
+        ahead = refuse_or_allow(
+            history,
+            unknown,
+            standing,
+            allow_ahead=settings.allow_ahead and kind == "upgrade",
+            target=session.target,
+            table=table,
+        )
     must_know = settled and not read_only and kind == "upgrade"
     if must_know and table is None and tables and not baseline:
         raise Unversioned(
@@ -91,8 +94,62 @@ def inspect(
         )
     if baseline and baseline != "base":
         history.find(baseline)
-    plan = history.plan(kind, destination, current, baseline)
-    return Inspection(session.facts, table, current, plan, int(tables), int(objects), int(size))
+    rows = frozenset(current)
+    if ahead:
+        plan = Plan(kind, destination, (), rows, rows)
+    else:
+        plan = kept or history.plan(kind, destination, current, baseline)
+    return Inspection(
+        facts=session.facts,
+        version_table=table,
+        current=current,
+        plan=plan,
+        tables=int(tables),
+        objects=int(objects),
+        size=int(size),
+        standing=standing,
+        edits=find_edits(history, standing),
+        ahead=ahead,
+    )
+
+
+def _refuse_role(session: Session, role: str) -> None:
+    """Raise :class:`AccessDenied` where the login cannot do ``SET ROLE`` to the role that is to own what is made."""
+    try:
+        with session.as_role(role):
+            pass
+    except QueryFailed as error:
+        if error.sqlstate not in ("22023", "42501"):  # invalid_parameter_value: no such role
+            raise
+        raise AccessDenied(
+            f"{session.facts.user} cannot SET ROLE to MIGRATOR_ROLE={role}: {error.text.rstrip('.')}"
+            f" [{error.sqlstate}].",
+            next_step=f"GRANT {quote_identifier(role)} TO {quote_identifier(session.facts.user)}, or correct"
+            " MIGRATOR_ROLE",
+        ) from None
+
+
+def _plan_back(
+    session: Session,
+    history: History,
+    table: VersionTable | None,
+    current: tuple[str, ...],
+    destination: str,
+) -> Plan | None:
+    """Plan a downgrade by the SQL in the ledger; None where that is empty."""
+    ways = read_ways_back(session, table) if table else []
+    if not ways:
+        return None
+    chosen = choose(ways, current, destination, history.heads)
+    steps = rows_after(ways, chosen, current)
+    return Plan(
+        kind="downgrade",
+        destination=destination,
+        revisions=tuple(Revision(way.revision, way.parents, way.message, "") for way in chosen),
+        before=frozenset(current),
+        after=steps[-1] if steps else frozenset(current),
+        kept=tuple(zip(chosen, steps, strict=True)),
+    )
 
 
 def _refuse_standby(session: Session) -> None:
@@ -107,18 +164,6 @@ def _refuse_standby(session: Session) -> None:
             f"{target} takes read-only transactions only (default_transaction_read_only is on).",
             next_step="ALTER ROLE or ALTER DATABASE ... SET default_transaction_read_only = off",
         )
-
-
-def _ahead(
-    session: Session, history: History, unknown: tuple[str, ...], table: VersionTable | None
-) -> DatabaseAhead:
-    return DatabaseAhead(
-        f"{session.target} is at revision {_some(unknown)}, which this image does not have"
-        f" (its newest is {_some(history.heads)}): the image is older than the schema, or another project's.",
-        next_step="deploy the image that has the revision; to go back, run its `migrator downgrade`"
-        f" to {_some(history.heads)} first; if {table} is another project's, name this one's with"
-        " MIGRATOR_VERSION_TABLE",
-    )
 
 
 def _some(revisions: tuple[str, ...]) -> str:

@@ -1,0 +1,79 @@
+"""An older image on a newer schema: may it start, and if not, who applied what it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from migrator.errors import DatabaseAhead
+from migrator.ledger import Standing
+from migrator.target import Target
+from migrator.versions import VersionTable
+
+if TYPE_CHECKING:
+    from migrator.history import History
+
+
+def refuse_or_allow(
+    history: History,
+    unknown: tuple[str, ...],
+    standing: Standing,
+    *,
+    allow_ahead: bool,
+    target: Target,
+    table: VersionTable | None,
+) -> str:
+    """Return why an image may start on a schema at revisions that are ``unknown`` to it.
+
+    A revision may declare ``migrator_min_compatible = "REV"``: the ledger keeps it, and an image that has that
+    revision is new enough.  ``allow_ahead`` (MIGRATOR_ALLOW_AHEAD) stands in where nothing is declared; a declared
+    floor that this image does not reach is never overridden.  Raises :class:`DatabaseAhead`.
+    """
+    floors = {name: _floor(standing, name) for name in unknown}
+    too_old = [floor for floor in floors.values() if floor and history.unknown([floor])]
+    lacking = sorted(history.known() - set(standing.entries)) if standing.entries else []
+    if not too_old and not lacking:
+        if all(floors.values()):
+            return f"it declares that images from {_some(sorted(set(floors.values())))} on are compatible"
+        if allow_ahead:
+            return "MIGRATOR_ALLOW_AHEAD is set"
+    reason = ""
+    if too_old:
+        reason = f" It declares that images need {_some(too_old)} at least, which this one does not have."
+    elif lacking:
+        reason = f" Nor is this image's {_some(lacking)} applied: the two have gone separate ways."
+    raise _ahead(history, unknown, standing, reason, target, table)
+
+
+def _floor(standing: Standing, name: str) -> str:
+    entry = standing.entries.get(name)
+    return entry.min_compatible if entry else ""
+
+
+def _ahead(
+    history: History,
+    unknown: tuple[str, ...],
+    standing: Standing,
+    reason: str,
+    target: Target,
+    table: VersionTable | None,
+) -> DatabaseAhead:
+    entries = [standing.entries[name] for name in unknown if name in standing.entries]
+    newest = max(entries, key=lambda entry: entry.at, default=None)
+    by = f" {newest.revision} was {newest.event} on {newest.by}." if newest else ""
+    image = newest.image_version if newest else ""
+    heads = _some(history.heads)
+    deploy = f"deploy image {image} or newer" if image else "deploy the image that has the revision"
+    other = f"with image {image}" if image else "with that image"
+    return DatabaseAhead(
+        f"{target} is at revision {_some(unknown)}, which this image does not have"
+        f" (its newest is {heads}): the image is older than the schema, or another project's.{by}{reason}",
+        next_step=f"{deploy}; to go back, {other}: `migrator downgrade {history.heads[0]}`"
+        + (", which works with this image too where the ledger has the SQL" if newest else "")
+        + f"; if {table} is another project's, name this one's with MIGRATOR_VERSION_TABLE",
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")

@@ -1,0 +1,260 @@
+"""Keep the ledger while the migration runs: on its own connection, in the very transaction of what is recorded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from migrator import ledger
+from migrator.errors import AccessDenied
+from migrator.ledger import Author
+from migrator.logs import redact
+from migrator.outcome import Outcome
+from migrator.postgres import Session
+from migrator.versions import VersionTable
+
+if TYPE_CHECKING:
+    from migrator.history import History, Revision, WayBack
+
+log = logging.getLogger("migrator.ledger")
+
+
+class Connection(Protocol):
+    """What is needed of the migration's connection."""
+
+    def ask(self, sql: str) -> Any:
+        """Return the first column of the first row."""
+
+    def tell(self, sql: str, **values: str) -> None:
+        """Run a statement; parameters are written ``:name``."""
+
+
+class Bookkeeper:
+    """Writes rows of one run; made once, and told of each connection and version table that ``env.py`` comes with.
+
+    ``enabled`` is MIGRATOR_LEDGER; without, every method does nothing.
+    """
+
+    def __init__(
+        self, author: Author, history: History, *, command: str, backup_id: str, enabled: bool
+    ) -> None:
+        self._author = author
+        self._history = history
+        self._command = command
+        self._backup_id = backup_id
+        self._enabled = enabled
+        self._ways_back: dict[str, WayBack] = {}
+        self._connection: Connection | None = None
+        self._table = VersionTable()
+        self._ledger = VersionTable()
+        self._standing: set[str] = set()
+        self._rows: frozenset[str] = frozenset()
+        self._number = 0  # 0 is the row of the run itself
+
+    def look_back(self, plan: Sequence[Revision]) -> dict[str, str]:
+        """Render the way back of each revision that will be applied; returns why there is none, by revision.
+
+        Ahead of ``env.py``, for it borrows Alembic's ``op``.
+        """
+        if not self._enabled:
+            return {}
+        self._ways_back = {item.revision: self._history.way_back(item.revision) for item in plan}
+        secret = {name for name, way in self._ways_back.items() if _tells_a_secret(way.statements or ())}
+        for name in secret:
+            self._ways_back[name] = type(self._ways_back[name])(None, "its SQL holds a secret of this run")
+        return {name: way.reason for name, way in self._ways_back.items() if way.statements is None}
+
+    def enter(self, connection: Connection, table: VersionTable, rows: Iterable[str]) -> None:
+        """Open the ledger beside ``table``, which holds ``rows``, and note what was done without migrator.
+
+        Raises :class:`AccessDenied` where the role may not write it.
+        """
+        if not self._enabled:
+            return
+        self._connection, self._table = connection, table
+        self._rows = frozenset(rows)
+        self._ledger = ledger.beside(table, connection.ask)
+        if not ledger.exists(self._ledger, connection.ask):
+            connection.tell(ledger.creation(self._ledger))
+        elif not connection.ask(_MAY_WRITE.format(table=self._ledger.quoted.replace("'", "''"))):
+            role = connection.ask("SELECT current_user::text")
+            raise AccessDenied(
+                f"{role} may not write the ledger {self._ledger}.",
+                next_step=f"GRANT SELECT, INSERT ON {self._ledger} TO {role}; or MIGRATOR_LEDGER=off",
+            )
+        found = connection.ask(
+            ledger.STANDING_NAMES.format(
+                table=self._ledger.quoted, version_table=table.name.replace("'", "''")
+            )
+        )
+        self._standing = set(json.loads(found or "[]"))
+        self._settle(ledger.FOUND, ledger.GONE)
+
+    def done(
+        self, revision: str, *, upgrade: bool, rows: Iterable[str], seconds: float, details: Mapping[str, Any]
+    ) -> None:
+        """Add the row of a revision that was just applied or reverted, after which the version rows are ``rows``."""
+        after = frozenset(rows)
+        if upgrade:
+            self._standing.add(revision)
+        else:
+            self._standing.discard(revision)
+        way = self._ways_back.get(revision) if upgrade else None
+        self._write(
+            [
+                self._row(
+                    ledger.APPLIED if upgrade else ledger.REVERTED,
+                    revision,
+                    rows_before=sorted(self._rows),
+                    rows_after=sorted(after),
+                    seconds=round(seconds, 6),
+                    backup_id=self._backup_id or None,
+                    way_back=None if way is None or way.statements is None else list(way.statements),
+                    no_way_back=None if way is None else way.reason or None,
+                    details=details or None,
+                )
+            ]
+        )
+        self._rows = after
+
+    def stamped(self, rows: Iterable[str]) -> None:
+        """Add the rows of revisions that were stamped, or no longer are, now that the version rows are ``rows``."""
+        self._rows = frozenset(rows)
+        self._settle(ledger.STAMPED, ledger.UNSTAMPED)
+
+    def _settle(self, came: str, went: str) -> None:
+        """Add rows for the difference between what the ledger holds and what the version rows stand for."""
+        if not self._enabled:
+            return
+        events = differences(self._history, self._standing, self._rows, came, went)
+        if not events:
+            return
+        if came == ledger.FOUND:
+            log.info("%s", told(events, self._ledger, first=not self._standing))
+        self._write([self._row(event, revision) for revision, event in events])
+        self._standing = {name for name in self._standing if name not in dict(events)} | {
+            name for name, event in events if event == came
+        }
+
+    def _row(self, event: str, revision: str, **values: Any) -> dict[str, Any]:
+        self._number += 1
+        return self._author.row(
+            event,
+            self._number,
+            self._table,
+            command=self._command,
+            **about(self._history, revision, sums=event not in (ledger.GONE, ledger.UNSTAMPED)),
+            **values,
+        )
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._connection is not None and self._enabled:
+            self._connection.tell(ledger.insertion(self._ledger, ":rows"), rows=ledger.document(rows))
+
+
+def differences(
+    history: History, standing: Iterable[str], rows: Iterable[str], came: str, went: str
+) -> list[tuple[str, str]]:
+    """Return (revision, event) for what the ledger lacks, oldest first, and for what it has and is not so any more.
+
+    Revisions that this history does not know are left alone: another image's run wrote about them.
+    """
+    applied = history.applied(rows)
+    gone = set(standing) - set(applied) - set(history.unknown(standing))
+    return [(name, came) for name in applied if name not in set(standing)] + [
+        (name, went) for name in sorted(gone)
+    ]
+
+
+def about(history: History, revision: str, *, sums: bool) -> dict[str, Any]:
+    """Return what the history says of a revision, as the ledger's columns have it."""
+    if history.unknown([revision]):
+        return {"revision": revision}
+    item = history.revision(revision)
+    found = history.sums(revision) if sums else None
+    return {
+        "revision": revision,
+        "message": redact(item.message),
+        "file": history.file_name(item),
+        "parents": list(item.parents),
+        "min_compatible": history.min_compatible(revision) or None,
+        "checksum": found.sha256 if found else None,
+        "syntax": found.syntax if found else None,
+    }
+
+
+def told(events: Sequence[tuple[str, str]], place: VersionTable, *, first: bool) -> str:
+    """Say in one line what is noted about work that was done without migrator."""
+    came = [name for name, event in events if event == ledger.FOUND]
+    went = [name for name, event in events if event == ledger.GONE]
+    if first and came:
+        return f"the ledger {place} begins: {len(came)} revision{'' if len(came) == 1 else 's'} were applied before"
+    parts = [f"applied: {_some(came)}"] * bool(came) + [f"reverted: {_some(went)}"] * bool(went)
+    return (
+        f"since migrator's last run, revisions were changed without it ({'; '.join(parts)}); noted in {place}"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _tells_a_secret(statements: Sequence[str]) -> bool:
+    return any(redact(text) != text for text in statements)
+
+
+_MAY_WRITE = "SELECT has_table_privilege('{table}', 'INSERT') AND has_table_privilege('{table}', 'SELECT')"
+
+
+def settle(
+    session: Session,
+    history: History,
+    table: VersionTable,
+    standing: Iterable[str],
+    rows: Iterable[str],
+    author: Author,
+) -> None:
+    """Note on migrator's own session what was done without it since its last run; raises QueryFailed."""
+    events = differences(history, standing, rows, ledger.FOUND, ledger.GONE)
+    if not events:
+        return
+    place = ledger.beside(table, session.value)
+    log.info("%s", told(events, place, first=not ledger.exists(place, session.value)))
+    ledger.append(
+        session,
+        table,
+        [
+            author.row(event, number, table, **about(history, revision, sums=event == ledger.FOUND))
+            for number, (revision, event) in enumerate(events, start=1)
+        ],
+    )
+
+
+def close(session: Session, table: VersionTable, author: Author, outcome: Outcome, digest: str) -> None:
+    """Add the row of the run itself, with how it ended; raises QueryFailed.
+
+    Where the version table is not there, nothing was ever applied, and no ledger is begun for a failure.
+    """
+    if not ledger.exists(table, session.value):
+        return
+    row = author.row(
+        ledger.RUN,
+        0,
+        table,
+        command=outcome.command,
+        code=int(outcome.code),
+        outcome=outcome.code.name,
+        message=redact(outcome.message),
+        rows_before=list(outcome.before or ()),
+        rows_after=list(outcome.after or ()),
+        seconds=round(outcome.seconds, 3),
+        backup_id=(outcome.backup or {}).get("id"),
+        digest=digest,
+        details={
+            "stages": {stage.stage: round(stage.seconds, 3) for stage in outcome.stages},
+            "findings": [redact(str(finding)) for finding in outcome.findings],
+        },
+    )
+    ledger.append(session, table, [row])

@@ -1,0 +1,83 @@
+"""Applied revisions whose file was edited since: find them by checksum, and say what kind of edit it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from migrator.errors import Tampered
+from migrator.ledger import Entry, Standing
+from migrator.manifest import FileSums
+from migrator.outcome import Finding, Severity
+
+if TYPE_CHECKING:
+    from migrator.history import History
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One applied revision whose file now has other checksums than the ledger's; ``kind`` is cosmetic or real."""
+
+    entry: Entry
+    file: str
+    now: FileSums
+    kind: str
+
+    @property
+    def sentence(self) -> str:
+        """Say what differs, and whose work it was."""
+        what = "comments or formatting" if self.kind == "cosmetic" else "what it does"
+        return (
+            f"{self.file} was edited ({what}): its checksum is {self.now.sha256} and was {self.entry.checksum}"
+            f" when it was {self.entry.event} on {self.entry.by}"
+        )
+
+
+def find_edits(history: History, standing: Standing) -> tuple[Edit, ...]:
+    """Compare the file of every revision that stands in the ledger with the checksum it had then, oldest first."""
+    entries = standing.entries
+    edits = []
+    for item in reversed([item for item in history.walk() if item.revision in entries]):
+        entry = entries[item.revision]
+        if not entry.checksum or history.sha256(item) == entry.checksum:
+            continue
+        now = history.sums(item.revision)
+        kind = now.edited_from(FileSums(entry.checksum, entry.syntax))
+        edits.append(Edit(entry, history.file_name(item), now, kind))
+    return tuple(edits)
+
+
+def judge(edits: Sequence[Edit], policy: str) -> tuple[Finding, ...]:
+    """Return a warning for each edit that the policy (MIGRATOR_EDITED) lets pass.
+
+    Raises :class:`Tampered` for those that it does not.
+    """
+    passing = {"refuse": frozenset[str](), "cosmetic": frozenset({"cosmetic"})}.get(
+        policy, frozenset({"cosmetic", "real"})
+    )
+    refused = [edit for edit in edits if edit.kind not in passing]
+    if refused:
+        names = " ".join(edit.entry.revision for edit in refused)
+        harmless = all(edit.kind == "cosmetic" for edit in refused)
+        raise Tampered(
+            "An applied revision is not what was applied: "
+            + "; ".join(f"{edit.entry.revision}: {edit.sentence}" for edit in refused[:5])
+            + (f"; and {len(refused) - 5} more" if len(refused) > 5 else "")
+            + ".",
+            next_step="put the file back, and make the change in a new revision; or, if the edit is meant:"
+            f" `migrator repair --accept {names}`"
+            + (" (MIGRATOR_EDITED=cosmetic lets such edits pass)" if harmless else ""),
+            findings=[_finding(edit, Severity.ERROR) for edit in refused],
+        )
+    return tuple(_finding(edit, Severity.WARNING) for edit in edits)
+
+
+def _finding(edit: Edit, severity: Severity) -> Finding:
+    return Finding(
+        rule=f"edited-revision-{edit.kind}",
+        severity=severity,
+        place=edit.entry.revision,
+        sentence=edit.sentence,
+        remedy=f"migrator repair --accept {edit.entry.revision}",
+    )

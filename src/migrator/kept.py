@@ -1,0 +1,103 @@
+"""Plan the way back of revisions that this image has never seen, from what the ledger kept of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from migrator.errors import HistoryError
+from migrator.ledger import WayBack
+
+
+def choose(
+    ways: Sequence[WayBack], rows: Collection[str], destination: str, heads: Collection[str]
+) -> tuple[WayBack, ...]:
+    """Return what to revert, the newest first, so that the database ends at ``destination``.
+
+    That may be ``base``, ``-N``, a revision or its unique prefix, or ``head`` for this image's ``heads``.
+    Raises :class:`HistoryError` where the ledger does not have all the SQL.
+    """
+    if destination == "base":
+        chosen = list(ways)
+    elif re.fullmatch(r"-\d+", destination):
+        if len(rows) > 1:
+            raise HistoryError(
+                f"The database is at several heads ({', '.join(sorted(rows))}), so {destination} does not say which"
+                " to leave.",
+                next_step="name the revision to go back to",
+            )
+        chosen = list(ways[: -int(destination)])
+    else:
+        wanted = heads if destination in {"head", "heads"} else [_resolve(ways, destination)]
+        stay = _ancestors(ways, wanted)
+        beyond = set(wanted) - {way.revision for way in ways}
+        if beyond:
+            raise _unknown(", ".join(sorted(beyond)))
+        related = _descendants(ways, wanted) if destination not in {"head", "heads"} else None
+        chosen = [
+            way for way in ways if way.revision not in stay and (related is None or way.revision in related)
+        ]
+    missing = [
+        f"{way.revision} ({way.reason or 'not migrated by migrator'})"
+        for way in chosen
+        if way.statements is None
+    ]
+    if missing:
+        raise HistoryError(
+            f"The ledger has no SQL for the way back of {'; '.join(missing)}.",
+            next_step="downgrade with an image that has these revisions, or restore a backup: `migrator backups`",
+        )
+    return tuple(chosen)
+
+
+def rows_after(
+    ways: Sequence[WayBack], chosen: Iterable[WayBack], rows: Collection[str]
+) -> list[frozenset[str]]:
+    """Return the version rows after each step; raises :class:`HistoryError` where a step does not fit."""
+    now = frozenset(rows)
+    steps = []
+    for way in chosen:
+        gone = frozenset(way.rows_after) - frozenset(way.rows_before)
+        if not gone <= now:
+            raise HistoryError(
+                f"{way.revision} cannot be reverted: the database is at {', '.join(sorted(now)) or 'base'}.",
+                next_step="downgrade with an image that has the revision",
+            )
+        back = frozenset(way.rows_before) - frozenset(way.rows_after)
+        rest = now - gone
+        implied = _ancestors(ways, rest)
+        now = rest | {row for row in back if row not in implied}
+        steps.append(now)
+    return steps
+
+
+def _resolve(ways: Sequence[WayBack], name: str) -> str:
+    exact = [way.revision for way in ways if way.revision == name]
+    found = exact or [way.revision for way in ways if way.revision.startswith(name)]
+    if len(found) != 1:
+        raise _unknown(name)
+    return found[0]
+
+
+def _unknown(name: str) -> HistoryError:
+    return HistoryError(
+        f"The ledger knows no revision {name!r} that is applied.",
+        next_step="`migrator ledger` lists what was applied",
+    )
+
+
+def _ancestors(ways: Sequence[WayBack], names: Iterable[str]) -> set[str]:
+    parents = {way.revision: way.parents for way in ways}
+    seen: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += parents.get(name, ())
+    return seen
+
+
+def _descendants(ways: Sequence[WayBack], names: Iterable[str]) -> set[str]:
+    start = set(names)
+    return {way.revision for way in ways if start & _ancestors(ways, [way.revision])}

@@ -1,0 +1,145 @@
+"""Go back with an older image: the SQL that the ledger kept, for revisions that this image has never seen.
+
+Plain SQL text, shown before it runs, never Python.  Each revision is one transaction, together with its version row
+and its row in the ledger, on a connection of its own that holds the apply lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import TYPE_CHECKING
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from migrator import ledger
+from migrator.aftermath import RETRYABLE
+from migrator.errors import MigratorError, Partial, RolledBack
+from migrator.interruption import Interruption
+from migrator.ledger import Author, WayBack
+from migrator.outcome import RevisionResult
+from migrator.postgres import QueryFailed, Session, connect
+from migrator.settings import Settings
+from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS
+from migrator.versions import VersionTable
+
+if TYPE_CHECKING:
+    from migrator.history import Plan
+
+log = logging.getLogger("migrator.apply")
+
+
+class Reversal:
+    """Runs the kept SQL of several revisions, the newest first."""
+
+    def __init__(
+        self, session: Session, settings: Settings, table: VersionTable, author: Author, command: str
+    ) -> None:
+        self._session = session
+        self._settings = settings
+        self._table = table
+        self._author = author
+        self._command = command
+        self.results: list[RevisionResult] = []
+
+    def run(self, plan: Plan, application_name: str, interruption: Interruption) -> None:
+        """Revert what the plan says; raises :class:`RolledBack`, :class:`Partial`, or what connecting raises."""
+        before, total = plan.before, len(plan.kept)
+        with (
+            connect(self._session.target, application_name, self._settings.connect_timeout) as connection,
+            interruption.calling(connection.cancel),
+        ):
+            self._prepare(connection)
+            for number, (way, after) in enumerate(plan.kept, start=1):
+                interruption.check()
+                started = time.monotonic()
+                for statement in way.statements or ():
+                    log.info("%s: %s", way.revision, statement, extra={"stage": "apply"})
+                try:
+                    self._attempts(connection, way, before, after, number)
+                except QueryFailed as error:
+                    interruption.check()
+                    raise self._failed(way, error, before, total) from error
+                seconds = time.monotonic() - started
+                self.results.append(RevisionResult(way.revision, "downgrade", way.message, seconds))
+                log.info(
+                    "reverted %d of %d: %s %s (%.2f s)", number, total, way.revision, way.message, seconds
+                )
+                before = after
+
+    def _prepare(self, connection: Session) -> None:
+        for name, seconds in (
+            ("lock_timeout", self._settings.lock_timeout),
+            ("statement_timeout", self._settings.statement_timeout),
+        ):
+            connection.query("SELECT set_config(%s, %s, false)", (name, f"{int((seconds or 0) * 1000)}ms"))
+        connection.query("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, APPLY_LOCK))
+
+    def _attempts(
+        self, connection: Session, way: WayBack, before: frozenset[str], after: frozenset[str], number: int
+    ) -> None:
+        """Revert one revision, again where it only missed a lock and nothing of it can have been committed."""
+        whole = not any(_ends_transaction(statement) for statement in way.statements or ())
+        retrying = Retrying(
+            retry=retry_if_exception(
+                lambda error: whole and isinstance(error, QueryFailed) and error.sqlstate in RETRYABLE
+            ),
+            stop=stop_after_attempt(self._settings.lock_retries + 1),
+            wait=wait_random_exponential(multiplier=0.5, max=10),
+            reraise=True,
+        )
+        retrying(self._one, connection, way, before, after, number)
+
+    def _one(
+        self, connection: Session, way: WayBack, before: frozenset[str], after: frozenset[str], number: int
+    ) -> None:
+        started = time.monotonic()
+        connection.query("BEGIN")
+        try:
+            for statement in way.statements or ():
+                connection.query(statement)
+            for gone in sorted(before - after):
+                connection.query(f"DELETE FROM {self._table.quoted} WHERE version_num = %s", (gone,))  # noqa: S608
+            for back in sorted(after - before):
+                connection.query(f"INSERT INTO {self._table.quoted} (version_num) VALUES (%s)", (back,))  # noqa: S608
+            row = self._author.row(
+                ledger.REVERTED,
+                number,
+                self._table,
+                revision=way.revision,
+                message=way.message,
+                parents=list(way.parents),
+                rows_before=sorted(before),
+                rows_after=sorted(after),
+                seconds=round(time.monotonic() - started, 6),
+                command=self._command,
+            )
+            ledger.append(connection, self._table, [row])
+            connection.query("COMMIT")
+        except QueryFailed:
+            if not connection.closed:
+                connection.query("ROLLBACK")
+            raise
+
+    def _failed(self, way: WayBack, error: QueryFailed, rows: frozenset[str], total: int) -> MigratorError:
+        what = f"The kept SQL of {way.revision} failed: {error.text}{f' [{error.sqlstate}]' if error.sqlstate else ''}."
+        parts = any(_ends_transaction(statement) for statement in way.statements or ())
+        at = ", ".join(sorted(rows)) or "base"
+        if not self.results and not parts:
+            return RolledBack(
+                what,
+                state="Everything was rolled back.",
+                next_step="downgrade with an image that has the revision, or restore a backup: `migrator backups`",
+            )
+        part = f" A part of {way.revision} may be committed: it leaves its transaction." if parts else ""
+        return Partial(
+            what,
+            state=f"{len(self.results)} of {total} revisions were reverted and committed; the database is at {at}."
+            + part,
+            next_step="downgrade with an image that has the revision, or restore a backup: `migrator backups`",
+        )
+
+
+def _ends_transaction(statement: str) -> bool:
+    return bool(re.match(r"\s*(COMMIT|END)\b", statement, re.IGNORECASE))
