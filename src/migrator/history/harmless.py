@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import collections
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -14,6 +16,8 @@ import pathlib
 import re
 import textwrap
 import uuid
+from collections.abc import Iterator
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any
 
 
@@ -86,17 +90,26 @@ _SCALARS = (
     *(str, int, float, complex, bool, bytes, type(None), type(...), decimal.Decimal, datetime.date),
     *(datetime.time, datetime.timedelta, uuid.UUID, pathlib.PurePath, enum.Enum, re.Pattern, logging.Logger),
 )
+_GENERATED = ("<string>", collections.namedtuple.__code__.co_filename, dataclasses.field.__code__.co_filename)
+_FIELD = type(vars(collections.namedtuple("_", "a"))["a"])
+_PLAIN_DESCRIPTORS = (MemberDescriptorType, GetSetDescriptorType, _FIELD)
 _ENOUGH = 10_000
 _SQL = ("sqlalchemy.sql", "sqlalchemy.dialects.postgresql", "sqlalchemy.types", "sqlalchemy.util.langhelpers")
 
 
 def is_constant(value: Any, depth: int = 4) -> bool:
-    """Whether a value of the module can be used freely: a literal, a construct of SQLAlchemy, or a type of it."""
+    """Whether a value of the module can be used freely: a literal, a construct of SQLAlchemy, or a type of it.
+
+    Dataclasses and named tuples of such values too, if their :func:`own_code` is harmless.
+    """
     if type(value) in (list, tuple, set, frozenset):
         return depth > 0 and len(value) <= _ENOUGH and all(is_constant(item, depth - 1) for item in value)
     if type(value) is dict:
         pairs = (is_constant(key, depth - 1) and is_constant(item, depth - 1) for key, item in value.items())
         return depth > 0 and len(value) <= _ENOUGH and all(pairs)
+    if _is_record(value):
+        parts = value if isinstance(value, tuple) else vars(value).values()
+        return depth > 0 and all(is_constant(item, depth - 1) for item in parts)
     if isinstance(value, type):
         exception = issubclass(value, Exception) and value.__module__ == "builtins"
         return (
@@ -106,6 +119,31 @@ def is_constant(value: Any, depth: int = 4) -> bool:
             or _is_sql(value)
         )
     return isinstance(value, _SCALARS) or _is_sql(type(value))
+
+
+def own_code(value: Any) -> Iterator[Any]:
+    """Yield the methods and properties of the records in a constant, but for those that were generated."""
+    if type(value) is dict:
+        value = tuple(value.values())
+    record = _is_record(value)
+    if isinstance(value, (tuple, list, set, frozenset)):
+        for item in value:
+            if isinstance(item, (tuple, list, dict)) or _is_record(item):
+                yield from own_code(item)
+    for base in type(value).__mro__ if record else ():
+        for member in vars(base).values() if base not in (tuple, object) else ():
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if isinstance(function, FunctionType):
+                if function.__code__.co_filename not in _GENERATED:
+                    yield function
+            elif hasattr(type(function), "__get__") and not isinstance(function, _PLAIN_DESCRIPTORS):
+                yield function
+
+
+def _is_record(value: Any) -> bool:
+    return not isinstance(value, type) and (
+        dataclasses.is_dataclass(value) or hasattr(type(value), "_fields")
+    )
 
 
 def may_be_called(value: Any) -> bool:

@@ -29,6 +29,7 @@ from migrator.history.harmless import (
     is_constant,
     is_function_namespace,
     may_be_called,
+    own_code,
 )
 
 _PLAIN: tuple[type[ast.AST], ...] = (
@@ -70,13 +71,14 @@ class Refused(Exception):
 
 
 class Judge:
-    """Judges the functions of one revision file; ``loggers`` are those that they log to."""
+    """Judges the functions of one file; ``loggers`` are those that they log to, ``methods`` its records' own."""
 
     def __init__(self, module: ModuleType) -> None:
         self._globals: Mapping[str, Any] = vars(module)
         self._lines: list[str] | None = None
         self._judged: set[FunctionType] = set()
         self.loggers: list[logging.Logger] = []
+        self.methods: set[str] = set()
 
     def admit(self, function: Any) -> None:
         """Raise :class:`Refused` unless ``function`` is known to be harmless; it must be one of this file."""
@@ -132,7 +134,9 @@ class _Body:
         self._imported: dict[str, Any] = {}
 
     def judge(self, tree: ast.FunctionDef) -> None:
-        if tree.decorator_list:
+        if any(
+            ast.unparse(one) not in {"property", "staticmethod", "classmethod"} for one in tree.decorator_list
+        ):
             raise Refused(f"{tree.name}() is decorated")
         assigned = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AnnAssign))]
         self._fresh = {
@@ -186,8 +190,13 @@ class _Body:
 
     def _name(self, node: ast.Name) -> None:
         known, value = self._resolve(node)
-        if known and not is_constant(value):
+        if not known:
+            return
+        if not is_constant(value):
             raise self._refuse(node, f"uses {node.id}")
+        for function in own_code(value):
+            self._judge.admit(function)
+            self._judge.methods.add(function.__name__)
 
     def _attribute(self, node: ast.Attribute) -> None:
         known, value = self._resolve(node)
@@ -243,11 +252,11 @@ class _Body:
             raise self._refuse(
                 node, f"calls {ast.unparse(function)}()"
             )  # a bound one works on a real database
-        if name not in METHODS and name not in MUTATIONS and name not in OPERATIONS:
-            raise self._refuse(node, f"calls {ast.unparse(function)}()")
         if isinstance(function.value, ast.Name):
-            self._name(function.value)
-        else:
+            self._name(function.value)  # first: a record's methods become known by it
+        if name not in METHODS | MUTATIONS | OPERATIONS | self._judge.methods:
+            raise self._refuse(node, f"calls {ast.unparse(function)}()")
+        if not isinstance(function.value, ast.Name):
             self._look(function.value)
 
     def _is_fresh(self, owner: ast.expr) -> bool:
