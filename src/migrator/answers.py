@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from migrator import report, settings
-from migrator.backups.manifest import human_size, summary
-from migrator.backups.restore import Restored
-from migrator.history import History, Revision
 from migrator.outcome import ExitCode, Outcome
-from migrator.service import State
+
+if TYPE_CHECKING:
+    from migrator.backups.restore import Restored
+    from migrator.books import Repair
+    from migrator.history import History, Revision
+    from migrator.history.freeze import Frozen
+    from migrator.service import State
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,21 @@ def of_show(found: Iterable[Revision]) -> Answer:
     return Answer([_revision(item) for item in revisions], "\n\n".join(blocks) or "base")
 
 
+def of_frozen(frozen: Frozen) -> Answer:
+    """Answer with the manifest's place, what it holds, and what has changed in it."""
+    manifest = frozen.manifest
+    data = {
+        "place": str(frozen.place),
+        "digest": manifest.digest,
+        "heads": list(manifest.heads),
+        "revisions": len(manifest.revisions),
+        "changes": list(frozen.changes),
+    }
+    count = f"{len(manifest.revisions)} revision{'' if len(manifest.revisions) == 1 else 's'}"
+    what = f"written: {'; '.join(frozen.changes)}" if frozen.changes else "is current"
+    return Answer(data, f"{frozen.place} ({count}, {', '.join(manifest.heads)}) {what}")
+
+
 def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] | None) -> Answer:
     """Answer with where the database is; with ``exit_code``, 3 where revisions are pending."""
     data = {
@@ -110,6 +128,8 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
     """Answer with one row a backup."""
     if not rows:
         return Answer([], "no backups")
+    from migrator.backups.manifest import human_size
+
     shown = [
         {
             "ID": str(row["id"]),
@@ -127,6 +147,8 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
 
 def of_restored(restored: Restored) -> Answer:
     """Answer with what was restored, and where what it replaced is now."""
+    from migrator.backups.manifest import summary
+
     data = {
         "backup": summary(restored.backup),
         "database": restored.database,
@@ -139,6 +161,47 @@ def of_restored(restored: Restored) -> Answer:
         "next_step": restored.next_step,
     }
     return Answer(data, f"{restored.message} Next: {restored.next_step}")
+
+
+def of_ledger(rows: Sequence[Mapping[str, Any]]) -> Answer:
+    """Answer with one line a row, newest first; the data has every column."""
+    if not rows:
+        return Answer([], "the ledger is empty: migrator has not changed this database yet")
+    shown = [
+        {
+            "AT": str(row["at"])[:19],
+            "EVENT": str(row["event"]),
+            "REVISION": str(row["revision"] or ""),
+            "RUN": str(row["run_id"]),
+            "BY": "@".join(part for part in (row["actor"] or row["role"], row["host"]) if part),
+            "IMAGE": str(row["image_version"] or ""),
+            "SECONDS": "" if row["seconds"] is None else f"{row['seconds']:.2f}",
+            "WHAT": f"{row['outcome']}: {row['message']}"
+            if row["event"] == "run"
+            else str(row["message"] or ""),
+        }
+        for row in rows
+    ]
+    return Answer(list(rows), _table(shown))
+
+
+def of_repair(repair: Repair) -> Answer:
+    """Answer with what was accepted."""
+    data = {
+        "accepted": [
+            {
+                "revision": edit.entry.revision,
+                "file": edit.file,
+                "edit": edit.kind,
+                "checksum": edit.now.sha256,
+            }
+            for edit in repair.accepted
+        ],
+        "unchanged": list(repair.unchanged),
+    }
+    lines = [f"accepted {edit.entry.revision}: {edit.sentence}" for edit in repair.accepted]
+    lines += [f"{name}: the file is the one that was applied" for name in repair.unchanged]
+    return Answer(data, "\n".join(lines))
 
 
 def of_settings(loaded: settings.Settings) -> Answer:

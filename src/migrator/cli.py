@@ -33,6 +33,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "history": ("list the revisions in this image, newest first", "migrator history"),
     "heads": ("list the heads of the history", "migrator heads"),
     "show": ("show one revision", "migrator show head"),
+    "freeze": (
+        "write manifest.json: what the image holds, for a diff and for fast runs",
+        "migrator freeze --check",
+    ),
     "check": ("exit 3 if revisions are pending", "migrator check || echo pending"),
     "status": ("show database, revision, what is pending, who is migrating", "migrator status --format json"),
     "wait": ("wait for Postgres to answer a query, and do nothing else", "migrator wait --wait-timeout 2m"),
@@ -44,12 +48,17 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "backups": ("list the backups", "migrator backups"),
     "restore": ("bring a backup back", "migrator restore latest --to shop_look"),
     "verify": ("check the schema against the heads and verify.toml", "migrator verify"),
+    "ledger": ("show who changed the schema, when and how, newest first", "migrator ledger --limit 50"),
+    "repair": (
+        "accept the edited files of applied revisions as what was applied",
+        "migrator repair --accept 1a2b3c4d5e6f",
+    ),
     "settings": ("show every setting, its value, and where that comes from", "migrator settings"),
     "alembic": ("hand over to Alembic's own command line", "migrator alembic upgrade head --sql"),
 }
 
 
-NO_TARGET = frozenset({"settings", "history", "heads", "show", "backups", "alembic"})
+NO_TARGET = frozenset({"settings", "history", "heads", "show", "freeze", "backups", "alembic"})
 """Commands that work without a database."""
 
 
@@ -133,6 +142,8 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         )
     if name == "status":
         parser.add_argument("--exit-code", action="store_true", help="exit 3 if revisions are pending")
+    if name == "freeze":
+        parser.add_argument("--check", action="store_true", help="write nothing; exit 31 if it would change")
     if name in {"downgrade", "restore"}:
         parser.add_argument("--yes", action="store_true", help="do what deletes or replaces data")
     if name == "backup":
@@ -143,6 +154,14 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         )
         parser.add_argument(
             "--to", default="", metavar="NAME", help="restore into a new database of this name"
+        )
+    if name == "ledger":
+        parser.add_argument(
+            "--limit", type=int, default=20, metavar="ROWS", help="how many rows to show [20]"
+        )
+    if name == "repair":
+        parser.add_argument(
+            "--accept", nargs="+", required=True, metavar="REV", help="ids of revisions whose file was edited"
         )
     if name == "alembic":
         parser.add_argument("arguments", nargs="*")

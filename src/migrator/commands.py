@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from migrator import answers, report
-from migrator.aftermath import outside_of_stages
 from migrator.answers import Answer
 from migrator.errors import HistoryError, MigratorError
 from migrator.history import ProjectOptions
@@ -87,6 +86,11 @@ def show(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     return answers.of_show(service.history().find(arguments.revision))
 
 
+def freeze(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Write the manifest, or check that it is current."""
+    return answers.of_frozen(service.freeze(check=arguments.check))
+
+
 def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Say what is pending, in the exit code too."""
     return answers.of_check(service.state())
@@ -147,6 +151,16 @@ def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     return answers.of_restored(service.restore(arguments.backup_id, to=arguments.to, replace=arguments.yes))
 
 
+def ledger(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Show the ledger."""
+    return answers.of_ledger(service.ledger(max(1, arguments.limit)))
+
+
+def repair(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Accept edited files."""
+    return answers.of_repair(service.repair(arguments.accept))
+
+
 def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Show the settings."""
     return answers.of_settings(service.settings)
@@ -154,6 +168,7 @@ def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer
 
 def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Hand over to Alembic's own command line, with this target and without migrator's stages."""
+    from migrator.aftermath import outside_of_stages
     from migrator.history import hand_over
 
     words = list(arguments.arguments)
@@ -185,6 +200,7 @@ HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]]
         history,
         heads,
         show,
+        freeze,
         check,
         status,
         wait,
@@ -192,6 +208,8 @@ HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]]
         backup,
         backups,
         restore,
+        ledger,
+        repair,
         settings,
         alembic,
     )

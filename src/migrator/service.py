@@ -6,30 +6,26 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator import pipeline
-from migrator.backups import store
-from migrator.backups.manifest import Backup, summary
-from migrator.currency import wait_for_current
 from migrator.errors import NoSuchDatabase, SettingsError
-from migrator.history import History, ProjectOptions, Revision
+from migrator.history import ProjectOptions
 from migrator.interruption import Interruption
 from migrator.logs import Logs, redact
-from migrator.outcome import Outcome
-from migrator.postgres import Session
 from migrator.record import Record, new_run_id
 from migrator.settings import Settings, load
-from migrator.stages.backup import back_up
-from migrator.stages.inspect import inspect
-from migrator.stages.lock import holder, lock
-from migrator.stages.wait import wait
-from migrator.versions import read_version
 
+# What a method needs beyond this is imported in it: a run with nothing to do pays for nothing else.
 if TYPE_CHECKING:
+    from migrator.backups.manifest import Backup
     from migrator.backups.restore import Restored
+    from migrator.books import Repair
+    from migrator.history import History, Revision
+    from migrator.history.freeze import Frozen
+    from migrator.outcome import Outcome
+    from migrator.postgres import Session
 
 log = logging.getLogger("migrator")
 
@@ -65,7 +61,11 @@ class MigrationService:
         run_id: str = "",
     ) -> None:
         self.settings = settings
-        self.project = project or ProjectOptions()
+        project = project or ProjectOptions(
+            tuple(settings.config.split(os.pathsep)) if settings.config else ()
+        )
+        export = tuple(name.strip() for name in settings.url_variable.split(",") if name.strip())
+        self.project = dataclasses.replace(project, bootstrap=settings.bootstrap, export=export)
         self.run_id = run_id or new_run_id()
         self.logs = logs or Logs(settings.log_format, settings.log_level, self.run_id)
         self._interruption = interruption or Interruption()
@@ -95,6 +95,14 @@ class MigrationService:
         return self._run("verify", "heads")
 
     def _run(self, kind: str, destination: str, *, yes: bool = False) -> Outcome:
+        if kind == "upgrade":
+            from migrator.glance import glance
+
+            outcome = glance(self.settings, self.project, destination, self.run_id, self._interruption)
+            if outcome is not None:
+                return outcome
+        from migrator import pipeline
+
         record = Record(kind, self.settings.target, self.run_id)
         request = pipeline.Request(kind, destination, yes)
         return pipeline.run(
@@ -105,20 +113,35 @@ class MigrationService:
 
     def history(self) -> History:
         """Read the revision graph; needs no database."""
+        from migrator.history import History
+
         history = History(self.project, self.settings.target)
         self.logs.install()  # what a revision file imports may have set up logging of its own
         return history
 
+    def freeze(self, *, check: bool = False) -> Frozen:
+        """Write the history's manifest beside ``env.py``; with ``check``, raise where it would change."""
+        from migrator.history.freeze import keep
+
+        return keep(self.history(), self.project, Path.cwd(), check=check)
+
     def wait(self) -> tuple[Session, int]:
         """Wait for Postgres; returns a session, which the caller closes, and the number of attempts."""
+        from migrator.stages.wait import wait
+
         return wait(self.settings.required_target, self.settings, self._application_name)
 
     def wait_for_current(self) -> tuple[str, ...]:
         """Wait until nothing is pending, reading only; returns the revisions that the database is at."""
+        from migrator.currency import wait_for_current
+
         return wait_for_current(self.history(), self.settings, self._application_name)
 
     def state(self) -> State:
         """Return where the database is; raises for a state that a person must decide about."""
+        from migrator.stages.inspect import inspect
+        from migrator.stages.lock import holder
+
         history = self.history()
         with self._session() as session:
             found = inspect(session, history, self.settings, "upgrade", "heads", read_only=True)
@@ -135,14 +158,40 @@ class MigrationService:
 
     def current(self) -> tuple[str, ...]:
         """Return the revisions that the database is at, known to this history or not."""
+        from migrator.versions import read_version
+
         history = self.history()
         with self._session() as session:
             return read_version(session, history, self.settings.version_table)[1]
+
+    # -- the ledger ------------------------------------------------------------------------------------
+
+    def ledger(self, limit: int = 20) -> list[dict[str, Any]]:
+        """Return the newest rows of the ledger as they are."""
+        from migrator.books import read_ledger
+
+        history = self.history()
+        with self._session() as session:
+            return read_ledger(session, history, self.settings, limit)
+
+    def repair(self, revisions: Sequence[str]) -> Repair:
+        """Accept the edited files of applied revisions, under the run lock."""
+        from migrator.books import accept_edits
+        from migrator.stages.lock import lock
+
+        history = self.history()
+        author = Record("repair", self.settings.target, self.run_id).author(self.settings.actor)
+        with self._session() as session, lock(session, self.settings):
+            return accept_edits(session, history, self.settings, revisions, author)
 
     # -- backups ---------------------------------------------------------------------------------------
 
     def backup(self, name: str = "") -> Backup:
         """Make a verified backup now, under the run lock."""
+        from migrator.stages.backup import back_up
+        from migrator.stages.lock import lock
+        from migrator.versions import read_version
+
         history = self.history()
         with self._session() as session, lock(session, self.settings):
             _, current = read_version(session, history, self.settings.version_table)
@@ -157,6 +206,9 @@ class MigrationService:
 
     def backups(self) -> list[dict[str, Any]]:
         """Return the backups in the folder, newest first."""
+        from migrator.backups import store
+        from migrator.backups.manifest import summary
+
         return [summary(backup) for backup in store.open_store(self.settings.backup_url).backups()]
 
     def restore(self, backup_id: str, *, to: str = "", replace: bool = False) -> Restored:
@@ -167,6 +219,7 @@ class MigrationService:
                 next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
             )
         from migrator.backups.restore import restore
+        from migrator.stages.lock import lock
 
         if to and to == self.settings.required_target.database:
             raise SettingsError(
