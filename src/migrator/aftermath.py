@@ -29,12 +29,14 @@ class Aftermath:
     """What is known once the applying connection is gone.
 
     ``rows`` are the version rows now, None where they could not be read; ``entered`` says whether ``env.py``
-    got as far as a connection; ``committed_parts`` are revisions that left their transaction on the way.
+    got as far as a connection, ``anything_committed`` whether something may have been committed;
+    ``committed_parts`` are revisions that left their transaction on the way.
     """
 
     plan: Plan
     rows: frozenset[str] | None
     entered: bool
+    anything_committed: bool = True
     failed_in: str = ""
     committed_parts: Sequence[str] = ()
     backup_id: str = ""
@@ -58,6 +60,12 @@ def explain(error: BaseException, after: Aftermath) -> MigratorError:
     """Turn a failure of apply into the error that says what happened and what state the database is in."""
     what = _what(error, after)
     way_back = _way_back(after)
+    if after.rows is None and not after.anything_committed and not isinstance(error, Interrupt):
+        return Unreachable(
+            f"{what} Postgres did not come back.",
+            state="Nothing was committed: what was under way, the server rolls back.",
+            next_step="run it again when Postgres is back; `migrator current` then shows where the database is",
+        )
     if after.rows is None:
         return Partial(
             f"{what} The database could not be asked what was committed.",
@@ -138,6 +146,8 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
         return Interrupted(what, next_step="run it again", state="All was rolled back.")
     if isinstance(error, MigratorError):
         return error
+    if isinstance(error, (QueryFailed, ConnectFailed)):
+        return translate(error)
     code = sqlstate(error)
     if code in RETRYABLE:
         times = f" It was tried {after.attempts} times." if after.attempts > 1 else ""

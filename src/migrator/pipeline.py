@@ -22,13 +22,14 @@ from migrator.aftermath import translate
 from migrator.backups.manifest import summary
 from migrator.bookkeeping import Bookkeeper
 from migrator.edited import judge
-from migrator.errors import Internal, Interrupted, MigratorError, Partial, VerifyFailed
+from migrator.errors import BackupFailed, Internal, Interrupted, MigratorError, Partial, VerifyFailed
 from migrator.history import History, ProjectOptions
 from migrator.interruption import Interrupt, Interruption
 from migrator.ledger import FOUND, GONE, Standing, read_standing
+from migrator.lifeline import lost, revive
 from migrator.logs import Logs
-from migrator.outcome import Finding, Outcome, Severity
-from migrator.postgres import ConnectFailed, QueryFailed, Session, connect
+from migrator.outcome import Finding, Outcome, Severity, Status
+from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.record import Record
 from migrator.schema import catalog
 from migrator.schema.expectations import Expectations, read
@@ -44,6 +45,9 @@ from migrator.stages.wait import wait
 from migrator.versions import VersionTable, read_rows
 
 log = logging.getLogger("migrator")
+
+_ATTEMPTS = 4
+"""So often a run begins, or verifies, where Postgres goes away each time; each wait is bounded by its own setting."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,33 @@ class Run:
 def run(this: Run) -> Outcome:
     """Carry out a request from first to last stage; never raises, whatever happens."""
     try:
-        _stages(this)
+        _patiently(this)
     except (Exception, Interrupt) as error:  # noqa: BLE001 - the one place that catches everything
         return this.record.failed(_known(this, error))
     return this.record.succeeded()
+
+
+def _patiently(this: Run) -> None:
+    """Run the stages, from the first again where Postgres went away before anything was applied."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            _stages(this)
+            return
+        except (QueryFailed, ConnectFailed) as error:
+            if attempt == _ATTEMPTS or not _harmless(this, error):
+                raise
+            log.warning(
+                "the connection was lost (%s); nothing was applied yet: beginning again (%d of %d)",
+                error.text.rstrip("."),
+                attempt,
+                _ATTEMPTS - 1,
+            )
+
+
+def _harmless(this: Run, error: BaseException) -> bool:
+    """Whether an error is a connection that was lost before anything was applied."""
+    begun = any(stage.stage == "apply" and stage.status is not Status.SKIPPED for stage in this.record.stages)
+    return lost(error) and not begun and not this.interruption.received
 
 
 def _known(this: Run, error: Exception | Interrupt) -> MigratorError:
@@ -86,6 +113,12 @@ def _known(this: Run, error: Exception | Interrupt) -> MigratorError:
     record = this.record
     if isinstance(error, MigratorError):
         return error
+    if lost(error) and record.after is not None and record.after != record.before:
+        return Partial(
+            "Postgres went away after the revisions were committed, before they were verified.",
+            state=f"The database is at {', '.join(record.after) or 'base'}.",
+            next_step="`migrator verify` checks it",
+        )
     if not isinstance(error, Interrupt):
         log.error("unexpected", exc_info=error)
         return translate(error)
@@ -128,7 +161,7 @@ def _stages(this: Run) -> None:
         _backup(this, session, found)
         not_valid = catalog.not_valid_constraints(session)
         table = _apply(this, session, history, found)
-        _verify(this, stack.enter_context(_alive(this, session)), table, expectations, history, not_valid)
+        _verify_patiently(this, session, table, expectations, history, not_valid)
 
 
 def _wait(this: Run) -> Session:
@@ -190,13 +223,20 @@ def _backup(this: Run, session: Session, found: Inspection) -> None:
         this.record.skip("backup", reason)
         return
     with this.record.stage("backup") as details:
-        backup = back_up(
-            session,
-            this.settings,
-            run_id=this.record.run_id,
-            revisions=found.current,
-            application_name=this.application_name,
-        )
+        try:
+            backup = back_up(
+                session,
+                this.settings,
+                run_id=this.record.run_id,
+                revisions=found.current,
+                application_name=this.application_name,
+            )
+        except BackupFailed as error:
+            if session.answers():
+                raise
+            raise QueryFailed(
+                error.message, lost=True
+            ) from error  # the server went away, and pg_dump with it
         this.record.backup = summary(backup)
         details.update(id=backup.id, size_bytes=backup.size_bytes)
 
@@ -266,6 +306,8 @@ def _on_the_books(this: Run, session: Session, history: History) -> Iterator[Non
     try:
         yield
     except (Exception, Interrupt) as error:
+        if _harmless(this, error):
+            raise  # the run begins again
         known = _known(this, error)
         _close(this, session, history, this.record.failed(known))
         raise known from error
@@ -319,17 +361,29 @@ def _rows_now(this: Run, session: Session, table: VersionTable | None) -> frozen
 
 @contextlib.contextmanager
 def _alive(this: Run, session: Session) -> Iterator[Session]:
-    """Yield the session, or another one for the block where it was lost while the migration ran."""
-    try:
-        session.query("SELECT 1")
-    except QueryFailed:
-        log.warning("the control connection was lost while the migration ran; connecting again")
-        with connect(
-            session.target, this.application_name, max(10.0, this.settings.connect_timeout)
-        ) as other:
-            yield other
-    else:
-        yield session
+    """Yield the session, connected again where it was lost; raises ConnectFailed where Postgres stays away."""
+    revive(session, 0 if this.interruption.received else this.settings.wait_timeout)
+    yield session
+
+
+def _verify_patiently(
+    this: Run,
+    session: Session,
+    table: VersionTable | None,
+    expectations: Expectations | None,
+    history: History,
+    not_valid: frozenset[str],
+) -> None:
+    """Verify what was applied; again, where Postgres went away meanwhile."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with _alive(this, session) as alive:
+                _verify(this, alive, table, expectations, history, not_valid)
+            return
+        except QueryFailed as error:
+            if attempt == _ATTEMPTS or not error.lost:
+                raise
+            log.warning("the connection was lost while verifying: %s", error.text)
 
 
 def _verify(
@@ -345,6 +399,7 @@ def _verify(
     if plan is None:
         raise Internal("verify ran before inspect")
     actual = frozenset(read_rows(session, table) if table else ())
+    record.after = tuple(sorted(actual)) if record.after is None else record.after
     at_head = not history.unknown(actual) and not history.plan("upgrade", "heads", actual).revisions
     if expectations and not at_head:
         # verify.toml describes the schema at head; what it allows holds anywhere.

@@ -17,7 +17,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import psycopg2
@@ -68,15 +68,22 @@ class Session:
     """One autocommit connection that migrator itself uses; safe to share between threads."""
 
     def __init__(
-        self, connection: Any, target: Target, application_name: str = "", timeout: float = 10.0
+        self,
+        connection: Any,
+        target: Target,
+        application_name: str = "",
+        timeout: float = 10.0,
+        also: str = "",
     ) -> None:
         self._connection = connection
         self._application_name = application_name
         self._lock = threading.RLock()
         self._wait: Wait | None = None
         self._watched = False
+        self.abandoned = False
+        """Whether it was waited for in vain: it is asked again, and not waited for again."""
         self.target = target
-        self.facts = self._read_facts(timeout)
+        self.facts, self.also = self._read_facts(timeout, also)
 
     def query(
         self,
@@ -161,6 +168,24 @@ class Session:
         rows = self.query(sql, parameters, timeout=timeout)
         return rows[0][0] if rows else None
 
+    @contextlib.contextmanager
+    def as_role(self, role: str) -> Iterator[None]:
+        """Be another role (``SET ROLE``) within the block, and no other thread's; an empty name changes nothing.
+
+        Only for what writes: as another role the session may not see or cancel its own login's statements.
+        Raises :class:`QueryFailed`.
+        """
+        if not role:
+            yield
+            return
+        with self._lock:
+            self.query("SELECT set_config('role', %s, false)", (role,))
+            try:
+                yield
+            finally:
+                with contextlib.suppress(QueryFailed):  # lost, and the role with it
+                    self.query("RESET ROLE")
+
     def answers(self) -> bool:
         """Whether the connection is there, asked now; after PROBE seconds of silence it is not."""
         try:
@@ -204,16 +229,20 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_facts(self, timeout: float) -> ServerFacts:
-        row = self.query(
-            "SELECT current_setting('server_version'), current_setting('server_version_num')::int,"
-            " pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',"
-            " current_database()::text, current_user::text,"
-            " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,"
-            " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()",
-            timeout=timeout,
-        )[0]
-        return ServerFacts(*row)
+    def _read_facts(self, timeout: float, also: str) -> tuple[ServerFacts, tuple[Any, ...]]:
+        """Ask for the facts, and in the same query for ``also``: more columns, and the FROM that they come from."""
+        row = self.query(f"SELECT {_FACTS}, {also}" if also else f"SELECT {_FACTS}", timeout=timeout)[0]
+        count = len(fields(ServerFacts))
+        return ServerFacts(*row[:count]), row[count:]
+
+
+_FACTS = (
+    "current_setting('server_version'), current_setting('server_version_num')::int,"
+    " pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',"
+    " current_database()::text, current_user::text,"
+    " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,"
+    " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()"
+)
 
 
 def dead_client_settings(server_major: int) -> str:
@@ -257,8 +286,10 @@ def message_of(error: BaseException) -> str:
     return re.sub(r"^<class '[\w.]+'>: ", "", " ".join(str(error).split()))
 
 
-def connect(target: Target, application_name: str, timeout: float) -> Session:
+def connect(target: Target, application_name: str, timeout: float, *, also: str = "") -> Session:
     """Open a session within ``timeout`` seconds, name lookup included.
+
+    What ``also`` selects beside the server's facts is found in the session's attribute of that name.
 
     The attempt runs in a thread of its own, for neither the resolver nor a server that accepts and then says
     nothing can be bounded otherwise (libpq's connect_timeout counts per address and rounds up to 2 s).
@@ -270,7 +301,7 @@ def connect(target: Target, application_name: str, timeout: float) -> Session:
 
     def attempt() -> None:
         try:
-            session = _connect_now(target, application_name, deadline)
+            session = _connect_now(target, application_name, deadline, also)
         except BaseException as error:  # noqa: BLE001 - handed over to the waiting thread, which raises it
             answers.put(error)
             return
@@ -292,7 +323,7 @@ def connect(target: Target, application_name: str, timeout: float) -> Session:
     raise answer
 
 
-def _connect_now(target: Target, application_name: str, deadline: float) -> Session:
+def _connect_now(target: Target, application_name: str, deadline: float, also: str) -> Session:
     arguments = target.libpq(
         connect_timeout=max(2, math.ceil(deadline - time.monotonic())),
         application_name=application_name,
@@ -309,7 +340,7 @@ def _connect_now(target: Target, application_name: str, deadline: float) -> Sess
         raise _diagnose(arguments, str(error), deadline) from None
     connection.autocommit = True
     try:
-        return Session(connection, target, application_name, max(1.0, deadline - time.monotonic()))
+        return Session(connection, target, application_name, max(1.0, deadline - time.monotonic()), also)
     except QueryFailed as error:
         connection.close()
         refusal = classify(error.sqlstate, error.text) if error.sqlstate else Refusal.TRANSIENT

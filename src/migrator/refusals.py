@@ -23,6 +23,11 @@ class ConnectFailed(Exception):
         self.text = text
         self.sqlstate = sqlstate
 
+    @property
+    def silent(self) -> bool:
+        """Whether nobody said anything: no server, and no host that refuses either."""
+        return not self.sqlstate and ("no answer within" in self.text or "timeout expired" in self.text)
+
 
 class QueryFailed(Exception):
     """A statement failed; ``sqlstate`` is empty where the connection itself was lost (``lost``)."""

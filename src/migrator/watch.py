@@ -1,9 +1,9 @@
 """Watch the migration from the control connection: who blocks it, and how far the server says it has come.
 
 A thread of its own, for the main thread waits inside the database driver.  What it finds goes to the log as it
-changes; the last blockers are kept for the error message.  Asking twice a second also notices when the control
-connection is lost: it is made again, and the run lock taken again.  Meanwhile the apply lock, which the
-migration's own connection holds, keeps other runs out.
+changes; the last blockers are kept for the error message.  Asking twice a second also notices within five seconds
+when the control connection is lost: it is made again, and the run lock taken again.  Meanwhile the apply lock, which
+the migration's own connection holds, keeps other runs out.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
-from migrator.postgres import ConnectFailed, QueryFailed, Session
+from migrator.history.driver_calls import DriverCalls
+from migrator.lifeline import Lifeline
+from migrator.lost_answer import LostAnswer
+from migrator.postgres import ConnectFailed, QueryFailed
+from migrator.silence import PROBE
 
 log = logging.getLogger("migrator.watch")
 
@@ -94,16 +99,15 @@ class Watch:
 
     def __init__(
         self,
-        session: Session,
-        regain: Callable[[], bool],
+        lifeline: Lifeline,
         *,
         terminate_after: float | None = None,
         interval: float = 0.5,
         repeat: float = 15.0,
     ) -> None:
-        self._session = session
-        self._regain = regain
-        self._locked = True
+        self._lifeline = lifeline
+        self._session = lifeline.session
+        self._lost_answer = LostAnswer()
         self._terminate_after = terminate_after
         self._first_seen: dict[int, float] = {}
         self._spared: set[int] = set()
@@ -115,9 +119,10 @@ class Watch:
         self._said: tuple[object, float] = (None, 0.0)
         self.blockers: tuple[Blocker, ...] = ()
 
-    def follow(self, pid: int) -> None:
-        """Watch the server process ``pid`` from now on."""
+    def follow(self, pid: int, calls: DriverCalls | None) -> None:
+        """Watch the server process ``pid``, and the driver's ``calls`` to it, from now on."""
         self._pid = pid
+        self._lost_answer.follow(calls)
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -127,36 +132,35 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(timeout=2.0)
+        self._thread.join(timeout=PROBE + 1)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            if not self._pid:
-                continue
             try:
-                if not self._locked:
-                    self._come_back()
-                elif not self._look_for_blockers():
-                    self._look_for_progress()
+                if not self._lifeline.held:
+                    # No other run keeps the run lock while the apply lock is held.
+                    self._lifeline.come_back()
+                elif not self._pid:
+                    self._ask("SELECT 1")
+                else:
+                    self._lost_answer.look(self._ask, self._pid)
+                    if not self._look_for_blockers():
+                        self._look_for_progress()
             except QueryFailed as error:
                 if error.lost:
-                    self._locked = False
-                    log.warning("the control connection was lost; the migration goes on under its own lock")
+                    self._lifeline.lose()
                 else:
                     log.debug("cannot watch: %s", error.text)
             except ConnectFailed as error:
                 log.debug("no control connection yet: %s", error.text)
+            self._lost_answer.give_up(self._lifeline.silent_since)
 
-    def _come_back(self) -> None:
-        """Connect again and take the run lock again, which no other run keeps while the apply lock is held."""
-        if self._session.closed:
-            self._session.reconnect(2.0)
-        self._locked = self._regain()
-        if self._locked:
-            log.info("the control connection is back, and the run lock with it")
+    def _ask(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> list[Any]:
+        """Ask over the control connection, which is lost where it does not answer in time."""
+        return self._session.query(sql, parameters, timeout=PROBE)
 
     def _look_for_blockers(self) -> bool:
-        rows = self._session.query(_BLOCKERS, {"pid": self._pid})
+        rows = self._ask(_BLOCKERS, {"pid": self._pid})
         found = tuple(Blocker(*row) for row in rows)
         if not found:
             return False
@@ -182,7 +186,7 @@ class Watch:
             if now - since < self._terminate_after:
                 continue
             try:
-                ended = self._session.query(_TERMINATE, (blocker.pid,))
+                ended = self._ask(_TERMINATE, (blocker.pid,))
             except QueryFailed as error:
                 if error.lost:
                     raise
@@ -204,7 +208,7 @@ class Watch:
         for view, sql in _PROGRESS.items():
             if view == "pg_stat_progress_copy" and self._session.facts.major < 14:
                 continue
-            for phase, done, total in self._session.query(sql, (self._pid,)):
+            for phase, done, total in self._ask(sql, (self._pid,)):
                 percent = int(100 * done / total) if total else 0
                 if self._news((phase, percent // 10)):
                     log.info("the server: %s, %d %%", phase, percent, extra={"stage": "apply"})

@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 from migrator.errors import LockBusy, SettingsError
 from migrator.postgres import QueryFailed, Session, in_transaction_pooling
 from migrator.settings import Settings
+from migrator.silence import PROBE
 
 log = logging.getLogger("migrator.lock")
 
@@ -39,6 +40,13 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.classid = %s AND l.objid IN (1
 ORDER BY l.objid
 """
 """Who applies, or is about to; not who only looks, under the shared lock."""
+
+_REGAIN = """
+SELECT CASE WHEN EXISTS (
+  SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid()
+  AND classid = %(class)s AND objid = %(lock)s AND objsubid = 2 AND mode = 'ExclusiveLock'
+) THEN true ELSE pg_try_advisory_lock(%(class)s, %(lock)s) END
+"""
 
 _POLL = (0.1, 0.3)
 """Seconds between two tries, jittered: fifty waiting runs then ask the server some 250 times a second."""
@@ -83,10 +91,7 @@ def lock(
     ``settings.run_lock_timeout`` seconds, and :class:`SettingsError` where a pooler makes it worthless.
     """
     _refuse_pooler(session, settings)
-    if (
-        session.facts.major >= 14
-    ):  # a killed run's lock ends with its connection, also in the middle of a statement
-        session.query("SET client_connection_check_interval = '2s'")
+    session.notice_a_dead_client()  # a killed run's lock ends with its connection
     started = time.monotonic()
     seen = _acquire(session, settings.run_lock_timeout, look, sleep)
     try:
@@ -178,8 +183,9 @@ def _try(session: Session, *, shared: bool = False) -> bool:
 
 
 def regain(session: Session) -> bool:
-    """Take the run lock again on a session that was lost and is back; False while another run tries its luck."""
-    return bool(session.value("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, RUN_LOCK)))
+    """Make sure of the run lock, taking it again where the session was lost; False while another run has it."""
+    ours = {"class": LOCK_CLASS, "lock": RUN_LOCK}
+    return bool(session.query(_REGAIN, ours, timeout=PROBE)[0][0])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,116 @@
+"""Know when the migration's connection waits for the server, and end that wait where no answer will come.
+
+The calls of the driver itself are wrapped, on the dialect of the one engine: SQLAlchemy has no event for the end of
+a commit or of a failed statement.  What a revision runs on a raw cursor is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import struct
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from migrator.silence import keep_alive, shut_down
+
+_ON_A_CURSOR = ("do_execute", "do_executemany", "do_execute_no_params")
+_ON_THE_CONNECTION = ("do_commit", "do_rollback")
+
+
+class DriverCalls:
+    """The calls of the driver on one connection: ``since`` when one is under way (time.monotonic()), or None."""
+
+    def __init__(self, connection: Any) -> None:
+        from sqlalchemy import event
+
+        self.since: float | None = None
+        self._leaving = threading.Lock()
+        self._cursor: Any = None
+        self._fairy = connection.connection
+        self._descriptor, self._inode = _socket_of(self._fairy)
+        if self._descriptor >= 0:
+            keep_alive(self._descriptor)
+        event.listen(connection, "before_cursor_execute", self._note_cursor)
+        for name in _ON_A_CURSOR:
+            self._wrap(connection.dialect, name, lambda cursor: cursor is self._cursor)
+        for name in _ON_THE_CONNECTION:
+            self._wrap(connection.dialect, name, lambda fairy: fairy is self._fairy)
+
+    @property
+    def unsent(self) -> int:
+        """Return how many bytes the peer has not acknowledged yet; a statement that is still on its way changes it."""
+        answer = b"\0\0\0\0"
+        with contextlib.suppress(OSError):
+            answer = fcntl.ioctl(self._descriptor, termios.TIOCOUTQ, answer)
+        return int(struct.unpack("i", answer)[0])
+
+    def end(self) -> bool:
+        """Shut the socket down, so that the call returns with an error; False where none is under way."""
+        with self._leaving:
+            if self.since is None or _inode(self._descriptor) != self._inode:
+                return False
+            shut_down(self._descriptor)
+            return True
+
+    def _note_cursor(self, _: Any, cursor: Any, *__: Any) -> None:
+        self._cursor = cursor
+
+    def _wrap(self, dialect: Any, name: str, ours: Callable[[Any], bool]) -> None:
+        call = getattr(dialect, name)
+
+        @functools.wraps(call)
+        def timed(what: Any, *arguments: Any, **options: Any) -> Any:
+            if not ours(what):
+                return call(what, *arguments, **options)
+            with self._under_way():
+                return call(what, *arguments, **options)
+
+        setattr(dialect, name, timed)
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        self.since = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._leaving:
+                self.since = None
+
+
+def gone(connection: Any) -> bool:
+    """Whether SQLAlchemy's connection has lost the driver's, as far as this side knows."""
+    if connection.closed or connection.invalidated:
+        return True
+    raw = _driver_connection(connection.connection)
+    closed = getattr(raw, "is_closed", None) or getattr(raw, "closed", False)
+    return bool(closed() if callable(closed) else closed)
+
+
+def _driver_connection(fairy: Any) -> Any:
+    """Return psycopg2's, psycopg's or asyncpg's own connection; SQLAlchemy 1.4 calls it otherwise."""
+    return getattr(fairy, "driver_connection", None) or getattr(fairy, "connection", None)
+
+
+def _socket_of(fairy: Any) -> tuple[int, int]:
+    """Return the descriptor of a connection's socket and its inode; -1 where the driver does not show it."""
+    raw = _driver_connection(fairy)
+    try:
+        own = hasattr(raw, "fileno")  # asyncpg's has none
+        descriptor = raw.fileno() if own else raw._transport.get_extra_info("socket").fileno()
+    except (AttributeError, TypeError, ValueError, OSError):
+        return -1, -1
+    return descriptor, _inode(descriptor)
+
+
+def _inode(descriptor: int) -> int:
+    """Return what tells one socket from another that got its number."""
+    try:
+        return os.fstat(descriptor).st_ino if descriptor >= 0 else -1
+    except OSError:
+        return -2

@@ -1,0 +1,132 @@
+"""The control connection and the run lock on it, while the migration works on a connection of its own.
+
+When it is lost, the apply lock on the migration's connection keeps other runs out; this brings connection and run
+lock back.  Both the watch and the main thread use it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from migrator.errors import LockBusy
+from migrator.postgres import ConnectFailed, QueryFailed, Refusal, Session
+from migrator.silence import PROBE
+
+log = logging.getLogger("migrator.watch")
+
+_STARTING = "57P03"  # cannot_connect_now
+_AT_LEAST = 10.0
+"""Seconds to wait for a server that went away while a migration ran, also where MIGRATOR_WAIT_TIMEOUT is less."""
+_LOCK_PATIENCE = 5.0
+"""Seconds to wait for the run lock: those who wait for it take it for a moment, to see that the apply lock is held."""
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of migrator's own connections says that Postgres went away, and may come back."""
+    if isinstance(error, QueryFailed):
+        return error.lost
+    return isinstance(error, ConnectFailed) and error.refusal is Refusal.TRANSIENT
+
+
+def revive(session: Session, patience: float) -> bool:
+    """Make sure that a session answers; returns whether it had to connect again.
+
+    Waits for at least ten seconds, or ``patience``, but only once; raises :class:`ConnectFailed`.
+    """
+    if session.answers():
+        return False
+    log.warning("the control connection was lost; connecting again")
+    deadline = time.monotonic() + (0.0 if session.abandoned else max(_AT_LEAST, patience))
+    while True:
+        left = deadline - time.monotonic()
+        session.abandoned = left <= 0
+        try:
+            session.reconnect(max(1.0, min(PROBE, left)))
+            if session.facts.in_recovery:  # a standby that is being promoted, or a wrong one
+                session.close()
+                raise ConnectFailed(Refusal.TRANSIENT, "the server is a standby", _STARTING)
+        except QueryFailed as error:
+            if session.abandoned:
+                raise ConnectFailed(Refusal.TRANSIENT, error.text, error.sqlstate) from error
+        except ConnectFailed as error:
+            if not lost(error) or session.abandoned:
+                raise
+        else:
+            session.abandoned = False
+            return True
+        time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - jitter, no secret
+
+
+class Lifeline:
+    """Knows whether the control connection and the run lock are there, and brings them back."""
+
+    def __init__(self, session: Session, regain: Callable[[], bool], patience: float) -> None:
+        self.session = session
+        self._regain = regain
+        self._patience = patience
+        self._mutex = threading.Lock()
+        self.held = True
+        self.silent_since: float | None = None
+        """Since when nothing answers at all (time.monotonic()); None where something does, if only to refuse."""
+
+    def lose(self) -> None:
+        """Note that the connection was lost; says so once."""
+        if self.held:
+            self.held = False
+            log.warning("the control connection was lost; the migration goes on under its own lock")
+
+    def come_back(self) -> bool:
+        """Try once to have both back, for two seconds or so; raises ConnectFailed or QueryFailed."""
+        with self._mutex:
+            if self.held:
+                return True
+            try:
+                if self.session.closed:
+                    self.session.reconnect(2.0)
+                self.held = self._regain()
+            except ConnectFailed as error:
+                self.silent_since = (self.silent_since or time.monotonic()) if error.silent else None
+                raise
+            self.silent_since = None
+        if self.held:
+            log.info("the control connection is back, and the run lock with it")
+        return self.held
+
+    def ensure(self) -> None:
+        """Have both now, waiting for the server where it went away.
+
+        Raises :class:`ConnectFailed` where it does not come back in time, and :class:`LockBusy` where another
+        run has taken the lock meanwhile.
+        """
+        try:
+            self.held = self._regain()
+        except QueryFailed as error:
+            if not error.lost:
+                raise
+            self.lose()
+        if not self.held:
+            self._wait()
+
+    def _wait(self) -> None:
+        busy_since = 0.0
+        while True:
+            revive(self.session, self._patience)
+            try:
+                if self.come_back():
+                    return
+            except (QueryFailed, ConnectFailed) as error:
+                if not lost(error):
+                    raise
+                continue
+            busy_since = busy_since or time.monotonic()
+            if time.monotonic() - busy_since > _LOCK_PATIENCE:
+                raise LockBusy(
+                    "Another run took the run lock while this one had lost its connection.",
+                    state="What was under way was rolled back.",
+                    next_step="run it again: it waits for the other run, and does what is left to do",
+                )
+            time.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - jitter, no secret

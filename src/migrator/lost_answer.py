@@ -1,0 +1,84 @@
+"""Notice that the migration waits for an answer that will not come, and end the wait.
+
+The server says, over the control connection, that it has done its part and waits for the client; the driver waits for
+the server.  One of the two messages was lost on the way: a proxy, a firewall or a failover swallowed it, and TCP
+noticed nothing.  The socket is shut down, the driver raises, and :mod:`migrator.recovery` finds out what was committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from migrator.history.driver_calls import DriverCalls
+
+log = logging.getLogger("migrator.watch")
+
+_STATE = """
+SELECT state LIKE 'idle%%' AND wait_event = 'ClientRead',
+       coalesce(extract(epoch FROM clock_timestamp() - state_change)::float8, 0)
+FROM pg_stat_activity WHERE pid = %s
+"""
+_AFTER = 5.0
+"""Seconds for which both sides wait for each other before the answer counts as lost."""
+_SENDING = 30.0
+"""The same while a part of the statement is still unsent: a large one may take its time."""
+_SILENCE = 30.0
+"""Seconds without an answer from anywhere after which the migration's connection is given up too.
+
+Longer than a failover of a virtual address or the restart of a proxy usually takes; a server that refuses
+connections, a name that cannot be resolved, or one client too many is no silence.
+"""
+
+
+class LostAnswer:
+    """Compares what the server says of the migration's session with what the driver waits for."""
+
+    def __init__(self) -> None:
+        self._calls: DriverCalls | None = None
+        self._seen: tuple[float, int] | None = None
+        self._since = self._worked = 0.0
+
+    def follow(self, calls: DriverCalls | None) -> None:
+        """Look at the calls of this connection from now on."""
+        self._calls, self._seen = calls, None
+
+    def look(self, ask: Callable[[str, tuple[int]], list[tuple[bool, float]]], pid: int) -> None:
+        """Compare once; ends the wait where both sides have waited for each other for long enough."""
+        calls = self._calls
+        since = calls.since if calls else None
+        now = time.monotonic()
+        if calls is None or since is None or now - since < _AFTER:
+            self._seen = None
+            return
+        rows = ask(_STATE, (pid,))
+        if not rows or not rows[0][0] or rows[0][1] < _AFTER:
+            self._seen = None
+            return
+        unsent = calls.unsent
+        if self._seen != (since, unsent):
+            self._seen, self._since, self._worked = (since, unsent), now, time.process_time()
+            return
+        waited, worked = now - self._since, time.process_time() - self._worked
+        # A driver that still puts a large statement together works; one that waits does not.
+        if waited >= (_SENDING if unsent else _AFTER / 2) and worked < waited / 2:
+            self._end(
+                calls,
+                f"the server has waited for the migration for {rows[0][1]:.0f} s, and the migration"
+                " for the server: an answer was lost on the way",
+            )
+
+    def give_up(self, silent_since: float | None) -> None:
+        """End the wait where nothing has answered on any connection for long enough."""
+        calls = self._calls
+        now = time.monotonic()
+        if calls is None or calls.since is None or silent_since is None:
+            return
+        if now - silent_since >= _SILENCE and now - calls.since >= _SILENCE:
+            self._end(calls, f"nothing has answered for {now - silent_since:.0f} s")
+
+    def _end(self, calls: DriverCalls, why: str) -> None:
+        if calls.end():
+            self._calls = self._seen = None
+            log.warning("%s; the migration's connection is ended", why, extra={"stage": "apply"})
