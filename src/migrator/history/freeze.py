@@ -1,24 +1,83 @@
-"""Make a manifest of a history."""
+"""Make a manifest of a history, and keep it beside ``env.py``."""
 
 from __future__ import annotations
 
 import heapq
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from migrator import layout
-from migrator.errors import SettingsError
+from migrator.errors import HistoryError, SettingsError
 from migrator.history.env_file import version_table
 from migrator.history.graph import History
 from migrator.history.project import ProjectOptions
-from migrator.manifest import FILE_NAME, FrozenRevision, Manifest, file_sums, sha256_of
+from migrator.manifest import (
+    FILE_NAME,
+    FrozenRevision,
+    Manifest,
+    NoManifest,
+    changes,
+    dump,
+    file_sums,
+    parse,
+    sha256_of,
+)
 
 
-def manifest_place(history: History) -> Path:
-    """Return where the history's manifest is, or would be."""
-    return history.location / FILE_NAME
+@dataclass(frozen=True)
+class Frozen:
+    """A manifest, its file, and what it says otherwise than that file did."""
+
+    manifest: Manifest
+    place: Path
+    changes: tuple[str, ...]
+
+
+def keep(history: History, options: ProjectOptions, folder: Path, *, check: bool = False) -> Frozen:
+    """Write the history's manifest; with ``check`` write nothing, and raise where the file would change.
+
+    Raises :class:`HistoryError` for that, and :class:`SettingsError` for a folder that cannot be written to.
+    """
+    manifest = freeze(history, options, folder)
+    place = history.location / FILE_NAME
+    text = dump(manifest)
+    try:
+        before = place.read_text(encoding="utf-8") if place.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{place} cannot be read: {error}"]) from None
+    different = () if before == text else _changes(before, manifest)
+    if different and check:
+        more = f"; and {len(different) - 10} more" if len(different) > 10 else ""
+        raise HistoryError(
+            f"{place} is not of these files: {'; '.join(different[:10])}{more}.",
+            state="",
+            next_step="run `migrator freeze` and commit it",
+        )
+    if different:
+        _write(place, text)
+    return Frozen(manifest, place, different)
+
+
+def _changes(before: str, manifest: Manifest) -> tuple[str, ...]:
+    if not before:
+        return ("there is none",)
+    try:
+        return changes(parse(before), manifest) or ("it is written otherwise",)
+    except NoManifest as error:
+        return (str(error),)
+
+
+def _write(place: Path, text: str) -> None:
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(place)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SettingsError([f"{place} cannot be written: {error.strerror}"]) from None
 
 
 def freeze(history: History, options: ProjectOptions, folder: Path) -> Manifest:

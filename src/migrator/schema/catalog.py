@@ -67,7 +67,7 @@ def invalid_indexes(session: Session) -> tuple[Index, ...]:
     (so that a VACUUM or ANALYZE, with the same lock, hides nothing); a drop, and REINDEX CONCURRENTLY, holds that
     lock on the index too.  And not partitioned indexes, which are invalid until every partition has theirs.
     """
-    rows = session.query(_INVALID_INDEXES)
+    rows = session.query(INVALID_INDEXES)
     return tuple(Index(*row) for row in rows)
 
 
@@ -137,7 +137,7 @@ def database_size(session: Session) -> int:
 
 
 # Postgres reserves the prefix pg_ for its own schemas: pg_catalog, pg_toast, pg_temp_3 and so on.
-_INVALID_INDEXES = """
+INVALID_INDEXES = """
 SELECT n.nspname, i.relname, t.relname, x.indisunique, x.indexrelid::bigint
   FROM pg_index x
   JOIN pg_class i ON i.oid = x.indexrelid
