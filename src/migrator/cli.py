@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -255,7 +256,8 @@ def script() -> NoReturn:
     """Run as a program.
 
     An application that ``env.py`` imported may have started threads that never end: they must not keep the
-    container alive after the work is done.
+    container alive after the work is done.  Nor is Alembic taken to pieces, module by module, by an interpreter that
+    ends: that takes longer than all that a run with nothing to do does.  What was registered to run at the exit runs.
     """
     code = main()
     others = [
@@ -268,5 +270,6 @@ def script() -> NoReturn:
             code = code or 0
     if others:
         logging.shutdown()
-        os._exit(code)
-    sys.exit(code)
+    else:
+        atexit._run_exitfuncs()
+    os._exit(code)
