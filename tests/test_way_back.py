@@ -16,6 +16,7 @@ from alembic.script import ScriptDirectory
 from migrator.history.way_back import WayBack, offline_downgrade
 from migrator.logs import Redactor
 from tests.support import plain_alembic
+from tests.support.projects import ALEMBIC_INI, ENV_FILES
 from tests.support.servers import Database
 
 ROOT = Path(__file__).parents[1]
@@ -361,7 +362,8 @@ def test_the_running_migration_keeps_its_operations(tmp_path: Path) -> None:
 def test_the_example_goes_back_by_sql_alone(each_database: Database, tmp_path: Path) -> None:
     example = tmp_path / "example"
     shutil.copytree(ROOT / "migrations", example / "migrations")
-    (example / "pyproject.toml").write_text('[tool.alembic]\nscript_location = "%(here)s/migrations"\n')
+    logging_sections = (ENV_FILES / "file_config.ini").read_text()
+    (example / "alembic.ini").write_text(ALEMBIC_INI + logging_sections)
     run = plain_alembic.start("upgrade", "head", cwd=example, database=each_database, env={})
     output, _ = run.communicate()
     assert run.returncode == 0, output
