@@ -65,6 +65,20 @@ def relation(text: str) -> str:
     return text.strip()
 
 
+def callable_name(text: str) -> str:
+    """Read ``package.module:callable``."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", text.strip()):
+        raise ValueError(f"{text!r} does not name a callable as package.module:callable does")
+    return text.strip()
+
+
+def role_name(text: str) -> str:
+    """Read a role's name as it stands in pg_roles, without quotes."""
+    if "\0" in text or len(text.strip().encode()) > 63:
+        raise ValueError(f"{text!r} is not the name of a role")
+    return text.strip()
+
+
 def backup_url(text: str) -> str:
     """Read the place of the backups: ``file:///folder``, or a plain folder."""
     if text.startswith("/"):

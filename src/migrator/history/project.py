@@ -21,11 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProjectOptions:
-    """Where the Alembic project is: Alembic's own ``-c`` (an ini, a pyproject.toml, or both), ``-n`` and ``-x``."""
+    """Where the Alembic project is: Alembic's own ``-c`` (an ini, a pyproject.toml, or both), ``-n`` and ``-x``.
+
+    bootstrap: ``module:callable``, entered before ``env.py``. export: the variables in which ``env.py`` looks for the
+    address, beside the usual ones.
+    """
 
     config: tuple[str, ...] = ()
     name: str = "alembic"
     x: tuple[str, ...] = ()
+    bootstrap: str = ""
+    export: tuple[str, ...] = ()
 
 
 def find_project(options: ProjectOptions, folder: Path) -> tuple[str | None, str | None, str | None]:
@@ -49,7 +55,9 @@ def find_project(options: ProjectOptions, folder: Path) -> tuple[str | None, str
     if has_ini or has_toml:
         return (ini if has_ini else None), (toml if has_toml else None), None
     if (folder / "migrations" / "env.py").is_file():
-        return None, None, "migrations"
+        # Flask-Migrate keeps the ini in there, too.
+        inner = "migrations/alembic.ini"
+        return (inner if _has_section(folder / inner, options.name) else None), None, "migrations"
     raise SettingsError(
         [
             f"no Alembic project in {folder}: neither alembic.ini, nor [tool.alembic] in pyproject.toml,"
@@ -57,6 +65,15 @@ def find_project(options: ProjectOptions, folder: Path) -> tuple[str | None, str
         ],
         next_step="mount the project at /app, or name its alembic.ini with -c or ALEMBIC_CONFIG",
     )
+
+
+def _has_section(ini: Path, name: str) -> bool:
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(ini, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        return False
+    return parser.has_section(name)
 
 
 def _has_alembic_table(path: Path) -> bool:
@@ -88,11 +105,14 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
     extra: dict[str, Any] = {"toml_file": toml} if toml else {}
     try:
         config = Config(file_=ini, stdout=sys.stdout, ini_section=options.name, cmd_opts=cmd_opts, **extra)
+        found = None if location else config.get_main_option("script_location")
+        if not found and not toml:
+            location = location or _beside(ini, folder)
         if location:
             config.set_main_option("script_location", location)
-            config.set_main_option("prepend_sys_path", ".")
+            if config.get_main_option("prepend_sys_path") is None:
+                config.set_main_option("prepend_sys_path", ".")
             return config
-        found = config.get_main_option("script_location")
     except TypeError:
         raise SettingsError([f"this Alembic is too old to read {toml}: that takes 1.16 or newer"]) from None
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
@@ -102,6 +122,12 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
     if not found and not toml:
         raise SettingsError([f"{ini} has no script_location in its section [{options.name}]"])
     return config
+
+
+def _beside(ini: str | None, folder: Path) -> str | None:
+    """Return the folder of an ini that has its ``env.py`` beside it, as Flask-Migrate arranges them."""
+    place = (folder / ini).parent if ini else None
+    return str(place) if place and (place / "env.py").is_file() else None
 
 
 def tell_address(config: Config, env_file: Path, target: Target | None, export: Sequence[str] = ()) -> None:
@@ -187,48 +213,3 @@ def _correct(name: str, target: Target, url: str, *, missing: bool) -> None:
     )
     if not same or (not told.driver and _sync_driver()):
         os.environ[name] = dataclasses.replace(target, driver=told.driver).sqlalchemy_url(_sync_driver())
-
-
-_ALEMBIC_HELP = "migrator alembic --help"
-
-
-def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:
-    """Run Alembic's own command line against the target; returns what it complains of, or an empty string.
-
-    Raises :class:`SettingsError` for words that it does not take, and whatever ``env.py`` or a revision raises.
-    """
-    from alembic.config import CommandLine
-    from alembic.script import ScriptDirectory
-    from alembic.util import CommandError
-
-    command_line = CommandLine(prog="migrator alembic")
-    try:
-        parsed = command_line.parser.parse_args(list(words))
-    except SystemExit as error:  # argparse's own: 0 after --help, 2 for a usage error that it has printed
-        if error.code in (0, None):
-            return ""
-        raise SettingsError(
-            ["Alembic's own command line does not take this; it says why above"], next_step=_ALEMBIC_HELP
-        ) from None
-    if not hasattr(parsed, "cmd"):
-        raise SettingsError(["no command for Alembic"], next_step=_ALEMBIC_HELP)
-    try:
-        if parsed.cmd[0].__name__ in {"init", "list_templates"}:
-            command_line.main(list(words))
-            return ""
-        parsed.x = [*(options.x or ()), *(parsed.x or ())] or None
-        parsed.raiseerr = True
-        named = parsed.config if isinstance(parsed.config, list) else [parsed.config] if parsed.config else []
-        chosen = ProjectOptions(
-            config=tuple(named) or options.config,
-            name=parsed.name if parsed.name != "alembic" else options.name,
-        )
-        config = make_config(chosen, Path.cwd(), parsed)
-        env_file = Path(ScriptDirectory.from_config(config).env_py_location)
-        tell_address(config, env_file, target)
-        command_line.run_cmd(config, parsed)
-    except CommandError as error:
-        return " ".join(str(error).split())
-    except SystemExit as error:  # sys.exit in env.py or a revision
-        return "" if error.code in (0, None) else f"Alembic ended with {error.code}"
-    return ""

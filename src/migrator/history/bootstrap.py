@@ -1,0 +1,220 @@
+"""What goes before ``env.py``: the callable that the project names, and Flask's application context.
+
+A project with a command of its own (``prefect server database upgrade``, ``flask db upgrade``) prepares the ground
+for its ``env.py``: it sets options and attributes of Alembic's Config, loads settings, pushes a context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from migrator.errors import HistoryError, MigratorError, SettingsError
+from migrator.history.project import ProjectOptions, tell_address
+from migrator.target import Target
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_SHAPES = re.compile(r"\b(?:recursive_)?version_locations\b|\bversion_path_separator\b")
+_WANTS_FLASK = re.compile(r"\bcurrent_app\b|\bflask_migrate\b")
+
+_LOCATIONS = ("script_location", "version_locations", "recursive_version_locations")
+
+
+@contextlib.contextmanager
+def ground(
+    config: Config, env_file: Path, target: Target | None, options: ProjectOptions
+) -> Iterator[Config]:
+    """Do all that comes before ``env.py``, and undo it after: the address, the bootstrap, Flask's context.
+
+    Yields the Config to go on with.  Raises :class:`SettingsError` and :class:`HistoryError`.
+    """
+    wants_flask = _read_flask_variables(env_file)
+    tell_address(config, env_file, target, options.export)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_entered(config, options.bootstrap))
+        yield stack.enter_context(_flask_context(config)) if wants_flask else config
+
+
+def locations(config: Config) -> tuple[str | None, ...]:
+    """Return what the Config says of which revisions there are."""
+    return tuple(config.get_main_option(name) for name in _LOCATIONS)
+
+
+def refuse_other_locations(before: tuple[str | None, ...], config: Config, bootstrap: str) -> None:
+    """Raise :class:`HistoryError` where the revisions that were read are not those of the prepared Config."""
+    if locations(config) != before:
+        raise HistoryError(
+            f"What prepares env.py{f' ({bootstrap})' if bootstrap else ''} changed where the revisions are, after"
+            " they were read.",
+            next_step="name the folders in alembic.ini (version_locations); or set version_locations in the bootstrap's"
+            " own module, where that is seen in time",
+        )
+
+
+def shapes_history(name: str) -> bool:
+    """Whether the bootstrap also says where the revisions are, as far as its source tells.
+
+    It is then entered before the revisions are read, and not only before ``env.py``.  Its module is found without
+    importing anything, for that may import the application.
+    """
+    if not name:
+        return False
+    places: list[str] | None = [*sys.path, str(Path.cwd())]
+    spec = None
+    for part in name.partition(":")[0].split("."):
+        spec = importlib.machinery.PathFinder.find_spec(part, places)
+        if spec is None:
+            return False
+        places = list(spec.submodule_search_locations or ())
+    try:
+        text = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(_SHAPES.search(text))
+
+
+@contextlib.contextmanager
+def _entered(config: Config, name: str) -> Iterator[None]:
+    """Enter the context manager that ``name`` (module:callable) returns for Alembic's Config; leave it at the end.
+
+    Raises :class:`SettingsError` where there is no such thing, and :class:`HistoryError` for what it raises itself.
+    """
+    if not name:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore_path, list(sys.path))
+        sys.path.append(str(Path.cwd()))  # last, so that a folder there hides no package
+        with _named(name):
+            manager = _load(name)(config)
+            if not (hasattr(type(manager), "__enter__") and hasattr(type(manager), "__exit__")):
+                raise _bad(
+                    name,
+                    f"returns {type(manager).__name__}, not a context manager:"
+                    " decorate it with contextlib.contextmanager",
+                )
+            leave = type(manager).__exit__
+            type(manager).__enter__(manager)
+        stack.push(lambda *raised: _leave(name, leave, manager, raised))
+        yield
+
+
+def _leave(name: str, leave: Callable[..., Any], manager: Any, raised: tuple[Any, ...]) -> bool:
+    """Leave the context manager; what it hands on is not its own failure."""
+    failure: BaseException | None = None
+    with _named(name):
+        try:
+            return bool(leave(manager, *raised))
+        except BaseException as error:
+            if error is not raised[1]:
+                raise
+            failure = error
+    raise failure
+
+
+def _restore_path(path: list[str]) -> None:
+    """Take the working directory off the path again, unless the application has done more to it."""
+    if sys.path == [*path, str(Path.cwd())]:
+        sys.path[:] = path
+
+
+def _load(name: str) -> Callable[[Config], Any]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise _bad(name, f"there is no module {missing}") from None
+        raise
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise _bad(name, f"{module_name} has no {attribute}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise _bad(name, f"{attribute} is {type(found).__name__}, which cannot be called")
+    function: Callable[[Config], Any] = found
+    return function
+
+
+def _bad(name: str, reason: str) -> SettingsError:
+    return SettingsError(
+        [f"MIGRATOR_BOOTSTRAP={name}: {reason}"],
+        next_step="name it as module:callable; the module is looked for as env.py's imports are",
+    )
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of what the application raises here that it was not ``env.py``."""
+    try:
+        yield
+    except MigratorError:
+        raise
+    except (Exception, SystemExit) as error:
+        text = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        raise HistoryError(
+            f"The bootstrap {name} failed: {type(error).__name__}: {text.rstrip('.')}.",
+            next_step="mend what it says, or put what the bootstrap imports into the image",
+        ) from error
+
+
+# -- Flask -------------------------------------------------------------------------------------------------
+
+
+def _read_flask_variables(env_file: Path) -> bool:
+    """Whether ``env.py`` wants Flask's application context, and ``FLASK_APP`` says which application.
+
+    Reads ``.flaskenv`` and ``.env`` first, as the ``flask`` command does.
+    """
+    try:
+        wanted = bool(_WANTS_FLASK.search(env_file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError):
+        return False
+    if not wanted or importlib.util.find_spec("flask") is None:
+        return False
+    if os.environ.get("FLASK_SKIP_DOTENV", "").lower() not in {"1", "true", "yes"}:
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module("flask.cli").load_dotenv()
+    return bool(os.environ.get("FLASK_APP", "").strip())
+
+
+@contextlib.contextmanager
+def _flask_context(config: Config) -> Iterator[Config]:
+    """Push the application context as ``flask db`` does, and let Flask-Migrate's callbacks prepare the Config.
+
+    An application context that is there already (a bootstrap's) stays.
+    https://flask.palletsprojects.com/en/stable/cli/#application-discovery
+    """
+    flask, flask_cli = importlib.import_module("flask"), importlib.import_module("flask.cli")
+    with contextlib.ExitStack() as stack:
+        if not flask.has_app_context():
+            os.environ["FLASK_RUN_FROM_CLI"] = "true"  # app.run() in a module then does nothing
+            try:
+                application = flask_cli.ScriptInfo().load_app()
+            except flask_cli.NoAppException as error:
+                raise SettingsError(
+                    [f"FLASK_APP={os.environ.get('FLASK_APP', '')}: {' '.join(str(error).split())}"],
+                    next_step="set FLASK_APP to what `flask db` uses, such as shop:create_app",
+                ) from error
+            except MigratorError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise HistoryError(
+                    f"The Flask application failed to load: {type(error).__name__}: {' '.join(str(error).split())}.",
+                    next_step="mend what it says, or put what it imports into the image",
+                ) from error
+            stack.enter_context(application.app_context())
+        extension = flask.current_app.extensions.get("migrate")
+        callbacks = getattr(getattr(extension, "migrate", None), "call_configure_callbacks", None)
+        yield callbacks(config) if callable(callbacks) else config

@@ -1,0 +1,57 @@
+"""Alembic's own command line, with this project's preparation and this run's target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from migrator.errors import SettingsError
+from migrator.history.bootstrap import ground
+from migrator.history.project import ProjectOptions, make_config
+from migrator.target import Target
+
+_ALEMBIC_HELP = "migrator alembic --help"
+
+
+def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:
+    """Run Alembic's own command line against the target; returns what it complains of, or an empty string.
+
+    Raises :class:`SettingsError` for words that it does not take, and whatever ``env.py`` or a revision raises.
+    """
+    from alembic.config import CommandLine
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    command_line = CommandLine(prog="migrator alembic")
+    try:
+        parsed = command_line.parser.parse_args(list(words))
+    except SystemExit as error:  # argparse's own: 0 after --help, 2 for a usage error that it has printed
+        if error.code in (0, None):
+            return ""
+        raise SettingsError(
+            ["Alembic's own command line does not take this; it says why above"], next_step=_ALEMBIC_HELP
+        ) from None
+    if not hasattr(parsed, "cmd"):
+        raise SettingsError(["no command for Alembic"], next_step=_ALEMBIC_HELP)
+    try:
+        if parsed.cmd[0].__name__ in {"init", "list_templates"}:
+            command_line.main(list(words))
+            return ""
+        parsed.x = [*(options.x or ()), *(parsed.x or ())] or None
+        parsed.raiseerr = True
+        named = parsed.config if isinstance(parsed.config, list) else [parsed.config] if parsed.config else []
+        chosen = dataclasses.replace(
+            options,
+            config=tuple(named) or options.config,
+            name=parsed.name if parsed.name != "alembic" else options.name,
+        )
+        config = make_config(chosen, Path.cwd(), parsed)
+        env_file = Path(ScriptDirectory.from_config(config).env_py_location)
+        with ground(config, env_file, target, chosen) as prepared:
+            command_line.run_cmd(prepared, parsed)
+    except CommandError as error:
+        return " ".join(str(error).split())
+    except SystemExit as error:  # sys.exit in env.py or a revision
+        return "" if error.code in (0, None) else f"Alembic ended with {error.code}"
+    return ""

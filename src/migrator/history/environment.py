@@ -1,0 +1,89 @@
+"""Run ``env.py`` as Alembic's own command does, with what migrator does in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from migrator.history.bootstrap import ground, locations, refuse_other_locations
+from migrator.history.project import ProjectOptions, parse_command
+from migrator.history.transactions import configure_in
+from migrator.target import Target
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+Hook = Callable[["tuple[str, ...]", "MigrationContext"], "Sequence[Any]"]
+"""What is called inside ``env.py`` with the database's revisions: returns the steps to run."""
+
+Around = Callable[[Callable[[], None], Callable[[], "MigrationContext"]], None]
+"""What is called in the place of ``context.run_migrations``."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Alembic's command: ``upgrade``, ``downgrade`` or ``stamp``, where to, of which project, on which database."""
+
+    kind: str
+    destination: str
+    options: ProjectOptions
+    target: Target | None
+
+
+def run_env(
+    config: Config,
+    script: ScriptDirectory,
+    command: Command,
+    hook: Hook,
+    *,
+    before_configure: Callable[[], None],
+    around: Around,
+    transaction: str,
+) -> None:
+    """Load ``env.py`` once, and let it run the steps that ``hook`` returns.
+
+    The target's address is set as ``sqlalchemy.url``, and in the environment variables that ``env.py`` may read
+    instead; the project's bootstrap and Flask's context come next.  ``before_configure`` is called whenever ``env.py``
+    calls ``context.configure``, by when it has set up its own logging; ``around`` in the place of
+    ``context.run_migrations``, with that and a function that returns the context; ``transaction`` is one of
+    :data:`migrator.history.transactions.MODES`.  Raises whatever ``env.py`` or a revision raises.
+    """
+    config.cmd_opts = parse_command(command.options, command.kind, command.destination)
+    known = locations(config)
+    with ground(config, Path(script.env_py_location), command.target, command.options) as prepared:
+        refuse_other_locations(known, prepared, command.options.bootstrap)
+        before_configure()  # what came before env.py may have set up logging of its own
+        environment = _environment(prepared, script, command.destination, hook)
+        configure = configure_in(transaction, environment.configure, environment.get_context)
+
+        def configure_after(*arguments: Any, **options: Any) -> None:
+            before_configure()
+            configure(*arguments, **options)
+
+        # On the instance: Alembic's module proxy knows EnvironmentContext itself, and no subclass of it.
+        environment.configure = configure_after  # type: ignore[method-assign]
+        run_migrations = environment.run_migrations
+        environment.run_migrations = lambda **options: around(  # type: ignore[method-assign]
+            lambda: run_migrations(**options), environment.get_context
+        )
+        with environment:
+            script.run_env()
+
+
+def _environment(config: Config, script: ScriptDirectory, destination: str, hook: Hook) -> EnvironmentContext:
+    from alembic.runtime.environment import EnvironmentContext
+
+    return EnvironmentContext(
+        config,
+        script,
+        fn=cast(Any, hook),  # Alembic's stub speaks of one revision; it passes all of them
+        as_sql=False,
+        starting_rev=None,
+        destination_rev=destination,
+        tag=None,
+    )

@@ -1,0 +1,46 @@
+"""How many transactions a run takes: as ``env.py`` says, or as the setting says instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from migrator.errors import SettingsError
+
+if TYPE_CHECKING:
+    from alembic.runtime.migration import MigrationContext
+
+MODES: Mapping[str, Mapping[str, bool]] = {
+    "env.py": {},
+    "each": {"transactional_ddl": True, "transaction_per_migration": True},
+    "all": {"transactional_ddl": True, "transaction_per_migration": False},
+    "none": {"transactional_ddl": False},
+}
+"""What each mode hands to ``context.configure``.
+
+https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.environment.EnvironmentContext.configure
+"""
+
+
+def configure_in(
+    mode: str, configure: Callable[..., None], get_context: Callable[[], MigrationContext]
+) -> Callable[..., None]:
+    """Return ``configure`` with the options of a mode put in the place of ``env.py``'s own.
+
+    It raises :class:`SettingsError` where ``env.py`` holds a transaction of its own, in which Alembic begins none.
+    """
+    if mode == "env.py":
+        return configure
+
+    def configure_as_told(*arguments: Any, **options: Any) -> None:
+        configure(*arguments, **{**options, **MODES[mode]})
+        if mode != "all" and get_context()._in_external_transaction:
+            raise SettingsError(
+                [
+                    f"MIGRATOR_TRANSACTION={mode} cannot be kept: env.py calls context.configure() within a transaction"
+                    " of its own, which then holds all revisions"
+                ],
+                next_step="leave MIGRATOR_TRANSACTION out, or let env.py commit before it configures Alembic",
+            )
+
+    return configure_as_told
