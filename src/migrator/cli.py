@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import json
 import logging
 import os
 import sys
 import threading
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from migrator import __version__, logs, report, settings
-from migrator.errors import Interrupted, MigratorError, SettingsError
+from migrator import logs, report, settings, surroundings
+from migrator.errors import Interrupted, MigratorError
 from migrator.interruption import Interrupt, Interruption
 from migrator.outcome import ExitCode
 
-log = logging.getLogger("migrator")
+if TYPE_CHECKING:
+    import argparse
 
-EPILOG = """\
-exit codes: 0 done; 20-24 nothing changed, trying again can help; 10 and 30-39 nothing changed, a person is
-needed; 40-43 the database may have changed; `migrator COMMAND --help` shows an example of each command.
-"""
+log = logging.getLogger("migrator")
 
 # command: (help, example)
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -63,122 +61,37 @@ NO_TARGET = frozenset({"settings", "history", "heads", "show", "freeze", "backup
 """Commands that work without a database."""
 
 
-_SWITCHES = frozenset(
-    settings.flag_name(item) for item in settings.options() if isinstance(item.default, bool)
-)
-
-
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        # A switch alone means true, and must not take the word after it, which may be the command.
-        words = [f"{word}=true" if word in _SWITCHES else word for word in args or ()]
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError([message], next_step=f"{self.prog} --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; every option may stand before or after the command."""
-    common, after = (_Parser(add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
-    _add_common(common, x="x_before")
-    _add_common(after, x="x")
-    parser = _Parser(
-        prog="migrator",
-        description="Take a Postgres database safely to the schema that the application needs.",
-        epilog=EPILOG,
-        parents=[common],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"migrator {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    for name, (text, example) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=f"example:\n  {example}",
-            parents=[] if name == "alembic" else [after],
-            prefix_chars="\0" if name == "alembic" else "-",
-            add_help=name != "alembic",
-            conflict_handler="resolve" if name == "backup" else "error",  # its --name is not Alembic's
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        _add_arguments(name, command)
-    return parser
+    """Return the parser of every command."""
+    from migrator.arguments import make_parser
+
+    return make_parser(COMMANDS)
 
 
-def _add_common(parser: argparse.ArgumentParser, x: str) -> None:
-    parser.add_argument("--format", choices=("text", "json"), help="how the answer on stdout looks")
-    project = parser.add_argument_group("project (Alembic's own options)")
-    project.add_argument(
-        "-c", "--config", action="append", metavar="FILE", help="alembic.ini or pyproject.toml"
-    )
-    project.add_argument("-n", "--name", dest="section", metavar="NAME", help="section of the ini file")
-    # argparse lets what stands after the command replace what stands before it: both count here.
-    project.add_argument("-x", dest=x, action="append", metavar="KEY=VALUE", help="argument for env.py")
-    group = parser.add_argument_group("settings (each also as a variable; `migrator settings` lists them)")
-    for item in settings.options():
-        flag = settings.flag_name(item)
-        if flag is None or item.name == "config":
-            continue
-        boolean = isinstance(item.default, bool)
-        group.add_argument(
-            flag,
-            dest=item.name,
-            metavar=item.name.rsplit("_", 1)[-1].upper(),
-            nargs="?" if boolean else None,
-            help=f"{item.metadata['help']} [{settings.default_text(item) or 'not set'}]".replace("%", "%%"),
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments; those of a container that is only started need no parser, which takes a while to make."""
+    if not words or (words[0] == "upgrade" and len(words) <= 2 and words[-1][:1] not in {"-", ""}):
+        plain: Any = types.SimpleNamespace(
+            command="upgrade", revision=words[1] if len(words) == 2 else "head"
         )
+        return cast("argparse.Namespace", plain)
+    from migrator.arguments import make_parser
 
-
-def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    if name == "upgrade":
-        parser.add_argument(
-            "revision", nargs="?", default="head", help="head, heads, +2, an id or its prefix"
-        )
-    elif name in {"downgrade", "stamp", "show"}:
-        parser.add_argument(
-            "revision", help="an id or its prefix, head" + (", -1, base" * (name == "downgrade"))
-        )
-    if name == "status":
-        parser.add_argument("--exit-code", action="store_true", help="exit 3 if revisions are pending")
-    if name == "freeze":
-        parser.add_argument("--check", action="store_true", help="write nothing; exit 31 if it would change")
-    if name in {"downgrade", "restore"}:
-        parser.add_argument("--yes", action="store_true", help="do what deletes or replaces data")
-    if name == "backup":
-        parser.add_argument("--name", dest="backup_name", default="", help="a name to find it by")
-    if name == "restore":
-        parser.add_argument(
-            "backup_id", metavar="backup", help="an id or name that `migrator backups` lists, or latest"
-        )
-        parser.add_argument(
-            "--to", default="", metavar="NAME", help="restore into a new database of this name"
-        )
-    if name == "ledger":
-        parser.add_argument(
-            "--limit", type=int, default=20, metavar="ROWS", help="how many rows to show [20]"
-        )
-    if name == "repair":
-        parser.add_argument(
-            "--accept", nargs="+", required=True, metavar="REV", help="ids of revisions whose file was edited"
-        )
-    if name == "alembic":
-        parser.add_argument("arguments", nargs="*")
+    return make_parser(COMMANDS, words).parse_args(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code and never raises."""
     logs.protect_streams()
-    arguments = argparse.Namespace()
+    as_json = False
     interruption = Interruption()
     try:
         interruption.install()
-        arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        as_json = getattr(arguments, "format", "text") == "json"
         return _run(arguments, interruption)
     except MigratorError as error:
-        return _say(error, as_json=getattr(arguments, "format", "text") == "json")
+        return _say(error, as_json=as_json)
     except Interrupt as error:
         return _say(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"), as_json=False)
     except BrokenPipeError:
@@ -190,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known.code is ExitCode.INTERNAL:
             _ensure_logging()
             log.exception("unexpected")
-        return _say(known, as_json=getattr(arguments, "format", "text") == "json")
+        return _say(known, as_json=as_json)
 
 
 def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
@@ -204,6 +117,8 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
         needs_target=command not in NO_TARGET,
     )
     # Only now, so that --help and a misspelt flag cost nothing: this imports psycopg2 and the rest.
+    with surroundings.hidden("ssl"):
+        import migrator.postgres  # noqa: F401 - see hidden()
     from migrator import commands
 
     run_id = commands.new_run_id()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from migrator import answers, report
 from migrator.answers import Answer
@@ -18,6 +17,9 @@ from migrator.outcome import Outcome
 from migrator.record import new_run_id
 from migrator.service import MigrationService
 from migrator.settings import Settings
+
+if TYPE_CHECKING:
+    import argparse
 
 __all__ = ["HANDLERS", "make_service", "new_run_id"]
 

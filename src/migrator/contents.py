@@ -1,6 +1,8 @@
-"""What a database holds, in one query: how many tables, how much that could be lost, and its size."""
+"""Questions to the system catalogs that also a glance asks: what the database holds, and which indexes are invalid."""
 
 from __future__ import annotations
+
+LEDGER = "migrator_ledger"
 
 _SYSTEM = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
 
@@ -16,8 +18,26 @@ SELECT count(*) FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm')),
        pg_database_size(current_database())
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p', 'f', 'm', 'v', 'S') AND {_SYSTEM} AND {_OURS.format("pg_class", "c")}
-  AND c.relname <> 'migrator_ledger'
+  AND c.relname <> '{LEDGER}'
   AND NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_index i ON i.indrelid = a.attrelid
                   WHERE a.attrelid = c.oid AND a.attname = 'version_num' AND i.indisprimary AND c.relnatts = 1)
 """  # noqa: S608 - constants only
 """Tables that no extension owns, all that could be lost, and the size; version table and ledger count as neither."""
+
+INVALID_INDEXES = """
+SELECT n.nspname, i.relname, t.relname, x.indisunique, x.indexrelid::bigint
+  FROM pg_index x
+  JOIN pg_class i ON i.oid = x.indexrelid
+  JOIN pg_class t ON t.oid = x.indrelid
+  JOIN pg_namespace n ON n.oid = i.relnamespace
+ WHERE NOT x.indisvalid AND i.relkind = 'i'
+   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND NOT EXISTS (
+       SELECT FROM pg_locks l
+        WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND l.pid <> pg_backend_pid()
+          AND (l.relation = x.indexrelid
+               OR l.relation = x.indrelid AND l.pid IN (SELECT pid FROM pg_stat_progress_create_index)))
+ ORDER BY 1, 2
+"""

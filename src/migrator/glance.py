@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from migrator import layout
-from migrator.contents import CONTENTS
+from migrator.contents import CONTENTS, INVALID_INDEXES, LEDGER
 from migrator.errors import Interrupted, MigratorError
 from migrator.interruption import Interrupt, Interruption
-from migrator.ledger import NAME as LEDGER
 from migrator.manifest import FILE_NAME, Manifest, NoManifest, load, problems
 from migrator.outcome import Outcome
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect
 from migrator.record import Record
-from migrator.schema.catalog import INVALID_INDEXES, not_valid_constraints
 from migrator.settings import Settings
 from migrator.versions import VersionTable
 
@@ -34,7 +32,7 @@ _LONGEST = 1.0
 
 
 class _Frozen(NamedTuple):
-    """A manifest that was found to be of the files that are there, its folder, and the version table."""
+    """A manifest, its folder, and the version table."""
 
     manifest: Manifest
     location: Path
@@ -73,7 +71,7 @@ def glance(
 
 
 def _frozen(settings: Settings, project: ProjectOptions, destination: str) -> _Frozen | None:
-    """Return the manifest where it says all that is needed, and is of the files that are there."""
+    """Return the manifest where it says all that is needed, and the configuration is that which was frozen."""
     if settings.backup == "always" or project.x or project.bootstrap or destination not in {"head", "heads"}:
         return None
     folder = Path.cwd()
@@ -82,16 +80,11 @@ def _frozen(settings: Settings, project: ProjectOptions, destination: str) -> _F
         return None
     try:
         manifest = load(found.location / FILE_NAME)
-        different = _moved(manifest, found, project, folder) or problems(manifest, found.location)
+        different = _moved(manifest, found, project, folder)
     except NoManifest as error:
         different = (str(error),)
     if different:
-        more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
-        log.warning(
-            "manifest.json is not of these files (%s%s), so this run takes longer; run migrator freeze",
-            "; ".join(different[:3]),
-            more,
-        )
+        _say_different(different)
         return None
     if not manifest.folders or manifest.options.get("sourceless"):
         return None
@@ -100,6 +93,15 @@ def _frozen(settings: Settings, project: ProjectOptions, destination: str) -> _F
     schema, _, name = settings.version_table.rpartition(".")
     named = (name, schema) if settings.version_table else manifest.version_table
     return _Frozen(manifest, found.location, VersionTable(*named)) if named else None
+
+
+def _say_different(different: tuple[str, ...]) -> None:
+    more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
+    log.warning(
+        "manifest.json is not of these files (%s%s), so this run takes longer; run migrator freeze",
+        "; ".join(different[:3]),
+        more,
+    )
 
 
 def _moved(
@@ -120,8 +122,15 @@ def _moved(
 
 
 def _look(settings: Settings, frozen: _Frozen, record: Record, interruption: Interruption) -> Outcome | None:
-    """Ask the database, once where there is no ``verify.toml``."""
+    """Ask the database, once where there is no ``verify.toml``, and meanwhile look whether the files are the same."""
     manifest = frozen.manifest
+    different: list[str] = []
+
+    def compare() -> None:
+        different.extend(problems(manifest, frozen.location))
+        if different:
+            _say_different(tuple(different))
+
     with record.stage("wait") as details:
         limits = (_LONGEST, settings.connect_timeout, settings.wait_timeout or settings.connect_timeout)
         session = connect(
@@ -129,13 +138,20 @@ def _look(settings: Settings, frozen: _Frozen, record: Record, interruption: Int
             record.application_name,
             min(limits),
             also=_question(frozen.table, manifest.digest if settings.ledger else ""),
+            meanwhile=compare,
         )
         details.update(attempts=1, server_version=session.facts.version)
     with session, interruption.calling(session.cancel):
         found = _Found(*session.also)
         current = tuple(found.rows or ())
         at_head = frozenset(current) == frozenset(manifest.rows_at_head)
-        if not at_head or not found.clean or session.facts.in_recovery or session.facts.read_only:
+        if (
+            different
+            or not at_head
+            or not found.clean
+            or session.facts.in_recovery
+            or session.facts.read_only
+        ):
             return None
         with record.stage("inspect") as details:
             details.update(current=current, pending=[], tables=found.tables, size_bytes=found.size)
@@ -154,6 +170,7 @@ def _as_expected(session: Session, frozen: _Frozen, found: _Found) -> bool | Non
     if not (frozen.location / "verify.toml").exists():
         return None if found.invalid_indexes else False
     from migrator.schema import expectations
+    from migrator.schema.catalog import not_valid_constraints
     from migrator.stages.verify import verify
 
     expected = expectations.read(frozen.location / "verify.toml")

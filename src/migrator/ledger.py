@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from migrator.contents import LEDGER
 from migrator.postgres import QueryFailed, Session, quote_identifier
 from migrator.versions import VersionTable
 
-NAME = "migrator_ledger"
+NAME = LEDGER
 
 APPLIED, REVERTED, STAMPED, UNSTAMPED = "applied", "reverted", "stamped", "unstamped"
 FOUND, GONE = "found", "gone"

@@ -7,8 +7,7 @@ looks like" leaks the rest of a password with an ``@`` in it.
 
 from __future__ import annotations
 
-import base64
-import html
+import binascii
 import io
 import itertools
 import json
@@ -63,9 +62,12 @@ def _is_word(secret: str) -> bool:
 
 def _forms(secret: str) -> str:
     """Return a pattern for all forms of a secret: libraries differ in which characters they encode, and how."""
-    encoded = base64.b64encode(secret.encode(errors="surrogateescape")).decode().rstrip("=")
+    encoded = binascii.b2a_base64(secret.encode(errors="surrogateescape"), newline=False).decode().rstrip("=")
     runs = (_run(character, len(list(run))) for character, run in itertools.groupby(secret))
     return "".join(runs) + "|" + re.escape(encoded) + "=*"
+
+
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"}  # as html.escape() writes them
 
 
 def _run(character: str, count: int) -> str:
@@ -89,8 +91,8 @@ def _run(character: str, count: int) -> str:
         forms[1] = rf"\\{{0,4}}(?:{within})"  # none are left where a backslash before it took them
     if character == " ":
         forms.append(r"\+")
-    if html.escape(character) != character:
-        forms.append(re.escape(html.escape(character)))
+    if character in _HTML:
+        forms.append(re.escape(_HTML[character]))
     return f"(?:{'|'.join(forms)}){times if count > 1 else ''}"
 
 
@@ -191,23 +193,24 @@ class TextFormatter(logging.Formatter):
         return redact(line)
 
 
-def _json_formatter() -> logging.Formatter:
-    from pythonjsonlogger.json import JsonFormatter
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: the message, what was given as ``extra``, and when, how grave and from whom it is."""
 
-    class RedactingJsonFormatter(JsonFormatter):
-        def add_fields(
-            self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
-        ) -> None:
-            super().add_fields(log_data, record, message_dict)
-            log_data["time"] = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-            log_data["level"] = record.levelname.lower()
-            log_data["logger"] = record.name
+    def format(self, record: logging.LogRecord) -> str:
+        document = {"message": record.getMessage()}
+        document |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
+        if record.exc_info:
+            document["exc_info"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            document["stack_info"] = self.formatStack(record.stack_info)
+        document["time"] = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        document["level"] = record.levelname.lower()
+        document["logger"] = record.name
+        return redact(json.dumps(document, default=str, ensure_ascii=False))
 
-        def format(self, record: logging.LogRecord) -> str:
-            return redact(super().format(record))
 
-    return RedactingJsonFormatter("%(message)s", json_default=str, json_ensure_ascii=False)
-
+# taskName: from Python 3.12 on.
+_STANDARD = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"})
 
 _OURS = ("migrator", "migrator.apply")
 
@@ -221,7 +224,7 @@ class Logs:
         self.is_json = as_json
         self._level = level.upper()
         self._handler = _Handler(cast(TextIO, self.stream))
-        self._handler.setFormatter(_json_formatter() if as_json else TextFormatter())
+        self._handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
         self._handler.addFilter(self._admit)
         self._run_id = run_id
         self._installed: list[logging.Handler] = []

@@ -9,7 +9,6 @@ language.  https://www.postgresql.org/docs/current/libpq-control.html#LIBPQ-PQSE
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import queue
 import re
@@ -286,10 +285,18 @@ def message_of(error: BaseException) -> str:
     return re.sub(r"^<class '[\w.]+'>: ", "", " ".join(str(error).split()))
 
 
-def connect(target: Target, application_name: str, timeout: float, *, also: str = "") -> Session:
+def connect(
+    target: Target,
+    application_name: str,
+    timeout: float,
+    *,
+    also: str = "",
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Session:
     """Open a session within ``timeout`` seconds, name lookup included.
 
-    What ``also`` selects beside the server's facts is found in the session's attribute of that name.
+    What ``also`` selects beside the server's facts is found in the session's attribute of that name;
+    ``meanwhile`` is called while the server works.
 
     The attempt runs in a thread of its own, for neither the resolver nor a server that accepts and then says
     nothing can be bounded otherwise (libpq's connect_timeout counts per address and rounds up to 2 s).
@@ -311,7 +318,8 @@ def connect(target: Target, application_name: str, timeout: float, *, also: str 
 
     threading.Thread(target=attempt, name="connect", daemon=True).start()
     try:
-        answer = answers.get(timeout=max(0.01, timeout))
+        meanwhile()
+        answer = answers.get(timeout=max(0.01, deadline - time.monotonic()))
     except queue.Empty:
         given_up.set()
         raise ConnectFailed(Refusal.TRANSIENT, f"no answer within {timeout:.1f} s") from None
@@ -365,6 +373,8 @@ def _diagnose(arguments: dict[str, str], text: str, deadline: float) -> ConnectF
 
 def _verbose_attempt(arguments: dict[str, str], deadline: float) -> Iterator[str]:
     """Connect once more without blocking, and yield libpq's verbose error text; nothing where it succeeds."""
+    import ctypes
+
     library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also looks in what it is linked to: libpq
     set_verbosity = library.PQsetErrorVerbosity
     set_verbosity.argtypes = [ctypes.c_void_p, ctypes.c_int]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -14,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from migrator import __version__
 from migrator.errors import MigratorError
-from migrator.ledger import Author
 from migrator.outcome import ExitCode, Finding, Outcome, RevisionResult, StageResult, Status
 from migrator.target import Target
 from migrator.versions import VersionTable
 
 if TYPE_CHECKING:
     from migrator.history import Plan
+    from migrator.ledger import Author
 
 log = logging.getLogger("migrator")
 
 
 def new_run_id() -> str:
     """Return an id that sorts by time and does not repeat: ``20261121T074000Z-1a2b3c``."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(3).hex()}"
 
 
 class Record:
@@ -53,12 +51,14 @@ class Record:
     @property
     def application_name(self) -> str:
         """Return ``migrator/HOST RUN_ID`` in the 63 bytes that Postgres keeps."""
-        host = os.environ.get("POD_NAME") or socket.gethostname()
+        host = os.environ.get("POD_NAME") or os.uname().nodename
         return f"migrator/{host[: 63 - len(self.run_id) - 10]} {self.run_id}"
 
     def author(self, actor: str) -> Author:
         """Return whose rows this run adds to the ledger."""
-        host = os.environ.get("POD_NAME") or socket.gethostname()
+        from migrator.ledger import Author
+
+        host = os.environ.get("POD_NAME") or os.uname().nodename
         return Author(self.run_id, actor, host, __version__, os.environ.get("MIGRATOR_IMAGE_VERSION", ""))
 
     @property

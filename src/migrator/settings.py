@@ -9,8 +9,6 @@ Every problem is found before any is reported.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,6 +279,10 @@ def _resolve_files(environment: Mapping[str, str], problems: list[str]) -> dict[
 def _read_file(folder: Path, problems: list[str]) -> tuple[dict[str, str], str]:
     """Return ``[tool.migrator]`` of the folder's pyproject.toml as text values."""
     path = folder / "pyproject.toml"
+    if not path.exists():
+        return {}, path.name
+    import tomllib
+
     try:
         document: Any = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -352,6 +354,8 @@ _OTHER_VARIABLES = frozenset({"MIGRATOR_IMAGE_VERSION"})
 
 
 def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -90,6 +89,8 @@ DEADLINES = Deadlines()
 
 def shut_down(descriptor: int) -> None:
     """End the connection that a socket's descriptor stands for, without closing the descriptor itself."""
+    import socket
+
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as same:
         same.shutdown(socket.SHUT_RDWR)
 
@@ -100,6 +101,8 @@ def keep_alive(descriptor: int) -> None:
     No TCP_USER_TIMEOUT: where the server reads slowly (a COPY into a slow disk), the kernel would end a
     connection that is alive.  https://man7.org/linux/man-pages/man7/tcp.7.html
     """
+    import socket
+
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as same:
         if same.family not in (socket.AF_INET, socket.AF_INET6):
             return

@@ -1,4 +1,4 @@
-"""What an ``env.py`` may change of the process around it, and migrator still needs afterwards."""
+"""The process around the work: what an ``env.py`` may change of it, and what need not be loaded into it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -34,3 +35,22 @@ def kept() -> Iterator[None]:
         os.close(answers)
         with contextlib.suppress(OSError):
             os.chdir(folder)
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """Let a module seem not to be installed within the block, unless it is loaded already.
+
+    For ``ssl`` while psycopg2 is imported: it is loaded there only to let Python set OpenSSL's callbacks for threads,
+    which OpenSSL has ignored since 1.1 and psycopg2 does without (``libcrypto_threads_init`` in its psycopgmodule.c),
+    and takes longer to load than all of psycopg2.  For a program of one thread: another one's import would fail.
+    """
+    if module in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules
+    modules[module] = None
+    try:
+        yield
+    finally:
+        del modules[module]

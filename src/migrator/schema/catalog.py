@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from migrator.contents import INVALID_INDEXES
 from migrator.postgres import Session
 from migrator.schema.names import ForeignKey, canonical_type
 
@@ -137,23 +138,6 @@ def database_size(session: Session) -> int:
 
 
 # Postgres reserves the prefix pg_ for its own schemas: pg_catalog, pg_toast, pg_temp_3 and so on.
-INVALID_INDEXES = """
-SELECT n.nspname, i.relname, t.relname, x.indisunique, x.indexrelid::bigint
-  FROM pg_index x
-  JOIN pg_class i ON i.oid = x.indexrelid
-  JOIN pg_class t ON t.oid = x.indrelid
-  JOIN pg_namespace n ON n.oid = i.relnamespace
- WHERE NOT x.indisvalid AND i.relkind = 'i'
-   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-   AND NOT EXISTS (
-       SELECT FROM pg_locks l
-        WHERE l.locktype = 'relation' AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted
-          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-          AND l.pid <> pg_backend_pid()
-          AND (l.relation = x.indexrelid
-               OR l.relation = x.indrelid AND l.pid IN (SELECT pid FROM pg_stat_progress_create_index)))
- ORDER BY 1, 2
-"""
 _NOT_VALID = """
 SELECT n.nspname, coalesce(r.relname, t.typname), c.conname,
        CASE WHEN c.conrelid = 0 THEN 'DOMAIN' ELSE 'TABLE' END
