@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def _keywords(call: ast.Call) -> set[str | None]:
     return {item.arg for item in call.keywords}
 
 
+_OF_SECTION = re.compile(r"(?:[\w.]+\.)?config\.get_section_option")
+
+
+def _is_main_section(node: ast.expr) -> bool:
+    """Whether this is the section of the ini that ``-n`` names."""
+    return ast.unparse(node).endswith("config.config_ini_section")
+
+
 class _Reader:
     """Evaluates the few kinds of expression in which projects name a version table."""
 
@@ -144,6 +153,9 @@ class _Reader:
         if function in {"config.get_main_option", "context.config.get_main_option"}:
             found = self._get_main_option(str(self.value(node.args[0])))
             return self.value(node.args[1]) if found is None and len(node.args) > 1 else found
+        if _OF_SECTION.fullmatch(function) and len(node.args) > 1 and _is_main_section(node.args[0]):
+            found = self._get_main_option(str(self.value(node.args[1])))
+            return self.value(node.args[2]) if found is None and len(node.args) > 2 else found
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get":
             return self._look_up(ast.unparse(node.func.value), node.func.value, node.args)
         raise _NotKnown

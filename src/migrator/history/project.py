@@ -166,6 +166,15 @@ def _forgive_percent_signs(config: Config) -> None:
     config.set_section_option = set_or_escape  # type: ignore[method-assign]
 
 
+_ASYNC = (
+    "async_engine_from_config",
+    "create_async_engine",
+    "AsyncEngine",
+    "sqlalchemy.ext.asyncio",
+    ".run_sync(",
+)
+
+
 def _driver(config: Config, env_file: Path) -> str:
     """Choose SQLAlchemy's driver where the target's address names none: the one that the project uses."""
     configured = config.file_config.get(config.config_ini_section, "sqlalchemy.url", raw=True, fallback="")
@@ -179,7 +188,7 @@ def _driver(config: Config, env_file: Path) -> str:
         text = env_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         text = ""
-    if "async_engine_from_config" in text or "create_async_engine" in text:
+    if any(name in text for name in _ASYNC):
         return next((name for name in ("asyncpg", "psycopg") if _importable(name)), "asyncpg")
     return _sync_driver()
 
