@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from migrator.outcome import ExitCode
+from tests.support.load import Load
 from tests.support.outcomes import done, left_behind, refusal, unchanged
-from tests.support.projects import Revision, linear_history
+from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner, Running
 from tests.support.servers import Database
 
@@ -242,3 +243,46 @@ def test_env_py_and_the_setting_disagree_about_the_version_table(
     refusal(
         result, ExitCode.BAD_SETTINGS, "alembic_version", "r001", "MIGRATOR_VERSION_TABLE=alembic_version"
     )
+
+
+BUSY = {
+    "writer": "UPDATE t1 SET note = md5(random()::text) WHERE id = 1 + floor(random() * 1000)::int",
+    "second writer": "INSERT INTO t1 VALUES (1001 + floor(random() * 1e9)::int, 'new') ON CONFLICT DO NOTHING",
+    "reader": "SELECT count(*) FROM t1 WHERE id < 500",
+    "second reader": "SELECT note FROM t1 WHERE id = 7",
+}
+LOCK_TIMEOUT = 1.0
+
+
+@pytest.mark.parametrize("env_file", ["plain_url", "async_engine"])
+def test_no_request_waits_longer_than_the_lock_timeout_and_the_migration_gets_through(
+    each_database: Database, project: Project, start_migrator: Start, env_file: str
+) -> None:
+    """Behind an ALTER that waits for a long transaction everybody else waits too, but never for long.
+
+    What is measured is what a client sees, from sending a request to having its answer.
+    """
+    database = each_database
+    revisions = [
+        *linear_history(2),
+        Revision("r003", "r002", "ALTER TABLE t1 ADD COLUMN b int", "ALTER TABLE t1 DROP COLUMN b"),
+        Revision("r004", "r003", "ALTER TABLE t1 ALTER COLUMN id TYPE bigint"),
+    ]
+    folder = project(revisions=revisions, env=env_file)
+    bring_to(database, 2)
+    database.execute("INSERT INTO t1 SELECT g, 'x' FROM generate_series(1, 1000) g")
+    report = database.connect(application_name="long report")
+    env = {"MIGRATOR_LOCK_TIMEOUT": f"{LOCK_TIMEOUT}s", "MIGRATOR_LOCK_RETRIES": "100"}
+    with Load(database, BUSY) as load:
+        report.cursor().execute("SELECT count(*) FROM t1")
+        run = start_migrator("--format", "json", cwd=folder, database=database, env=env)
+        run.wait_for(lambda: run.stderr.count("trying again") >= 3, timeout=60)
+        report.close()
+        result = done(run.finish(120))
+        time.sleep(0.5)  # the traffic goes on after it, too
+    assert [item["revision"] for item in result.answer["revisions"]] == ["r003", "r004"]
+    assert load.errors() == []
+    # Some did wait behind the ALTER, or nothing would have been shown; and all were answered in time.
+    assert LOCK_TIMEOUT / 2 < load.slowest() <= LOCK_TIMEOUT + 1
+    assert all(sum(item.client == name for item in load.requests) > 20 for name in BUSY)
+    assert left_behind(database) == []
