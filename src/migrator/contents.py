@@ -10,12 +10,12 @@ _OURS = """NOT EXISTS (SELECT 1 FROM pg_depend d
                    WHERE d.classid = '{0}'::regclass AND d.objid = {1}.oid AND d.deptype = 'e')"""
 
 CONTENTS = f"""
-SELECT count(*) FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm')),
+SELECT count(*) FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm')) AS tables,
        count(*)
        + (SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
           WHERE {_SYSTEM} AND {_OURS.format("pg_proc", "p")})
-       + (SELECT count(*) FROM pg_largeobject_metadata),
-       pg_database_size(current_database())
+       + (SELECT count(*) FROM pg_largeobject_metadata) AS objects,
+       pg_database_size(current_database()) AS size
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p', 'f', 'm', 'v', 'S') AND {_SYSTEM} AND {_OURS.format("pg_class", "c")}
   AND c.relname <> '{LEDGER}'

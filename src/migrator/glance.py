@@ -43,7 +43,6 @@ class _Found(NamedTuple):
     """The columns of :func:`_question`."""
 
     tables: int
-    objects: int
     size: int
     rows: list[str] | None
     invalid_indexes: int
@@ -201,7 +200,9 @@ def _question(table: VersionTable, digest: str) -> str:
     )
     rows = f"SELECT array_agg(version_num::text ORDER BY version_num::text) FROM {table.quoted}"  # noqa: S608 - quoted
     invalid = f"SELECT count(*) FROM ({INVALID_INDEXES}) AS invalid"  # noqa: S608 - constants only
-    return f"contents.*, ({rows}), ({invalid}), {last if digest else 'true'} FROM ({CONTENTS}) AS contents"
+    # The server leaves out what is not asked for.
+    columns = f"contents.tables, contents.size, ({rows}), ({invalid}), {last if digest else 'true'}"
+    return f"{columns} FROM ({CONTENTS}) AS contents"
 
 
 def _literal(text: str) -> str:

@@ -7,16 +7,38 @@ a review.  Standard library only, and little of it, for a run with nothing to do
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
+
+
+def _sha256() -> Callable[[bytes], Any]:
+    """Return the lean sha256 where there is one, as the standard library's random.py does.
+
+    hashlib loads OpenSSL, which takes longer than all that a run with nothing to do hashes.
+    """
+    for name in ("_sha2", "_sha256"):  # from Python 3.12 on, and before
+        with contextlib.suppress(ImportError, AttributeError):
+            lean: Callable[[bytes], Any] = importlib.import_module(name).sha256
+            return lean
+    import hashlib
+
+    return hashlib.sha256
+
+
+_sum = _sha256()
+
+
+def _hex(data: bytes) -> str:
+    return str(_sum(data).hexdigest())
 
 
 class NoManifest(Exception):
@@ -40,13 +62,13 @@ class FileSums:
 def file_sums(path: Path) -> FileSums:
     """Return both checksums of a file; raises OSError."""
     source = path.read_bytes()
-    return FileSums(hashlib.sha256(source).hexdigest(), syntax_of(source))
+    return FileSums(_hex(source), syntax_of(source))
 
 
 def sha256_of(path: str | Path) -> str:
     """Return the sha256 of a file's bytes; raises OSError."""
     with open(path, "rb", buffering=0) as file:
-        return hashlib.sha256(file.read()).hexdigest()
+        return _hex(file.read())
 
 
 def syntax_of(source: bytes) -> str:
@@ -59,7 +81,7 @@ def syntax_of(source: bytes) -> str:
 def digest_of(sums: Mapping[str, str]) -> str:
     """Return one digest over a history: ``sums`` are the sha256 of each revision's file by the revision's id."""
     lines = "".join(f"{revision} {sums[revision]}\n" for revision in sorted(sums))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return _hex(lines.encode())
 
 
 @dataclass(frozen=True)
