@@ -24,6 +24,10 @@ log = logging.getLogger("migrator.ledger")
 class Connection(Protocol):
     """What is needed of the migration's connection."""
 
+    @property
+    def translates(self) -> bool:
+        """Whether it puts other schemas in the place of those that revisions name."""
+
     def ask(self, sql: str) -> Any:
         """Return the first column of the first row."""
 
@@ -49,6 +53,7 @@ class Bookkeeper:
         self._connection: Connection | None = None
         self._table = VersionTable()
         self._ledger = VersionTable()
+        self._search_path = ""
         self._standing: set[str] = set()
         self._rows: frozenset[str] = frozenset()
         self._number = 0  # 0 is the row of the run itself
@@ -69,27 +74,28 @@ class Bookkeeper:
     def enter(self, connection: Connection, table: VersionTable, rows: Iterable[str]) -> None:
         """Open the ledger beside ``table``, which holds ``rows``, and note what was done without migrator.
 
-        Raises :class:`AccessDenied` where the role may not write it.
+        It is made with its first row, so that a first revision that looks for tables sees none of ours.
+        Raises :class:`AccessDenied` where the role may not write it, or make it.
         """
         if not self._enabled:
             return
         self._connection, self._table = connection, table
         self._rows = frozenset(rows)
         self._ledger = ledger.beside(table, connection.ask)
-        if not ledger.exists(self._ledger, connection.ask):
-            connection.tell(ledger.creation(self._ledger))
-        elif not connection.ask(_MAY_WRITE.format(table=self._ledger.quoted.replace("'", "''"))):
-            role = connection.ask("SELECT current_user::text")
-            raise AccessDenied(
-                f"{role} may not write the ledger {self._ledger}.",
-                next_step=f"GRANT SELECT, INSERT ON {self._ledger} TO {role}; or MIGRATOR_LEDGER=off",
+        self._search_path = str(connection.ask("SELECT current_setting('search_path')"))
+        self._standing = set()
+        if ledger.exists(self._ledger, connection.ask):
+            _refuse_unless(
+                connection, _MAY_WRITE, self._ledger, "write", "GRANT SELECT, INSERT ON {ledger} TO {role}"
             )
-        found = connection.ask(
-            ledger.STANDING_NAMES.format(
-                table=self._ledger.quoted, version_table=table.name.replace("'", "''")
+            names = ledger.STANDING_NAMES.format(
+                table=self._ledger.quoted, version_table=_inside_quotes(table.name)
             )
-        )
-        self._standing = set(json.loads(found or "[]"))
+            self._standing = set(json.loads(connection.ask(names) or "[]"))
+        else:
+            _refuse_unless(
+                connection, _MAY_CREATE, self._ledger, "make", "GRANT CREATE ON SCHEMA {schema} TO {role}"
+            )
         self._settle(ledger.FOUND, ledger.GONE)
 
     def done(
@@ -101,7 +107,7 @@ class Bookkeeper:
             self._standing.add(revision)
         else:
             self._standing.discard(revision)
-        way = self._ways_back.get(revision) if upgrade else None
+        way = self._way_back(revision) if upgrade else None
         self._write(
             [
                 self._row(
@@ -111,6 +117,7 @@ class Bookkeeper:
                     rows_after=sorted(after),
                     seconds=round(seconds, 6),
                     backup_id=self._backup_id or None,
+                    search_path=self._search_path,
                     way_back=None if way is None or way.statements is None else list(way.statements),
                     no_way_back=None if way is None else way.reason or None,
                     details=details or None,
@@ -118,6 +125,18 @@ class Bookkeeper:
             ]
         )
         self._rows = after
+
+    def _way_back(self, revision: str) -> WayBack | None:
+        """Return the SQL to keep, unless it names other tables than the revision does on this connection."""
+        way = self._ways_back.get(revision)
+        if (
+            way is None
+            or way.statements is None
+            or self._connection is None
+            or not self._connection.translates
+        ):
+            return way
+        return type(way)(None, "env.py translates the names of schemas (schema_translate_map)")
 
     def stamped(self, rows: Iterable[str]) -> None:
         """Add the rows of revisions that were stamped, or no longer are, now that the version rows are ``rows``."""
@@ -150,8 +169,12 @@ class Bookkeeper:
         )
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._connection is not None and self._enabled:
-            self._connection.tell(ledger.insertion(self._ledger, ":rows"), rows=ledger.document(rows))
+        if self._connection is None or not self._enabled:
+            return
+        # Asked each time: a revision may have dropped every table that it found.
+        if not ledger.exists(self._ledger, self._connection.ask):
+            self._connection.tell(ledger.creation(self._ledger))
+        self._connection.tell(ledger.insertion(self._ledger, ":rows"), rows=ledger.document(rows))
 
 
 def differences(
@@ -162,7 +185,8 @@ def differences(
     Revisions that this history does not know are left alone: another image's run wrote about them.
     """
     applied = history.applied(rows)
-    gone = set(standing) - set(applied) - set(history.unknown(standing))
+    # What a revision that is not known here stands for is not known either.
+    gone = set() if history.unknown(rows) else set(standing) - set(applied) - set(history.unknown(standing))
     return [(name, came) for name in applied if name not in set(standing)] + [
         (name, went) for name in sorted(gone)
     ]
@@ -176,9 +200,10 @@ def about(history: History, revision: str, *, sums: bool) -> dict[str, Any]:
     found = history.sums(revision) if sums else None
     return {
         "revision": revision,
-        "message": redact(item.message),
+        "message": item.message,
         "file": history.file_name(item),
         "parents": list(item.parents),
+        "depends_on": list(history.dependencies(revision)),
         "min_compatible": history.min_compatible(revision) or None,
         "checksum": found.sha256 if found else None,
         "syntax": found.syntax if found else None,
@@ -205,7 +230,24 @@ def _tells_a_secret(statements: Sequence[str]) -> bool:
     return any(redact(text) != text for text in statements)
 
 
-_MAY_WRITE = "SELECT has_table_privilege('{table}', 'INSERT') AND has_table_privilege('{table}', 'SELECT')"
+_MAY_WRITE = "SELECT has_table_privilege('{ledger}', 'INSERT') AND has_table_privilege('{ledger}', 'SELECT')"
+_MAY_CREATE = "SELECT has_schema_privilege('{schema}', 'CREATE')"
+
+
+def _refuse_unless(connection: Connection, question: str, place: VersionTable, what: str, grant: str) -> None:
+    """Raise :class:`AccessDenied` unless the migration's role may do that to the ledger."""
+    names = {"ledger": _inside_quotes(place.quoted), "schema": _inside_quotes(place.schema)}
+    if connection.ask(question.format(**names)):
+        return
+    role = connection.ask("SELECT current_user::text")
+    statement = grant.format(ledger=place, schema=place.schema, role=role)
+    raise AccessDenied(
+        f"{role} may not {what} the ledger {place}.", next_step=f"{statement}; or MIGRATOR_LEDGER=off"
+    )
+
+
+def _inside_quotes(text: str) -> str:
+    return text.replace("'", "''")
 
 
 def settle(
@@ -246,7 +288,7 @@ def close(session: Session, table: VersionTable, author: Author, outcome: Outcom
         command=outcome.command,
         code=int(outcome.code),
         outcome=outcome.code.name,
-        message=redact(outcome.message),
+        message=outcome.message,
         rows_before=list(outcome.before or ()),
         rows_after=list(outcome.after or ()),
         seconds=round(outcome.seconds, 3),
@@ -254,7 +296,7 @@ def close(session: Session, table: VersionTable, author: Author, outcome: Outcom
         digest=digest,
         details={
             "stages": {stage.stage: round(stage.seconds, 3) for stage in outcome.stages},
-            "findings": [redact(str(finding)) for finding in outcome.findings],
+            "findings": [str(finding) for finding in outcome.findings],
         },
     )
     ledger.append(session, table, [row])

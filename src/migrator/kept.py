@@ -87,7 +87,7 @@ def _unknown(name: str) -> HistoryError:
 
 
 def _ancestors(ways: Sequence[WayBack], names: Iterable[str]) -> set[str]:
-    parents = {way.revision: way.parents for way in ways}
+    parents = {way.revision: (*way.parents, *way.depends_on) for way in ways}
     seen: set[str] = set()
     waiting = list(names)
     while waiting:

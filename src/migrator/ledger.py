@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from migrator.contents import LEDGER
+from migrator.logs import redact
 from migrator.postgres import QueryFailed, Session, quote_identifier
 from migrator.versions import VersionTable
 
@@ -43,6 +44,7 @@ CREATE TABLE {table} (
     checksum text,
     syntax text,
     parents text[],
+    depends_on text[],
     min_compatible text,
     rows_before text[],
     rows_after text[],
@@ -57,6 +59,7 @@ CREATE TABLE {table} (
     host text,
     migrator_version text,
     image_version text,
+    search_path text,
     way_back text[],
     no_way_back text,
     details jsonb,
@@ -67,7 +70,7 @@ CREATE TABLE {table} (
 _INSERT = (
     "INSERT INTO {table} SELECT r.* FROM jsonb_array_elements(CAST({rows} AS jsonb)) AS d,"
     " jsonb_populate_record(NULL::{table}, d || jsonb_build_object("
-    "'at', clock_timestamp(), 'role', current_user)) AS r"
+    "'at', clock_timestamp(), 'role', current_user)) AS r RETURNING txid_current()::text"
 )
 
 # A ledger of a version table that was renamed, or of another one in the schema, is not ours.
@@ -90,10 +93,15 @@ SELECT code, digest FROM {table} WHERE version_table = %s AND event = 'run' ORDE
 """
 
 _WAYS_BACK = """
-SELECT DISTINCT ON (revision) revision, event, message, parents, rows_before, rows_after, way_back, no_way_back,
-       at, number, image_version
+SELECT DISTINCT ON (revision) revision, event, message, parents, depends_on, rows_before, rows_after, way_back,
+       no_way_back, at, number, image_version, search_path, role
 FROM {table} WHERE version_table = %s AND revision IS NOT NULL AND event <> 'accepted'
 ORDER BY revision, at DESC, number DESC
+"""
+
+
+_NEWEST = """
+SELECT to_jsonb(l) - 'way_back' FROM {table} l WHERE version_table = %s ORDER BY at DESC, number DESC LIMIT %s
 """
 
 
@@ -123,11 +131,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class WayBack:
-    """How to revert one revision without its file: SQL statements, or the reason why there are none."""
+    """How to revert one revision without its file: SQL statements, or the reason why there are none.
+
+    ``search_path`` and ``role`` are those that it was applied with: the same names then mean the same tables.
+    """
 
     revision: str
     message: str
     parents: tuple[str, ...]
+    depends_on: tuple[str, ...]
     rows_before: tuple[str, ...]
     rows_after: tuple[str, ...]
     statements: tuple[str, ...] | None
@@ -135,6 +147,8 @@ class WayBack:
     at: datetime
     number: int
     image_version: str
+    search_path: str
+    role: str
 
 
 @dataclass(frozen=True)
@@ -203,9 +217,26 @@ def insertion(ledger: VersionTable, rows: str) -> str:
 
 
 def document(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as the JSON text that :func:`insertion` takes."""
-    # Postgres's jsonb takes no NUL.
-    return json.dumps(list(rows), ensure_ascii=False, default=str).replace("\\u0000", "")
+    """Return rows as the JSON text that :func:`insertion` takes, without secrets."""
+    return json.dumps([_clean(row) for row in rows], ensure_ascii=False, default=str)
+
+
+def _clean(value: Any, key: str = "") -> Any:
+    """Return a value as jsonb takes it, and without a secret in what people wrote; ``key`` is its column."""
+    if isinstance(value, Mapping):
+        return {name: _clean(item, key or name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = (
+        value.encode(errors="replace").decode().replace("\0", "")
+    )  # lone surrogates and NUL are no JSON of Postgres's
+    return redact(text) if key in _WRITTEN_BY_PEOPLE else text
+
+
+_WRITTEN_BY_PEOPLE = frozenset({"actor", "command", "details", "host", "message", "no_way_back"})
+"""Columns that may repeat a secret; one in ``way_back`` keeps the SQL out, for half of it would do harm."""
 
 
 def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -218,7 +249,8 @@ def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping
     if not exists(ledger, session.value):
         session.query(creation(ledger))
         _give_to_owner_of(session, version_table, ledger)
-    session.query(insertion(ledger, "%s"), (document(rows),))
+    with session.as_role(_owner_of(session, ledger, unless_may="INSERT")):
+        session.query(insertion(ledger, "%s"), (document(rows),))
 
 
 def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: VersionTable) -> None:
@@ -231,6 +263,31 @@ def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: Ver
         session.query(f"ALTER TABLE {ledger.quoted} OWNER TO {quote_identifier(owner)}")
 
 
+def _owner_of(session: Session, ledger: VersionTable, *, unless_may: str) -> str:
+    """Return the owner, whom the login can become, where it may not itself do this; else an empty string."""
+    owner = session.value(
+        "SELECT pg_get_userbyid(relowner)::text FROM pg_class WHERE oid = to_regclass(%s)"
+        " AND NOT has_table_privilege(oid, %s) AND pg_has_role(relowner, 'MEMBER')",
+        (ledger.quoted, unless_may),
+    )
+    return owner or ""
+
+
+def _read(
+    session: Session, ledger: VersionTable, sql: str, parameters: tuple[Any, ...]
+) -> list[tuple[Any, ...]]:
+    """Query the ledger, as its owner where the login itself may not; raises QueryFailed."""
+    sql = sql.format(table=ledger.quoted.replace("%", "%%"))
+    try:
+        return session.query(sql, parameters)
+    except QueryFailed as error:
+        owner = "" if error.sqlstate != "42501" else _owner_of(session, ledger, unless_may="SELECT")
+        if not owner:
+            raise
+    with session.as_role(owner):
+        return session.query(sql, parameters)
+
+
 def read_standing(session: Session, version_table: VersionTable | None) -> Standing:
     """Read what stands; a ledger that is not there, or may not be read, says nothing."""
     if version_table is None:
@@ -238,8 +295,8 @@ def read_standing(session: Session, version_table: VersionTable | None) -> Stand
     ledger = beside(version_table, session.value)
     parameters = (version_table.name,)
     try:
-        rows = session.query(_STANDING.format(table=ledger.quoted), parameters)
-        last = session.query(_LAST_RUN.format(table=ledger.quoted), parameters)
+        rows = _read(session, ledger, _STANDING, parameters)
+        last = _read(session, ledger, _LAST_RUN, parameters)
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise
@@ -257,7 +314,7 @@ def read_ways_back(session: Session, version_table: VersionTable) -> list[WayBac
     """Return how to revert each applied revision, the newest one first."""
     ledger = beside(version_table, session.value)
     try:
-        rows = session.query(_WAYS_BACK.format(table=ledger.quoted), (version_table.name,))
+        rows = _read(session, ledger, _WAYS_BACK, (version_table.name,))
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise
@@ -267,13 +324,16 @@ def read_ways_back(session: Session, version_table: VersionTable) -> list[WayBac
             revision=row[0],
             message=row[2] or "",
             parents=tuple(row[3] or ()),
-            rows_before=tuple(row[4] or ()),
-            rows_after=tuple(row[5] or ()),
-            statements=None if row[6] is None else tuple(row[6]),
-            reason=row[7] or "",
-            at=row[8],
-            number=row[9],
-            image_version=row[10] or "",
+            depends_on=tuple(row[4] or ()),
+            rows_before=tuple(row[5] or ()),
+            rows_after=tuple(row[6] or ()),
+            statements=None if row[7] is None else tuple(row[7]),
+            reason=row[8] or "",
+            at=row[9],
+            number=row[10],
+            image_version=row[11] or "",
+            search_path=row[12] or "",
+            role=row[13] or "",
         )
         for row in rows
         if row[1] not in _GONE
@@ -284,12 +344,8 @@ def read_ways_back(session: Session, version_table: VersionTable) -> list[WayBac
 def read_rows(session: Session, version_table: VersionTable, limit: int) -> list[dict[str, Any]]:
     """Return the newest rows as they are, the newest first; the SQL of the way back is left out."""
     ledger = beside(version_table, session.value)
-    sql = (
-        f"SELECT to_jsonb(l) - 'way_back' FROM {ledger.quoted} l WHERE version_table = %s"  # noqa: S608 - quoted
-        " ORDER BY at DESC, number DESC LIMIT %s"
-    )
     try:
-        return [row[0] for row in session.query(sql, (version_table.name, limit))]
+        return [row[0] for row in _read(session, ledger, _NEWEST, (version_table.name, limit))]
     except QueryFailed as error:
         if error.lost or error.sqlstate != "42P01":
             raise

@@ -10,6 +10,7 @@ from migrator.errors import HistoryError, SettingsError
 from migrator.history.commits import watch_commits
 from migrator.history.driver_calls import DriverCalls
 from migrator.history.statements import lift_timeouts_for_concurrent_builds
+from migrator.observation import Observation
 from migrator.postgres import Session, dead_client_settings
 from migrator.settings import Settings
 from migrator.versions import VersionTable
@@ -44,6 +45,14 @@ class MigrationConnection:
         """Return SQLAlchemy's connection."""
         return self._connection
 
+    @property
+    def translates(self) -> bool:
+        """Whether it puts other schemas in the place of those that revisions name.
+
+        https://docs.sqlalchemy.org/en/20/core/connections.html#schema-translating
+        """
+        return bool(self._connection.get_execution_options().get("schema_translate_map"))
+
     def is_on(self, connection: Any) -> bool:
         """Whether this is about that very connection."""
         return self._connection is connection
@@ -52,11 +61,12 @@ class MigrationConnection:
         """Return the first column of the first row; no parameters, for drivers differ in how they write them."""
         return self._connection.exec_driver_sql(sql).scalar()
 
-    def tell(self, sql: str, **values: str) -> None:
-        """Run a statement; parameters are written ``:name``, whatever the driver."""
+    def tell(self, sql: str, **values: str) -> Any:
+        """Run a statement and return its first value, if it has one; parameters are ``:name``, whatever the driver."""
         from sqlalchemy import text
 
-        self._connection.execute(text(sql), values)
+        result = self._connection.execute(text(sql), values)
+        return result.scalar() if result.returns_rows else None
 
     def refuse_another_database(self, session: Session) -> None:
         """Raise :class:`SettingsError` unless this is the database that ``session`` locked and backed up."""
@@ -137,6 +147,10 @@ class MigrationConnection:
     def notice_a_dead_client(self, server_major: int) -> None:
         """Let the server notice within seconds that we are gone: a killed run would keep its locks otherwise."""
         self.ask(dead_client_settings(server_major))
+
+    def observe(self, session: Session) -> Observation:
+        """Observe what is executed from now on; ``session`` sees the state before."""
+        return Observation(self._connection, session)
 
     def listen(self, committed: Callable[[], None]) -> None:
         """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.support import plain_alembic
 from tests.support.runner import Result, Runner
-from tests.support.servers import Database
+from tests.support.servers import LEDGER, Database
 
 
 class Comparison:
@@ -41,7 +41,7 @@ class Comparison:
         result = running.finish(60)
         assert other.returncode == 0, said
         assert result.code == 0, result
-        assert self.database.dump() == self.plain.dump(), result
+        assert self.database.dump(LEDGER) == self.plain.dump(), result
         assert not every or applied(result) == revisions_of(folder), result
         assert result.logs[-1]["outcome"] == "OK", result
         return result

@@ -168,6 +168,11 @@ class History:
         """Return the revision with this very id."""
         return self._revision(self.script.get_revision(name))
 
+    def dependencies(self, name: str) -> tuple[str, ...]:
+        """Return the ids of what a revision depends on (``depends_on``), its parents aside."""
+        script = cast(Any, self.script.get_revision(name))
+        return tuple(sorted(set(script._all_down_revisions) - set(script._versioned_down_revisions)))
+
     def sha256(self, revision: Revision) -> str:
         """Return the checksum of a revision's file, which is read once."""
         if revision.path not in self._sha256:

@@ -15,7 +15,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from migrator import ledger
 from migrator.aftermath import RETRYABLE
-from migrator.errors import MigratorError, Partial, RolledBack
+from migrator.errors import Internal, MigratorError, Partial, RolledBack
 from migrator.interruption import Interruption
 from migrator.ledger import Author, WayBack
 from migrator.outcome import RevisionResult
@@ -74,7 +74,8 @@ class Reversal:
             ("statement_timeout", self._settings.statement_timeout),
         ):
             connection.query("SELECT set_config(%s, %s, false)", (name, f"{int((seconds or 0) * 1000)}ms"))
-        connection.query("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, APPLY_LOCK))
+        if not connection.value("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, APPLY_LOCK)):
+            raise Internal("Another connection holds the apply lock, under our run lock.")
 
     def _attempts(
         self, connection: Session, way: WayBack, before: frozenset[str], after: frozenset[str], number: int
@@ -97,6 +98,7 @@ class Reversal:
         started = time.monotonic()
         connection.query("BEGIN")
         try:
+            _as_it_was_applied(connection, way)
             for statement in way.statements or ():
                 connection.query(statement)
             for gone in sorted(before - after):
@@ -139,6 +141,15 @@ class Reversal:
             + part,
             next_step="downgrade with an image that has the revision, or restore a backup: `migrator backups`",
         )
+
+
+def _as_it_was_applied(connection: Session, way: WayBack) -> None:
+    """Take the role and the search_path that the revision was applied with, so that its names mean the same."""
+    may = "SELECT pg_has_role(session_user, oid, 'MEMBER') FROM pg_roles WHERE rolname = %s"
+    role = way.role if connection.value(may, (way.role,)) else "none"
+    connection.query("SELECT set_config('role', %s, false)", (role,))
+    if way.search_path:
+        connection.query("SELECT set_config('search_path', %s, false)", (way.search_path,))
 
 
 def _ends_transaction(statement: str) -> bool:
