@@ -38,6 +38,7 @@ from migrator.stages.apply import Application, apply
 from migrator.stages.backup import back_up, decide
 from migrator.stages.guard import guard
 from migrator.stages.inspect import Inspection, inspect
+from migrator.stages.leftovers import clear
 from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, lock_if_free, regain
 from migrator.stages.revert import Reversal
 from migrator.stages.verify import verify
@@ -159,6 +160,7 @@ def _stages(this: Run) -> None:
         with record.stage("guard"):
             record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
         _backup(this, session, found)
+        _clear_leftovers(this, session, found, expectations)
         not_valid = catalog.not_valid_constraints(session)
         table = _apply(this, session, history, found)
         _verify_patiently(this, session, table, expectations, history, not_valid)
@@ -239,6 +241,20 @@ def _backup(this: Run, session: Session, found: Inspection) -> None:
             ) from error  # the server went away, and pg_dump with it
         this.record.backup = summary(backup)
         details.update(id=backup.id, size_bytes=backup.size_bytes)
+
+
+def _clear_leftovers(
+    this: Run, session: Session, found: Inspection, expectations: Expectations | None
+) -> None:
+    """Look for INVALID indexes ahead of apply; those that a pending revision builds are dropped."""
+    if found.plan.empty or found.plan.kept or this.request.kind == "stamp":
+        return
+    this.record.findings += clear(
+        session,
+        found.plan,
+        rebuild=this.settings.invalid_indexes == "rebuild",
+        allowed=expectations.allowed_invalid_indexes if expectations else (),
+    )
 
 
 def _apply(this: Run, session: Session, history: History, found: Inspection) -> VersionTable | None:
@@ -412,7 +428,9 @@ def _verify(
             not_valid_before=catalog.not_valid_constraints(session) if not_valid is None else not_valid,
             expectations=expectations,
         )
-        record.findings += findings
+        said = {(finding.rule, finding.place) for finding in findings}
+        before = (finding for finding in record.findings if (finding.rule, finding.place) not in said)
+        record.findings = (*before, *findings)
         details.update(findings=len(findings), expectations=bool(expectations and at_head))
         errors = [finding for finding in findings if finding.severity is Severity.ERROR]
         if errors:

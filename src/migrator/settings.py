@@ -106,6 +106,11 @@ class Settings:
     actor: str = setting(
         "", str, "who is answerable for a run, for the ledger (such as the CI job's address)"
     )
+    invalid_indexes: str = setting(
+        "rebuild",
+        choice("rebuild", "report"),
+        "an INVALID index that a killed run left: rebuild (drop it where a pending revision builds it) or report",
+    )
     edited: str = setting(
         "refuse",
         choice("refuse", "cosmetic", "warn"),

@@ -6,11 +6,12 @@ as people write them, ``schema.name``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from migrator.contents import INVALID_INDEXES
-from migrator.postgres import Session
+from migrator.postgres import Session, quote_identifier
 from migrator.schema.names import ForeignKey, canonical_type
 
 
@@ -26,6 +27,18 @@ class Index:
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
+
+    @property
+    def remedy(self) -> str:
+        """Return the SQL that makes it valid, or takes it away."""
+        name = f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
+        drop = f"DROP INDEX CONCURRENTLY {name};"
+        if re.search(r"_cc(new|old)\d*$", self.name):
+            return f"it is left over from a REINDEX CONCURRENTLY that failed: {drop}"
+        rebuild = f"REINDEX INDEX CONCURRENTLY {name};"
+        if self.unique:
+            rebuild = f"remove the rows that are there twice, then {rebuild}"
+        return f"{rebuild} or, where it is not wanted, {drop}"
 
 
 @dataclass(frozen=True)

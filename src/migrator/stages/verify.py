@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -91,18 +90,8 @@ def _invalid_indexes(session: Session, expectations: Expectations) -> Iterator[F
                 "invalid-index",
                 index,
                 f"the index on {index.schema}.{index.table} is invalid: Postgres maintains it and does not use it",
-                _index_remedy(index),
+                index.remedy,
             )
-
-
-def _index_remedy(index: catalog.Index) -> str:
-    drop = f"DROP INDEX CONCURRENTLY {_quoted(index.schema, index.name)};"
-    if re.search(r"_cc(new|old)\d*$", index.name):
-        return f"it is left over from a REINDEX CONCURRENTLY that failed: {drop}"
-    rebuild = f"REINDEX INDEX CONCURRENTLY {_quoted(index.schema, index.name)};"
-    if index.unique:
-        rebuild = f"remove the rows that are there twice, then {rebuild}"
-    return f"{rebuild} or, where it is not wanted, {drop}"
 
 
 def _constraints(session: Session, expectations: Expectations, before: frozenset[str]) -> Iterator[Finding]:

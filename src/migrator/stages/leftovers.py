@@ -1,0 +1,131 @@
+"""INVALID indexes that a run before left: found ahead of apply, and taken away where a revision builds them anew.
+
+``CREATE INDEX CONCURRENTLY`` that is killed or fails leaves its index behind, which Postgres maintains and does not
+use.  The revision that is tried again then fails because the name is taken; with ``IF NOT EXISTS`` it passes, and the
+index stays invalid for ever.
+https://www.postgresql.org/docs/current/sql-createindex.html#SQL-CREATEINDEX-CONCURRENTLY
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from migrator.history import Plan, Revision
+from migrator.outcome import Finding, Severity
+from migrator.postgres import QueryFailed, Session, quote_identifier
+from migrator.schema import catalog
+
+log = logging.getLogger("migrator.leftovers")
+
+_SECOND_LOOK = 0.2  # seconds, in which a build that just ended comes to be seen as valid
+
+
+def clear(
+    session: Session, plan: Plan, *, rebuild: bool, allowed: Collection[tuple[str, str]] = ()
+) -> tuple[Finding, ...]:
+    """Drop the INVALID indexes that ``plan`` builds anew, if ``rebuild``; return a finding for each other one.
+
+    ``allowed`` are (schema, name) of those that verify.toml lets be.  Waits for older transactions, as
+    ``DROP INDEX CONCURRENTLY`` does; the session can be cancelled.  Raises :class:`QueryFailed` where the
+    connection is lost.
+    """
+    found = [index for index in catalog.invalid_indexes(session) if (index.schema, index.name) not in allowed]
+    if not found:
+        return ()
+    time.sleep(_SECOND_LOOK)
+    still = {index.oid for index in catalog.invalid_indexes(session)}
+    found = [index for index in found if index.oid in still]
+    texts = {revision.revision: _text(revision, plan.kind) for revision in plan.revisions}
+    return tuple(_each(session, found, texts, rebuild=rebuild))
+
+
+def _each(
+    session: Session, found: list[catalog.Index], texts: dict[str, str], *, rebuild: bool
+) -> Iterator[Finding]:
+    for index in found:
+        builder = next((name for name, text in texts.items() if builds(text, index.name)), "")
+        if not rebuild or not builder:
+            finding = _finding(index)
+            log.warning("%s", finding, extra={"stage": "apply"})
+            yield finding
+            continue
+        log.warning(
+            "dropping the INVALID index %s, which a run before left: %s builds it anew",
+            index,
+            builder,
+            extra={"stage": "apply", "revision": builder},
+        )
+        try:
+            session.query(
+                f"DROP INDEX CONCURRENTLY IF EXISTS"
+                f" {quote_identifier(index.schema)}.{quote_identifier(index.name)}"
+            )
+        except QueryFailed as error:
+            if error.lost:
+                raise
+            yield _finding(index, f"; it could not be dropped: {error.text.rstrip('.')}")
+
+
+def _finding(index: catalog.Index, more: str = "") -> Finding:
+    return Finding(
+        rule="invalid-index",
+        severity=Severity.WARNING,
+        place=str(index),
+        sentence=f"the index on {index.schema}.{index.table} was invalid before this run{more}",
+        remedy=index.remedy,
+    )
+
+
+def builds(text: str, index: str) -> bool:
+    """Whether Python or SQL ``text`` builds an index of that name, and does not count on its being there.
+
+    A name that is put together when the revision runs is not recognised.
+    """
+    name = rf"(?<![\w$]){re.escape(index)}(?![\w$])"
+    if not re.search(name, text) or not re.search(
+        r"create_index|CREATE\s+(?:UNIQUE\s+)?INDEX", text, re.IGNORECASE
+    ):
+        return False
+    schema = r'(?:[\w$"]+\.)?"?'
+    uses = (
+        rf"DROP\s+INDEX\s+(?:CONCURRENTLY\s+)?{schema}{name}",
+        rf"REINDEX\s[^;]*{name}",
+        rf"ALTER\s+INDEX\s[^;]*{name}",
+        rf"USING\s+INDEX\s+{schema}{name}",
+        rf"COMMENT\s+ON\s+INDEX\s+{schema}{name}",
+    )
+    creation = rf"CREATE\s+(?:UNIQUE\s+)?INDEX\s+(?:CONCURRENTLY\s+)?(?:IF\s+NOT\s+EXISTS\s+)?{schema}{name}"
+    calls = [
+        (call[1], call[0]) for call in re.finditer(r"(create|drop)_index\((?:[^()]|\([^()]*\))*\)", text)
+    ]
+    drops = any(kind == "drop" and re.search(name, call) and "if_exists" not in call for kind, call in calls)
+    creates = re.search(creation, text, re.IGNORECASE) or any(
+        kind == "create" and re.search(name, call) for kind, call in calls
+    )
+    if creates:
+        return not (
+            drops or re.search(uses[0], text, re.IGNORECASE) or re.search(uses[1], text, re.IGNORECASE)
+        )
+    return not (drops or any(re.search(use, text, re.IGNORECASE) for use in uses))
+
+
+def _text(revision: Revision, kind: str) -> str:
+    """Return the text of a revision's file without the function that goes the other way."""
+    try:
+        text = Path(revision.path).read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError):
+        return ""
+    other = "downgrade" if kind == "upgrade" else "upgrade"
+    lines: list[str] = text.splitlines()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == other:
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (
+                (node.end_lineno or node.lineno) - node.lineno + 1
+            )
+    return "\n".join(lines)
