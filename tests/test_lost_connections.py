@@ -1,0 +1,296 @@
+"""Connections that are lost, servers that restart, networks that are cut: nothing is run twice, nothing half told."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrator.outcome import ExitCode
+from tests.support.env_text import env
+from tests.support.outcomes import done, left_behind, refusal
+from tests.support.projects import Revision
+from tests.support.proxy import Proxy
+from tests.support.runner import Result, Runner, Running
+from tests.support.servers import Database, Server
+
+Project = Callable[..., Path]
+Start = Callable[..., Running]
+
+ASYNC = (Path(__file__).parent / "support/env_files/async_engine.py").read_text()
+URL = "config.get_main_option('sqlalchemy.url').replace('postgresql:', 'postgresql+psycopg:')"
+ENV_FILES = {
+    "psycopg2": env(),
+    "psycopg2, per migration": env(configure="transaction_per_migration=True"),
+    "psycopg": env(engine=f"create_engine({URL}, poolclass=pool.NullPool)"),
+    "asyncpg": {"migrations/env.py": ASYNC},
+    "its own transaction": env(run="with connection.begin():\n    run(connection)"),
+}
+each_env = pytest.mark.parametrize("files", ENV_FILES.values(), ids=ENV_FILES)
+both = pytest.mark.parametrize(
+    "files", [ENV_FILES["psycopg2"], ENV_FILES["asyncpg"]], ids=["psycopg2", "asyncpg"]
+)
+
+SLEEPING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+HELD = (
+    "SELECT pid, client_port FROM pg_locks JOIN pg_stat_activity USING (pid)"
+    " WHERE locktype = 'advisory' AND objid = {} AND datname = current_database()"
+)
+CONTROL, APPLYING = HELD.format(1), HELD.format(2)
+ENDED = "SELECT pg_terminate_backend(pid) FROM ({}) AS found"
+SOON = {"MIGRATOR_WAIT_TIMEOUT": "5s"}
+
+
+def history(slow: int = 2, sleep: float = 4, body: str = "{insert}\nop.execute('{sleep}')") -> list[Revision]:
+    """Return three revisions, each of which leaves a row per time it was run; the `slow` one takes a while."""
+    insert = "op.execute(\"INSERT INTO effects VALUES ('r00{}')\")"
+    bodies = {1: "op.execute('CREATE TABLE effects (revision text)')\n" + insert.format(1)}
+    bodies |= {number: insert.format(number) for number in (2, 3)}
+    bodies[slow] = body.format(insert=bodies[slow], sleep=f"SELECT pg_sleep({sleep})")
+    return [
+        Revision(f"r00{number}", f"r00{number - 1}" if number > 1 else None, text)
+        for number, text in sorted(bodies.items())
+    ]
+
+
+def once_each(result: Result, database: Database, *, again: bool | None = True) -> None:
+    """Check that a run got through, and ran each revision once; `again` says whether it had to begin again."""
+    done(result)
+    assert database.psql("SELECT revision FROM effects ORDER BY 1") == [("r001",), ("r002",), ("r003",)]
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r003",)]
+    assert left_behind(database) == []
+    assert [item["revision"] for item in result.answer["revisions"]] == ["r001", "r002", "r003"]
+    if again is not None:
+        assert ("going through env.py again" in result.stderr) is again, result
+
+
+def asleep(run: Running, database: Database) -> None:
+    """Wait until a revision sleeps."""
+    run.wait_for(lambda: database.psql(SLEEPING))
+
+
+@pytest.fixture
+def proxy(database: Database) -> Iterator[Proxy]:
+    """A proxy in front of the shared server, for one test."""
+    with Proxy(database.server.port) as made:
+        yield made
+
+
+@pytest.fixture
+def start(start_migrator: Start) -> Start:
+    """Start an upgrade that answers in JSON."""
+
+    def begin(folder: Path, database: Database, **variables: str) -> Running:
+        return start_migrator("--format", "json", cwd=folder, database=database, env=variables)
+
+    return begin
+
+
+@each_env
+def test_an_ended_migration_is_run_again(
+    database: Database, project: Project, start: Start, files: dict[str, str]
+) -> None:
+    run = start(project(files, revisions=history()), database)
+    asleep(run, database)
+    database.psql(ENDED.format(APPLYING))
+    once_each(run.finish(60), database)
+
+
+@pytest.mark.parametrize("slow", [1, 3])
+def test_in_the_first_and_in_the_last_revision_too(
+    database: Database, project: Project, start: Start, slow: int
+) -> None:
+    run = start(project(revisions=history(slow)), database)
+    asleep(run, database)
+    database.psql(ENDED.format(APPLYING))
+    once_each(run.finish(60), database)
+
+
+@both
+def test_both_connections_ended_at_once(
+    database: Database, project: Project, start: Start, files: dict[str, str]
+) -> None:
+    run = start(project(files, revisions=history()), database)
+    asleep(run, database)
+    database.psql(f"{ENDED.format(APPLYING)} UNION ALL {ENDED.format(CONTROL)}")
+    result = run.finish(60)
+    once_each(result, database)
+    assert "the run lock was not ours" not in result.stderr
+
+
+def test_it_is_given_up_where_it_is_ended_each_time(
+    database: Database, project: Project, start: Start
+) -> None:
+    suicide = "{insert}\nop.execute('SELECT pg_terminate_backend(pg_backend_pid())')"
+    result = start(project(revisions=history(body=suicide)), database).finish(60)
+    refusal(result, ExitCode.ROLLED_BACK, "Revision r002 failed", "Everything was rolled back.")
+    assert result.stderr.count("going through env.py again") == 3
+    assert database.psql("SELECT to_regclass('effects')") == [(None,)]
+
+
+def test_what_env_py_did_on_its_connection_is_done_again(
+    database: Database, project: Project, start: Start
+) -> None:
+    database.execute("CREATE SCHEMA tenant")
+    set_path = env(connected="connection.execute(text('SET search_path TO tenant')); connection.commit()")
+    run = start(project(set_path, revisions=history()), database)
+    asleep(run, database)
+    database.psql(ENDED.format(APPLYING))
+    done(run.finish(60))
+    assert database.psql("SELECT count(*) FROM tenant.effects") == [(3,)]
+    assert database.psql("SELECT to_regclass('public.effects')") == [(None,)]
+
+
+@both
+def test_what_left_its_transaction_is_not_run_again(
+    database: Database, project: Project, start: Start, files: dict[str, str]
+) -> None:
+    block = "with op.get_context().autocommit_block():\n    {insert}\n    op.execute('{sleep}')"
+    run = start(project(files, revisions=history(body=block)), database)
+    asleep(run, database)
+    database.psql(ENDED.format(APPLYING))
+    result = run.finish(60)
+    refusal(result, ExitCode.PARTIAL, "A part of r002 was committed", "the database is at r001")
+    assert "again (1 of" not in result.stderr
+    assert database.psql("SELECT revision FROM effects ORDER BY 1") == [("r001",), ("r002",)]
+
+
+SLOW_COMMIT = """{insert}
+op.execute('''CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS
+              $$ BEGIN PERFORM pg_sleep(4); RETURN NULL; END $$''')
+op.execute('''CREATE CONSTRAINT TRIGGER slowly AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED
+              FOR EACH ROW WHEN (NEW.revision = 'last') EXECUTE FUNCTION slowly()''')
+op.execute("INSERT INTO effects VALUES ('last')")"""
+
+
+@pytest.mark.parametrize("how", ["ended", "answer lost"])
+@pytest.mark.parametrize("name", ["psycopg2", "psycopg2, per migration", "asyncpg"])
+def test_while_it_commits(
+    database: Database, project: Project, start: Start, proxy: Proxy, name: str, how: str
+) -> None:
+    revisions = history(3, body=SLOW_COMMIT)
+    run = start(project(ENV_FILES[name], revisions=revisions), database, **proxy.environment(database))
+    asleep(run, database)
+    ((_, port),) = database.psql(APPLYING)
+    if how == "ended":
+        database.psql(ENDED.format(APPLYING))
+    else:
+        proxy.stall(port, direction="down")
+    result = run.finish(90)
+    assert database.psql("DELETE FROM effects WHERE revision = 'last' RETURNING 1") == [(1,)]
+    once_each(result, database)
+    assert ("an answer was lost on the way" in result.stderr) is (how == "answer lost")
+
+
+@both
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_server_that_restarts(
+    private_server: Callable[..., Server], project: Project, start: Start, files: dict[str, str], mode: str
+) -> None:
+    server = private_server()
+    database = server.create_database()
+    run = start(project(files, revisions=history()), database)
+    asleep(run, database)
+    server.stop(mode)
+    time.sleep(1)
+    server.start()
+    once_each(run.finish(90), database)
+
+
+def test_a_server_that_does_not_come_back(
+    private_server: Callable[..., Server], project: Project, start: Start, run_migrator: Runner
+) -> None:
+    server = private_server()
+    database, other = server.create_database(), server.create_database()
+    folder = project(revisions=history())
+    per_migration = project(ENV_FILES["psycopg2, per migration"], revisions=history(), name="per_migration")
+    runs = [start(folder, database, **SOON), start(per_migration, other, **SOON)]
+    asleep(runs[0], database)
+    asleep(runs[1], other)
+    server.stop("immediate")
+    results = [run.finish(60) for run in runs]
+    server.start()
+    refusal(results[0], ExitCode.UNREACHABLE, "Revision r002 failed", "Nothing was committed")
+    assert database.psql("SELECT to_regclass('effects')") == [(None,)]
+    refusal(results[1], ExitCode.PARTIAL, "could not be asked what was committed")
+    assert other.psql("SELECT revision FROM effects") == [("r001",)]
+    done(run_migrator(cwd=folder, database=database))
+    done(run_migrator(cwd=per_migration, database=other))
+    assert other.psql("SELECT revision FROM effects ORDER BY 1") == [("r001",), ("r002",), ("r003",)]
+
+
+@both
+def test_a_stall_that_passes_is_waited_for(
+    database: Database, project: Project, start: Start, proxy: Proxy, files: dict[str, str]
+) -> None:
+    run = start(project(files, revisions=history(sleep=2)), database, **proxy.environment(database))
+    asleep(run, database)
+    proxy.stall()
+    time.sleep(3)
+    proxy.resume()
+    once_each(run.finish(60), database, again=False)
+
+
+@both
+@pytest.mark.parametrize("how", ["drop", "reset"])
+def test_a_network_that_ends_every_connection(
+    database: Database, project: Project, start: Start, proxy: Proxy, files: dict[str, str], how: str
+) -> None:
+    run = start(project(files, revisions=history()), database, **proxy.environment(database))
+    asleep(run, database)
+    getattr(proxy, how)()
+    once_each(run.finish(60), database)
+
+
+@each_env
+def test_a_stall_of_the_migration_alone(
+    database: Database, project: Project, start: Start, proxy: Proxy, files: dict[str, str]
+) -> None:
+    run = start(project(files, revisions=history(sleep=2)), database, **proxy.environment(database))
+    asleep(run, database)
+    ((_, port),) = database.psql(APPLYING)
+    proxy.stall(port)
+    result = run.finish(90)
+    once_each(result, database)
+    assert "an answer was lost on the way" in result.stderr
+
+
+@both
+def test_a_stall_for_good_ends_and_nobody_applies_beside_it(
+    database: Database,
+    project: Project,
+    start: Start,
+    start_migrator: Start,
+    proxy: Proxy,
+    files: dict[str, str],
+) -> None:
+    folder = project(files, revisions=history(sleep=2))
+    run = start(folder, database, **proxy.environment(database), **SOON)
+    asleep(run, database)
+    proxy.stall()
+    run.wait_for("the control connection was lost", timeout=8)
+    database.psql(
+        ENDED.format(CONTROL)
+    )  # as the server does when it notices; the other one still holds its lock
+    second = start(folder, database)
+    second.wait_for("waiting for the run lock")
+    refusal(run.finish(120), ExitCode.UNREACHABLE, "Revision r002 failed", "Nothing was committed")
+    assert database.psql("SELECT to_regclass('effects')") == [(None,)]
+    proxy.close()
+    once_each(second.finish(60), database, again=False)
+
+
+def test_a_signal_is_obeyed_when_nothing_answers(
+    database: Database, project: Project, start: Start, proxy: Proxy
+) -> None:
+    run = start(project(revisions=history(sleep=60)), database, **proxy.environment(database))
+    asleep(run, database)
+    proxy.stall()
+    run.send(signal.SIGTERM)
+    refusal(run.finish(28), ExitCode.PARTIAL, "Interrupted by SIGTERM", "could not be asked")
+    proxy.close()
+    assert left_behind(database, 20) == []
+    assert database.psql("SELECT to_regclass('effects')") == [(None,)]
