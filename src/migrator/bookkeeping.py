@@ -31,8 +31,11 @@ class Connection(Protocol):
     def ask(self, sql: str) -> Any:
         """Return the first column of the first row."""
 
-    def tell(self, sql: str, **values: str) -> None:
-        """Run a statement; parameters are written ``:name``."""
+    def tell(self, sql: str, **values: str) -> Any:
+        """Run a statement and return its first value, if it has one; parameters are written ``:name``."""
+
+    def may_have_dropped(self) -> bool:
+        """Whether a statement since the last call was one that may have dropped a table."""
 
 
 class Bookkeeper:
@@ -54,6 +57,7 @@ class Bookkeeper:
         self._table = VersionTable()
         self._ledger = VersionTable()
         self._search_path = ""
+        self._sure = False  # that the ledger is there
         self._standing: set[str] = set()
         self._rows: frozenset[str] = frozenset()
         self._number = 0  # 0 is the row of the run itself
@@ -79,7 +83,7 @@ class Bookkeeper:
         """
         if not self._enabled:
             return
-        self._connection, self._table = connection, table
+        self._connection, self._table, self._sure = connection, table, False
         self._rows = frozenset(rows)
         self._ledger = ledger.beside(table, connection.ask)
         self._search_path = str(connection.ask("SELECT current_setting('search_path')"))
@@ -100,15 +104,18 @@ class Bookkeeper:
 
     def done(
         self, revision: str, *, upgrade: bool, rows: Iterable[str], seconds: float, details: Mapping[str, Any]
-    ) -> None:
-        """Add the row of a revision that was just applied or reverted, after which the version rows are ``rows``."""
+    ) -> int:
+        """Add the row of a revision that was just applied or reverted, after which the version rows are ``rows``.
+
+        Returns the id of the transaction that this was in, 0 where no ledger is kept.
+        """
         after = frozenset(rows)
         if upgrade:
             self._standing.add(revision)
         else:
             self._standing.discard(revision)
         way = self._way_back(revision) if upgrade else None
-        self._write(
+        number = self._write(
             [
                 self._row(
                     ledger.APPLIED if upgrade else ledger.REVERTED,
@@ -125,6 +132,7 @@ class Bookkeeper:
             ]
         )
         self._rows = after
+        return number
 
     def _way_back(self, revision: str) -> WayBack | None:
         """Return the SQL to keep, unless it names other tables than the revision does on this connection."""
@@ -168,13 +176,16 @@ class Bookkeeper:
             **values,
         )
 
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> int:
         if self._connection is None or not self._enabled:
-            return
-        # Asked each time: a revision may have dropped every table that it found.
-        if not ledger.exists(self._ledger, self._connection.ask):
-            self._connection.tell(ledger.creation(self._ledger))
-        self._connection.tell(ledger.insertion(self._ledger, ":rows"), rows=ledger.document(rows))
+            return 0
+        # A revision may have dropped every table that it found.
+        if self._connection.may_have_dropped() or not self._sure:
+            self._sure = True
+            if not ledger.exists(self._ledger, self._connection.ask):
+                self._connection.tell(ledger.creation(self._ledger))
+        statement = ledger.insertion(self._ledger, ":rows")
+        return int(self._connection.tell(statement, rows=ledger.document(rows)))
 
 
 def differences(

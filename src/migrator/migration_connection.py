@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from migrator.errors import HistoryError, SettingsError
-from migrator.history.commits import watch_commits
+from migrator.history.commits import watch_commits, watch_statements
 from migrator.history.driver_calls import DriverCalls
 from migrator.history.statements import lift_timeouts_for_concurrent_builds
 from migrator.observation import Observation
@@ -25,6 +26,7 @@ _IDENTITY = (
     "(SELECT oid FROM pg_database WHERE datname = current_database())::text || ' ' || current_database()"
 )
 _TRANSACTION = "SELECT (now() = statement_timestamp())::text || ' ' || txid_current()::text"
+_MAY_DROP = re.compile(r"\b(?:DROP|ALTER\s+SCHEMA|RENAME)\b", re.IGNORECASE)
 _NOW = "SELECT now()::text"  # the start of the transaction: it stands still unless each statement is its own
 
 
@@ -39,6 +41,7 @@ class MigrationConnection:
             )
         self._connection = context.connection
         self.calls: DriverCalls | None = None
+        self._dropped = False
 
     @property
     def raw(self) -> Any:
@@ -152,6 +155,15 @@ class MigrationConnection:
         """Observe what is executed from now on; ``session`` sees the state before."""
         return Observation(self._connection, session)
 
+    def may_have_dropped(self) -> bool:
+        """Whether a statement since the last call was one that may have dropped a table."""
+        dropped, self._dropped = self._dropped, False
+        return dropped
+
+    def _look_for_drops(self, _: Any, __: Any, statement: str, *___: Any) -> None:
+        if not self._dropped and _MAY_DROP.search(statement):
+            self._dropped = True
+
     def listen(self, committed: Callable[[], None]) -> None:
         """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection.
 
@@ -159,4 +171,5 @@ class MigrationConnection:
         """
         self.calls = DriverCalls(self._connection)
         lift_timeouts_for_concurrent_builds(self._connection)
+        watch_statements(self._connection, self._look_for_drops)
         watch_commits(self._connection, committed, every_statement=self.autocommits)

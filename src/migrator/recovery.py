@@ -50,14 +50,14 @@ class Recovery:
             self._connection, self._lost = None, False
             try:
                 go()
-                if self._application.failure is not None:
-                    raise self._application.failure  # env.py swallowed it
+                if self._application.steps.failure is not None:
+                    raise self._application.steps.failure  # env.py swallowed it
                 return
             except BaseException as error:
                 if not self._may_go_on(error):
                     raise
             # Outside of the except block, where the error no longer keeps env.py's connection alive.
-            self._application.failure, self._application.failed_in = None, ""
+            self._application.steps.failure, self._application.steps.running = None, ""
 
     def entered(
         self, connection: Any, table: VersionTable, heads: Sequence[str], steps: Sequence[Any]
@@ -65,7 +65,7 @@ class Recovery:
         """Note where a pass begins: SQLAlchemy's connection, the version table, its rows, and the steps to do."""
         self._connection, self._table = connection, table
         self._heads, self._steps = tuple(heads), tuple(steps)
-        self._results = len(self._application.results)
+        self._results = len(self._application.steps.results)
 
     def around(self, run_migrations: Callable[[], None]) -> None:
         """Run the migrations, and look at the connection where they fail: ``env.py`` closes it afterwards."""
@@ -119,13 +119,13 @@ class Recovery:
 
     def _nothing_lost(self) -> bool:
         """Ask the server what became of the transaction; what was committed meanwhile is kept."""
-        application = self._application
+        application, steps = self._application, self._application.steps
         if self._connection is None or self._table is None:
             return True
-        if application.failed_in and not application.transactional:
-            application.committed_part()  # a statement may have been done whose answer was lost
-        application.look_for_commits()
-        if application.failed_in in application.committed_parts:
+        if steps.running and not steps.transactional:
+            steps.committed()  # a statement may have been done whose answer was lost
+        steps.look_for_commits()
+        if steps.running in steps.committed_parts:
             return False
         try:
             rows = read_rows(application.session, self._table)
@@ -135,7 +135,7 @@ class Recovery:
         if done is None:
             return False
         landed = [step for step in self._steps[:done] if getattr(step, "revision", None) is not None]
-        del application.results[self._results + len(landed) :]
+        del steps.results[self._results + len(landed) :]
         return True
 
 

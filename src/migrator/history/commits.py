@@ -14,6 +14,13 @@ _COMMIT = re.compile(r"^\s*(?:COMMIT|END)\b", re.IGNORECASE)
 _COMMIT_WITHIN = re.compile(r";\s*COMMIT\b", re.IGNORECASE)
 
 
+def watch_statements(connection: Any, look: Callable[..., None]) -> None:
+    """Call ``look`` with (connection, cursor, statement, ...) before each statement."""
+    from sqlalchemy import event
+
+    event.listen(connection, "before_cursor_execute", look)
+
+
 def watch_commits(connection: Any, committed: Callable[[], None], *, every_statement: bool) -> None:
     """Call ``committed`` whenever what was done on a connection becomes permanent.
 

@@ -3,14 +3,12 @@
 Alembic hands the live MigrationContext to a function before any revision runs
 (https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.environment.EnvironmentContext,
 ``fn``).  There migrator makes sure that ``env.py`` reached the very database that was locked and backed up,
-takes the apply lock and the timeouts on that connection, and wraps each step to time it.
+takes the apply lock and the timeouts on that connection, and wraps each step (see :mod:`migrator.steps`).
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,9 +26,9 @@ from migrator.migration_connection import MigrationConnection
 from migrator.outcome import RevisionResult
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.recovery import Recovery
-from migrator.report.progress import Heartbeat, Progress
 from migrator.settings import Settings
 from migrator.silence import PROBE
+from migrator.steps import Steps
 from migrator.versions import VersionTable
 from migrator.watch import Watch
 
@@ -64,12 +62,15 @@ class Application:
         self.interruption = interruption
         self.apply_lock = apply_lock
         self.books = books
-        self.no_way_back: dict[str, str] = {}
-        self.results: list[RevisionResult] = []
+        self.steps = Steps(
+            session,
+            books,
+            len(plan.revisions),
+            bar=not logs.is_json,
+            check=interruption.check,
+            take_back=self._keep,
+        )
         self.version_table: VersionTable | None = None
-        self.failed_in = ""
-        self.committed_parts: list[str] = []
-        self.failure: BaseException | None = None
         self.attempts = Attempts(settings.lock_retries, self._lasting)
         looks = min(0.5, (settings.lock_timeout or 2.0) / 5)  # several while one attempt waits for its lock
         self.lifeline = Lifeline(session, regain, settings.wait_timeout)
@@ -77,25 +78,24 @@ class Application:
         self.watch = Watch(
             self.lifeline, terminate_after=settings.terminate_blockers_after, interval=max(0.05, looks)
         )
-        self._total = len(plan.revisions)
         self._connection: MigrationConnection | None = None
         self._backend_pid = 0
         self._backend_of = 0  # the start of the server that it runs on
-        self._transaction = 0
-        self.anything_committed = False
-        self._heartbeat = Heartbeat()
-        self._started = time.monotonic()
-        self._progress = Progress(len(plan.revisions), sys.stderr, enabled=not logs.is_json)
 
     def run(self) -> None:
         """Load ``env.py`` and run the steps; raises whatever they raise, after the connection is gone."""
         if self.plan.kind == "upgrade":
-            self.no_way_back = self.books.look_back(self.plan.revisions)
+            self.steps.no_way_back = self.books.look_back(self.plan.revisions)
         try:
-            with surroundings.kept(), self._heartbeat, self.watch, self.interruption.calling(self.cancel):
+            with (
+                surroundings.kept(),
+                self.steps.heartbeat,
+                self.watch,
+                self.interruption.calling(self.cancel),
+            ):
                 self.recovery.run(self._go_through)
         finally:
-            self._progress.close()
+            self.steps.progress.close()
             self._take_back()
         self.interruption.check()
         if self.version_table is None:
@@ -106,7 +106,7 @@ class Application:
 
     def _go_through(self) -> None:
         """Load ``env.py`` and let it run the steps."""
-        self._heartbeat.begins("env.py")
+        self.steps.heartbeat.begins("env.py")
         self.history.run(
             self.plan.kind,
             self.plan.destination,
@@ -133,6 +133,11 @@ class Application:
         self.logs.install()
         self.interruption.retake()
 
+    def _keep(self) -> None:
+        """Take logging and signals back from a revision."""
+        self.logs.keep()
+        self.interruption.retake()
+
     def cancel(self) -> None:
         """Cancel the statement that the applying connection is running; called from the signal thread."""
         if not self._backend_pid:
@@ -148,8 +153,8 @@ class Application:
 
     def committed(self, rows: frozenset[str] | None) -> tuple[RevisionResult, ...]:
         """Return the results that lasted, given the version rows as they are now."""
-        after = Aftermath(self.plan, rows, entered=True, failed_in=self.failed_in)
-        return tuple(result for result in self.results if result.revision in after.landed)
+        after = Aftermath(self.plan, rows, entered=True, failed_in=self.steps.running)
+        return tuple(result for result in self.steps.results if result.revision in after.landed)
 
     def ended(self, patience: float = 8.0) -> bool:
         """Wait until the applying connection is gone from the server, ending it after half of ``patience`` seconds.
@@ -207,19 +212,21 @@ class Application:
         connection.set_timeouts(self.settings)
         connection.notice_a_dead_client(self.session.facts.major)
         if self._connection is None or not self._connection.is_on(context.connection):
-            connection.listen(self.committed_part)
+            connection.listen(self.steps.committed)
             self._connection = connection
+            self.steps.on(connection, connection.observe(self.session))
             self.watch.follow(self._backend_pid, connection.calls)
-        self.books.enter(connection, table, heads)
+        self.books.enter(self._connection, table, heads)
         steps = self._steps(heads, again=again)
         self.recovery.entered(context.connection, table, heads, steps)
-        if self._applied not in context.on_version_apply_callbacks:
-            context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self._applied)
+        if self.steps.applied not in context.on_version_apply_callbacks:
+            context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self.steps.applied)
         revisions = [step for step in steps if getattr(step, "revision", None) is not None]
         if again:
-            self._forget([step.revision.revision for step in revisions], same=table == self.version_table)
-        for number, step in enumerate(revisions, start=self._total - len(revisions) + 1):
-            self._wrap(step, number)
+            self.steps.forget(
+                [step.revision.revision for step in revisions], same=table == self.version_table
+            )
+        self.steps.wrap(revisions)
         return steps
 
     def _steps(self, heads: tuple[str, ...], *, again: bool) -> list[Any]:
@@ -229,13 +236,6 @@ class Application:
             destination = next(iter(plan.after), "base") if len(plan.after) <= 1 else plan.destination
             return self.history.steps(plan.kind, destination, heads)
         return self.history.steps(plan.kind, plan.destination, heads, plan.baseline)
-
-    def _forget(self, pending: Sequence[str], *, same: bool) -> None:
-        """Make room for another pass: what it will run again was rolled back, unless it is another schema's."""
-        self.failure, self.failed_in = None, ""
-        if same:
-            self.results = [result for result in self.results if result.revision not in pending]
-        self._total = len(self.results) + len(pending)
 
     def _take_apply_lock(self, connection: MigrationConnection) -> None:
         """Take the apply lock on the migration's connection, unless an earlier one of this run keeps it."""
@@ -248,107 +248,10 @@ class Application:
             time.sleep(0.05)
         self._backend_pid, self._backend_of = connection.pid, self.session.facts.started_at
 
-    @property
-    def transactional(self) -> bool:
-        """Whether the running revision began in a transaction."""
-        return bool(self._transaction)
-
-    def committed_part(self) -> None:
-        """Note that the running revision left its transaction: what it had done until then is committed."""
-        self.anything_committed = True
-        if self.failed_in and self.failed_in not in self.committed_parts:
-            self.committed_parts.append(self.failed_in)
-
     def _lasting(self) -> bool:
         """Whether a part of the failed revision is committed, or nobody wants another attempt."""
-        self.look_for_commits()
-        return self.failed_in in self.committed_parts or bool(self.interruption.received)
-
-    def look_for_commits(self) -> None:
-        """Ask the server whether the failed revision's transaction was committed behind everybody's back."""
-        if not self._transaction:
-            return
-        try:
-            status = self.session.value("SELECT txid_status(%s)", (self._transaction,))
-        except QueryFailed as error:
-            log.debug("cannot ask for the transaction: %s", error.text)
-            return
-        if status == "committed":
-            self.committed_part()
-
-    def _wrap(self, step: Any, number: int) -> None:
-        """Time a step, and know which one is running when something fails."""
-        run = step.migration_fn
-        revision = step.revision
-
-        @functools.wraps(run)
-        def timed(*arguments: Any, **options: Any) -> None:
-            self.interruption.check()
-            self.failed_in = revision.revision
-            self._step_started = time.monotonic()
-            self._transaction = self._connection.transaction() if self._connection else 0
-            what = f"{revision.revision} {_first_line(revision.doc)}"
-            self._progress.draw(number - 1, what)
-            self._heartbeat.begins(f"{number} of {self._total}: {what}")
-            try:
-                run(*arguments, **options)
-            except BaseException as error:
-                self.failure = error
-                raise
-            finally:
-                self.logs.keep()
-                self.interruption.retake()
-            self.interruption.check()
-            self._own_transaction("BEGIN")
-
-        step.migration_fn = timed
-
-    def _own_transaction(self, command: str) -> None:
-        """Let the version row and the ledger's be one, where each statement is a transaction of its own."""
-        if self._connection is not None and not self._transaction:
-            self._connection.tell(command)
-
-    def _applied(self, **event: Any) -> None:
-        """Say that a revision is done; called by Alembic after the version row moved, before the commit."""
-        info = event["step"]
-        if info.is_stamp:
-            self.books.stamped(event["heads"])
-            log.info("stamped %s", ", ".join(info.up_revision_ids) or "base")
-            return
-        revision = self.failed_in
-        message = _first_line(info.up_revision.doc) if info.up_revision else ""
-        seconds = time.monotonic() - self._step_started
-        self.results.append(
-            RevisionResult(
-                revision=revision,
-                direction="upgrade" if info.is_upgrade else "downgrade",
-                message=message,
-                seconds=seconds,
-                transactional=revision not in self.committed_parts,
-                no_way_back=self.no_way_back.get(revision, ""),
-            )
-        )
-        self.books.done(revision, upgrade=info.is_upgrade, rows=event["heads"], seconds=seconds, details={})
-        self._own_transaction("COMMIT")
-        self.failed_in = ""
-        self._heartbeat.begins("the end of env.py")
-        self._progress.clear()
-        log.info(
-            "%s %d of %d: %s %s (%.2f s, %.1f s in all)",
-            "applied" if info.is_upgrade else "reverted",
-            len(self.results),
-            self._total,
-            revision,
-            message,
-            seconds,
-            time.monotonic() - self._started,
-            extra={"stage": "apply", "revision": revision, "seconds": round(seconds, 3)},
-        )
-        self._progress.draw(len(self.results), "")
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n")[0]
+        self.steps.look_for_commits()
+        return self.steps.running in self.steps.committed_parts or bool(self.interruption.received)
 
 
 def apply(
@@ -361,7 +264,7 @@ def apply(
     """
     try:
         application.run()
-        if application.results and read_rows() == application.plan.before != application.plan.after:
+        if application.steps.results and read_rows() == application.plan.before != application.plan.after:
             raise RolledBack(
                 "env.py ran the revisions and committed none of them.",
                 state="Everything was rolled back.",
@@ -374,15 +277,15 @@ def apply(
         if application.interruption.received:
             # What was raised is the cancelled statement's own error: the signal is the cause.
             cause = Interrupt(application.interruption.received)
-        elif isinstance(error, SystemExit) and application.failure is not None:
-            cause = application.failure  # env.py caught it, and ended in its own way
+        elif isinstance(error, SystemExit) and application.steps.failure is not None:
+            cause = application.steps.failure  # env.py caught it, and ended in its own way
         after = Aftermath(
             plan=application.plan,
             rows=_rows_after(application, read_rows),
             entered=application.version_table is not None,
-            anything_committed=application.anything_committed,
-            failed_in=application.failed_in,
-            committed_parts=application.committed_parts,
+            anything_committed=application.steps.anything_committed,
+            failed_in=application.steps.running,
+            committed_parts=application.steps.committed_parts,
             backup_id=backup_id,
             attempts=application.attempts.count,
             blockers=tuple(str(blocker) for blocker in application.watch.blockers),
@@ -397,7 +300,7 @@ def _rows_after(
     """Return the version rows once the applying connection is gone; None where the server cannot be asked."""
     try:
         revive(application.session, 0)
-        application.look_for_commits()
+        application.steps.look_for_commits()
         if application.version_table is None:
             return application.plan.before
         return read_rows() if application.ended() else None
