@@ -29,6 +29,7 @@ _NAMES_A_TABLE = re.compile(
     rf"){_NAME}",
     re.IGNORECASE | re.DOTALL,
 )
+_READ_OF_OUR_OWN = 100  # characters in which the name of the version table comes in Alembic's own statements
 _READ_OF_A_STATEMENT = 400  # characters in which the table's name must come
 _CREATES_A_TABLE = re.compile(
     r"\s*CREATE\s+(?:UNLOGGED\s+)?TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?[^\s(]+\s*\(", re.IGNORECASE
@@ -100,7 +101,12 @@ class Observation:
     ``ignore`` are the names of migrator's and Alembic's own tables.
     """
 
-    def __init__(self, connection: Any, session: Session, ignore: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        connection: Any,
+        session: Session,
+        ignore: Collection[str] = ("alembic_version", "migrator_ledger"),
+    ) -> None:
         from sqlalchemy import event
 
         self._connection = connection
@@ -158,7 +164,7 @@ class Observation:
     def _before(
         self, connection: Any, _cursor: Any, statement: str, _parameters: Any, context: Any, _many: bool
     ) -> None:
-        if not self._observes:
+        if not self._observes or self._is_ours(statement):
             return
         if self._only_creates and not (
             _CREATES_A_TABLE.match(statement) and not _TOUCHES_ANOTHER.search(statement)
@@ -173,7 +179,7 @@ class Observation:
     def _after(
         self, _connection: Any, cursor: Any, statement: str, _parameters: Any, _context: Any, many: bool
     ) -> None:
-        if not self._observes:
+        if not self._observes or self._is_ours(statement):
             return
         seconds = time.perf_counter() - self._running
         self._count += 1
@@ -187,6 +193,13 @@ class Observation:
             if found and verb:
                 counted = self._by_driver.setdefault(found[4], [0, 0, 0])
                 counted[(1, 0, 2)[verb - 1]] += rows
+
+    def _is_ours(self, statement: str) -> bool:
+        """Whether this moves the version row, or begins a transaction for that: Alembic's and migrator's own."""
+        if not self._transaction and statement == "BEGIN":
+            return True
+        start = statement[:_READ_OF_OUR_OWN]
+        return any(name in start for name in self._ignore) and not start.lstrip().upper().startswith("CREATE")
 
     def _look(self, connection: Any, name: str) -> None:
         """Look at a table ahead of the first statement that names it."""
