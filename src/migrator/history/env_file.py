@@ -24,7 +24,7 @@ def version_table(
 ) -> VersionTable | None:
     """Return the version table that an ``env.py`` configures; None where only running it would tell.
 
-    Understood are literals, names bound once to something that is understood (a dictionary of options, where it is
+    Understood are literals, names bound to one thing that is understood (a dictionary of options, where it is
     only spread over calls), environment variables that are set, ``config.get_main_option`` and
     ``context.get_x_argument(as_dictionary=True)``.
     """
@@ -80,6 +80,15 @@ def _keywords(call: ast.Call) -> set[str | None]:
 _OF_SECTION = re.compile(r"(?:[\w.]+\.)?config\.get_section_option")
 
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _always_the_same(name: str, bound: Sequence[tuple[str, ast.expr]], stored: Sequence[str]) -> bool:
+    """Whether a name is bound nowhere but here, or to the same in each function, as in the online and offline one."""
+    values = [ast.dump(node) for other, node in bound if other == name]
+    return len(values) == stored.count(name) and len(set(values)) == 1
+
+
 def _is_main_section(node: ast.expr) -> bool:
     """Whether this is the section of the ini that ``-n`` names."""
     return ast.unparse(node).endswith("config.config_ini_section")
@@ -104,7 +113,9 @@ class _Reader:
             if isinstance(node, ast.arg)
             or (isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load))
         ]
-        self._names = {name: node for name, node in _assignments(tree.body) if stored.count(name) == 1}
+        bodies = [tree.body, *(node.body for node in ast.walk(tree) if isinstance(node, _FUNCTIONS))]
+        bound = [item for body in bodies for item in _assignments(body)]
+        self._names = {name: node for name, node in bound if _always_the_same(name, bound, stored)}
 
         loads = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in self._names]
         spread = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg is None]

@@ -18,7 +18,7 @@ from migrator.errors import HistoryError, MigratorError
 from migrator.history.bootstrap import ground, shapes_history
 from migrator.history.env_file import version_table
 from migrator.history.environment import Around, Command, Hook, run_env
-from migrator.history.project import ProjectOptions, make_config
+from migrator.history.project import ProjectOptions, make_config, sibling_tables, tell_address
 from migrator.history.way_back import WayBack, offline_downgrade
 from migrator.manifest import FileSums, digest_of, file_sums, sha256_of
 from migrator.target import Target
@@ -83,6 +83,8 @@ class History:
             warnings.simplefilter("always")
             try:
                 script = ScriptDirectory.from_config(self.config)
+                # A revision file may import the application's settings, which look for the address just once.
+                tell_address(self.config, Path(script.env_py_location), self._target, self._options.export)
                 if bootstrapped:
                     script = self._bootstrapped(Path(script.env_py_location))
                 heads = script.get_heads()
@@ -208,6 +210,10 @@ class History:
         return version_table(
             Path(self.script.env_py_location), self.config.get_main_option, self._options.x or ()
         )
+
+    def siblings(self) -> frozenset[str]:
+        """Return the version tables of the histories in the ini's other sections."""
+        return sibling_tables(self.config)
 
     def hints(self) -> frozenset[str]:
         """Return those values of ``-x`` that may name a schema: an ``env.py`` that serves several is told so."""

@@ -130,6 +130,15 @@ def _beside(ini: str | None, folder: Path) -> str | None:
     return str(place) if place and (place / "env.py").is_file() else None
 
 
+def sibling_tables(config: Config) -> frozenset[str]:
+    """Return the version tables that the ini's other sections name, each of a history of its own (``-n``)."""
+    parser, own = config.file_config, config.config_ini_section
+    tables = {
+        name: parser.get(name, "version_table", raw=True, fallback="") for name in {*parser.sections(), own}
+    }
+    return frozenset(tables.values()) - {"", tables[own]}
+
+
 def tell_address(config: Config, env_file: Path, target: Target | None, export: Sequence[str] = ()) -> None:
     """Hand the target's address to the config and to the environment, wherever ``env.py`` may look for it.
 

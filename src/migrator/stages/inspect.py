@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from migrator.ahead import refuse_or_allow
+from migrator.ahead import refuse_or_allow, refuse_unknown_floors
 from migrator.contents import CONTENTS
 from migrator.edited import Edit, find_edits
 from migrator.errors import AccessDenied, Unversioned
@@ -85,7 +85,7 @@ def inspect(
             table=table,
         )
     must_know = settled and not read_only and kind == "upgrade"
-    if must_know and table is None and tables and not baseline:
+    if must_know and table is None and tables and not baseline and not _has_one(session, history.siblings()):
         raise Unversioned(
             f"{session.target} has {tables} table{'' if tables == 1 else 's'} but no version table.",
             next_step="if they are this application's, say at which revision:"
@@ -99,6 +99,7 @@ def inspect(
         plan = Plan(kind, destination, (), rows, rows)
     else:
         plan = kept or history.plan(kind, destination, current, baseline)
+        refuse_unknown_floors(history, plan)
     return Inspection(
         facts=session.facts,
         version_table=table,
@@ -111,6 +112,12 @@ def inspect(
         edits=find_edits(history, standing),
         ahead=ahead,
     )
+
+
+def _has_one(session: Session, names: frozenset[str]) -> bool:
+    """Whether one of these tables is there: the database is shared, and what is in it may all be the others'."""
+    found = "SELECT EXISTS (SELECT 1 FROM pg_class WHERE relkind = 'r' AND relname = ANY(%s))"
+    return bool(names) and bool(session.value(found, (list(names),)))
 
 
 def _refuse_role(session: Session, role: str) -> None:
