@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from migrator.contents import LEDGER
 from migrator.errors import HistoryError, SettingsError
 from migrator.history.commits import watch_commits, watch_statements
 from migrator.history.driver_calls import DriverCalls
@@ -151,9 +152,9 @@ class MigrationConnection:
         """Let the server notice within seconds that we are gone: a killed run would keep its locks otherwise."""
         self.ask(dead_client_settings(server_major))
 
-    def observe(self, session: Session) -> Observation:
+    def observe(self, session: Session, version_table: str) -> Observation:
         """Observe what is executed from now on; ``session`` sees the state before."""
-        return Observation(self._connection, session)
+        return Observation(self._connection, session, (version_table, LEDGER))
 
     def may_have_dropped(self) -> bool:
         """Whether a statement since the last call was one that may have dropped a table."""

@@ -105,7 +105,7 @@ class Observation:
         self,
         connection: Any,
         session: Session,
-        ignore: Collection[str] = ("alembic_version", "migrator_ledger"),
+        ignore: Collection[str] = (),
     ) -> None:
         from sqlalchemy import event
 
@@ -122,6 +122,7 @@ class Observation:
         self._forget()
         event.listen(connection, "before_cursor_execute", self._before)
         event.listen(connection, "after_cursor_execute", self._after)
+        event.listen(connection, "rollback", lambda _: self._known.clear())  # it may be of what was undone
 
     def _forget(self) -> None:
         self._statements: list[Statement] = []

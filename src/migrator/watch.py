@@ -9,6 +9,7 @@ the migration's own connection holds, keeps other runs out.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from migrator.history.driver_calls import DriverCalls
 from migrator.lifeline import Lifeline
 from migrator.lost_answer import LostAnswer
 from migrator.postgres import ConnectFailed, QueryFailed
+from migrator.report.progress import Progress
 from migrator.silence import PROBE
 
 log = logging.getLogger("migrator.watch")
@@ -95,7 +97,7 @@ class Blocker:
 
 
 class Watch:
-    """Watches one backend from another session, twice a second."""
+    """Watches one backend from another session, twice a second; what it sees stands on the ``bar``, too."""
 
     def __init__(
         self,
@@ -104,7 +106,9 @@ class Watch:
         terminate_after: float | None = None,
         interval: float = 0.5,
         repeat: float = 15.0,
+        bar: Progress | None = None,
     ) -> None:
+        self._bar = bar or Progress(0, sys.stderr, enabled=False)
         self._lifeline = lifeline
         self._session = lifeline.session
         self._lost_answer = LostAnswer()
@@ -166,6 +170,7 @@ class Watch:
             return False
         self.blockers = found
         if self._news(tuple(blocker.pid for blocker in found)):
+            self._bar.clear()
             log.warning(
                 "waiting for %s on %s, blocked by %s",
                 found[0].wanted,
@@ -173,6 +178,7 @@ class Watch:
                 "; ".join(str(blocker) for blocker in found),
                 extra={"stage": "apply", "blockers": [blocker.pid for blocker in found]},
             )
+        self._bar.note(f"waiting for {found[0].wanted} on {found[0].relation}")
         self._terminate_idle(found)
         return True
 
@@ -205,13 +211,17 @@ class Watch:
             log.warning("cannot end pid %d: %s", blocker.pid, reason)
 
     def _look_for_progress(self) -> None:
+        note = ""
         for view, sql in _PROGRESS.items():
             if view == "pg_stat_progress_copy" and self._session.facts.major < 14:
                 continue
             for phase, done, total in self._ask(sql, (self._pid,)):
                 percent = int(100 * done / total) if total else 0
+                note = f"{phase}, {percent} %"
                 if self._news((phase, percent // 10)):
+                    self._bar.clear()
                     log.info("the server: %s, %d %%", phase, percent, extra={"stage": "apply"})
+        self._bar.note(note)
 
     def _news(self, what: object) -> bool:
         """Whether this differs from what was last said, or that was a while ago."""

@@ -15,30 +15,57 @@ _WIDTH = 24
 
 
 class Progress:
-    """One line at the bottom of the terminal: how many of the revisions are done, and which one runs."""
+    """One line at the bottom of the terminal: how many of the revisions are done, which one runs, and what the server
+    says of it.  Several threads may draw.
+    """
 
     def __init__(self, total: int, stream: TextIO, *, enabled: bool) -> None:
         self._total = total
         self._stream = stream
         self._enabled = enabled and total > 0 and stream.isatty()
+        self._lock = threading.Lock()
+        self._done = 0
+        self._doing = ""
+        self._note = ""
+        self._shown = False
 
     def draw(self, done: int, doing: str) -> None:
         """Draw the bar with ``done`` revisions finished and ``doing`` under way."""
-        if not self._enabled:
-            return
-        filled = _WIDTH * done // self._total
-        line = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {done}/{self._total} {doing}"
-        columns = shutil.get_terminal_size().columns
-        self._stream.write(f"\r\x1b[K{line[: columns - 1]}")
-        self._stream.flush()
+        with self._lock:
+            self._done, self._doing, self._note = done, doing, ""
+            self._draw()
+
+    def note(self, text: str) -> None:
+        """Say on the bar what the server is at, such as ``building index: scanning table, 42 %``; "" for nothing."""
+        with self._lock:
+            if self._doing and (text != self._note or not self._shown):
+                self._note = text
+                self._draw()
 
     def clear(self) -> None:
         """Take the bar away, so that a log line can be written."""
-        if self._enabled:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+        with self._lock:
+            if self._enabled:
+                self._write("")
+                self._shown = False
 
-    close = clear
+    def close(self) -> None:
+        """Take the bar away for good."""
+        self.clear()
+        self._enabled = False
+
+    def _draw(self) -> None:
+        if not self._enabled:
+            return
+        filled = _WIDTH * self._done // self._total
+        note = f"({self._note}) " if self._note else ""
+        line = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {self._done}/{self._total} {note}{self._doing}"
+        self._write(line[: shutil.get_terminal_size().columns - 1])
+        self._shown = True
+
+    def _write(self, line: str) -> None:
+        self._stream.write(f"\r\x1b[K{line}")
+        self._stream.flush()
 
 
 class Heartbeat:

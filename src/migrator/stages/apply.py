@@ -76,7 +76,10 @@ class Application:
         self.lifeline = Lifeline(session, regain, settings.wait_timeout)
         self.recovery = Recovery(self)
         self.watch = Watch(
-            self.lifeline, terminate_after=settings.terminate_blockers_after, interval=max(0.05, looks)
+            self.lifeline,
+            terminate_after=settings.terminate_blockers_after,
+            interval=max(0.05, looks),
+            bar=self.steps.progress,
         )
         self._connection: MigrationConnection | None = None
         self._backend_pid = 0
@@ -214,7 +217,7 @@ class Application:
         if self._connection is None or not self._connection.is_on(context.connection):
             connection.listen(self.steps.committed)
             self._connection = connection
-            self.steps.on(connection, connection.observe(self.session))
+            self.steps.on(connection, connection.observe(self.session, table.name))
             self.watch.follow(self._backend_pid, connection.calls)
         self.books.enter(self._connection, table, heads)
         steps = self._steps(heads, again=again)
