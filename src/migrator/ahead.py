@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from migrator.errors import DatabaseAhead
+from migrator.errors import DatabaseAhead, HistoryError
 from migrator.ledger import Standing
 from migrator.target import Target
 from migrator.versions import VersionTable
 
 if TYPE_CHECKING:
-    from migrator.history import History
+    from migrator.history import History, Plan
+
+
+def refuse_unknown_floors(history: History, plan: Plan) -> None:
+    """Raise :class:`HistoryError` for a pending revision whose ``migrator_min_compatible`` is no revision here.
+
+    Found out now, and not by the older image that is to be rolled back to.
+    """
+    for item in plan.revisions if plan.kind == "upgrade" and not plan.kept else ():
+        floor = history.min_compatible(item.revision)
+        if floor and history.unknown([floor]):
+            raise HistoryError(
+                f"{item.revision} says migrator_min_compatible = {floor!r}, and there is no such revision.",
+                next_step="write the whole id of the oldest revision whose image can work on this schema",
+            )
 
 
 def refuse_or_allow(
@@ -30,7 +44,11 @@ def refuse_or_allow(
     floor that this image does not reach is never overridden.  Raises :class:`DatabaseAhead`.
     """
     floors = {name: _floor(standing, name) for name in unknown}
-    too_old = [floor for floor in floors.values() if floor and history.unknown([floor])]
+    # Also those that were applied on the way there: each may have taken away what an older image needs.
+    declared = {*floors.values(), *(_floor(standing, name) for name in history.unknown(standing.entries))} - {
+        ""
+    }
+    too_old = history.unknown(declared)
     lacking = sorted(history.known() - set(standing.entries)) if standing.entries else []
     if not too_old and not lacking:
         if all(floors.values()):

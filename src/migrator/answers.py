@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] 
         "heads": list(state.heads),
         "pending": [_revision(item) for item in state.pending],
         "running": state.running,
+        "last_run": dataclasses.asdict(state.last_run) if state.last_run else None,
+        "edited": _edited(state),
         "newest_backup": newest_backup,
     }
     backup = f"{newest_backup['id']} ({newest_backup['created']})" if newest_backup else "none"
@@ -103,10 +106,13 @@ def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] 
         ("heads", ", ".join(state.heads)),
         ("pending", str(len(state.pending)) if state.pending else "nothing"),
         ("running", state.running or "nobody"),
+        ("last run", str(state.last_run or "none in the ledger")),
         ("backup", backup),
     ]
+    rows += [("ahead", state.ahead)] if state.ahead else []
     lines = [f"{name + ':':<10}{value}" for name, value in rows]
     lines += [f"  {_line(item)}" for item in state.pending]
+    lines += [f"edited:   {edit.entry.revision}: {edit.sentence}" for edit in state.edited]
     code = ExitCode.PENDING if exit_code and state.pending else ExitCode.OK
     return Answer(data, "\n".join(lines), code)
 
@@ -117,6 +123,7 @@ def of_check(state: State) -> Answer:
         "target": state.target,
         "current": list(state.current),
         "pending": [_revision(item) for item in state.pending],
+        "edited": _edited(state),
     }
     if not state.pending:
         return Answer(data, f"nothing is pending: {', '.join(state.current) or 'base'}")
@@ -216,6 +223,20 @@ def of_settings(loaded: settings.Settings) -> Answer:
     target = f"target: {address or 'none'} (from {loaded.sources.get('target', 'nothing')})"
     warnings = "".join(f"warning: {warning}\n" for warning in loaded.warnings)
     return Answer(data, f"{warnings}{target}\n{_table(shown)}")
+
+
+def _edited(state: State) -> list[dict[str, str]]:
+    return [
+        {
+            "revision": edit.entry.revision,
+            "file": edit.file,
+            "edit": edit.kind,
+            "checksum": edit.now.sha256,
+            "checksum_applied": edit.entry.checksum,
+            "applied": edit.entry.by,
+        }
+        for edit in state.edited
+    ]
 
 
 def _revision(item: Revision) -> dict[str, Any]:

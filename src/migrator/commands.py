@@ -95,7 +95,11 @@ def freeze(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Say what is pending, in the exit code too."""
-    return answers.of_check(service.state())
+    from migrator.edited import judge
+
+    state = service.state()
+    judge(state.edited, service.settings.edited)
+    return answers.of_check(state)
 
 
 def status(service: MigrationService, arguments: argparse.Namespace) -> Answer:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from migrator.errors import DatabaseAhead, NotCurrent
+from migrator.ahead import refuse_or_allow
+from migrator.errors import NotCurrent
 from migrator.history import History
+from migrator.ledger import Standing, read_standing
 from migrator.postgres import QueryFailed, Session
 from migrator.settings import Settings
 from migrator.stages.wait import wait
-from migrator.versions import read_version
+from migrator.versions import VersionTable, read_version
 
 log = logging.getLogger("migrator.wait")
 
@@ -27,8 +29,10 @@ def wait_for_current(
 ) -> tuple[str, ...]:
     """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout`` seconds.
 
-    Only reads, and needs no privilege but SELECT on the version table.  Raises :class:`NotCurrent` when the time
-    is over, :class:`DatabaseAhead` for revisions that this image does not know, and whatever connecting raises.
+    A newer schema will do where it declares this image compatible, or where MIGRATOR_ALLOW_AHEAD says so.  Only
+    reads, and needs no privilege but SELECT on the version table; what is declared stands in the ledger, which says
+    nothing to a role that may not read it.  Raises :class:`NotCurrent` when the time is over,
+    :class:`DatabaseAhead` for revisions that this image does not know, and whatever connecting raises.
     """
     wanted = _Wanted(history, settings, time.monotonic() + settings.wait_timeout, sleep)
     while True:
@@ -60,8 +64,8 @@ class _Wanted:
     def on(self, session: Session) -> tuple[str, ...]:
         """Return the revisions as soon as nothing is pending."""
         while True:
-            current = read_version(session, self._history, self._settings.version_table)[1]
-            pending = self._pending(session, current)
+            table, current = read_version(session, self._history, self._settings.version_table)
+            pending = self._pending(session, table, current)
             if not pending:
                 return current
             at = ", ".join(current) or "base"
@@ -80,12 +84,17 @@ class _Wanted:
                 )
             self._sleep(min(self.left, random.uniform(0.3, 1.0)))  # noqa: S311 - jitter, no secret
 
-    def _pending(self, session: Session, current: tuple[str, ...]) -> int:
+    def _pending(self, session: Session, table: VersionTable | None, current: tuple[str, ...]) -> int:
         unknown = self._history.unknown(current)
         if unknown:
-            raise DatabaseAhead(
-                f"{session.target} is at revision {', '.join(unknown)}, which this image does not have:"
-                " it is older than the schema.",
-                next_step="deploy the image that belongs to the schema",
+            why = refuse_or_allow(
+                self._history,
+                unknown,
+                read_standing(session, table) if self._settings.ledger else Standing(),
+                allow_ahead=self._settings.allow_ahead,
+                target=session.target,
+                table=table,
             )
+            log.info("the schema is newer than this image, and %s", why)
+            return 0
         return len(self._history.plan("upgrade", "heads", current).revisions)

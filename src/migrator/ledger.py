@@ -89,7 +89,8 @@ SELECT json_agg(revision)::text FROM (
 """The revisions that stand, as JSON text: one value, and no parameters, whatever the driver."""
 
 _LAST_RUN = """
-SELECT code, digest FROM {table} WHERE version_table = %s AND event = 'run' ORDER BY at DESC LIMIT 1
+SELECT run_id, at, command, code, outcome, digest, actor, role, host, image_version
+FROM {table} WHERE version_table = %s AND event = 'run' ORDER BY at DESC LIMIT 1
 """
 
 _WAYS_BACK = """
@@ -152,17 +153,37 @@ class WayBack:
 
 
 @dataclass(frozen=True)
+class LastRun:
+    """The newest row of a run."""
+
+    run_id: str
+    at: datetime
+    command: str
+    code: int
+    outcome: str
+    digest: str
+    actor: str
+    role: str
+    host: str
+    image_version: str
+
+    def __str__(self) -> str:
+        who = "@".join(part for part in (self.actor or self.role, self.host) if part)
+        image = f", image {self.image_version}" if self.image_version else ""
+        return f"{self.command}, {self.outcome} ({self.code}), {self.at:%Y-%m-%d %H:%M:%S %Z} by {who}{image}"
+
+
+@dataclass(frozen=True)
 class Standing:
     """What the ledger says stands: a row for each revision that is applied, and how the last run ended."""
 
     exists: bool = False
     entries: Mapping[str, Entry] = field(default_factory=dict)
-    last_code: int | None = None
-    last_digest: str = ""
+    last: LastRun | None = None
 
     def clean(self, digest: str) -> bool:
         """Whether the last run ended well for the very history that has this digest."""
-        return self.last_code == 0 and self.last_digest == digest
+        return self.last is not None and self.last.code == 0 and self.last.digest == digest
 
 
 @dataclass(frozen=True)
@@ -302,8 +323,11 @@ def read_standing(session: Session, version_table: VersionTable | None) -> Stand
             raise
         return Standing()
     entries = {row[0]: _entry(row) for row in rows if row[1] not in _GONE}
-    code, digest = last[0] if last else (None, "")
-    return Standing(True, entries, code, digest or "")
+    return Standing(True, entries, _last_run(last[0]) if last else None)
+
+
+def _last_run(row: tuple[Any, ...]) -> LastRun:
+    return LastRun(*("" if item is None else item for item in row))  # type: ignore[arg-type]
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:

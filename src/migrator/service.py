@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
     from migrator.backups.restore import Restored
     from migrator.books import Repair
+    from migrator.edited import Edit
     from migrator.history import History, Revision
     from migrator.history.freeze import Frozen
+    from migrator.ledger import LastRun
     from migrator.outcome import Outcome
     from migrator.postgres import Session
 
@@ -32,7 +34,11 @@ log = logging.getLogger("migrator")
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where a database is: its revisions, what is pending, and who is migrating it just now."""
+    """Where a database is: its revisions, what is pending, who is migrating it just now, and who did last.
+
+    ``edited`` are applied revisions whose file has changed since, and ``ahead`` is why this image may start although
+    the schema is newer.
+    """
 
     target: str
     server_version: str
@@ -41,6 +47,9 @@ class State:
     heads: tuple[str, ...]
     pending: tuple[Revision, ...]
     running: str
+    last_run: LastRun | None = None
+    edited: tuple[Edit, ...] = ()
+    ahead: str = ""
 
 
 class MigrationService:
@@ -154,6 +163,9 @@ class MigrationService:
                 heads=history.heads,
                 pending=found.plan.revisions,
                 running=running[1] if running else "",
+                last_run=found.standing.last,
+                edited=found.edits,
+                ahead=found.ahead,
             )
 
     def current(self) -> tuple[str, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from migrator.contents import LEDGER
 from migrator.errors import SettingsError
 from migrator.history.bootstrap import ground
 from migrator.history.project import ProjectOptions, make_config
@@ -48,10 +51,38 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
         )
         config = make_config(chosen, Path.cwd(), parsed)
         env_file = Path(ScriptDirectory.from_config(config).env_py_location)
-        with ground(config, env_file, target, chosen) as prepared:
+        with ground(config, env_file, target, chosen) as prepared, _ledger_left_out():
             command_line.run_cmd(prepared, parsed)
     except CommandError as error:
         return " ".join(str(error).split())
     except SystemExit as error:  # sys.exit in env.py or a revision
         return "" if error.code in (0, None) else f"Alembic ended with {error.code}"
     return ""
+
+
+@contextlib.contextmanager
+def _ledger_left_out() -> Iterator[None]:
+    """Keep the ledger from ``--autogenerate`` and ``check``, which would drop whatever the models do not have.
+
+    Where ``env.py`` has filters of its own they go on deciding about everything else.
+    https://alembic.sqlalchemy.org/en/latest/autogenerate.html#omitting-table-names-from-the-autogenerate-process
+    """
+    from alembic.runtime.environment import EnvironmentContext
+
+    configure = EnvironmentContext.configure
+
+    def configure_without(self: EnvironmentContext, *arguments: Any, **options: Any) -> None:
+        chosen = options.get("include_name")
+
+        def include_name(name: str | None, kind: str, parents: Any) -> bool:
+            if kind == "table" and name == LEDGER:
+                return False
+            return chosen is None or bool(chosen(name, kind, parents))
+
+        configure(self, *arguments, **{**options, "include_name": include_name})
+
+    EnvironmentContext.configure = configure_without  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        EnvironmentContext.configure = configure  # type: ignore[method-assign]
