@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrator.outcome import ExitCode
+from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
 from tests.support.env_text import env
 from tests.support.outcomes import done, left_behind, refusal
 from tests.support.projects import Revision
@@ -37,7 +39,7 @@ both = pytest.mark.parametrize(
 SLEEPING = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
 HELD = (
     "SELECT pid, client_port FROM pg_locks JOIN pg_stat_activity USING (pid)"
-    " WHERE locktype = 'advisory' AND objid = {} AND datname = current_database()"
+    " WHERE locktype = 'advisory' AND granted AND objid = {} AND datname = current_database()"
 )
 CONTROL, APPLYING = HELD.format(1), HELD.format(2)
 ENDED = "SELECT pg_terminate_backend(pid) FROM ({}) AS found"
@@ -119,6 +121,30 @@ def test_both_connections_ended_at_once(
     result = run.finish(60)
     once_each(result, database)
     assert "the run lock was not ours" not in result.stderr
+
+
+def test_another_run_that_was_faster_has_the_lock(database: Database, project: Project, start: Start) -> None:
+    rival = database.connect(application_name="the rival")
+    rival.autocommit = True
+    run = start(project(revisions=history(sleep=8)), database)
+    asleep(run, database)
+    queued = threading.Thread(
+        target=lambda: rival.cursor().execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, RUN_LOCK))
+    )
+    queued.start()
+    waiting = (
+        "SELECT 1 FROM pg_stat_activity WHERE application_name = 'the rival' AND wait_event = 'advisory'"
+    )
+    run.wait_for(lambda: database.psql(waiting))
+    database.psql(f"{ENDED.format(CONTROL)}")  # whose lock the rival gets
+    queued.join(20)
+    database.psql(ENDED.format(APPLYING))
+    refusal(
+        run.finish(60), ExitCode.LOCK_BUSY, "Another run took the run lock", "Everything was rolled back."
+    )
+    rival.close()
+    assert database.psql("SELECT to_regclass('effects')") == [(None,)]
+    assert left_behind(database) == []
 
 
 def test_it_is_given_up_where_it_is_ended_each_time(

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from migrator.errors import LockBusy
 from migrator.postgres import ConnectFailed, QueryFailed, Refusal, Session
 from migrator.silence import PROBE
+from migrator.versions import VersionTable, read_rows
 
 log = logging.getLogger("migrator.watch")
 
 _STARTING = "57P03"  # cannot_connect_now
 _AT_LEAST = 10.0
 """Seconds to wait for a server that went away while a migration ran, also where MIGRATOR_WAIT_TIMEOUT is less."""
+_CONNECT = 5.0
+"""Seconds for one connection: a server that is merely overloaded shall not count as silent."""
 _LOCK_PATIENCE = 5.0
 """Seconds to wait for the run lock: those who wait for it take it for a moment, to see that the apply lock is held."""
 
@@ -69,6 +72,7 @@ class Lifeline:
         self._regain = regain
         self._patience = patience
         self._mutex = threading.Lock()
+        self._lost_once = False
         self.held = True
         self.silent_since: float | None = None
         """Since when nothing answers at all (time.monotonic()); None where something does, if only to refuse."""
@@ -76,17 +80,17 @@ class Lifeline:
     def lose(self) -> None:
         """Note that the connection was lost; says so once."""
         if self.held:
-            self.held = False
+            self.held, self._lost_once = False, True
             log.warning("the control connection was lost; the migration goes on under its own lock")
 
     def come_back(self) -> bool:
-        """Try once to have both back, for two seconds or so; raises ConnectFailed or QueryFailed."""
+        """Try once to have both back, for some seconds; raises ConnectFailed or QueryFailed."""
         with self._mutex:
             if self.held:
                 return True
             try:
                 if self.session.closed:
-                    self.session.reconnect(2.0)
+                    self.session.reconnect(_CONNECT)
                 self.held = self._regain()
             except ConnectFailed as error:
                 self.silent_since = (self.silent_since or time.monotonic()) if error.silent else None
@@ -111,6 +115,16 @@ class Lifeline:
         if not self.held:
             self._wait()
 
+    def refuse_strangers(self, table: VersionTable, *expected: frozenset[str]) -> None:
+        """Raise :class:`LockBusy` where the lock was lost for a while, and the version rows have moved since."""
+        rows = frozenset(read_rows(self.session, table)) if self._lost_once else frozenset()
+        if self._lost_once and {rows} != set(expected):
+            raise LockBusy(
+                "Another run was at work while this one had lost its connection.",
+                state=f"The database is at {', '.join(sorted(rows)) or 'base'}.",
+                next_step="run it again: it does what is left to do",
+            )
+
     def _wait(self) -> None:
         busy_since = 0.0
         while True:
@@ -126,7 +140,7 @@ class Lifeline:
             if time.monotonic() - busy_since > _LOCK_PATIENCE:
                 raise LockBusy(
                     "Another run took the run lock while this one had lost its connection.",
-                    state="What was under way was rolled back.",
+                    state="Everything was rolled back.",
                     next_step="run it again: it waits for the other run, and does what is left to do",
                 )
             time.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - jitter, no secret

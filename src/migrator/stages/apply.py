@@ -201,6 +201,9 @@ class Application:
         table = VersionTable(context.version_table, context.version_table_schema or "")
         table = connection.locate(table, self.session)
         again = self.version_table is not None
+        self.lifeline.refuse_strangers(
+            table, frozenset(heads), frozenset(heads) if again else self.plan.before
+        )
         if not again and frozenset(heads) != self.plan.before:
             raise SettingsError(
                 [
