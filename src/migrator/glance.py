@@ -153,7 +153,7 @@ def _look(settings: Settings, frozen: _Frozen, record: Record, interruption: Int
         ):
             return None
         with record.stage("inspect") as details:
-            details.update(current=current, pending=[], tables=found.tables, size_bytes=found.size)
+            details.update(current=current, pending=[], tables=found.tables, size_bytes=found.size, edited=[])
         with record.stage("verify") as details:
             described = _as_expected(session, frozen, found)
             if described is None:

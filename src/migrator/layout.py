@@ -47,13 +47,15 @@ def read(options: ProjectOptions, folder: Path) -> Layout | None:
     Raises :class:`migrator.errors.SettingsError` as :func:`find_project` does.
     """
     ini, toml, location = find_project(options, folder)
-    if location:
-        return Layout(folder / location, {}, {})
     try:
         of_ini = _read_ini(folder / ini, options.name) if ini else {}
         of_toml = _read_toml(folder / toml) if toml else {}
     except (OSError, ValueError, KeyError, TypeError, configparser.Error):
         return None
+    if location:
+        return Layout(folder / location, of_ini, of_toml)
+    if ini and not toml and not of_ini.get("script_location"):
+        return Layout((folder / ini).parent, of_ini, of_toml)  # as Flask-Migrate arranges them
     named = of_ini.get("script_location") or of_toml.get("script_location")
     if not isinstance(named, str) or (not named.startswith((HERE, "/")) and ":" in named):
         return None  # package:folder

@@ -6,7 +6,6 @@ import configparser
 import dataclasses
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from migrator.errors import SettingsError
 from migrator.target import BadAddress, Target, parse
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from alembic.config import Config
 
 
@@ -77,6 +78,8 @@ def _has_section(ini: Path, name: str) -> bool:
 
 
 def _has_alembic_table(path: Path) -> bool:
+    if not path.is_file():
+        return False
     import tomllib
 
     try:
