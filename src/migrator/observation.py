@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,36 +43,33 @@ _LOOK = f"""
 SELECT c.oid::bigint, c.relfilenode::bigint, {_COUNTED}
   FROM pg_catalog.pg_class c WHERE c.oid = pg_catalog.to_regclass('%s')
 """  # noqa: S608 - nothing but names
+_COLUMNS = "c.relnamespace::regnamespace::text, c.relname::text, c.relkind::text, c.relfilenode::bigint"
+# One value, for drivers differ; few joins, for most of the time goes into planning.
+_CREATED = f"""
+SELECT pg_catalog.json_agg(pg_catalog.json_build_array(c.oid::bigint, {_COLUMNS}))::text FROM pg_catalog.pg_class c
+ WHERE c.oid > {{highest}} AND c.relkind <> 't' AND pg_catalog.age(c.xmin) <= pg_catalog.age('{{xid}}'::xid)
+"""  # noqa: S608 - nothing but numbers
 # 16384: what initdb made has smaller ids.  https://www.postgresql.org/docs/current/system-catalog-initial-data.html
-_LOCKED = """
-SELECT oid, pg_catalog.array_remove(pg_catalog.array_agg(mode), NULL) AS modes FROM (
-    SELECT relation AS oid, mode FROM pg_catalog.pg_lock_status()
-     WHERE pid = pg_catalog.pg_backend_pid() AND locktype = 'relation' AND granted AND relation >= 16384
-       AND (relation NOT BETWEEN {low} AND {high} OR relation IN ({named}))
-    UNION ALL SELECT pg_catalog.unnest(ARRAY[{named}]::oid[]), NULL
-    UNION ALL SELECT oid, NULL FROM pg_catalog.pg_class
-     WHERE oid > {highest} AND relpersistence <> 't' AND pg_catalog.txid_current() <> {transaction}
-) x GROUP BY oid"""
-_CREATED = """
-SELECT oid, ARRAY['AccessExclusiveLock'] AS modes FROM pg_catalog.pg_class
- WHERE oid > {highest}
-   AND pg_catalog.age(xmin) <= pg_catalog.age(pg_catalog.mod(pg_catalog.txid_current(), 4294967296)::text::xid)"""
 # The size only of what the transaction has locked: nothing is waited for.
-_END = f"""
-SELECT pg_catalog.json_build_object(
-    'transaction', pg_catalog.txid_current(),
-    'highest', (SELECT pg_catalog.max(oid) FROM pg_catalog.pg_class)::bigint,
-    'flush', {{flush}}::text,
-    'relations', (SELECT pg_catalog.json_agg(pg_catalog.json_build_array(
-        l.oid::bigint, l.modes, n.nspname, c.relname, c.relkind, c.relfilenode::bigint, {_COUNTED},
-        CASE WHEN c.relkind IN ('r', 'm', 'i') AND NOT l.modes <@ ARRAY['AccessShareLock', 'RowShareLock']
-             THEN pg_catalog.pg_relation_size(c.oid) END))
-    FROM ({{relations}}) l
-    LEFT JOIN pg_catalog.pg_class c ON c.oid = l.oid
-    LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace))::text
+_LOCKED = f"""
+SELECT pg_catalog.json_agg(pg_catalog.json_build_array(
+       x.transaction, l.relation::bigint, l.mode, {_COLUMNS}, {_COUNTED},
+       CASE WHEN c.relkind IN ('r', 'm', 'i') AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
+            THEN pg_catalog.pg_relation_size(c.oid) END))::text
+  FROM (SELECT pg_catalog.txid_current() AS transaction{{flush}}) x
+  LEFT JOIN pg_catalog.pg_lock_status() l
+    ON l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND l.granted AND l.relation >= 16384
+   AND (l.relation NOT BETWEEN {{low}} AND {{high}} OR l.relation IN ({{named}}))
+  LEFT JOIN pg_catalog.pg_class c ON c.oid = l.relation
+"""  # noqa: S608 - nothing but numbers
+# After a commit the locks are gone: what is new, and what statements named.
+_UNLOCKED = f"""
+SELECT pg_catalog.json_agg(pg_catalog.json_build_array(0, c.oid::bigint, NULL, {_COLUMNS}, 0, 0, 0, NULL))::text
+  FROM pg_catalog.pg_class c
+ WHERE c.relpersistence <> 't' AND (c.oid > {{highest}} OR c.oid IN ({{named}}))
 """  # noqa: S608 - nothing but numbers
 # The rows that a transaction counted are handed over some time after it: at once, or the next one counts them too.
-_FLUSH = "pg_catalog.pg_stat_force_next_flush()"
+_FLUSH = ", pg_catalog.pg_stat_force_next_flush()"
 # What another transaction has not committed is seen as it was; only the catalog is read, which nobody locks.
 _BEFORE = """
 SELECT c.oid::bigint, c.relfilenode::bigint, n.nspname::text, c.relname::text, c.relkind::text
@@ -82,23 +79,29 @@ SELECT c.oid::bigint, c.relfilenode::bigint, n.nspname::text, c.relname::text, c
 _SIZE = "SELECT set_config('lock_timeout', '20ms', true), pg_relation_size(%s::oid)"
 
 Counted = tuple[int, int, int]
+_NONE: Counted = (0, 0, 0)
 
 
 @dataclass(frozen=True)
 class _Relation:
-    """A relation as it was last seen: its name and kind (empty: it is gone), its file, and its size in bytes."""
+    """A relation as it was last seen: its name and kind (empty: it is gone), its file, and its size in bytes.
+
+    ``modes`` are the locks that the transaction has on it, ``counted`` the rows that it has written by then.
+    """
 
     name: str
     kind: str
     file: int | None
     size: int | None
+    modes: frozenset[str] = frozenset()
+    counted: Counted = _NONE
 
 
 class Observation:
     """Observes the SQLAlchemy connection that ``env.py`` opened; one for each connection.
 
     ``session`` is the control connection, which sees what is committed: it is asked for the state before.
-    ``ignore`` are the names of migrator's and Alembic's own tables.
+    ``ignore`` are the names of migrator's and Alembic's own tables; ``ask`` returns the first value of a statement.
     """
 
     def __init__(
@@ -106,10 +109,11 @@ class Observation:
         connection: Any,
         session: Session,
         ignore: Collection[str] = (),
+        ask: Callable[[str], Any] | None = None,
     ) -> None:
         from sqlalchemy import event
 
-        self._connection = connection
+        self._ask = ask or (lambda sql: connection.exec_driver_sql(sql).scalar())
         self._session = session
         self._ignore = frozenset(ignore)
         self._known: dict[int, _Relation] = {}
@@ -122,6 +126,7 @@ class Observation:
         self._forget()
         event.listen(connection, "before_cursor_execute", self._before)
         event.listen(connection, "after_cursor_execute", self._after)
+        event.listen(connection, "commit", self._commit)
         event.listen(connection, "rollback", lambda _: self._known.clear())  # it may be of what was undone
 
     def _forget(self) -> None:
@@ -131,7 +136,11 @@ class Observation:
         self._looked: dict[str, int] = {}  # what statements name: its id, 0 where there is none
         self._by_driver: dict[str, list[int]] = {}
         self._only_creates = True
+        self._committed = self._wrote = False
         self._begun = self._running = time.perf_counter()
+
+    def _commit(self, _: Any) -> None:
+        self._committed = True
 
     def begins(self, transaction: int) -> None:
         """Note that a revision begins, in that transaction (txid_current), 0 where each statement is one."""
@@ -148,17 +157,31 @@ class Observation:
         self._observes = False
         if not self._count:
             return Measured(seconds=seconds, transactional=bool(self._transaction))
+        transaction, now = self._now()
+        return self._measured(now, seconds, bool(self._transaction) and transaction == self._transaction)
+
+    def _now(self) -> tuple[int, dict[int, _Relation]]:
+        """Return the transaction, and the relations that are new, that it has locked, or that statements named."""
+
+        def ask(sql: str) -> list[list[Any]]:
+            return json.loads(self._ask(sql) or "[]")  # type: ignore[no-any-return]
+
+        if self._only_creates and self._transaction and not self._committed:
+            rows = ask(_CREATED.format(highest=self._highest, xid=self._transaction % 2**32))
+            # Who makes a relation has this lock on it.
+            return self._transaction, _relations(
+                [(0, row[0], STRENGTH[-1], *row[1:], 0, 0, 0, 0) for row in rows]
+            )
         low, high = (self._low, self._high) if self._low else (1, 0)
-        relations = (_CREATED if self._only_creates else _LOCKED).format(
-            low=low,
-            high=high,
-            highest=self._highest,
-            named=", ".join(str(oid) for oid in {0, *self._looked.values()}),
-            transaction=self._transaction,
-        )
-        flush = _FLUSH if self._session.facts.major >= 15 else "''"
-        text = self._connection.exec_driver_sql(_END.format(relations=relations, flush=flush)).scalar()
-        return self._measured(json.loads(text), seconds)
+        named = ", ".join(str(oid) for oid in {0, *self._looked.values()})
+        flush = _FLUSH if self._wrote and self._session.facts.major >= 15 else ""
+        rows = ask(_LOCKED.format(flush=flush, low=low, high=high, named=named))
+        transaction = rows[0][0]
+        if transaction == self._transaction:
+            return transaction, _relations(rows)
+        gone = [(0, oid, None, None, None, None, None, 0, 0, 0, None) for oid in self._looked.values() if oid]
+        unlocked = ask(_UNLOCKED.format(highest=self._highest, named=named))
+        return transaction, _relations(gone) | _relations(unlocked) | _relations(rows)
 
     # -- while it runs ---------------------------------------------------------------------------------
 
@@ -186,6 +209,7 @@ class Observation:
         self._count += 1
         self._spent += seconds
         rows = cursor.rowcount
+        self._wrote = self._wrote or rows > 0
         if self._count <= MOST:
             self._statements.append(Statement(shown(statement), seconds, rows if rows >= 0 else None))
         if rows > 0:
@@ -232,54 +256,58 @@ class Observation:
 
     # -- at the end ------------------------------------------------------------------------------------
 
-    def _measured(self, found: dict[str, Any], seconds: float) -> Measured:
-        transactional = bool(self._transaction) and found["transaction"] == self._transaction
+    def _measured(self, now: dict[int, _Relation], seconds: float, transactional: bool) -> Measured:
         named = set(self._looked.values())
-        rows = [row for row in found["relations"] or () if row[0] and row[3] not in self._ignore]
-        now = {row[0]: _relation(row) for row in rows if row[2] != "pg_toast"}
-        modes = {row[0]: frozenset(row[1] or ()) for row in rows}
-        fresh = [
-            oid
-            for oid in now
-            if oid in named
-            or modes[oid] - self._held.get(oid, frozenset())
-            or now[oid].file != self._known.get(oid, now[oid]).file
-            or not modes[oid]
-        ]
-        created = sorted(oid for oid in fresh if oid > self._highest and now[oid].kind)
-        before = self._state_before([oid for oid in fresh if oid <= self._highest], modes)
+        now = {oid: item for oid, item in now.items() if item.name.rpartition(".")[2] not in self._ignore}
+        fresh = {oid: item for oid, item in now.items() if oid in named or self._is_news(oid, item)}
+        created = sorted(oid for oid, item in fresh.items() if oid > self._highest and item.kind)
+        before = self._state_before({oid: item for oid, item in fresh.items() if oid <= self._highest})
         if not transactional:
-            now |= {
+            fresh |= {
                 oid: replace(now[oid], size=self._size(oid)) for oid in named & now.keys() if now[oid].kind
             }
-        changed = [(before.get(oid, _NOTHING), now[oid]) for oid in fresh if oid not in created]
-        names = {oid: now[oid].name or before.get(oid, _NOTHING).name for oid in fresh}
-        held = sorted(
-            (oid for oid in fresh if modes[oid] and names[oid]), key=lambda oid: -_strength(modes[oid])
-        )
+        changed = [(before.get(oid, _NOTHING), item) for oid, item in fresh.items() if oid not in created]
         gone = [old.name for old, new in changed if not new.kind and old.name]
-        made = {now[oid].name for oid in created}  # an index that was made anew is neither
+        made = [fresh[oid].name for oid in created]
+        held = [(item.name or before.get(oid, _NOTHING).name, item.modes) for oid, item in fresh.items()]
         result = Measured(
             seconds=seconds,
             transactional=transactional,
             statement_count=self._count,
             statement_seconds=self._spent,
             statements=tuple(self._statements),
-            locks=tuple(Lock(names[oid], _by_strength(modes[oid])) for oid in held),
+            locks=tuple(
+                Lock(name, _by_strength(modes))
+                for name, modes in sorted(held, key=lambda pair: -_strength(pair[1]))
+                if name and modes
+            ),
             rewritten=tuple(_rewritten(changed)),
-            rows=self._rows(rows, transactional),
-            created=tuple(now[oid].name for oid in created if now[oid].name not in gone),
+            rows=self._rows(now, transactional),
+            created=tuple(
+                name for name in made if name not in gone
+            ),  # an index that was made anew is neither
             dropped=tuple(name for name in gone if name not in made),
-            sizes=tuple(_sizes(changed, [now[oid] for oid in created])),
+            sizes=tuple(_sizes(changed, [fresh[oid] for oid in created])),
         )
-        self._remember(found, now, modes, created)
+        self._remember(now, created, transactional)
         return result
 
-    def _state_before(self, oids: list[int], modes: dict[int, frozenset[str]]) -> dict[int, _Relation]:
+    def _is_news(self, oid: int, item: _Relation) -> bool:
+        """Whether a relation has locks that the transaction had not before, or another file."""
+        if not item.modes:
+            return True
+        known = self._known.get(oid)
+        return bool(item.modes - self._held.get(oid, frozenset())) or (
+            known is not None and known.file != item.file
+        )
+
+    def _state_before(self, fresh: dict[int, _Relation]) -> dict[int, _Relation]:
         """Return how the relations were before the revision, asking for those that were never seen."""
-        before = {oid: self._known[oid] for oid in oids if oid in self._known}
+        before = {oid: self._known[oid] for oid in fresh if oid in self._known}
         unseen = [
-            oid for oid in oids if not before.get(oid, _NOTHING).kind and _strength(modes[oid]) >= _REWRITES
+            oid
+            for oid, item in fresh.items()
+            if not before.get(oid, _NOTHING).kind and (not item.kind or _strength(item.modes) >= _REWRITES)
         ]
         if not unseen:
             return before
@@ -292,32 +320,26 @@ class Observation:
             before[oid] = _Relation(f"{schema}.{name}", kind, seen.file or file, seen.size)
         return before
 
-    def _rows(self, rows: list[Any], transactional: bool) -> tuple[Rows, ...]:
+    def _rows(self, now: dict[int, _Relation], transactional: bool) -> tuple[Rows, ...]:
         if not transactional:
             return tuple(Rows(name.replace('"', ""), *counted) for name, counted in self._by_driver.items())
         found = []
-        for oid, _, schema, name, kind, _, *counted, _ in rows:
-            was = self._counted.get(oid, (0, 0, 0))
-            gained = [(new or 0) - old for new, old in zip(counted, was, strict=True)]
-            if kind in ("r", "p", "m") and schema != "pg_toast" and any(gained):
-                found.append(Rows(f"{schema}.{name}", *gained))
+        for oid, item in now.items():
+            gained = [new - old for new, old in zip(item.counted, self._counted.get(oid, _NONE), strict=True)]
+            if item.kind in ("r", "p", "m") and any(gained):
+                found.append(Rows(item.name, *gained))
         return tuple(found)
 
-    def _remember(
-        self,
-        found: dict[str, Any],
-        now: dict[int, _Relation],
-        modes: dict[int, frozenset[str]],
-        created: list[int],
-    ) -> None:
+    def _remember(self, now: dict[int, _Relation], created: list[int], transactional: bool) -> None:
         """Keep what is known for the next revision, which may be in the same transaction."""
         self._known.update((oid, item) for oid, item in now.items() if item.kind)
-        self._highest = max(self._highest, int(found["highest"]))
-        if found["transaction"] != self._transaction:
+        if created:
+            self._highest = created[-1]
+        if not transactional:
             return
-        self._held.update((oid, self._held.get(oid, frozenset()) | held) for oid, held in modes.items())
-        for row in found["relations"] or ():
-            self._counted[row[0]] = (row[6] or 0, row[7] or 0, row[8] or 0)
+        for oid, item in now.items():
+            self._held[oid] = self._held.get(oid, frozenset()) | item.modes
+            self._counted[oid] = item.counted
         if created:
             self._low = self._low or created[0]
             self._high = created[-1]
@@ -327,9 +349,24 @@ _NOTHING = _Relation("", "", None, None)
 _REWRITES = STRENGTH.index("ShareUpdateExclusiveLock")
 
 
-def _relation(row: list[Any]) -> _Relation:
-    _, _, schema, name, kind, file, *_, size = row
-    return _NOTHING if name is None else _Relation(f"{schema}.{name}", kind, file, size)
+def _relations(rows: Sequence[Any]) -> dict[int, _Relation]:
+    """Return the relations in rows that have one for each lock; those of TOAST follow their table."""
+    found: dict[int, _Relation] = {}
+    for _, oid, mode, schema, name, kind, file, *counted, size in rows:
+        if oid is None or schema == "pg_toast":
+            continue
+        if oid in found:
+            size = found[oid].size if size is None else size
+            found[oid] = replace(found[oid], modes=found[oid].modes | {mode}, size=size)
+            continue
+        modes = frozenset([mode] if mode else [])
+        if name is None:
+            found[oid] = replace(_NOTHING, modes=modes)
+            continue
+        place = schema.replace('"', "")
+        inserted, updated, deleted = (number or 0 for number in counted)
+        found[oid] = _Relation(f"{place}.{name}", kind, file, size, modes, (inserted, updated, deleted))
+    return found
 
 
 def _strength(modes: Collection[str]) -> int:
