@@ -14,9 +14,11 @@ test: ## install all that the tests need and pass them
 fast: ## the tests that need neither a container engine nor other projects
 	bin/test -m "not engine and not histories"
 
-bench: ## compare with plain Alembic: runs in turn, medians, ratios
+bench: ## compare with plain Alembic and dbmate: runs in turn, medians, ratios, in bench/results/
 	bin/setup
 	.venv/bin/python -m bench.compare
+	.venv/bin/python -m bench.applications
+	.venv/bin/python -m bench.race
 
 lint: ## fix what ruff can fix
 	bin/setup

@@ -1,80 +1,29 @@
-"""Time migrator against plain Alembic on the same work: runs in turn (A B A B ...), medians and ratios.
+"""Time migrator against plain Alembic, and dbmate, on a history of 500 revisions with a bare ``env.py``.
 
-    bin/setup && .venv/bin/python -m bench.compare [--runs 10] [--revisions 100]
+    bin/setup && .venv/bin/python -m bench.compare [--runs 10] [--revisions 500] [--without-dbmate]
 
-Machines are noisy and shared, so a single time means little; the ratio of the medians of interleaved runs is what
-to look at.  The server is the embedded one, with fsync off: what is compared is the clients, not the disk.
-Writes ``bench/results/compare.md``.
+The server is the embedded one, with fsync off: what is compared is the clients, not the disk.  dbmate is npm's, put
+into ``.cache/`` for this alone.  Writes ``bench/results/compare.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.installations import embedded
 from tests.support.projects import linear_history, write_project
 from tests.support.servers import Database, Server, running
 
-RESULTS = Path(__file__).parent / "results"
-Prepare = Callable[[], Mapping[str, str]]
+from bench import measure
+from bench.measure import HEADER, Limit, Prepare, Program, variables
 
-
-def timed(command: list[str], folder: Path, prepare: Prepare) -> tuple[float, float]:
-    """Run a command on what ``prepare`` made; return its wall seconds and peak memory in MB."""
-    environment = {**os.environ, **prepare()}
-    started = time.monotonic()
-    child = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.monotonic() - started
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with {child.returncode}")
-    return seconds, usage.ru_maxrss / 1024
-
-
-def pair(name: str, runs: int, folder: Path, prepare: Prepare) -> str:
-    """Time ``migrator upgrade`` and ``alembic upgrade head`` in turn; return a row of the table."""
-    programs = Path(sys.executable).parent
-    commands = {
-        "migrator": [str(programs / "migrator"), "upgrade"],
-        "alembic": [str(programs / "alembic"), "upgrade", "head"],
-    }
-    found: dict[str, list[tuple[float, float]]] = {key: [] for key in commands}
-    for number in range(runs + 1):
-        for key, command in commands.items():
-            figures = timed(command, folder, prepare)
-            if number:  # the first pair warms caches
-                found[key].append(figures)
-    seconds = {key: statistics.median(item[0] for item in rows) for key, rows in found.items()}
-    memory = {key: statistics.median(item[1] for item in rows) for key, rows in found.items()}
-    cells = [
-        name,
-        f"{seconds['migrator']:.3f}",
-        f"{seconds['alembic']:.3f}",
-        f"{seconds['migrator'] / seconds['alembic']:.2f}",
-        f"{memory['migrator']:.0f}",
-        f"{memory['alembic']:.0f}",
-        f"{memory['migrator'] / memory['alembic']:.2f}",
-    ]
-    row = f"| {' | '.join(cells)} |"
-    print(row, flush=True)
-    return row
-
-
-def settings_for(database: Database) -> dict[str, str]:
-    """Return the environment of a run on a database, for both commands."""
-    return {"DATABASE_URL": database.url, "MIGRATOR_BACKUP": "off"}
+DBMATE = "dbmate@2.36.0"
+BIN = Path(sys.executable).parent
 
 
 def fresh(server: Server) -> Prepare:
@@ -85,38 +34,62 @@ def fresh(server: Server) -> Prepare:
         if made:
             server.drop_database(made.pop().name)
         made.append(server.create_database())
-        return settings_for(made[0])
+        return variables(made[0])
 
     return prepare
 
 
+def dbmate(folder: Path, server: Server, count: int) -> Program:
+    """Install dbmate, give it as many migrations, and apply them to a database of its own."""
+    home = measure.ROOT / ".cache" / "bench"
+    home.mkdir(parents=True, exist_ok=True)
+    npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(home), DBMATE]
+    subprocess.run(npm, check=True)
+    migrations = folder / "db" / "migrations"
+    migrations.mkdir(parents=True)
+    for number in range(1, count + 1):
+        table = f"t{number}"
+        text = f"-- migrate:up\nCREATE TABLE {table} (id int PRIMARY KEY, note text);\n\n"
+        text += f"-- migrate:down\nDROP TABLE {table};\n"
+        (migrations / f"2024{number:010d}_t{number}.sql").write_text(text)
+    address = {"DATABASE_URL": server.create_database().url + "?sslmode=disable"}
+    command = [str(home / "node_modules" / ".bin" / "dbmate"), "--no-dump-schema", "up"]
+    program = Program(command, folder, lambda: address)
+    program.run()
+    return program
+
+
 def main() -> None:
-    """Run every pair and write the table."""
+    """Run every comparison and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--revisions", type=int, default=100)
+    parser.add_argument("--revisions", type=int, default=500)
+    parser.add_argument("--without-dbmate", action="store_true")
     arguments = parser.parse_args()
-    header = [
-        "| work | migrator s | alembic s | ratio | migrator MB | alembic MB | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(header))
+    count = arguments.revisions
+    print("\n".join(HEADER))
+    measure.compile_sources()
     with tempfile.TemporaryDirectory() as place, running(embedded()) as server:
         folder = Path(place) / "project"
-        write_project(folder, revisions=linear_history(arguments.revisions), env="own_variable")
-        count = arguments.revisions
-        rows = [pair(f"{count} revisions applied, backup off", arguments.runs, folder, fresh(server))]
+        write_project(folder, revisions=linear_history(count), env="own_variable")
+        migrator, alembic = [str(BIN / "migrator")], [str(BIN / "alembic"), "upgrade", "head"]
         done = server.create_database()
-        timed([str(Path(sys.executable).parent / "migrator")], folder, lambda: settings_for(done))
-        rows.append(
-            pair(f"nothing to do, {count} revisions", arguments.runs, folder, lambda: settings_for(done))
-        )
-    RESULTS.mkdir(exist_ok=True)
-    title = (
-        f"Medians of {arguments.runs} interleaved runs, after one warm-up; Python {platform.python_version()},"
-        f" {os.cpu_count()} cores.\n\n"
+        Program(migrator, folder, lambda: variables(done)).run()
+        Program([*migrator, "freeze"], folder, dict).run()
+        others = {"alembic": (Program(alembic, folder, lambda: variables(done)), Limit(0.12, 0.5))}
+        if not arguments.without_dbmate:
+            others["dbmate"] = (dbmate(Path(place) / "dbmate", server, count), Limit(2.5))
+        ours = Program(migrator, folder, lambda: variables(done))
+        rows = measure.compare(f"nothing to do, {count} revisions", arguments.runs, ours, others)
+        ours = Program(migrator, folder, fresh(server))
+        peer = {"alembic": (Program(alembic, folder, fresh(server)), Limit(1.10))}
+        rows += measure.compare(f"{count} revisions applied, backup off", arguments.runs, ours, peer)
+    measure.write(
+        "compare",
+        arguments.runs,
+        rows,
+        "A history frozen with `migrator freeze`, a bare `env.py`; migrator keeps its ledger.",
     )
-    (RESULTS / "compare.md").write_text(title + "\n".join([*header, *rows]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Measure programs against each other on the same work: in turn (A B A B ...), medians, and the ratio of the medians.
+
+Machines are noisy and shared, so a single time means little; the ratio of the medians of interleaved runs is what to
+look at.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.servers import Database
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+Prepare = Callable[[], Mapping[str, str]]
+
+HEADER = (
+    "| work | with | s | migrator s | ratio | at most | MB | migrator MB | ratio | at most |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A command and the folder it is run in; ``prepare`` is called before each run and returns its variables."""
+
+    command: Sequence[str]
+    folder: Path
+    prepare: Prepare
+
+    def run(self) -> tuple[float, float]:
+        """Run it; return its wall seconds and peak memory in MB. Raises SystemExit where it fails."""
+        environment = {**clean_environment(), **self.prepare()}
+        started = time.monotonic()
+        child = subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.monotonic() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode != 0:
+            raise SystemExit(f"{' '.join(self.command)} ended with {child.returncode} in {self.folder}")
+        return seconds, usage.ru_maxrss / 1024
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the ratios may be at most; None where nothing was promised."""
+
+    seconds: float | None = None
+    memory: float | None = None
+
+
+def clean_environment() -> dict[str, str]:
+    """Return our environment without what would make a Python compile its sources anew on each start."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def compile_sources() -> None:
+    """Compile migrator's sources as an installation does."""
+    subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", str(ROOT / "src")], check=True, env=clean_environment()
+    )
+
+
+def compare(
+    work: str, runs: int, migrator: Program, others: Mapping[str, tuple[Program, Limit]]
+) -> list[str]:
+    """Run migrator and the others in turn, ``runs`` times after one round of warm-up; return a row for each other."""
+    programs = {"migrator": migrator, **{name: program for name, (program, _) in others.items()}}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for number in range(runs + 1):
+        for name, program in programs.items():
+            figures = program.run()
+            if number:
+                found[name].append(figures)
+    seconds = {name: statistics.median(row[0] for row in rows) for name, rows in found.items()}
+    memory = {name: statistics.median(row[1] for row in rows) for name, rows in found.items()}
+    rows = []
+    for name, (_, limit) in others.items():
+        cells = [
+            work,
+            name,
+            f"{seconds[name]:.3f}",
+            f"{seconds['migrator']:.3f}",
+            f"{seconds['migrator'] / seconds[name]:.3f}",
+            _text(limit.seconds),
+            f"{memory[name]:.0f}",
+            f"{memory['migrator']:.0f}",
+            f"{memory['migrator'] / memory[name]:.2f}",
+            _text(limit.memory),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _text(limit: float | None) -> str:
+    return "" if limit is None else f"{limit:g}"
+
+
+def write(name: str, runs: int, rows: Sequence[str], note: str) -> None:
+    """Write a table, and the machine it was measured on, to ``bench/results/``."""
+    RESULTS.mkdir(exist_ok=True)
+    load = os.getloadavg()[0]
+    title = (
+        f"Medians of {runs} interleaved runs, after one warm-up; Python {platform.python_version()},"
+        f" {os.cpu_count()} cores, load average {load:.1f} at the end. {note}\n\n"
+    )
+    (RESULTS / f"{name}.md").write_text(title + "\n".join([*HEADER, *rows]) + "\n", encoding="utf-8")
+
+
+def variables(database: Database) -> dict[str, str]:
+    """Return the environment of a run on a database."""
+    return {"DATABASE_URL": database.url, "MIGRATOR_BACKUP": "off"}
