@@ -206,3 +206,19 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         parent.kill()
         parent.wait(10)
     wait_until(lambda: not alive(int(note.read_text())))
+
+
+def test_what_the_pulse_raises_ends_a_child_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "PULSE", 0.1)
+    beats: list[float] = []
+
+    def pulse() -> None:
+        beats.append(time.monotonic())
+        if len(beats) == 3:
+            raise Stop
+
+    started = time.monotonic()
+    with pytest.raises(Stop):
+        python("import time; time.sleep(60)", pulse=pulse)
+    assert len(beats) == 3
+    assert 0.25 < time.monotonic() - started < 20

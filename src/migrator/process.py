@@ -27,6 +27,8 @@ STDERR_KEPT = 16 * 1024
 """How many of the last bytes of a child's stderr are kept."""
 GRACE = 3.0
 """Seconds between SIGTERM and SIGKILL; pg_dump needs a few milliseconds to cancel its query."""
+PULSE = 2.5
+"""Seconds between two calls of ``pulse``: half of the time within which a lost connection is to be noticed."""
 _CHUNK = 1024 * 1024
 _INHERITED = (
     "HOME",
@@ -71,12 +73,14 @@ def run(
     environment: Mapping[str, str],
     on_output: Callable[[bytes], object] | None = None,
     on_stderr: Callable[[bytes], object] | None = None,
+    pulse: Callable[[], object] | None = None,
     timeout: float | None = None,
 ) -> Finished:
     """Run a program to its end, handing its stdout in chunks to ``on_output`` (thrown away where None).
 
-    ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case.  Whatever is raised meanwhile
-    (by one of the two, or by a signal handler) ends the child, reaps it and goes on.
+    ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case; ``pulse`` is called every
+    :data:`PULSE` seconds.  Whatever is raised meanwhile (by one of the three, or by a signal handler) ends the child,
+    reaps it and goes on.
     Raises :class:`TimedOut` after ``timeout`` seconds, OSError where the program cannot be started.
     """
     started = time.monotonic()
@@ -93,7 +97,7 @@ def run(
         with uninterrupted():
             child = _start(arguments, environment, discard=on_output is None)
         deadline = None if timeout is None else started + timeout
-        if not _pump(child, on_output or (lambda _: None), read_stderr, deadline):
+        if not _pump(child, on_output or (lambda _: None), read_stderr, pulse, deadline):
             raise TimedOut(Path(arguments[0]).name, timeout or 0.0)
     except BaseException:
         if child is not None:
@@ -175,9 +179,11 @@ def _pump(
     child: subprocess.Popen[bytes],
     on_output: Callable[[bytes], object],
     on_stderr: Callable[[bytes], object],
+    pulse: Callable[[], object] | None,
     deadline: float | None,
 ) -> bool:
     """Read both pipes to their ends and wait for the child; return whether it ended before the deadline."""
+    beat = time.monotonic() + PULSE
     with selectors.DefaultSelector() as selector:
         for stream, handle in ((child.stdout, on_output), (child.stderr, on_stderr)):
             if stream is not None:
@@ -186,6 +192,11 @@ def _pump(
             left = _left(deadline)
             if left is not None and left <= 0:
                 return False
+            if pulse is not None:
+                left = min(_left(beat) or 0.0, left if left is not None else PULSE)
+                if time.monotonic() >= beat:
+                    pulse()
+                    beat = time.monotonic() + PULSE
             for key, _ in selector.select(left):
                 chunk = os.read(key.fd, _CHUNK)
                 if chunk:

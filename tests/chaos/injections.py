@@ -41,6 +41,7 @@ MOMENTS: dict[str, tuple[tuple[str, ...], float]] = {
 
 ENV_FILES = ("plain_url", "per_migration", "async_engine")
 CUT_EVERY = 60
+CUTS = ("backup", "apply", "index build", "verify", "inspect")
 """A network that stays cut is given up after half a minute, so it is tried more rarely than the rest."""
 
 
@@ -78,7 +79,7 @@ def injection(seed: int, number: int) -> Injection:
     if fault == "terminate dump":
         moment = "backup"
     if number % CUT_EVERY == CUT_EVERY - 1:
-        fault, moment = "cut", chance.choice(["inspect", "backup", "apply", "index build", "verify"])
+        fault, moment = "cut", CUTS[number // CUT_EVERY % len(CUTS)]
     backup = moment == "backup" or chance.random() < 0.2
     return Injection(
         number=number,

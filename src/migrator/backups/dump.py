@@ -132,6 +132,7 @@ class _Dump:
     def __init__(
         self, session: Session, settings: Settings, client: Client, part: Part, application_name: str
     ) -> None:
+        self._control = session
         self._database = session.facts.database
         self._target = session.target.with_database(self._database)
         self._client = client
@@ -157,6 +158,8 @@ class _Dump:
                 ],
                 environment=clients.environment(self._target, self._application_name, self._timeout),
                 on_output=self._take,
+                # pg_dump itself waits for ever where a network is cut that acknowledges everything.
+                pulse=lambda: self._control.query("SELECT 1"),
             )
         if finished.status != 0:
             raise _dump_failed(self._database, finished)
