@@ -34,6 +34,9 @@ class Connection(Protocol):
     def tell(self, sql: str, **values: str) -> Any:
         """Run a statement and return its first value, if it has one; parameters are written ``:name``."""
 
+    def ask_driver(self, sql: str) -> Any:
+        """Return the first column of the first row, past SQLAlchemy."""
+
     def may_have_dropped(self) -> bool:
         """Whether a statement since the last call was one that may have dropped a table."""
 
@@ -184,8 +187,8 @@ class Bookkeeper:
             self._sure = True
             if not ledger.exists(self._ledger, self._connection.ask):
                 self._connection.tell(ledger.creation(self._ledger))
-        statement = ledger.insertion(self._ledger, ":rows")
-        return int(self._connection.tell(statement, rows=ledger.document(rows)))
+        statement = ledger.insertion(self._ledger, ledger.literal(ledger.document(rows)))
+        return int(self._connection.ask_driver(statement))
 
 
 def differences(

@@ -260,6 +260,17 @@ _WRITTEN_BY_PEOPLE = frozenset({"actor", "command", "details", "host", "message"
 """Columns that may repeat a secret; one in ``way_back`` keeps the SQL out, for half of it would do harm."""
 
 
+def literal(text: str) -> str:
+    """Write a text for SQL, whatever it holds, and whatever ``standard_conforming_strings`` says.
+
+    https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-DOLLAR-QUOTING
+    """
+    tag = "$migrator$"
+    while tag[:-1] in text:
+        tag = f"{tag[:-1]}_$"
+    return f"{tag}{text}{tag}"
+
+
 def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows on migrator's own session, and make the ledger first where it is missing; raises QueryFailed.
 
