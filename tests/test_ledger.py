@@ -210,7 +210,7 @@ def test_a_failing_revision_leaves_no_row(
 def test_the_first_of_all_fails_in_autocommit(database: Database, project: Project, run: Run) -> None:
     folder = project(KINDS["autocommit"], revisions=[Revision("r001", None, "SELECT 1/0")])
     refusal(run(cwd=folder), ExitCode.ROLLED_BACK, "division by zero")
-    assert not has_ledger(database)
+    assert (events(database), runs(database)) == ([], [("upgrade", "ROLLED_BACK")])
 
 
 @pytest.mark.parametrize("kind", ["one transaction", "a transaction each"])

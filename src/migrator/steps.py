@@ -98,13 +98,13 @@ class Steps:
         step.migration_fn = timed
 
     def _begin(self, revision: str, what: str, number: int) -> None:
-        self.running = revision
-        self._began = time.monotonic()
         self._transaction = self._next_transaction
         if self._connection is not None and not self._transaction:
             self._transaction = self._connection.transaction()
         if self._observation is not None:
             self._observation.begins(self._transaction)
+        # Only now: in autocommit, our own questions would count as a part of it that was committed.
+        self.running, self._began = revision, time.monotonic()
         self.progress.draw(number - 1, what)
         self.heartbeat.begins(f"{number} of {self._total}: {what}")
 
