@@ -12,7 +12,7 @@ from migrator.history import History, ProjectOptions
 from migrator.history.freeze import freeze
 from migrator.manifest import NoManifest, dump, file_sums, load, parse, problems, syntax_of
 from tests.support.projects import Revision, linear_history
-from tests.support.runner import Runner
+from tests.support.runner import ROOT, Runner
 
 SOURCE = b'''"""Add a table.
 
@@ -219,6 +219,11 @@ def test_a_manifest_that_was_merged_by_hand_is_none(
             parse(spoilt)
     with pytest.raises(NoManifest):
         load(folder / "nowhere.json")
+
+
+def test_the_example_is_frozen(run_migrator: Runner) -> None:
+    result = run_migrator("freeze", "--check", cwd=ROOT)
+    assert result.code == 0, result
 
 
 def test_labels_dependencies_and_floors_are_frozen(project: Callable[..., Path]) -> None:
