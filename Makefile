@@ -1,6 +1,6 @@
 # Shorter names for bin/; nothing happens here that a checkout without make could not do.
 
-.PHONY: help demo test fast bench lint lock clean
+.PHONY: help demo test fast chaos bench lint lock clean
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
@@ -13,6 +13,10 @@ test: ## install all that the tests need and pass them
 
 fast: ## the tests that need neither a container engine nor other projects
 	bin/test -m "not engine and not histories"
+
+chaos: ## an hour of killed, cut and restarted runs (SECONDS=600 for ten minutes)
+	bin/setup
+	.venv/bin/python -m tests.chaos --seconds $(or $(SECONDS),3600)
 
 bench: ## compare with plain Alembic and dbmate: runs in turn, medians, ratios, in bench/results/
 	bin/setup
