@@ -19,7 +19,7 @@ from tests.support.servers import Database, Server
 Project = Callable[..., Path]
 
 RUNS = 50
-INSTALLED_ROUNDS = int(os.environ.get("MIGRATOR_TEST_ROUNDS", "2"))
+INSTALLED_ROUNDS = int(os.environ.get("RACE_ROUNDS", "2"))
 """With the installed command, whose fifty starts take ten seconds on two cores; 20 is a matter of minutes."""
 FORKED_ROUNDS = 20
 

@@ -12,8 +12,8 @@ INJECTIONS = 300
 
 
 def test_whatever_happens_to_a_run_the_next_one_finishes_the_work() -> None:
-    seed = int(os.environ.get("MIGRATOR_CHAOS_SEED", secrets.randbelow(10**6)))
-    print(f"seed {seed}: MIGRATOR_CHAOS_SEED={seed} repeats it")
+    seed = int(os.environ.get("CHAOS_SEED", secrets.randbelow(10**6)))
+    print(f"seed {seed}: CHAOS_SEED={seed} repeats it")
     report = campaign(seed, injections=INJECTIONS)
     print(report)
     assert not report.failures, str(report)
