@@ -7,6 +7,8 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from migrator.measured import MOST, Lock, Measured, Rows, Statement, shown
 from migrator.observation import Observation
 from migrator.postgres import connect
 from migrator.target import parse
+from tests.support.projects import ENV_FILES, Revision
+from tests.support.runner import Runner
 from tests.support.servers import Database
 
 Work = Callable[[Any, Observation], None]
@@ -299,3 +303,62 @@ def test_an_empty_measure_is_small() -> None:
     assert document["seconds"] == 1.234568
     assert document["statements"] == [{"sql": "SELECT 1", "seconds": 0.1, "rows": None}]
     assert "cut" not in document
+
+
+PER_MIGRATION = (
+    (ENV_FILES / "own_variable.py")
+    .read_text()
+    .replace(
+        "context.configure(connection=connection)",
+        "context.configure(connection=connection, transaction_per_migration=True)",
+    )
+)
+WORK = [
+    Revision("r001", None, "CREATE TABLE t1 (id int PRIMARY KEY, note text)"),
+    Revision("r002", "r001", "INSERT INTO t1 SELECT n, repeat('x', 200) FROM generate_series(1, 500) n"),
+    Revision("r003", "r002", "ALTER TABLE t1 ALTER COLUMN id TYPE bigint"),
+    Revision(
+        "r004",
+        "r003",
+        "op.execute('UPDATE t1 SET note = upper(note) WHERE id <= 10')\n"
+        "with op.get_context().autocommit_block():\n    op.execute('CREATE INDEX CONCURRENTLY i ON t1 (note)')",
+    ),
+    Revision(
+        "r005", "r004", "op.execute(\"CREATE ROLE x_{0} PASSWORD 'geheim'\")\nop.execute('DROP ROLE x_{0}')"
+    ),
+    Revision("r006", "r005", ""),
+]
+
+
+@pytest.mark.parametrize("env_file", ["own_variable", "per migration", "async"])
+def test_the_outcome_and_the_ledger_say_what_each_revision_did(
+    database: Database, project: Callable[..., Path], run_migrator: Runner, env_file: str
+) -> None:
+    revisions = [replace(item, upgrade=item.upgrade.replace("{0}", database.name)) for item in WORK]
+    if env_file == "per migration":
+        folder = project({"migrations/env.py": PER_MIGRATION}, revisions=revisions)
+    else:
+        name = env_file if env_file == "own_variable" else "async_engine"
+        folder = project(revisions=revisions, env=name)
+    env = {"MIGRATOR_BACKUP": "off", "DATABASE_URL": None}
+    result = run_migrator("upgrade", "--format", "json", cwd=folder, database=database, env=env)
+    assert result.code == 0, result
+    measured = {item["revision"]: item["measured"] for item in result.answer["revisions"]}
+    kept = database.psql("SELECT revision, details FROM migrator_ledger WHERE event = 'applied'")
+    assert dict(kept) == measured
+    one, two, three, four, five, six = (measured[item.id] for item in WORK)
+    assert one["created"] == ["public.t1", "public.t1_pkey"]
+    assert [item["sql"] for item in one["statements"]] == [WORK[0].upgrade]
+    assert two["rows"] == {"public.t1": {"inserted": 500, "updated": 0, "deleted": 0}}
+    assert two["sizes"]["public.t1"]["bytes_after"] > 100_000
+    assert three["locks"]["public.t1"][0] == "AccessExclusiveLock"
+    assert three["rewritten"]["public.t1"]["bytes_before"] == two["sizes"]["public.t1"]["bytes_after"]
+    assert not four["transactional"]
+    assert four["created"] == ["public.i"]
+    assert four["rows"] == {"t1": {"inserted": 0, "updated": 10, "deleted": 0}}
+    assert "PASSWORD '***'" in five["statements"][0]["sql"]
+    assert "geheim" not in result.stdout + result.stderr
+    assert (six["statement_count"], six["locks"], six["rows"]) == (0, {}, {})
+    assert not any(
+        "alembic_version" in str(item) or "migrator_ledger" in str(item) for item in measured.values()
+    )

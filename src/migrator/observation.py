@@ -258,7 +258,7 @@ class Observation:
 
     def _measured(self, now: dict[int, _Relation], seconds: float, transactional: bool) -> Measured:
         named = set(self._looked.values())
-        now = {oid: item for oid, item in now.items() if item.name.rpartition(".")[2] not in self._ignore}
+        now = {oid: item for oid, item in now.items() if not self._is_own(item.name.rpartition(".")[2])}
         fresh = {oid: item for oid, item in now.items() if oid in named or self._is_news(oid, item)}
         created = sorted(oid for oid, item in fresh.items() if oid > self._highest and item.kind)
         before = self._state_before({oid: item for oid, item in fresh.items() if oid <= self._highest})
@@ -291,6 +291,10 @@ class Observation:
         )
         self._remember(now, created, transactional)
         return result
+
+    def _is_own(self, name: str) -> bool:
+        """Whether this is the version table, the ledger, or an index of theirs."""
+        return any(name == own or name.startswith(f"{own}_") for own in self._ignore)
 
     def _is_news(self, oid: int, item: _Relation) -> bool:
         """Whether a relation has locks that the transaction had not before, or another file."""
