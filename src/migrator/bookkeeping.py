@@ -76,7 +76,12 @@ class Bookkeeper:
         secret = {name for name, way in self._ways_back.items() if _tells_a_secret(way.statements or ())}
         for name in secret:
             self._ways_back[name] = type(self._ways_back[name])(None, "its SQL holds a secret of this run")
-        return {name: way.reason for name, way in self._ways_back.items() if way.statements is None}
+        without = {name: way.reason for name, way in self._ways_back.items() if way.statements is None}
+        if without:
+            told = "; ".join(f"{name}: {reason}" for name, reason in list(without.items())[:3])
+            more = f"; and {len(without) - 3} more" if len(without) > 3 else ""
+            log.info("an older image cannot revert all of it: there is no SQL for that (%s%s)", told, more)
+        return without
 
     def enter(self, connection: Connection, table: VersionTable, rows: Iterable[str]) -> None:
         """Open the ledger beside ``table``, which holds ``rows``, and note what was done without migrator.
