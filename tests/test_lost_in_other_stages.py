@@ -197,6 +197,18 @@ def test_a_revision_that_computes_is_left_alone(
     assert database.psql("SELECT id FROM t1 ORDER BY 1") == [(1,), (2,)]
 
 
+def test_the_server_is_told_to_look_after_its_client(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    told = " || ' ' || ".join(
+        f"current_setting('{name}')"
+        for name in ("tcp_keepalives_idle", "tcp_user_timeout", "client_connection_check_interval")
+    )
+    revisions = [*linear_history(1), Revision("r002", "r001", f"INSERT INTO t1 VALUES (1, {told})")]
+    done(run_migrator(cwd=project(revisions=revisions), database=database))
+    assert database.psql("SELECT note FROM t1") == [("5 15000 2s",)]
+
+
 def session(database: Database, url: str) -> Session:
     """Connect as migrator does."""
     return connect(parse(url), "migrator/test", 5)
