@@ -79,7 +79,7 @@ def lock(
     session: Session,
     settings: Settings,
     *,
-    look: Callable[[], Seen | None] = lambda: None,
+    look: Callable[[], Seen | None] | None = None,
     session_ends: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Held[Seen]]:
@@ -101,13 +101,16 @@ def lock(
 
 
 def _acquire(
-    session: Session, patience: float, look: Callable[[], Seen | None], sleep: Callable[[float], None]
+    session: Session,
+    patience: float,
+    look: Callable[[], Seen | None] | None,
+    sleep: Callable[[float], None],
 ) -> Seen | None:
     """Take the lock: exclusive, or shared where ``look`` returned something, which is returned."""
     waiting = _Waiting(session, patience)
     alone = 1  # a run with work to do wants the exclusive lock
     while True:
-        if alone > 0:
+        if alone > 0 or look is None:
             alone -= 1
             if _try(session):
                 return None
