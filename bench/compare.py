@@ -65,6 +65,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--revisions", type=int, default=500)
     parser.add_argument("--without-dbmate", action="store_true")
+    parser.add_argument(
+        "--apply-runs", type=int, help="runs that apply all revisions, which take long [--runs]"
+    )
     arguments = parser.parse_args()
     count = arguments.revisions
     print("\n".join(HEADER))
@@ -83,7 +86,8 @@ def main() -> None:
         rows = measure.compare(f"nothing to do, {count} revisions", arguments.runs, ours, others)
         ours = Program(migrator, folder, fresh(server))
         peer = {"alembic": (Program(alembic, folder, fresh(server)), Limit(1.10))}
-        rows += measure.compare(f"{count} revisions applied, backup off", arguments.runs, ours, peer)
+        applied = arguments.apply_runs or arguments.runs
+        rows += measure.compare(f"{count} revisions applied, backup off", applied, ours, peer)
     measure.write(
         "compare",
         arguments.runs,

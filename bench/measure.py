@@ -11,7 +11,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,21 +38,29 @@ class Program:
     def run(self) -> tuple[float, float]:
         """Run it; return its wall seconds and peak memory in MB. Raises SystemExit where it fails."""
         environment = {**clean_environment(), **self.prepare()}
-        started = time.monotonic()
-        child = subprocess.Popen(
-            self.command,
-            cwd=self.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.monotonic() - started
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode != 0:
-            raise SystemExit(f"{' '.join(self.command)} ended with {child.returncode} in {self.folder}")
-        return seconds, usage.ru_maxrss / 1024
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *self.command]
+        done = subprocess.run(launcher, cwd=self.folder, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(self.command)} failed in {self.folder}: {done.stderr[-2000:]}")
+        code, seconds, kilobytes = done.stdout.split()
+        if int(code) != 0:
+            raise SystemExit(f"{' '.join(self.command)} ended with {code} in {self.folder}")
+        return float(seconds), int(kilobytes) / 1024
+
+
+# A process begins with the peak memory of the one that forked it: what starts the program must be a small one.
+_LAUNCHER = """
+import os, sys, time
+started = time.monotonic()
+child = os.fork()
+if not child:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(nothing, number)
+    os.execvp(sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(child, 0)
+print(os.waitstatus_to_exitcode(status), time.monotonic() - started, usage.ru_maxrss)
+"""
 
 
 @dataclass(frozen=True)
