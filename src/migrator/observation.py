@@ -11,12 +11,23 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
-from migrator.measured import MOST, STRENGTH, Lock, Measured, Rows, Size, Statement, shown
+from migrator.measured import MOST, STRENGTH, Lock, Measured, Rows, Statement, shown
 from migrator.postgres import QueryFailed, Session
+from migrator.touched import (
+    NONE,
+    NOTHING,
+    Counted,
+    Relation,
+    by_strength,
+    relations,
+    rewritten,
+    sizes,
+    strength,
+)
 
 _NAME = r'((?:"[^"]+"|[^\W\d][\w$]*)(?:\.(?:"[^"]+"|[^\W\d][\w$]*))?)'
 _NAMES_A_TABLE = re.compile(
@@ -78,23 +89,8 @@ SELECT c.oid::bigint, c.relfilenode::bigint, n.nspname::text, c.relname::text, c
 # The size takes a lock on the relation: not for long, if somebody has it, for the watch uses this connection too.
 _SIZE = "SELECT set_config('lock_timeout', '20ms', true), pg_relation_size(%s::oid)"
 
-Counted = tuple[int, int, int]
-_NONE: Counted = (0, 0, 0)
 
-
-@dataclass(frozen=True)
-class _Relation:
-    """A relation as it was last seen: its name and kind (empty: it is gone), its file, and its size in bytes.
-
-    ``modes`` are the locks that the transaction has on it, ``counted`` the rows that it has written by then.
-    """
-
-    name: str
-    kind: str
-    file: int | None
-    size: int | None
-    modes: frozenset[str] = frozenset()
-    counted: Counted = _NONE
+_REWRITES = STRENGTH.index("ShareUpdateExclusiveLock")
 
 
 class Observation:
@@ -116,7 +112,7 @@ class Observation:
         self._ask = ask or (lambda sql: connection.exec_driver_sql(sql).scalar())
         self._session = session
         self._ignore = frozenset(ignore)
-        self._known: dict[int, _Relation] = {}
+        self._known: dict[int, Relation] = {}
         self._held: dict[int, frozenset[str]] = {}  # lock modes, and counted rows, of this transaction so far
         self._counted: dict[int, Counted] = {}
         self._transaction = 0
@@ -135,6 +131,8 @@ class Observation:
         self._spent = 0.0
         self._looked: dict[str, int] = {}  # what statements name: its id, 0 where there is none
         self._by_driver: dict[str, list[int]] = {}
+        self._read: dict[str, tuple[bool, str, int]] = {}
+        self._current = (True, "", -1)
         self._only_creates = True
         self._committed = self._wrote = False
         self._begun = self._running = time.perf_counter()
@@ -160,7 +158,7 @@ class Observation:
         transaction, now = self._now()
         return self._measured(now, seconds, bool(self._transaction) and transaction == self._transaction)
 
-    def _now(self) -> tuple[int, dict[int, _Relation]]:
+    def _now(self) -> tuple[int, dict[int, Relation]]:
         """Return the transaction, and the relations that are new, that it has locked, or that statements named."""
 
         def ask(sql: str) -> list[list[Any]]:
@@ -169,7 +167,7 @@ class Observation:
         if self._only_creates and self._transaction and not self._committed:
             rows = ask(_CREATED.format(highest=self._highest, xid=self._transaction % 2**32))
             # Who makes a relation has this lock on it.
-            return self._transaction, _relations(
+            return self._transaction, relations(
                 [(0, row[0], STRENGTH[-1], *row[1:], 0, 0, 0, 0) for row in rows]
             )
         low, high = (self._low, self._high) if self._low else (1, 0)
@@ -178,53 +176,66 @@ class Observation:
         rows = ask(_LOCKED.format(flush=flush, low=low, high=high, named=named))
         transaction = rows[0][0]
         if transaction == self._transaction:
-            return transaction, _relations(rows)
+            return transaction, relations(rows)
         gone = [(0, oid, None, None, None, None, None, 0, 0, 0, None) for oid in self._looked.values() if oid]
         unlocked = ask(_UNLOCKED.format(highest=self._highest, named=named))
-        return transaction, _relations(gone) | _relations(unlocked) | _relations(rows)
+        return transaction, relations(gone) | relations(unlocked) | relations(rows)
 
     # -- while it runs ---------------------------------------------------------------------------------
 
     def _before(
-        self, connection: Any, _cursor: Any, statement: str, _parameters: Any, context: Any, _many: bool
+        self, connection: Any, _cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
     ) -> None:
-        if not self._observes or self._is_ours(statement):
+        if not self._observes:
             return
-        if self._only_creates and not (
-            _CREATES_A_TABLE.match(statement) and not _TOUCHES_ANOTHER.search(statement)
-        ):
-            self._only_creates = False
-        if not self._only_creates:
-            found = _NAMES_A_TABLE.match(statement[:_READ_OF_A_STATEMENT])
-            if found and found[4] not in self._looked and len(self._looked) < MOST:
-                self._look(connection, found[4])
+        start = statement[:_READ_OF_A_STATEMENT]
+        read = self._read.get(start)
+        if read is None:
+            if len(self._read) > MOST:  # each with its values in the text
+                self._read.clear()
+            read = self._read[start] = self._read_statement(start)
+        self._current = read
+        ours, name, _ = read
+        if ours:
+            return
+        if self._only_creates:
+            self._only_creates = bool(_CREATES_A_TABLE.match(start)) and not _TOUCHES_ANOTHER.search(
+                statement
+            )
+        if not self._only_creates and name and name not in self._looked and len(self._looked) < MOST:
+            self._look(connection, name)
         self._running = time.perf_counter()
 
     def _after(
-        self, _connection: Any, cursor: Any, statement: str, _parameters: Any, _context: Any, many: bool
+        self, _connection: Any, cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
     ) -> None:
-        if not self._observes or self._is_ours(statement):
+        if not self._observes or self._current[0]:
             return
         seconds = time.perf_counter() - self._running
         self._count += 1
         self._spent += seconds
         rows = cursor.rowcount
-        self._wrote = self._wrote or rows > 0
         if self._count <= MOST:
             self._statements.append(Statement(shown(statement), seconds, rows if rows >= 0 else None))
         if rows > 0:
-            found = _NAMES_A_TABLE.match(statement[:_READ_OF_A_STATEMENT])
-            verb = next((n for n in (1, 2, 3) if found and found[n]), 0)
-            if found and verb:
-                counted = self._by_driver.setdefault(found[4], [0, 0, 0])
-                counted[(1, 0, 2)[verb - 1]] += rows
+            self._wrote = True
+            _, name, verb = self._current
+            if verb >= 0 and (name in self._by_driver or len(self._by_driver) < MOST):
+                self._by_driver.setdefault(name, [0, 0, 0])[verb] += rows
 
-    def _is_ours(self, statement: str) -> bool:
-        """Whether this moves the version row, or begins a transaction for that: Alembic's and migrator's own."""
-        if not self._transaction and statement == "BEGIN":
-            return True
-        start = statement[:_READ_OF_OUR_OWN]
-        return any(name in start for name in self._ignore) and not start.lstrip().upper().startswith("CREATE")
+    def _read_statement(self, start: str) -> tuple[bool, str, int]:
+        """Return whether a statement is not the revision's own, the table it names, and 0 to 2 for how it writes.
+
+        Alembic's move of the version row is none of the revision's, nor is a BEGIN for it.
+        """
+        head = start[:_READ_OF_OUR_OWN]
+        ours = any(name in head for name in self._ignore) and not head.lstrip().upper().startswith("CREATE")
+        if ours or (not self._transaction and start == "BEGIN"):
+            return True, "", -1
+        found = _NAMES_A_TABLE.match(start)
+        if not found:
+            return False, "", -1
+        return False, found[4], next((verb for verb, group in enumerate((2, 1, 3)) if found[group]), -1)
 
     def _look(self, connection: Any, name: str) -> None:
         """Look at a table ahead of the first statement that names it."""
@@ -242,7 +253,7 @@ class Observation:
         oid, file, *counted = row
         self._looked[name] = oid
         self._counted[oid] = (counted[0], counted[1], counted[2])
-        seen = self._known.get(oid, _NOTHING)
+        seen = self._known.get(oid, NOTHING)
         size = self._size(oid) if seen.size is None else seen.size
         self._known[oid] = replace(seen, file=file, size=size)
 
@@ -256,7 +267,7 @@ class Observation:
 
     # -- at the end ------------------------------------------------------------------------------------
 
-    def _measured(self, now: dict[int, _Relation], seconds: float, transactional: bool) -> Measured:
+    def _measured(self, now: dict[int, Relation], seconds: float, transactional: bool) -> Measured:
         named = set(self._looked.values())
         now = {oid: item for oid, item in now.items() if not self._is_own(item.name.rpartition(".")[2])}
         fresh = {oid: item for oid, item in now.items() if oid in named or self._is_news(oid, item)}
@@ -266,10 +277,10 @@ class Observation:
             fresh |= {
                 oid: replace(now[oid], size=self._size(oid)) for oid in named & now.keys() if now[oid].kind
             }
-        changed = [(before.get(oid, _NOTHING), item) for oid, item in fresh.items() if oid not in created]
+        changed = [(before.get(oid, NOTHING), item) for oid, item in fresh.items() if oid not in created]
         gone = [old.name for old, new in changed if not new.kind and old.name]
         made = [fresh[oid].name for oid in created]
-        held = [(item.name or before.get(oid, _NOTHING).name, item.modes) for oid, item in fresh.items()]
+        held = [(item.name or before.get(oid, NOTHING).name, item.modes) for oid, item in fresh.items()]
         result = Measured(
             seconds=seconds,
             transactional=transactional,
@@ -277,17 +288,17 @@ class Observation:
             statement_seconds=self._spent,
             statements=tuple(self._statements),
             locks=tuple(
-                Lock(name, _by_strength(modes))
-                for name, modes in sorted(held, key=lambda pair: -_strength(pair[1]))
+                Lock(name, by_strength(modes))
+                for name, modes in sorted(held, key=lambda pair: -strength(pair[1]))
                 if name and modes
             ),
-            rewritten=tuple(_rewritten(changed)),
+            rewritten=tuple(rewritten(changed)),
             rows=self._rows(now, transactional),
             created=tuple(
                 name for name in made if name not in gone
             ),  # an index that was made anew is neither
             dropped=tuple(name for name in gone if name not in made),
-            sizes=tuple(_sizes(changed, [fresh[oid] for oid in created])),
+            sizes=tuple(sizes(changed, [fresh[oid] for oid in created])),
         )
         self._remember(now, created, transactional)
         return result
@@ -296,7 +307,7 @@ class Observation:
         """Whether this is the version table, the ledger, or an index of theirs."""
         return any(name == own or name.startswith(f"{own}_") for own in self._ignore)
 
-    def _is_news(self, oid: int, item: _Relation) -> bool:
+    def _is_news(self, oid: int, item: Relation) -> bool:
         """Whether a relation has locks that the transaction had not before, or another file."""
         if not item.modes:
             return True
@@ -305,13 +316,13 @@ class Observation:
             known is not None and known.file != item.file
         )
 
-    def _state_before(self, fresh: dict[int, _Relation]) -> dict[int, _Relation]:
+    def _state_before(self, fresh: dict[int, Relation]) -> dict[int, Relation]:
         """Return how the relations were before the revision, asking for those that were never seen."""
         before = {oid: self._known[oid] for oid in fresh if oid in self._known}
         unseen = [
             oid
             for oid, item in fresh.items()
-            if not before.get(oid, _NOTHING).kind and (not item.kind or _strength(item.modes) >= _REWRITES)
+            if not before.get(oid, NOTHING).kind and (not item.kind or strength(item.modes) >= _REWRITES)
         ]
         if not unseen:
             return before
@@ -320,21 +331,21 @@ class Observation:
         except QueryFailed:
             return before
         for oid, file, schema, name, kind in rows:
-            seen = before.get(oid, _NOTHING)
-            before[oid] = _Relation(f"{schema}.{name}", kind, seen.file or file, seen.size)
+            seen = before.get(oid, NOTHING)
+            before[oid] = Relation(f"{schema}.{name}", kind, seen.file or file, seen.size)
         return before
 
-    def _rows(self, now: dict[int, _Relation], transactional: bool) -> tuple[Rows, ...]:
+    def _rows(self, now: dict[int, Relation], transactional: bool) -> tuple[Rows, ...]:
         if not transactional:
             return tuple(Rows(name.replace('"', ""), *counted) for name, counted in self._by_driver.items())
         found = []
         for oid, item in now.items():
-            gained = [new - old for new, old in zip(item.counted, self._counted.get(oid, _NONE), strict=True)]
+            gained = [new - old for new, old in zip(item.counted, self._counted.get(oid, NONE), strict=True)]
             if item.kind in ("r", "p", "m") and any(gained):
                 found.append(Rows(item.name, *gained))
         return tuple(found)
 
-    def _remember(self, now: dict[int, _Relation], created: list[int], transactional: bool) -> None:
+    def _remember(self, now: dict[int, Relation], created: list[int], transactional: bool) -> None:
         """Keep what is known for the next revision, which may be in the same transaction."""
         self._known.update((oid, item) for oid, item in now.items() if item.kind)
         if created:
@@ -347,52 +358,3 @@ class Observation:
         if created:
             self._low = self._low or created[0]
             self._high = created[-1]
-
-
-_NOTHING = _Relation("", "", None, None)
-_REWRITES = STRENGTH.index("ShareUpdateExclusiveLock")
-
-
-def _relations(rows: Sequence[Any]) -> dict[int, _Relation]:
-    """Return the relations in rows that have one for each lock; those of TOAST follow their table."""
-    found: dict[int, _Relation] = {}
-    for _, oid, mode, schema, name, kind, file, *counted, size in rows:
-        if oid is None or schema == "pg_toast":
-            continue
-        if oid in found:
-            size = found[oid].size if size is None else size
-            found[oid] = replace(found[oid], modes=found[oid].modes | {mode}, size=size)
-            continue
-        modes = frozenset([mode] if mode else [])
-        if name is None:
-            found[oid] = replace(_NOTHING, modes=modes)
-            continue
-        place = schema.replace('"', "")
-        inserted, updated, deleted = (number or 0 for number in counted)
-        found[oid] = _Relation(f"{place}.{name}", kind, file, size, modes, (inserted, updated, deleted))
-    return found
-
-
-def _strength(modes: Collection[str]) -> int:
-    return max((STRENGTH.index(mode) for mode in modes if mode in STRENGTH), default=-1)
-
-
-def _by_strength(modes: Collection[str]) -> tuple[str, ...]:
-    return tuple(sorted(modes, key=lambda mode: (-_strength((mode,)), mode)))
-
-
-def _rewritten(changed: list[tuple[_Relation, _Relation]]) -> list[Size]:
-    """Return what has another file now; indexes only where no table has, for they follow their table."""
-    moved = [(old, new) for old, new in changed if new.file and old.file is not None and old.file != new.file]
-    tables = [(old, new) for old, new in moved if new.kind in ("r", "m")]
-    return [Size(new.name, old.size, new.size) for old, new in tables or moved]
-
-
-def _sizes(changed: list[tuple[_Relation, _Relation]], created: list[_Relation]) -> list[Size]:
-    """Return the sizes of tables and materialized views that were written to; what is new began with nothing."""
-    kept = [
-        Size(new.name or old.name, old.size, new.size if new.kind else 0)
-        for old, new in changed
-        if (new.kind or old.kind) in ("r", "m") and (new.size is not None or not new.kind)
-    ]
-    return kept + [Size(new.name, 0, new.size) for new in created if new.kind in ("r", "m")]
