@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import sys
 import traceback
@@ -20,7 +21,8 @@ from migrator.history.env_file import version_table
 from migrator.history.environment import Around, Command, Hook, run_env
 from migrator.history.project import ProjectOptions, make_config, sibling_tables, tell_address
 from migrator.history.way_back import WayBack, offline_downgrade
-from migrator.manifest import FileSums, digest_of, file_sums, sha256_of
+from migrator.manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
+from migrator.manifest import load as load_manifest
 from migrator.target import Target
 from migrator.versions import VersionTable
 
@@ -182,14 +184,25 @@ class History:
         return self._sha256[revision.path]
 
     def sums(self, name: str) -> FileSums:
-        """Return the checksums of a revision's file."""
-        return file_sums(Path(self.revision(name).path))
+        """Return the checksums of a revision's file; the manifest's, where that is of this very file."""
+        item = self.revision(name)
+        frozen = self._frozen.get(name)
+        if frozen and frozen.sha256 == self.sha256(item):
+            return frozen
+        return file_sums(Path(item.path))
+
+    @functools.cached_property
+    def _frozen(self) -> dict[str, FileSums]:
+        try:
+            frozen = load_manifest(self.location / "manifest.json")
+        except (OSError, NoManifest):
+            return {}
+        return {item.revision: item.sums for item in frozen.revisions}
 
     def file_name(self, revision: Revision) -> str:
         """Return a revision's file as people know it: from the folder of ``env.py``, where it is in there."""
-        path = Path(revision.path).resolve()
-        place = self.location.resolve()
-        return str(path.relative_to(place)) if path.is_relative_to(place) else path.name
+        path, place = os.path.abspath(revision.path), os.path.abspath(self.location)
+        return path[len(place) + 1 :] if path.startswith(place + os.sep) else os.path.basename(path)
 
     def min_compatible(self, name: str) -> str:
         """Return the ``migrator_min_compatible`` that a revision declares, or an empty string."""
