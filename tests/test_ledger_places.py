@@ -219,8 +219,12 @@ def test_a_backup_carries_it(database: Database, project: Project, run: Run, run
     folder = project(revisions=THREE)
     done(run("upgrade", "r002", cwd=folder))
     done(run(cwd=folder, MIGRATOR_BACKUP="auto"))
-    done(run_migrator("restore", "latest", "--yes", cwd=folder, database=database))
+    result = done(run_migrator("restore", "latest", "--yes", cwd=folder, database=database))
     agrees(database, ALL[:2])
+    assert runs(database) == [("upgrade", "OK"), ("restore", "OK")]
+    said = database.psql("SELECT message, backup_id FROM migrator_ledger WHERE command = 'restore'")[0]
+    assert said[0] in result.stdout
+    assert said[1] in said[0]
     done(run(cwd=folder))
     agrees(database, ALL)
     kept = database.server.psql(

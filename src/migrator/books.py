@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from migrator import ledger
 from migrator.bookkeeping import about
@@ -13,9 +13,13 @@ from migrator.edited import Edit, find_edits
 from migrator.errors import HistoryError
 from migrator.history import History
 from migrator.ledger import Author
+from migrator.outcome import ExitCode
 from migrator.postgres import Session
 from migrator.settings import Settings
-from migrator.versions import read_version
+from migrator.versions import VersionTable, read_version
+
+if TYPE_CHECKING:
+    from migrator.backups.restore import Restored
 
 log = logging.getLogger("migrator.ledger")
 
@@ -66,3 +70,34 @@ def accept_edits(
     if rows:
         ledger.append(session, table, rows)
     return Repair(accepted, tuple(name for name in wanted if name not in edits))
+
+
+_LEDGERS = """
+SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_table' AND NOT a.attisdropped
+WHERE c.relname = %s AND c.relkind = 'r'
+"""
+
+
+def note_restore(session: Session, author: Author, restored: Restored) -> None:
+    """Add a row about a restore for every version table that a ledger of this database speaks of.
+
+    All of them were restored, whichever the project's is.  Raises QueryFailed.
+    """
+    for (schema,) in session.query(_LEDGERS, (ledger.NAME,)):
+        place = VersionTable(ledger.NAME, schema)
+        tables = session.query(f"SELECT DISTINCT version_table FROM {place.quoted}")  # noqa: S608 - quoted
+        for (name,) in tables:
+            table = VersionTable(name, schema)
+            row = author.row(
+                ledger.RUN,
+                0,
+                table,
+                command="restore",
+                code=int(ExitCode.OK),
+                outcome=ExitCode.OK.name,
+                message=restored.message,
+                seconds=round(restored.seconds, 3),
+                backup_id=restored.backup.id,
+            )
+            ledger.append(session, table, [row])

@@ -282,7 +282,7 @@ def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping
         session.query(creation(ledger))
         _give_to_owner_of(session, version_table, ledger)
     with session.as_role(_owner_of(session, ledger, unless_may="INSERT")):
-        session.query(insertion(ledger, "%s"), (document(rows),))
+        session.query(insertion(ledger, literal(document(rows))))
 
 
 def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: VersionTable) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator.errors import NoSuchDatabase, SettingsError
+from migrator.errors import MigratorError, NoSuchDatabase, SettingsError
 from migrator.history import ProjectOptions
 from migrator.interruption import Interruption
 from migrator.logs import Logs, redact
@@ -246,7 +246,7 @@ class MigrationService:
             else:
                 if replace and not to:
                     stack.enter_context(lock(session, self.settings, session_ends=True))
-            return restore(
+            restored = restore(
                 self.settings.required_target,
                 self.settings,
                 backup_id,
@@ -255,6 +255,23 @@ class MigrationService:
                 application_name=self._application_name,
                 replace=replace,
             )
+        if not to:
+            self._note(restored)
+        return restored
+
+    def _note(self, restored: Restored) -> None:
+        """Add a row about the restore to the ledger that came back; a restore does not fail for want of it."""
+        from migrator.books import note_restore
+        from migrator.postgres import ConnectFailed, QueryFailed
+
+        if not self.settings.ledger:
+            return
+        author = Record("restore", self.settings.target, self.run_id).author(self.settings.actor)
+        try:
+            with self._session() as session:
+                note_restore(session, author, restored)
+        except (MigratorError, ConnectFailed, QueryFailed) as error:
+            log.warning("the ledger does not say that this was restored: %s", error)
 
     @property
     def _application_name(self) -> str:

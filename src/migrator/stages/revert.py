@@ -101,10 +101,11 @@ class Reversal:
             _as_it_was_applied(connection, way)
             for statement in way.statements or ():
                 connection.query(statement)
+            table = self._table.quoted.replace("%", "%%")
             for gone in sorted(before - after):
-                connection.query(f"DELETE FROM {self._table.quoted} WHERE version_num = %s", (gone,))  # noqa: S608
+                connection.query(f"DELETE FROM {table} WHERE version_num = %s", (gone,))  # noqa: S608 - quoted
             for back in sorted(after - before):
-                connection.query(f"INSERT INTO {self._table.quoted} (version_num) VALUES (%s)", (back,))  # noqa: S608
+                connection.query(f"INSERT INTO {table} (version_num) VALUES (%s)", (back,))  # noqa: S608 - quoted
             row = self._author.row(
                 ledger.REVERTED,
                 number,
