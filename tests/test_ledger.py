@@ -146,6 +146,30 @@ def test_odd_text_is_kept_as_it_is(database: Database, project: Project, run: Ru
     assert database.psql("SELECT message FROM migrator_ledger WHERE revision = 'r001'") == [(odd,)]
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_does_not_have_every_character(
+    encoding: str, database: Database, project: Project, run_migrator: Runner
+) -> None:
+    revisions = [
+        Revision("r001", None, "CREATE TABLE t1 (id int)", "DROP TABLE t1", message="caf\xe9 \u2603"),
+        Revision("r002", "r001", "CREATE TABLE t2 (id int)", "COMMENT ON TABLE t1 IS 'caf\xe9'"),
+    ]
+    folder = project(revisions=revisions)
+    name = f"{database.name}_encoded"
+    database.server.psql(
+        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    try:
+        encoded = Database(database.server, name)
+        done(run_migrator(cwd=folder, database=encoded, env=OFF))
+        kept = encoded.psql(
+            "SELECT message, way_back FROM migrator_ledger WHERE event = 'applied' ORDER BY number"
+        )
+        assert kept == [(r"caf\xe9 \u2603", ["DROP TABLE t1"]), ("a change", None)]
+    finally:
+        database.server.drop_database(name)
+
+
 def test_a_first_revision_sees_no_table_of_ours(database: Database, project: Project, run: Run) -> None:
     look = (
         "import sqlalchemy\nbind = op.get_bind()\n"

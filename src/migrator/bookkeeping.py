@@ -60,6 +60,7 @@ class Bookkeeper:
         self._table = VersionTable()
         self._ledger = VersionTable()
         self._search_path = ""
+        self._unicode = True
         self._sure = False  # that the ledger is there
         self._standing: set[str] = set()
         self._rows: frozenset[str] = frozenset()
@@ -95,6 +96,7 @@ class Bookkeeper:
         self._rows = frozenset(rows)
         self._ledger = ledger.beside(table, connection.ask)
         self._search_path = str(connection.ask("SELECT current_setting('search_path')"))
+        self._unicode = bool(connection.ask(ledger.TAKES_UNICODE))
         self._standing = set()
         if ledger.exists(self._ledger, connection.ask):
             _refuse_unless(
@@ -145,14 +147,13 @@ class Bookkeeper:
     def _way_back(self, revision: str) -> WayBack | None:
         """Return the SQL to keep, unless it names other tables than the revision does on this connection."""
         way = self._ways_back.get(revision)
-        if (
-            way is None
-            or way.statements is None
-            or self._connection is None
-            or not self._connection.translates
-        ):
+        if way is None or way.statements is None or self._connection is None:
             return way
-        return type(way)(None, "env.py translates the names of schemas (schema_translate_map)")
+        if self._connection.translates:
+            return type(way)(None, "env.py translates the names of schemas (schema_translate_map)")
+        if not self._unicode and not "".join(way.statements).isascii():
+            return type(way)(None, "its SQL has characters that the database's encoding may not have")
+        return way
 
     def stamped(self, rows: Iterable[str]) -> None:
         """Add the rows of revisions that were stamped, or no longer are, now that the version rows are ``rows``."""
@@ -192,7 +193,7 @@ class Bookkeeper:
             self._sure = True
             if not ledger.exists(self._ledger, self._connection.ask):
                 self._connection.tell(ledger.creation(self._ledger))
-        statement = ledger.insertion(self._ledger, ledger.literal(ledger.document(rows)))
+        statement = ledger.insertion(self._ledger, rows, unicode=self._unicode)
         return int(self._connection.ask_driver(statement))
 
 

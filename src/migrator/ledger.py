@@ -232,27 +232,29 @@ def creation(ledger: VersionTable) -> str:
     return _CREATE.format(table=ledger.quoted)
 
 
-def insertion(ledger: VersionTable, rows: str) -> str:
-    """Return the statement that adds rows; ``rows`` is how the driver writes the parameter that holds them."""
-    return _INSERT.format(table=ledger.quoted, rows=rows)
+def insertion(ledger: VersionTable, rows: Iterable[Mapping[str, Any]], *, unicode: bool) -> str:
+    """Return the statement that adds rows, without secrets; ``unicode`` is the answer to :data:`TAKES_UNICODE`."""
+    document = json.dumps([_clean(row, unicode) for row in rows], ensure_ascii=False, default=str)
+    return _INSERT.format(table=ledger.quoted, rows=literal(document))
 
 
-def document(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as the JSON text that :func:`insertion` takes, without secrets."""
-    return json.dumps([_clean(row) for row in rows], ensure_ascii=False, default=str)
+TAKES_UNICODE = (
+    "SELECT current_setting('server_encoding') = 'UTF8'"
+    " AND current_setting('client_encoding') IN ('UTF8', 'UNICODE')"
+)
+"""Whether the database takes any character; in one that does not, those beyond ASCII are written as ``\\xe9``."""
 
 
-def _clean(value: Any, key: str = "") -> Any:
+def _clean(value: Any, unicode: bool, key: str = "") -> Any:
     """Return a value as jsonb takes it, and without a secret in what people wrote; ``key`` is its column."""
     if isinstance(value, Mapping):
-        return {name: _clean(item, key or name) for name, item in value.items()}
+        return {name: _clean(item, unicode, key or name) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(item, key) for item in value]
+        return [_clean(item, unicode, key) for item in value]
     if not isinstance(value, str):
         return value
-    text = (
-        value.encode(errors="replace").decode().replace("\0", "")
-    )  # lone surrogates and NUL are no JSON of Postgres's
+    encoding, errors = ("utf-8", "replace") if unicode else ("ascii", "backslashreplace")
+    text = value.encode(encoding, errors).decode(encoding).replace("\0", "")
     return redact(text) if key in _WRITTEN_BY_PEOPLE else text
 
 
@@ -282,7 +284,7 @@ def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping
         session.query(creation(ledger))
         _give_to_owner_of(session, version_table, ledger)
     with session.as_role(_owner_of(session, ledger, unless_may="INSERT")):
-        session.query(insertion(ledger, literal(document(rows))))
+        session.query(insertion(ledger, rows, unicode=bool(session.value(TAKES_UNICODE))))
 
 
 def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: VersionTable) -> None:
