@@ -86,7 +86,7 @@ def _for_debugging(line: str) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    return record.get("level") == "debug" or record.get("logger") == "asyncio"
+    return bool(record.get("level") == "debug" or record.get("logger") == "asyncio")
 
 
 def told_the_truth(code: int, log: str, reached: int, database: Database) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ _PRELOAD = [
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
+_mutex = threading.Lock()
+"""Starting a process looks after all others, and two looks at one that has ended disagree about its exit code."""
 
 
 class Forked:
@@ -40,8 +43,10 @@ class Forked:
         self.folder = out or Path(tempfile.mkdtemp(prefix="migrator-forked-"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._process = _context.Process(target=_run, args=(arguments, str(cwd), dict(env), str(self.folder)))
-        self.began = time.monotonic()
-        self._process.start()
+        with _mutex:
+            self._process.start()
+        while self.code is None and not (self.folder / "stdout").exists():
+            time.sleep(0.001)
 
     @property
     def pid(self) -> int:
@@ -61,27 +66,31 @@ class Forked:
     @property
     def code(self) -> int | None:
         """Its exit code, a signal's number below zero, None while it runs."""
-        return self._process.exitcode
+        with _mutex:
+            return self._process.exitcode
 
     def send(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
-        if self._process.is_alive():
+        if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def finish(self, timeout: float = 120) -> int:
         """Wait for its end and return the exit code; kill it and fail if that takes longer."""
-        self._process.join(timeout)
-        if self.code is None:
-            self.end()
-            raise AssertionError(f"still running after {timeout} s:\n{self.stdout}{self.stderr}")
-        return self.code
+        deadline = time.monotonic() + timeout
+        while (code := self.code) is None:
+            if time.monotonic() > deadline:
+                self.end()
+                raise AssertionError(f"still running after {timeout} s:\n{self.stdout}{self.stderr}")
+            time.sleep(0.005)
+        return code
 
     def end(self) -> None:
         """Kill what is left of it, and what it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.join(10)
+        while self.code is None:
+            time.sleep(0.005)
 
     def __str__(self) -> str:
         command = " ".join(("migrator", *self.arguments))
@@ -95,6 +104,7 @@ def _text(path: Path) -> str:
 def _run(arguments: tuple[str, ...], cwd: str, env: dict[str, str], out: str) -> None:
     """Become the command: in the child."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         target = os.open(os.path.join(out, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, descriptor)
