@@ -111,11 +111,12 @@ class MigrationService:
             if outcome is not None:
                 return outcome
         from migrator import pipeline
+        from migrator.run import Request, Run
 
         record = Record(kind, self.settings.target, self.run_id)
-        request = pipeline.Request(kind, destination, yes)
+        request = Request(kind, destination, yes)
         return pipeline.run(
-            pipeline.Run(request, self.settings, self.project, record, self.logs, self._interruption)
+            Run(request, self.settings, self.project, record, self.logs, self._interruption)
         )
 
     # -- what only looks -------------------------------------------------------------------------------
