@@ -43,11 +43,11 @@ class History:
             fcntl.flock(lock, fcntl.LOCK_EX)
             pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
             if _changed(venv / "pinned", pins):
-                _run(sys.executable, "-m", "venv", "--clear", str(venv))
-                _run(*pip, "--only-binary=:all:", "--no-deps", "-r", str(pins))
+                run(sys.executable, "-m", "venv", "--clear", str(venv))
+                run(*pip, "--only-binary=:all:", "--no-deps", "-r", str(pins))
                 _note(venv / "pinned", pins)
             if _changed(venv / "project", ROOT / "pyproject.toml"):
-                _run(*pip, "-c", str(pins), "--editable", str(ROOT))
+                run(*pip, "-c", str(pins), "--editable", str(ROOT))
                 _note(venv / "project", ROOT / "pyproject.toml")
         (site_packages,) = (venv / "lib").glob("python3.*/site-packages")
         return Installation(self, venv / "bin", site_packages / self.ini)
@@ -75,7 +75,7 @@ class Installation:
         """Bring the database to head with Alembic's own command."""
         env = {**os.environ, **self.variables(database, folder)}
         alembic = str(self.bin / "alembic")
-        _run(alembic, "-c", str(self._plain_ini(database, folder)), "upgrade", "head", cwd=folder, env=env)
+        run(alembic, "-c", str(self._plain_ini(database, folder)), "upgrade", "head", cwd=folder, env=env)
 
     def _plain_ini(self, database: Database, folder: Path) -> Path:
         """Write the project's alembic.ini with the address put in, as its users do by hand."""
@@ -113,7 +113,8 @@ def _changed(stamp: Path, file: Path) -> bool:
     return not stamp.exists() or stamp.read_text() != _stamp(file)
 
 
-def _run(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+def run(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    """Run a command to its end; fail with what it said if it fails."""
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 

@@ -199,12 +199,13 @@ def _flask_context(config: Config) -> Iterator[Config]:
     flask, flask_cli = importlib.import_module("flask"), importlib.import_module("flask.cli")
     with contextlib.ExitStack() as stack:
         if not flask.has_app_context():
+            name = os.environ["FLASK_APP"].strip()
             os.environ["FLASK_RUN_FROM_CLI"] = "true"  # app.run() in a module then does nothing
             try:
-                application = flask_cli.ScriptInfo().load_app()
+                application = flask_cli.ScriptInfo(name).load_app()
             except flask_cli.NoAppException as error:
                 raise SettingsError(
-                    [f"FLASK_APP={os.environ.get('FLASK_APP', '')}: {' '.join(str(error).split())}"],
+                    [f"FLASK_APP={name}: {' '.join(str(error).split()).rstrip('.')}"],
                     next_step="set FLASK_APP to what `flask db` uses, such as shop:create_app",
                 ) from error
             except MigratorError:
@@ -217,4 +218,4 @@ def _flask_context(config: Config) -> Iterator[Config]:
             stack.enter_context(application.app_context())
         extension = flask.current_app.extensions.get("migrate")
         callbacks = getattr(getattr(extension, "migrate", None), "call_configure_callbacks", None)
-        yield callbacks(config) if callable(callbacks) else config
+        yield (callbacks(config) or config) if callable(callbacks) else config
