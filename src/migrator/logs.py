@@ -232,6 +232,8 @@ class Logs:
     def _admit(self, record: logging.LogRecord) -> bool:
         if self._run_id and not hasattr(record, "run_id"):
             record.run_id = self._run_id
+        if record.name == "asyncio" and "asyncio.run() shutdown" in record.getMessage():
+            return False  # an interrupt, seen by every task of an async env.py; the outcome says it
         # Alembic says "Running upgrade a -> b" at INFO; migrator's own line per revision says more.
         below = record.levelno < logging.WARNING and self._level != "DEBUG"
         return not (below and record.name.partition(".")[0] == "alembic")

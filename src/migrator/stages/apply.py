@@ -279,7 +279,7 @@ def apply(
             )
     except BaseException as error:  # a user's code may raise anything
         application.interruption.shield()
-        cause: BaseException = error
+        cause = _first(error)
         if application.interruption.received:
             # What was raised is the cancelled statement's own error: the signal is the cause.
             cause = Interrupt(application.interruption.received)
@@ -298,6 +298,14 @@ def apply(
         )
         log.debug("apply failed", exc_info=True)
         raise explain(cause, after) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what came first, where SQLAlchemy only says that the transaction is broken since."""
+    first = error
+    while type(first).__name__ == "PendingRollbackError" and first.__context__ is not None:
+        first = first.__context__
+    return first
 
 
 def _rows_after(
