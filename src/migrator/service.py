@@ -115,9 +115,7 @@ class MigrationService:
 
         record = Record(kind, self.settings.target, self.run_id)
         request = Request(kind, destination, yes)
-        return pipeline.run(
-            Run(request, self.settings, self.project, record, self.logs, self._interruption)
-        )
+        return pipeline.run(Run(request, self.settings, self.project, record, self.logs, self._interruption))
 
     # -- what only looks -------------------------------------------------------------------------------
 
