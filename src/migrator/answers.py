@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """One command's answer: JSON-ready data, text for people, and the exit code."""
+    """One command's answer: JSON-ready data (or a function that makes it), text for people, and the exit code."""
 
     data: Any
     text: str
@@ -30,13 +30,14 @@ class Answer:
     def render(self, output_format: str) -> str:
         """Return the answer as ``text`` or ``json``."""
         if output_format == "json":
-            return json.dumps(self.data, indent=2, ensure_ascii=False, default=str)
+            data = self.data() if callable(self.data) else self.data
+            return json.dumps(data, indent=2, ensure_ascii=False, default=str)
         return self.text
 
 
 def of_outcome(outcome: Outcome) -> Answer:
     """Answer with how a run ended."""
-    return Answer(outcome.as_dict(), report.sentence(outcome), outcome.code)
+    return Answer(outcome.as_dict, report.sentence(outcome), outcome.code)
 
 
 def of_current(current: Sequence[str], heads: Sequence[str]) -> Answer:
