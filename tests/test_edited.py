@@ -161,3 +161,19 @@ def test_without_a_ledger_nothing_is_compared(
     off = {**OFF, "MIGRATOR_LEDGER": "off"}
     done(run_migrator(cwd=applied, database=database, env=off))
     assert ("applied", "r003") not in events(database)
+
+
+def test_an_edit_that_passed_is_told_of_again(
+    applied: Path, database: Database, run_migrator: Runner
+) -> None:
+    """A run with nothing to do and a manifest of the edited files takes the long way, and warns too."""
+    edit(applied, REAL)
+    done(run_migrator("freeze", cwd=applied))
+    variables = {**OFF, "MIGRATOR_EDITED": "warn"}
+    for pending in (1, 0):
+        result = run_migrator("--format", "json", cwd=applied, database=database, env=variables)
+        assert result.code == 0, result
+        assert len(result.answer["revisions"]) == pending, result
+        assert [item["rule"] for item in result.answer["findings"]] == ["edited-revision-real"], result
+    result = run_migrator(cwd=applied, database=database, env=OFF)
+    assert result.code == ExitCode.TAMPERED, result

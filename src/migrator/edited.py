@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from migrator.history import History
 
 
+EDITED = "edited-revision"
+"""What the rules of these findings begin with."""
+
+
 @dataclass(frozen=True)
 class Edit:
     """One applied revision whose file now has other checksums than the ledger's; ``kind`` is cosmetic or real."""
@@ -75,7 +79,7 @@ def judge(edits: Sequence[Edit], policy: str) -> tuple[Finding, ...]:
 
 def _finding(edit: Edit, severity: Severity) -> Finding:
     return Finding(
-        rule=f"edited-revision-{edit.kind}",
+        rule=f"{EDITED}-{edit.kind}",
         severity=severity,
         place=edit.entry.revision,
         sentence=edit.sentence,
