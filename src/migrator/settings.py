@@ -361,8 +361,10 @@ _OTHER_VARIABLES = frozenset({"MIGRATOR_IMAGE_VERSION"})
 def _suggest(name: str, known: Mapping[str, Any]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return f"; did you mean {close[0]}?" if close else ""
+    # What all variables begin with would make any two of them alike.
+    short = {item.removeprefix("MIGRATOR_"): item for item in known}
+    close = difflib.get_close_matches(name.removeprefix("MIGRATOR_"), short, n=1, cutoff=0.7)
+    return f"; did you mean {short[close[0]]}?" if close else ""
 
 
 def table(settings: Settings) -> list[dict[str, str]]:
