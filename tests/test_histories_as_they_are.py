@@ -239,3 +239,72 @@ def test_an_env_that_exits(kind: str, project: Project, run_migrator: Runner, da
     assert code == result.code == (31 if not landed else 40), result
     at = database.psql("SELECT count(*) FROM pg_class WHERE relname = 'alembic_version'")
     assert at == [(int(landed),)], result
+
+
+REPLACEABLE = """
+from alembic.operations import MigrateOperation, Operations
+
+
+class View:
+    def __init__(self, name, sql):
+        self.name, self.sql = name, sql
+
+
+class Reversible(MigrateOperation):
+    def __init__(self, target):
+        self.target = target
+
+    @classmethod
+    def replace(cls, operations, target, replaces=None, replace_with=None):
+        revision, name = (replaces or replace_with).split(".")
+        script = operations.get_context().script
+        old = getattr(script.get_revision(revision).module, name)
+        drop, create = (old, target) if replaces else (target, old)
+        operations.invoke(DropView(drop))
+        operations.invoke(CreateView(create))
+
+
+@Operations.register_operation("create_view", "invoke_for_target")
+@Operations.register_operation("replace_view", "replace")
+class CreateView(Reversible):
+    @classmethod
+    def invoke_for_target(cls, operations, target):
+        return operations.invoke(cls(target))
+
+
+@Operations.register_operation("drop_view", "invoke_for_target")
+class DropView(CreateView):
+    pass
+
+
+@Operations.implementation_for(CreateView)
+def create_view(operations, operation):
+    operations.execute(f"CREATE VIEW {operation.target.name} AS {operation.target.sql}")
+
+
+@Operations.implementation_for(DropView)
+def drop_view(operations, operation):
+    operations.execute(f"DROP VIEW {operation.target.name}")
+"""
+
+
+def test_objects_that_replace_those_of_an_earlier_revision(project: Project, compare: Comparison) -> None:
+    """Alembic's recipe for views (`op.replace_view(view, replaces="a1.view")`) reads the earlier revision's module."""
+    first = Revision("a1", None, "op.create_view(view)", "op.drop_view(view)").render()
+    second = Revision(
+        "a2",
+        "a1",
+        'op.replace_view(view, replaces="a1.view")',
+        'op.replace_view(view, replace_with="a1.view")',
+    ).render()
+    folder = project(
+        {
+            "shop_views.py": REPLACEABLE,
+            "migrations/versions/a1.py": f"{first}\nfrom shop_views import View\nview = View('v', 'SELECT 1 AS a')\n",
+            "migrations/versions/a2.py": f"{second}\nfrom shop_views import View\nview = View('v', 'SELECT 2 AS b')\n",
+        }
+    )
+    compare(folder)
+    result = compare.run("downgrade", "-1", cwd=folder, database=compare.database)
+    assert result.code == 0, result
+    assert compare.database.psql("SELECT a FROM v") == [(1,)]
