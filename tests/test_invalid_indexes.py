@@ -94,6 +94,77 @@ def test_a_killed_build(
     assert database.psql(VALID) == [("t1_note_key", "true")]
 
 
+HELD = """\
+import os
+import time
+
+with op.get_context().autocommit_block():
+    op.create_index('t1_note_key', 't1', ['note'], unique=True, postgresql_concurrently=True{more})
+time.sleep(120 if os.environ.get("HOLD") else 0)
+"""
+
+
+def killed_when_built(
+    database: Database, run_migrator: Runner, start_migrator: Start, folder: Path, **env: str
+) -> None:
+    """Kill a run when the index of r002 is whole, and r002 does not count as applied."""
+    assert run_migrator("upgrade", "r001", cwd=folder, database=database, env=OFF).code == 0
+    run = start_migrator("upgrade", cwd=folder, database=database, env={**OFF, "HOLD": "yes", **env})
+    run.wait_for(lambda: database.psql(VALID) == [("t1_note_key", "true")])
+    run.kill()
+    run.finish()
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r001",)]
+
+
+@pytest.mark.parametrize("more", ["", ", if_not_exists=True"], ids=["plain", "if not exists"])
+def test_a_run_that_is_killed_when_the_index_is_whole(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start, more: str
+) -> None:
+    folder = project(revisions=history(HELD.format(more=more)))
+    killed_when_built(database, run_migrator, start_migrator, folder)
+    oid = database.psql("SELECT 't1_note_key'::regclass::oid")
+    result = run_migrator("upgrade", cwd=folder, database=database, env=OFF)
+    assert result.code == 0, result
+    assert database.psql(VALID) == [("t1_note_key", "true")]
+    kept = database.psql("SELECT 't1_note_key'::regclass::oid") == oid
+    assert kept == bool(more), result
+    assert ("dropping the index public.t1_note_key" in result.stderr) != kept
+    events = database.psql("SELECT event, count(*) FROM migrator_ledger GROUP BY event ORDER BY event")
+    assert events == [
+        ("applied", 2),
+        ("begun", 2),
+        ("run", 2),
+    ]  # a run on an empty database notes no beginning
+
+
+@pytest.mark.parametrize("how", ["there before", "a run after it ended well", "switched off", "no ledger"])
+def test_an_index_that_no_killed_run_built_stays(
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start, how: str
+) -> None:
+    """The revision then fails, for its name is taken: what to do is for a person to say."""
+    folder = project(revisions=history(HELD.format(more="")))
+    env = dict(OFF)
+    if how == "there before":
+        assert run_migrator("upgrade", "r001", cwd=folder, database=database, env=OFF).code == 0
+        database.execute("CREATE UNIQUE INDEX t1_note_key ON t1 (note)")
+        assert run_migrator("upgrade", cwd=folder, database=database, env=OFF).code == 40
+    elif how == "no ledger":
+        env["MIGRATOR_LEDGER"] = "off"
+        killed_when_built(database, run_migrator, start_migrator, folder, MIGRATOR_LEDGER="off")
+    else:
+        killed_when_built(database, run_migrator, start_migrator, folder)
+        if how == "switched off":
+            env["MIGRATOR_INVALID_INDEXES"] = "report"
+        else:
+            for revision in ("r002", "r001"):
+                assert run_migrator("stamp", revision, cwd=folder, database=database, env=OFF).code == 0
+    oid = database.psql("SELECT 't1_note_key'::regclass::oid")
+    result = run_migrator("upgrade", cwd=folder, database=database, env=env)
+    assert result.code == 40, result
+    assert "already exists" in result.stderr
+    assert database.psql("SELECT 't1_note_key'::regclass::oid") == oid
+
+
 def make_invalid(database: Database, name: str) -> None:
     two_rows(database)
     with pytest.raises(psycopg2.errors.UniqueViolation):

@@ -1,4 +1,4 @@
-"""The run in the ledger: a row for how it ended, and for what it found done without it."""
+"""The run in the ledger: that it begins to apply, how it ended, and what it found done without it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from migrator.outcome import Outcome
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.run import Run, alive, harmless, known
 from migrator.stages.inspect import Inspection
+from migrator.stages.leftovers import built
 from migrator.stages.lock import lock_if_free
 
 log = logging.getLogger("migrator.ledger")
@@ -32,6 +33,26 @@ def on_the_books(this: Run, session: Session, history: History) -> Iterator[None
         _close(this, session, history, this.record.failed(told))
         raise told from error
     _close(this, session, history, this.record.succeeded())
+
+
+def begin(this: Run, session: Session, found: Inspection) -> None:
+    """Note that the run is about to apply, so that the next one knows what it left should it be killed."""
+    table = found.version_table
+    if table is None or not this.settings.ledger or not found.plan.revisions:
+        return
+    try:
+        bookkeeping.begin(
+            session,
+            table,
+            this.record.author(this.settings.actor),
+            command=f"{this.request.kind} {this.request.destination}",
+            plan=found.plan,
+            indexes=[str(index) for index in built(session, found.plan)],
+        )
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        log.info("the ledger does not say that this run began: %s", error.text)
 
 
 def _close(this: Run, session: Session, history: History, outcome: Outcome) -> None:

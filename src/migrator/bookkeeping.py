@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from migrator import ledger
@@ -16,7 +16,7 @@ from migrator.postgres import Session
 from migrator.versions import VersionTable
 
 if TYPE_CHECKING:
-    from migrator.history import History, Revision, WayBack
+    from migrator.history import History, Plan, Revision, WayBack
 
 log = logging.getLogger("migrator.ledger")
 
@@ -292,6 +292,34 @@ def settle(
             for number, (revision, event) in enumerate(events, start=1)
         ],
     )
+
+
+def begin(
+    session: Session,
+    table: VersionTable,
+    author: Author,
+    *,
+    command: str,
+    plan: Plan,
+    indexes: Collection[str],
+) -> None:
+    """Note that a run is about to apply, where there is a ledger; raises QueryFailed.
+
+    ``indexes`` are those that it is to build and that are there.  Should the run be killed, the next one knows by this
+    which it has built.
+    """
+    if not ledger.exists(ledger.beside(table, session.value), session.value):
+        return
+    row = author.row(
+        ledger.BEGUN,
+        -1,
+        table,
+        command=command,
+        message=f"{command}: {len(plan.revisions)} to {plan.kind}",
+        rows_before=sorted(plan.before),
+        details={"pending": [item.revision for item in plan.revisions], "indexes": sorted(indexes)},
+    )
+    ledger.append(session, table, [row])
 
 
 def close(session: Session, table: VersionTable, author: Author, outcome: Outcome, digest: str) -> None:

@@ -27,6 +27,8 @@ FOUND, GONE = "found", "gone"
 """Applied, or reverted, by something else than migrator: noticed by the next run."""
 ACCEPTED = "accepted"
 """An edited file was accepted by `migrator repair --accept`."""
+BEGUN = "begun"
+"""A run begins to apply; one without a row of `RUN` died."""
 RUN = "run"
 
 _GONE = (REVERTED, UNSTAMPED, GONE)
@@ -93,6 +95,16 @@ SELECT run_id, at, command, code, outcome, digest, actor, role, host, image_vers
 FROM {table} WHERE version_table = %s AND event = 'run' ORDER BY at DESC LIMIT 1
 """
 
+# The first run since the last good one that has no row of its own: it was killed.
+_DIED = """
+WITH good AS (SELECT max(at) AS at FROM {table} WHERE version_table = %(name)s AND event = 'run' AND code = 0)
+SELECT l.run_id, l.event, l.rows_before, l.details->'indexes' FROM {table} l, good
+WHERE l.version_table = %(name)s AND l.event IN ('begun', 'applied') AND (good.at IS NULL OR l.at > good.at)
+  AND NOT EXISTS (SELECT 1 FROM {table} r
+                  WHERE r.run_id = l.run_id AND r.version_table = %(name)s AND r.event = 'run')
+ORDER BY l.at, l.number LIMIT 1
+"""
+
 _WAYS_BACK = """
 SELECT DISTINCT ON (revision) revision, event, message, parents, depends_on, rows_before, rows_after, way_back,
        no_way_back, at, number, image_version, search_path, role
@@ -128,6 +140,14 @@ class Entry:
         """Say when, and by which run of which image, this came about."""
         image = f" of image {self.image_version}" if self.image_version else ""
         return f"{self.at:%Y-%m-%d %H:%M:%S %Z} by run {self.run_id}{image}"
+
+
+@dataclass(frozen=True)
+class DeadRun:
+    """A run that was killed: its id, and those of the indexes it was to build that were there when it began."""
+
+    run_id: str
+    indexes: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -308,7 +328,7 @@ def _owner_of(session: Session, ledger: VersionTable, *, unless_may: str) -> str
 
 
 def _read(
-    session: Session, ledger: VersionTable, sql: str, parameters: tuple[Any, ...]
+    session: Session, ledger: VersionTable, sql: str, parameters: tuple[Any, ...] | dict[str, Any]
 ) -> list[tuple[Any, ...]]:
     """Query the ledger, as its owner where the login itself may not; raises QueryFailed."""
     sql = sql.format(table=ledger.quoted.replace("%", "%%"))
@@ -337,6 +357,22 @@ def read_standing(session: Session, version_table: VersionTable | None) -> Stand
         return Standing()
     entries = {row[0]: _entry(row) for row in rows if row[1] not in _GONE}
     return Standing(True, entries, _last_run(last[0]) if last else None)
+
+
+def read_dead_run(session: Session, version_table: VersionTable | None) -> DeadRun | None:
+    """Return the run that was killed since the last one that ended well; None where none was, or nobody knows."""
+    if version_table is None:
+        return None
+    ledger = beside(version_table, session.value)
+    try:
+        rows = _read(session, ledger, _DIED, {"name": version_table.name})
+    except QueryFailed as error:
+        if error.lost or error.sqlstate not in _UNREADABLE:
+            raise
+        return None
+    # A run on an empty database begins no ledger, for its first revision is not to see it: there were no indexes.
+    known = rows and (rows[0][1] == BEGUN or not rows[0][2])
+    return DeadRun(rows[0][0], frozenset(rows[0][3] or ())) if known else None
 
 
 def _last_run(row: tuple[Any, ...]) -> LastRun:

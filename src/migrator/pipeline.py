@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import logging
 
-from migrator.accounts import on_the_books, settle_up
+from migrator.accounts import begin, on_the_books, settle_up
 from migrator.backups.manifest import summary
 from migrator.bookkeeping import Bookkeeper
 from migrator.edited import judge
 from migrator.errors import BackupFailed, Internal
 from migrator.history import History
 from migrator.interruption import Interrupt
+from migrator.ledger import read_dead_run
 from migrator.outcome import Finding, Outcome
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.run import ATTEMPTS, Run, harmless, known, rows_now
@@ -30,7 +31,7 @@ from migrator.stages.apply import Application, apply
 from migrator.stages.backup import back_up, decide
 from migrator.stages.guard import guard
 from migrator.stages.inspect import Inspection, inspect
-from migrator.stages.leftovers import clear
+from migrator.stages.leftovers import clear, clear_after_death
 from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
 from migrator.stages.revert import Reversal
 from migrator.stages.wait import wait
@@ -94,6 +95,7 @@ def _stages(this: Run) -> None:
             record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
         _backup(this, session, found)
         _clear_leftovers(this, session, found, expectations)
+        begin(this, session, found)
         not_valid = catalog.not_valid_constraints(session)
         table = _apply(this, session, history, found)
         verify_patiently(this, session, table, expectations, history, not_valid)
@@ -179,15 +181,18 @@ def _backup(this: Run, session: Session, found: Inspection) -> None:
 def _clear_leftovers(
     this: Run, session: Session, found: Inspection, expectations: Expectations | None
 ) -> None:
-    """Look for INVALID indexes ahead of apply; those that a pending revision builds are dropped."""
+    """Look ahead of apply for indexes that a run before left; those that a pending revision builds are dropped."""
     if found.plan.empty or found.plan.kept or this.request.kind == "stamp":
         return
+    rebuild = this.settings.invalid_indexes == "rebuild"
     this.record.findings += clear(
         session,
         found.plan,
-        rebuild=this.settings.invalid_indexes == "rebuild",
+        rebuild=rebuild,
         allowed=expectations.allowed_invalid_indexes if expectations else (),
     )
+    if rebuild:
+        clear_after_death(session, found.plan, read_dead_run(session, found.version_table))
 
 
 def _apply(this: Run, session: Session, history: History, found: Inspection) -> VersionTable | None:

@@ -73,6 +73,17 @@ class Table:
     primary_key: tuple[str, ...] | None = None
 
 
+_NAMED_INDEXES = """
+SELECT n.nspname::text, c.relname::text, t.relname::text, i.indisunique, c.oid::bigint
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_class t ON t.oid = i.indrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE i.indisvalid AND c.relkind = 'i' AND c.relname = ANY(%s)
+  AND n.nspname NOT LIKE 'pg\\_%%' AND n.nspname <> 'information_schema'
+  AND NOT EXISTS (SELECT 1 FROM pg_constraint k WHERE k.conindid = c.oid)
+ORDER BY 1, 2
+"""
+
+
 def invalid_indexes(session: Session) -> tuple[Index, ...]:
     """Return the indexes that Postgres maintains but does not use: what a failed concurrent build leaves.
 
@@ -82,6 +93,12 @@ def invalid_indexes(session: Session) -> tuple[Index, ...]:
     lock on the index too.  And not partitioned indexes, which are invalid until every partition has theirs.
     """
     rows = session.query(INVALID_INDEXES)
+    return tuple(Index(*row) for row in rows)
+
+
+def indexes_named(session: Session, names: Iterable[str]) -> tuple[Index, ...]:
+    """Return the valid indexes of these names, in whatever schema, but for those that carry a constraint."""
+    rows = session.query(_NAMED_INDEXES, (sorted(names),))
     return tuple(Index(*row) for row in rows)
 
 

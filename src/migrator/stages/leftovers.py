@@ -1,8 +1,9 @@
-"""INVALID indexes that a run before left: found ahead of apply, and taken away where a revision builds them anew.
+"""Indexes that a run before left: found ahead of apply, and taken away where a revision builds them anew.
 
 ``CREATE INDEX CONCURRENTLY`` that is killed or fails leaves its index behind, which Postgres maintains and does not
 use.  The revision that is tried again then fails because the name is taken; with ``IF NOT EXISTS`` it passes, and the
-index stays invalid for ever.
+index stays invalid for ever.  And a run that is killed just when the server has finished leaves a valid one, of a
+revision that does not count as applied.
 https://www.postgresql.org/docs/current/sql-createindex.html#SQL-CREATEINDEX-CONCURRENTLY
 """
 
@@ -13,9 +14,11 @@ import logging
 import re
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from migrator.history import Plan, Revision
+from migrator.ledger import DeadRun
 from migrator.outcome import Finding, Severity
 from migrator.postgres import QueryFailed, Session, quote_identifier
 from migrator.schema import catalog
@@ -23,6 +26,49 @@ from migrator.schema import catalog
 log = logging.getLogger("migrator.leftovers")
 
 _SECOND_LOOK = 0.2  # seconds, in which a build that just ended comes to be seen as valid
+
+
+def built(session: Session, plan: Plan) -> tuple[catalog.Index, ...]:
+    """Return the valid indexes that are there although revisions of ``plan`` are to build them concurrently."""
+    texts = [_text(revision, plan.kind) for revision in plan.revisions]
+    texts = [text for text in texts if re.search("concurrently", text, re.IGNORECASE)]
+    words = {word for text in texts for word in re.findall(r"[\w$]+", text)}
+    found = catalog.indexes_named(session, words) if words else ()
+    return tuple(index for index in found if any(builds(text, index.name) for text in texts))
+
+
+def clear_after_death(session: Session, plan: Plan, dead: DeadRun | None) -> None:
+    """Drop what a killed run has built of the first revision of ``plan``, which builds it again.
+
+    Nothing that was there before it; and nothing where the revision itself lets an index of that name be.  Raises
+    :class:`QueryFailed` where the connection is lost.
+    """
+    first = replace(plan, revisions=plan.revisions[:1])
+    text = "".join(_text(revision, plan.kind) for revision in first.revisions)
+    if dead is None or re.search(r"if_not_exists|IF\s+NOT\s+EXISTS", text, re.IGNORECASE):
+        return
+    for index in built(session, first):
+        if str(index) in dead.indexes:
+            continue
+        log.warning(
+            "dropping the index %s: run %s was killed when it had just built it, and %s builds it again",
+            index,
+            dead.run_id,
+            first.revisions[0].revision,
+            extra={"stage": "apply", "revision": first.revisions[0].revision},
+        )
+        try:
+            _drop(session, index)
+        except QueryFailed as error:
+            if error.lost:
+                raise
+            log.warning("it could not be dropped: %s", error.text)
+
+
+def _drop(session: Session, index: catalog.Index) -> None:
+    session.query(
+        f"DROP INDEX CONCURRENTLY IF EXISTS {quote_identifier(index.schema)}.{quote_identifier(index.name)}"
+    )
 
 
 def clear(
@@ -61,10 +107,7 @@ def _each(
             extra={"stage": "apply", "revision": builder},
         )
         try:
-            session.query(
-                f"DROP INDEX CONCURRENTLY IF EXISTS"
-                f" {quote_identifier(index.schema)}.{quote_identifier(index.name)}"
-            )
+            _drop(session, index)
         except QueryFailed as error:
             if error.lost:
                 raise
