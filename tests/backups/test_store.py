@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from migrator.backups import store as module
+from migrator.backups import folder as module
+from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
-from migrator.backups.store import FolderStore, new_id, open_store
+from migrator.backups.store import checksum, file_chunks, new_id, open_store
 from migrator.errors import BackupFailed, RestoreFailed
 
 from .test_manifest import BACKUP
@@ -51,7 +52,7 @@ def test_a_backup_is_two_files_that_only_we_can_read(store: FolderStore) -> None
     modes = {stat.S_IMODE((store.folder / name).stat().st_mode) for name in names}
     assert modes == {0o600}
     assert store.dump_path(backup.id).read_bytes() == b"abcdef"
-    assert module.checksum(store.dump_path(backup.id)) == (backup.sha256, 6)
+    assert checksum(file_chunks(store.dump_path(backup.id))) == (backup.sha256, 6)
     assert store.backups() == [backup]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from migrator import process
 from migrator.backups.clients import Client, last_words
 from migrator.backups.manifest import Backup
-from migrator.backups.store import checksum
+from migrator.backups.store import checksum, file_chunks
 from migrator.logs import redact
 
 # What was restored is said in English: the client's words are, under LC_ALL=C.UTF-8; the server's may not be.
@@ -41,7 +41,7 @@ class RestoreStopped(Exception):
 
 def difference(backup: Backup) -> str:
     """Return how a backup's file differs from what was written, or ``""``; raises OSError."""
-    found, size = checksum(Path(backup.place))
+    found, size = checksum(file_chunks(Path(backup.place)))
     if (found, size) == (backup.sha256, backup.size_bytes):
         return ""
     return f"{size} bytes with sha256 {found}, and not {backup.size_bytes} with {backup.sha256}"

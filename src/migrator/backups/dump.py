@@ -30,7 +30,7 @@ from migrator.backups import archive, clients, snapshot
 from migrator.backups.clients import Client
 from migrator.backups.manifest import Backup, Table, human_size
 from migrator.backups.snapshot import LOCK_WAIT, LockedOut, Relation, Sizes
-from migrator.backups.store import FolderStore, Part, checksum, new_id, open_store
+from migrator.backups.store import Part, Store, checksum, new_id, open_store
 from migrator.errors import BackupFailed, MigratorError
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.settings import Settings
@@ -40,7 +40,7 @@ _PROGRESS_EVERY = 15.0
 _GOODBYE = 10.0  # seconds for the server to notice that pg_dump has gone
 
 
-def preflight(session: Session, settings: Settings) -> tuple[Client, FolderStore, Sizes]:
+def preflight(session: Session, settings: Settings) -> tuple[Client, Store, Sizes]:
     """Find out whether a backup can be made: a client, a folder with room, the right to read everything.
 
     Raises :class:`BackupFailed`.
@@ -105,7 +105,7 @@ def back_up(
 def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:
     """Return what the manifest says about the dump, the server and the programs."""
     return {
-        "id": part.path.name.removesuffix(".dump"),
+        "id": part.id,
         "sha256": part.sha256,
         "size_bytes": part.size,
         "verified": "read",
@@ -181,14 +181,15 @@ class _Dump:
 def _prove(client: Client, part: Part) -> None:
     """Read the archive back from the disk: its checksum, then every byte decompressed and parsed."""
     part.sync()
-    found, size = checksum(part.temporary)
+    found, size = checksum(part.chunks())
     if (found, size) != (part.sha256, part.size):
         raise BackupFailed(
             f"The backup was written as {part.size} bytes with sha256 {part.sha256}, "
             f"but reads back as {size} bytes with {found}: the disk or the volume is faulty.",
             next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
         )
-    finished = archive.read_whole(client, part.temporary)
+    with part.local() as path:
+        finished = archive.read_whole(client, path)
     if finished.status != 0:
         raise BackupFailed(
             f"The backup cannot be read back, so it was thrown away: {clients.last_words(finished)}",
@@ -244,9 +245,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _check_space(store: FolderStore, database: str, sizes: Sizes) -> None:
+def _check_space(store: Store, database: str, sizes: Sizes) -> None:
     """Refuse a folder that is clearly too small (see the module's docstring)."""
     free = store.free_bytes()
+    if free is None:
+        return
     needed, how = _expected(store, database, sizes)
     if free < needed:
         raise BackupFailed(
@@ -264,7 +267,7 @@ def _check_space(store: FolderStore, database: str, sizes: Sizes) -> None:
         )
 
 
-def _expected(store: FolderStore, database: str, sizes: Sizes) -> tuple[int, str]:
+def _expected(store: Store, database: str, sizes: Sizes) -> tuple[int, str]:
     previous = next(iter(store.backups(database)), None)
     if previous is not None and previous.database_size_bytes > 0:
         ratio = previous.size_bytes / previous.database_size_bytes
@@ -288,7 +291,7 @@ def _wait_until_gone(session: Session, application_name: str) -> None:
 
 
 @contextlib.contextmanager
-def _failing(what: str, store: FolderStore | None = None, sizes: Sizes | None = None) -> Iterator[None]:
+def _failing(what: str, store: Store | None = None, sizes: Sizes | None = None) -> Iterator[None]:
     """Turn what the disk, the server and the programs can raise into :class:`BackupFailed`."""
     try:
         yield
@@ -303,7 +306,7 @@ def _failing(what: str, store: FolderStore | None = None, sizes: Sizes | None = 
             f"{what}: no connection to the server: {error.text}.", next_step="run again"
         ) from error
     except OSError as error:
-        in_store = store is not None and str(error.filename or store.folder).startswith(str(store.folder))
+        in_store = store is not None and str(error.filename or store).startswith(str(store))
         if store is None or not in_store:
             raise BackupFailed(f"{what}: {error}.", next_step="put it right and run again") from error
         needed = f"the database has {sizes.data} bytes of data before compression" if sizes else ""
