@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +22,42 @@ class Table:
     """One table of a backup.
 
     ``rows`` is exact, counted in the very snapshot that was dumped, or None where counting would have cost
-    a scan of a big table; ``estimated_rows`` is the planner's guess, or None where it has none.
+    a scan of a big table; ``estimated_rows`` is the planner's guess, or None where it has none.  ``content_hash``
+    is over all its rows (see contents.py), where the backup was proven by restoring it.
     """
 
     rows: int | None
     estimated_rows: int | None = None
+    content_hash: str = ""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence around the dump, each as ``last_value`` and ``is_called``.
+
+    A sequence takes no part in transactions, so pg_dump reads a value of its own between the two; where nobody
+    drew from it meanwhile, they are the same.
+    """
+
+    before: tuple[int, bool]
+    after: tuple[int, bool]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One time that a backup was proven, or failed to be: ``how`` is ``read`` or ``restore``.
+
+    ``at`` is UTC in ISO 8601; ``server_version`` is that of the server it was restored on (empty for ``read``);
+    ``why`` is what was wrong, or what could not be compared where it is ``ok``.
+    """
+
+    how: str
+    at: str
+    run_id: str
+    ok: bool
+    seconds: float = 0.0
+    server_version: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,8 +79,14 @@ class Backup:
     """A dump plus what is known about it.
 
     ``created_at`` is the moment of the dump's snapshot (UTC, ISO 8601); sizes are in bytes; ``tables`` are
-    keyed by quoted, schema-qualified name; ``verified`` says how the dump was proven (``read``: every byte
-    decompressed and parsed, checksum as written).  ``place`` is where it was found, and not in the file.
+    keyed by quoted, schema-qualified name; ``verified`` says how the dump was proven best (``read``: every byte
+    decompressed and parsed, checksum as written; ``restore``: restored and compared), and ``proofs`` each time.
+    ``place`` is where it was found, and not in the file.
+
+    ``sha256`` and ``size_bytes`` are of what pg_dump wrote; ``stored_sha256`` and ``stored_bytes`` of what is in the
+    store, where that is encrypted (to the keys in ``encrypted_to``).  ``schema_sha256``, ``sequences`` and
+    ``large_objects`` (how many, and their hash) are what a restored copy is compared with; ``excluded_table_data``
+    names the tables whose rows were left out.  ``next_xid`` is the next transaction id in the dump's snapshot.
     """
 
     id: str
@@ -70,23 +108,55 @@ class Backup:
     name: str = ""
     dump_format: str = "custom"
     tables: Mapping[str, Table] = field(default_factory=dict)
+    sequences: Mapping[str, Sequence] = field(default_factory=dict)
+    large_objects: str = ""
+    schema_sha256: str = ""
+    proofs: tuple[Proof, ...] = ()
+    encrypted_to: tuple[str, ...] = ()
+    stored_sha256: str = ""
+    stored_bytes: int = 0
+    compression: str = ""
+    jobs: int = 1
+    excluded_table_data: tuple[str, ...] = ()
+    globals_note: str = ""
+    oddities: tuple[str, ...] = ()
+    next_xid: int | None = None
+    system_identifier: str = ""
+    timeline: int | None = None
     place: str = ""
 
     @property
     def client_major(self) -> int:
         """Return the major version of the pg_dump that wrote it: no older pg_restore can read it."""
-        digits = ""
-        for character in self.client_version:
-            if not character.isdecimal():
-                break
-            digits += character
-        return int(digits or 0)
+        return _leading_number(self.client_version)
+
+    @property
+    def server_major(self) -> int:
+        """Return the major version of the server that was dumped."""
+        return _leading_number(self.server_version)
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Return the checksum and the size of what the store holds."""
+        return (
+            (self.stored_sha256, self.stored_bytes) if self.stored_sha256 else (self.sha256, self.size_bytes)
+        )
+
+    def proven(self, proof: Proof) -> Backup:
+        """Return it with one more proof, and with ``verified`` raised where this is the better one."""
+        best = "restore" if proof.ok and proof.how == "restore" else self.verified
+        return dataclasses.replace(self, proofs=(*self.proofs, proof), verified=best)
 
     def to_json(self) -> str:
         """Return the manifest's text."""
         document = dataclasses.asdict(self)
         del document["place"]
         return json.dumps({"format": FORMAT, **document}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _leading_number(version: str) -> int:
+    digits = re.match(r"\d+", version)
+    return int(digits[0]) if digits else 0
 
 
 def from_json(text: str, *, place: str = "") -> Backup:
@@ -106,12 +176,26 @@ def from_json(text: str, *, place: str = "") -> Backup:
         values["revisions"] = tuple(document["revisions"])
         values["properties"] = Properties(**_known(Properties, document["properties"]))
         values["tables"] = {name: Table(**_known(Table, facts)) for name, facts in document["tables"].items()}
+        values.update(_optional(document))
         backup = Backup(**{**values, "place": place})
     except (TypeError, KeyError, AttributeError) as error:
         raise BadManifest(f"something is missing in it: {error}") from None
     if not isinstance(backup.size_bytes, int) or not isinstance(backup.sha256, str):
         raise BadManifest("its size or checksum cannot be read")
     return backup
+
+
+def _optional(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the keys that manifests of older versions do not have, and that JSON has no type for."""
+    found: dict[str, Any] = {
+        name: tuple(document.get(name, ())) for name in ("encrypted_to", "excluded_table_data", "oddities")
+    }
+    found["proofs"] = tuple(Proof(**_known(Proof, proof)) for proof in document.get("proofs", ()))
+    found["sequences"] = {
+        name: Sequence(tuple(facts["before"]), tuple(facts["after"]))
+        for name, facts in document.get("sequences", {}).items()
+    }
+    return found
 
 
 def _known(kind: type, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,8 +214,15 @@ def summary(backup: Backup) -> dict[str, Any]:
         "revision": ", ".join(backup.revisions) or "base",
         "size": backup.size_bytes,
         "verified": backup.verified,
+        "verified_at": verified_at(backup),
         "place": backup.place,
     }
+
+
+def verified_at(backup: Backup) -> str:
+    """Return when it was last proven: on being made, where nothing says otherwise."""
+    good = [proof.at for proof in backup.proofs if proof.ok]
+    return good[-1] if good else backup.created_at
 
 
 def human_size(size: float) -> str:
