@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -222,3 +223,49 @@ def test_what_the_pulse_raises_ends_a_child_that_says_nothing(monkeypatch: pytes
         python("import time; time.sleep(60)", pulse=pulse)
     assert len(beats) == 3
     assert 0.25 < time.monotonic() - started < 20
+
+
+def test_a_child_is_fed_no_faster_than_it_reads_and_answers_meanwhile() -> None:
+    digest, given, received = hashlib.sha256(), 0, bytearray()
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal given
+        for number in range(40):
+            chunk = bytes([number]) * 1_000_003
+            digest.update(chunk)
+            given += len(chunk)
+            yield chunk
+        yield b""
+
+    finished = python(
+        """
+        import hashlib, sys
+        digest = hashlib.sha256()
+        while chunk := sys.stdin.buffer.read(1 << 16):
+            digest.update(chunk)
+            sys.stderr.write("." * 64)
+        print(digest.hexdigest(), end="")
+        """,
+        feed=chunks(),
+        on_output=received.extend,
+    )
+    assert (finished.status, given) == (0, 40 * 1_000_003)
+    assert received.decode() == digest.hexdigest()
+
+
+def test_a_child_that_reads_only_a_part_is_no_error_and_the_rest_stays() -> None:
+    feed = iter([bytes(4_000_000) for _ in range(10)])
+    finished = python("import sys; sys.stdin.buffer.read(10); sys.exit(3)", feed=feed)
+    assert finished.status == 3
+    assert len(list(feed)) >= 7
+
+
+def test_what_the_feed_raises_ends_the_child() -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"a"
+        raise OSError("the store is gone")
+
+    started = time.monotonic()
+    with pytest.raises(OSError, match="the store is gone"):
+        python("import sys, time; sys.stdin.buffer.read(); time.sleep(600)", feed=chunks())
+    assert time.monotonic() - started < 60

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -71,6 +71,7 @@ def run(
     arguments: Sequence[str | Path],
     *,
     environment: Mapping[str, str],
+    feed: Iterable[bytes] | None = None,
     on_output: Callable[[bytes], object] | None = None,
     on_stderr: Callable[[bytes], object] | None = None,
     pulse: Callable[[], object] | None = None,
@@ -78,6 +79,8 @@ def run(
 ) -> Finished:
     """Run a program to its end, handing its stdout in chunks to ``on_output`` (thrown away where None).
 
+    ``feed`` yields what goes to its stdin, no faster than the program reads; one that ends, or closes its stdin,
+    before it has read everything is no error, and what it did not read stays in ``feed``.
     ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case; ``pulse`` is called every
     :data:`PULSE` seconds.  Whatever is raised meanwhile (by one of the three, or by a signal handler) ends the child,
     reaps it and goes on.
@@ -95,9 +98,9 @@ def run(
     child: subprocess.Popen[bytes] | None = None
     try:
         with uninterrupted():
-            child = _start(arguments, environment, discard=on_output is None)
+            child = _start(arguments, environment, discard=on_output is None, fed=feed is not None)
         deadline = None if timeout is None else started + timeout
-        if not _pump(child, on_output or (lambda _: None), read_stderr, pulse, deadline):
+        if not _pump(child, _Feed(feed), on_output or (lambda _: None), read_stderr, pulse, deadline):
             raise TimedOut(Path(arguments[0]).name, timeout or 0.0)
     except BaseException:
         if child is not None:
@@ -139,20 +142,23 @@ def uninterrupted(*, forget: bool = False) -> Iterator[None]:
 
 
 def _start(
-    arguments: Sequence[str | Path], environment: Mapping[str, str], *, discard: bool
+    arguments: Sequence[str | Path], environment: Mapping[str, str], *, discard: bool, fed: bool
 ) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(
         [str(argument) for argument in arguments],
         env=dict(environment),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
         stdout=subprocess.DEVNULL if discard else subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
         preexec_fn=_die_with_parent(),
     )
-    if child.stdout is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
-        with contextlib.suppress(OSError):  # an unprivileged user may be over its quota of pipe buffers
-            fcntl.fcntl(child.stdout.fileno(), fcntl.F_SETPIPE_SZ, _CHUNK)
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
+            with contextlib.suppress(OSError):  # an unprivileged user may be over its quota of pipe buffers
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _CHUNK)
+    if child.stdin is not None:
+        os.set_blocking(child.stdin.fileno(), False)
     return child
 
 
@@ -175,19 +181,45 @@ def _die_with_parent() -> Callable[[], None] | None:
     return ask
 
 
+class _Feed:
+    """What is still to go to a child's stdin."""
+
+    def __init__(self, chunks: Iterable[bytes] | None) -> None:
+        self._chunks = iter(chunks or ())
+        self._left = memoryview(b"")
+
+    def write(self, pipe: int) -> bool:
+        """Write as much as the pipe takes at once; return whether there may be more, which a closed pipe ends."""
+        while not self._left:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return False
+            self._left = memoryview(chunk)
+        try:
+            self._left = self._left[os.write(pipe, self._left) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            return False
+        return True
+
+
 def _pump(
     child: subprocess.Popen[bytes],
+    feed: _Feed,
     on_output: Callable[[bytes], object],
     on_stderr: Callable[[bytes], object],
     pulse: Callable[[], object] | None,
     deadline: float | None,
 ) -> bool:
-    """Read both pipes to their ends and wait for the child; return whether it ended before the deadline."""
+    """Serve the pipes to their ends and wait for the child; return whether it ended before the deadline."""
     beat = time.monotonic() + PULSE
     with selectors.DefaultSelector() as selector:
         for stream, handle in ((child.stdout, on_output), (child.stderr, on_stderr)):
             if stream is not None:
                 selector.register(stream, selectors.EVENT_READ, handle)
+        if child.stdin is not None:
+            selector.register(child.stdin, selectors.EVENT_WRITE)
         while selector.get_map():
             left = _left(deadline)
             if left is not None and left <= 0:
@@ -198,6 +230,11 @@ def _pump(
                     pulse()
                     beat = time.monotonic() + PULSE
             for key, _ in selector.select(left):
+                if key.fileobj is child.stdin:
+                    if not feed.write(key.fd):
+                        selector.unregister(key.fileobj)
+                        child.stdin.close()
+                    continue
                 chunk = os.read(key.fd, _CHUNK)
                 if chunk:
                     key.data(chunk)
@@ -207,10 +244,15 @@ def _pump(
         child.wait(_left(deadline))
     except subprocess.TimeoutExpired:
         return False
-    for stream in (child.stdout, child.stderr):
-        if stream is not None:
-            stream.close()
+    _close(child)
     return True
+
+
+def _close(child: subprocess.Popen[bytes]) -> None:
+    for stream in (child.stdin, child.stdout, child.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
 
 
 def _left(deadline: float | None) -> float | None:
@@ -230,6 +272,4 @@ def _end(child: subprocess.Popen[bytes]) -> None:
                 continue
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)  # what the child had started itself
-        for stream in (child.stdout, child.stderr):
-            if stream is not None:
-                stream.close()
+        _close(child)
