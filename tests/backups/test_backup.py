@@ -108,7 +108,7 @@ def test_a_big_table_is_estimated(
     )
     database.execute("ANALYZE")
     tables = workbench(database).back_up().tables
-    assert tables["public.big"] == snapshot.Table(None, 5000)
+    assert (tables["public.big"].rows, tables["public.big"].estimated_rows) == (None, 5000)
     assert tables["public.small"].rows == 0
 
 

@@ -23,12 +23,14 @@ class Table:
 
     ``rows`` is exact, counted in the very snapshot that was dumped, or None where counting would have cost
     a scan of a big table; ``estimated_rows`` is the planner's guess, or None where it has none.  ``content_hash``
-    is over all its rows (see contents.py), where the backup was proven by restoring it.
+    is over all its rows (see contents.py), where the backup was proven by restoring it; ``size_bytes`` is what it
+    took on the server without its indexes, where it holds rows itself.
     """
 
     rows: int | None
     estimated_rows: int | None = None
     content_hash: str = ""
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True)

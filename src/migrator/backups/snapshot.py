@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from migrator.backups.manifest import Properties, Table
@@ -109,6 +109,31 @@ def sizes(session: Session) -> Sizes:
     return Sizes(whole, max(0, whole - indexes - _EMPTY_DATABASE))
 
 
+def identity(session: Session) -> tuple[str, int | None]:
+    """Return the cluster's system identifier and timeline; ``("", None)`` where the role may not read them.
+
+    Not for a session in a transaction, which a refusal would end.
+    """
+    try:
+        row = session.query(
+            "SELECT system_identifier::text, timeline_id FROM pg_control_system(), pg_control_checkpoint()"
+        )[0]
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        return "", None
+    return row[0], row[1]
+
+
+def next_xid(session: Session) -> int:
+    """Return the transaction id that the next writer got after the session's snapshot: of the cluster, with its epoch.
+
+    Those below it had all been given out by then.
+    """
+    found: int = session.value("SELECT txid_snapshot_xmax(txid_current_snapshot())::bigint")
+    return found
+
+
 def properties(session: Session) -> Properties:
     """Read how this database was created; through JSON, for the columns differ from major to major."""
     row = session.query(
@@ -140,8 +165,10 @@ def exported(target: Target, application_name: str, timeout: float) -> Iterator[
         yield session, session.value("SELECT pg_export_snapshot()")
 
 
-def count(session: Session, found: list[Relation]) -> dict[str, Table]:
+def count(session: Session, found: Sequence[Relation], excluded: Collection[str] = ()) -> dict[str, Table]:
     """Count the rows of the tables in the session's transaction; raises :class:`LockedOut`.
+
+    Those of ``excluded`` (by the name that is shown) are not counted, for the dump has none of them.
 
     In a transaction the counted tables stay locked (ACCESS SHARE, as pg_dump locks them itself) until its
     end, so nobody can drop or truncate them between the count and the dump.
@@ -151,17 +178,22 @@ def count(session: Session, found: list[Relation]) -> dict[str, Table]:
     for relation in found:
         if relation.kind == "S":
             continue
-        rows = _count_one(session, relation, deadline) if relation.kind == "r" else None
-        tables[relation.shown] = Table(rows, relation.estimated_rows)
+        if relation.kind == "r":
+            tables[relation.shown] = _count_one(session, relation, deadline, relation.shown in excluded)
+        else:
+            tables[relation.shown] = Table(None)
     return tables
 
 
-def _count_one(session: Session, relation: Relation, deadline: float) -> int | None:
+def _count_one(session: Session, relation: Relation, deadline: float, excluded: bool) -> Table:
     while True:
         session.query("SAVEPOINT one_table")
         try:
             rows = None
-            if session.value("SELECT pg_relation_size(%s::oid)", [relation.oid]) <= COUNTED_BYTES:
+            own, size = session.query(
+                "SELECT pg_relation_size(%s::oid), pg_table_size(%s::oid)", [relation.oid, relation.oid]
+            )[0]
+            if own <= COUNTED_BYTES and not excluded:
                 rows = count_exactly(session, relation)
         except QueryFailed as error:
             if error.sqlstate != _LOCK_NOT_AVAILABLE:
@@ -171,7 +203,7 @@ def _count_one(session: Session, relation: Relation, deadline: float) -> int | N
                 raise LockedOut(relation.shown) from error
             continue
         session.query("RELEASE SAVEPOINT one_table")
-        return rows
+        return Table(rows, relation.estimated_rows, size_bytes=size)
 
 
 def count_exactly(session: Session, relation: Relation) -> int:
