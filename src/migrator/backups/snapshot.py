@@ -126,11 +126,11 @@ def identity(session: Session) -> tuple[str, int | None]:
 
 
 def next_xid(session: Session) -> int:
-    """Return the transaction id that the next writer got after the session's snapshot: of the cluster, with its epoch.
+    """Return the least transaction id (of the cluster, with its epoch) that the session's snapshot may not have seen.
 
-    Those below it had all been given out by then.
+    Its xmin, not its xmax: a transaction that was under way and is committed later is not in the dump either.
     """
-    found: int = session.value("SELECT txid_snapshot_xmax(txid_current_snapshot())::bigint")
+    found: int = session.value("SELECT txid_snapshot_xmin(txid_current_snapshot())::bigint")
     return found
 
 
