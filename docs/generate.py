@@ -21,14 +21,14 @@ def settings_table() -> str:
     rows = [["variable", "flag", "key", "default", "meaning"]]
     for item in settings.options():
         variable, flag = settings.variable_name(item), settings.flag_name(item)
-        secret = item.metadata["secret"]
+        secret = item.secret
         rows.append(
             [
                 f"`{variable}`" + (f", `{variable}_FILE`" if secret else ""),
                 f"`{flag}`" if flag else "",
                 "" if secret else f"`{item.name.replace('_', '-')}`",
                 f"`{settings.default_text(item)}`" if settings.default_text(item) else "",
-                item.metadata["help"],
+                item.help,
             ]
         )
     return _table(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,8 @@ def test_the_defaults() -> None:
     assert (found.on_failure, found.log_format, found.log_level) == ("stop", "auto", "info")
     assert found.termination_log == "/dev/termination-log"
     for item in options():
-        if item.metadata["shown"]:
-            assert item.metadata["read"](item.metadata["shown"]) == item.default
+        if item.shown:
+            assert item.read(item.shown) == item.default
 
 
 def test_precedence_is_flag_environment_file_default(tmp_path: Path) -> None:
@@ -296,11 +295,11 @@ def test_the_table_has_a_row_for_every_setting() -> None:
 
 def test_what_is_secret_has_no_flag_and_names_are_unique() -> None:
     for item in options():
-        assert not (item.metadata["secret"] and flag_name(item))
+        assert not (item.secret and flag_name(item))
     for name in (variable_name, flag_name):
         names = [name(item) for item in options() if name(item)]
         assert len(names) == len(set(names))
-    assert {item.name for item in dataclasses.fields(Settings)} >= {item.name for item in options()}
+    assert set(Settings._fields) >= {item.name for item in options()}
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator import report, settings
 from migrator.outcome import ExitCode, Outcome
@@ -19,8 +17,7 @@ if TYPE_CHECKING:
     from migrator.service import State
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One command's answer: JSON-ready data (or a function that makes it), text for people, and the exit code."""
 
     data: Any
@@ -88,6 +85,8 @@ def of_frozen(frozen: Frozen) -> Answer:
 
 def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] | None) -> Answer:
     """Answer with where the database is; with ``exit_code``, 3 where revisions are pending."""
+    import dataclasses
+
     data = {
         "target": state.target,
         "server_version": state.server_version,

@@ -87,7 +87,7 @@ def _add_common(parser: argparse.ArgumentParser, x: str) -> None:
             dest=item.name,
             metavar=item.name.rsplit("_", 1)[-1].upper(),
             nargs="?" if boolean else None,
-            help=f"{item.metadata['help']} [{settings.default_text(item) or 'not set'}]".replace("%", "%%"),
+            help=f"{item.help} [{settings.default_text(item) or 'not set'}]".replace("%", "%%"),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-import logging
 import os
 import sys
 import threading
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from migrator import logs, report, settings, surroundings
+from migrator import logs, quiet, report, settings, surroundings
 from migrator.errors import Interrupted, MigratorError
 from migrator.interruption import Interrupt, Interruption
 from migrator.outcome import ExitCode
@@ -22,7 +21,7 @@ from migrator.outcome import ExitCode
 if TYPE_CHECKING:
     import argparse
 
-log = logging.getLogger("migrator")
+log = quiet.get_logger("migrator")
 
 # command: (help, example)
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -128,7 +127,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     run_id = commands.new_run_id()
     logs.redact.add(loaded.secrets)
     logging_ = logs.Logs(loaded.log_format, loaded.log_level, run_id)
-    logging_.install()
+    logging_.install_when_needed()
     for warning in loaded.warnings:
         log.warning("%s", warning)
     service = commands.make_service(loaded, arguments, logging_, interruption, run_id)
@@ -166,9 +165,19 @@ def _say(error: MigratorError, *, as_json: bool) -> int:
 
 def _ensure_logging() -> None:
     """Set logging up for a failure that came before the settings were known."""
+    quiet.wake()
+    import logging
+
     if not logging.getLogger().handlers:
         wanted = os.environ.get("MIGRATOR_LOG_FORMAT", "auto").lower()
         logs.Logs(wanted if wanted in {"json", "text"} else "auto").install()
+
+
+def _end_logging() -> None:
+    if "logging" in sys.modules:
+        import logging
+
+        logging.shutdown()
 
 
 def script() -> NoReturn:
@@ -188,7 +197,7 @@ def script() -> NoReturn:
         except (BrokenPipeError, ValueError):
             code = code or 0
     if others:
-        logging.shutdown()
+        _end_logging()
     else:
         atexit._run_exitfuncs()
     os._exit(code)

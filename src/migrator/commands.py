@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from migrator import answers, report
+from migrator import answers, quiet, report
 from migrator.answers import Answer
 from migrator.errors import HistoryError, MigratorError
 from migrator.history import ProjectOptions
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HANDLERS", "make_service", "new_run_id"]
 
-log = logging.getLogger("migrator")
+log = quiet.get_logger("migrator")
 
 
 def make_service(
@@ -61,7 +60,7 @@ def verify(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 def _finish(service: MigrationService, outcome: Outcome) -> Answer:
     """Hand the outcome to everyone who wants it, the log's last line first of all."""
     settings = service.settings
-    report.say(outcome, in_log_only=service.logs.is_json)
+    report.say(outcome, service.logs)
     if settings.report_file:
         report.write_file(outcome, settings.report_file)
     report.write_termination_message(outcome, settings.termination_log)

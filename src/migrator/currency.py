@@ -6,7 +6,6 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from migrator.ahead import refuse_or_allow
 from migrator.errors import NotCurrent
@@ -36,7 +35,7 @@ def wait_for_current(
     """
     wanted = _Wanted(history, settings, time.monotonic() + settings.wait_timeout, sleep)
     while True:
-        rest = replace(settings, wait_timeout=wanted.left)
+        rest = settings._replace(wait_timeout=wanted.left)
         session, _ = wait(settings.required_target, rest, application_name)
         with session:
             try:

@@ -7,11 +7,10 @@ is left to the pipeline, which starts from the beginning and is correct, only sl
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from migrator import layout
+from migrator import layout, quiet
 from migrator.contents import CONTENTS, INVALID_INDEXES, LEDGER
 from migrator.errors import Interrupted, MigratorError
 from migrator.interruption import Interrupt, Interruption
@@ -25,7 +24,7 @@ from migrator.versions import VersionTable
 if TYPE_CHECKING:
     from migrator.history import ProjectOptions
 
-log = logging.getLogger("migrator")
+log = quiet.get_logger("migrator")
 
 _LONGEST = 1.0
 """Seconds that are given to connecting: it is to cost the pipeline, which waits, little of its time."""

@@ -9,14 +9,15 @@ on the server, which makes the C call return.  https://docs.python.org/3/library
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-log = logging.getLogger("migrator")
+from migrator import quiet
+
+log = quiet.get_logger("migrator")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import configparser
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from migrator.history.project import ProjectOptions, find_project
 
@@ -27,8 +26,7 @@ PLACES = (
 """The options that say where the revisions are."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A project's configuration: the values of its section of the ini, and else those of ``[tool.alembic]``."""
 
     location: Path

@@ -12,9 +12,8 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -45,8 +44,7 @@ class NoManifest(Exception):
     """There is no manifest in that place, or it is none that this version reads; the text says which."""
 
 
-@dataclass(frozen=True)
-class FileSums:
+class FileSums(NamedTuple):
     """A file's checksums, hexadecimal: the sha256 of its bytes, and that of its syntax tree (empty: no Python)."""
 
     sha256: str
@@ -84,8 +82,7 @@ def digest_of(sums: Mapping[str, str]) -> str:
     return _hex(lines.encode())
 
 
-@dataclass(frozen=True)
-class FrozenRevision:
+class FrozenRevision(NamedTuple):
     """One revision as it was frozen; ``file`` is relative to the manifest's folder, with forward slashes.
 
     ``min_compatible`` is what the file declares as ``migrator_min_compatible``, or empty.
@@ -107,8 +104,7 @@ class FrozenRevision:
         return FileSums(self.sha256, self.syntax)
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """A history as it was frozen.
 
     ``rows_at_head`` are the version rows of a fully upgraded database, with ``depends_on`` fewer than ``heads``.
@@ -142,17 +138,11 @@ _NOT_SHOWN: frozenset[Any] = frozenset({"", ()})
 def dump(manifest: Manifest) -> str:
     """Return the manifest as text: always the same for the same history."""
     head: dict[str, Any] = {"format": FORMAT, "digest": manifest.digest}
-    head |= {item.name: getattr(manifest, item.name) for item in fields(manifest) if item.name != "revisions"}
+    head |= {name: value for name, value in manifest._asdict().items() if name != "revisions"}
     head["options"] = dict(sorted(manifest.options.items()))
     lines = [f"{_json(key)}: {_json(value)}," for key, value in head.items()]
     revisions = [
-        _json(
-            {
-                item.name: getattr(revision, item.name)
-                for item in fields(revision)
-                if getattr(revision, item.name) not in _NOT_SHOWN
-            }
-        )
+        _json({name: value for name, value in revision._asdict().items() if value not in _NOT_SHOWN})
         for revision in manifest.revisions
     ]
     return "\n".join(["{", *lines, '"revisions": [', ",\n".join(revisions), "]", "}", ""])
@@ -250,7 +240,7 @@ def changes(old: Manifest, new: Manifest) -> tuple[str, ...]:
         edit = item.sums.edited_from(was.sums)
         what = f"has {'a' if edit == 'real' else 'a cosmetic'} change" if edit else "has moved"
         found.append(f"{item.revision} ({item.file}) {what}")
-    for name in (field.name for field in fields(new) if field.name != "revisions"):
+    for name in new._fields[1:]:
         if getattr(old, name) != getattr(new, name) and not (found and name in {"heads", "rows_at_head"}):
             found.append(f"{name} differs")
     return tuple(found)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class ExitCode(enum.IntEnum):
@@ -60,8 +58,7 @@ class Severity(enum.StrEnum):
     WARNING = "warning"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing that ``guard`` or ``verify`` has to say.
 
     ``rule`` is a stable kebab-case name, ``place`` the relation, revision or setting it is about,
@@ -78,6 +75,9 @@ class Finding:
         return f"{self.place}: {self.sentence}" + (f" ({self.remedy})" if self.remedy else "")
 
 
+_NOTHING: Mapping[str, Any] = {}
+
+
 class Status(enum.StrEnum):
     """How a stage ended; a skip is a value with a reason, not a silent branch."""
 
@@ -86,19 +86,17 @@ class Status(enum.StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True)
-class StageResult:
+class StageResult(NamedTuple):
     """One stage of a run: how it ended, in how many seconds, and what it found (JSON-ready ``details``)."""
 
     stage: str
     status: Status
     seconds: float = 0.0
     reason: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = _NOTHING
 
 
-@dataclass(frozen=True)
-class RevisionResult:
+class RevisionResult(NamedTuple):
     """One revision that was applied (``upgrade``) or reverted (``downgrade``), and its duration in seconds.
 
     ``no_way_back`` says why it cannot be reverted without its file; ``measured`` is what it did, JSON-ready.
@@ -110,11 +108,10 @@ class RevisionResult:
     seconds: float
     transactional: bool = True
     no_way_back: str = ""
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = _NOTHING
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a run ended: the one value that every report is made from."""
 
     run_id: str
@@ -137,12 +134,11 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON-ready data; ``code`` is the number and ``outcome`` its name."""
-        document = dataclasses.asdict(self)
+        document = self._asdict()
         document["code"] = int(self.code)
         document["outcome"] = self.code.name
-        for stage in document["stages"]:
-            stage["seconds"] = round(stage["seconds"], 3)
-        for revision in document["revisions"]:
-            revision["seconds"] = round(revision["seconds"], 3)
+        document["findings"] = [finding._asdict() for finding in self.findings]
+        for name, results in (("stages", self.stages), ("revisions", self.revisions)):
+            document[name] = [{**item._asdict(), "seconds": round(item.seconds, 3)} for item in results]
         document["seconds"] = round(self.seconds, 3)
         return document

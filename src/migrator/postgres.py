@@ -16,8 +16,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg2
 import psycopg2.extensions
@@ -40,8 +39,7 @@ _HINT = re.compile(r"\s*Is the server running [^?]*\?")
 _PREFIX = re.compile(r"^connection to server (?:at|on socket) .*? failed: ", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class ServerFacts:
+class ServerFacts(NamedTuple):
     """What one query says about the server and the database on connecting.
 
     ``started_at`` (microseconds since 1970) and ``database_oid`` tell one database from every other.
@@ -231,7 +229,7 @@ class Session:
     def _read_facts(self, timeout: float, also: str) -> tuple[ServerFacts, tuple[Any, ...]]:
         """Ask for the facts, and in the same query for ``also``: more columns, and the FROM that they come from."""
         row = self.query(f"SELECT {_FACTS}, {also}" if also else f"SELECT {_FACTS}", timeout=timeout)[0]
-        count = len(fields(ServerFacts))
+        count = len(ServerFacts._fields)
         return ServerFacts(*row[:count]), row[count:]
 
 

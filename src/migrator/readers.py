@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from urllib.parse import quote
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -82,6 +81,8 @@ def role_name(text: str) -> str:
 def backup_url(text: str) -> str:
     """Read the place of the backups: ``file:///folder``, or a plain folder."""
     if text.startswith("/"):
+        from urllib.parse import quote
+
         return f"file://{quote(text)}"
     if re.match(r"^file:///.", text):
         return text

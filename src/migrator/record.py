@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from migrator import __version__
+from migrator import __version__, quiet
 from migrator.errors import MigratorError
 from migrator.outcome import ExitCode, Finding, Outcome, RevisionResult, StageResult, Status
 from migrator.target import Target
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from migrator.history import Plan
     from migrator.ledger import Author
 
-log = logging.getLogger("migrator")
+log = quiet.get_logger("migrator")
 
 
 def new_run_id() -> str:

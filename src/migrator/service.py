@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from migrator import quiet
 from migrator.errors import MigratorError, NoSuchDatabase, SettingsError
 from migrator.history import ProjectOptions
 from migrator.interruption import Interruption
@@ -29,11 +28,10 @@ if TYPE_CHECKING:
     from migrator.outcome import Outcome
     from migrator.postgres import Session
 
-log = logging.getLogger("migrator")
+log = quiet.get_logger("migrator")
 
 
-@dataclasses.dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """Where a database is: its revisions, what is pending, who is migrating it just now, and who did last.
 
     ``edited`` are applied revisions whose file has changed since, and ``ahead`` is why this image may start although
@@ -74,7 +72,7 @@ class MigrationService:
             tuple(settings.config.split(os.pathsep)) if settings.config else ()
         )
         export = tuple(name.strip() for name in settings.url_variable.split(",") if name.strip())
-        self.project = dataclasses.replace(project, bootstrap=settings.bootstrap, export=export)
+        self.project = project._replace(bootstrap=settings.bootstrap, export=export)
         self.run_id = run_id or new_run_id()
         self.logs = logs or Logs(settings.log_format, settings.log_level, self.run_id)
         self._interruption = interruption or Interruption()
@@ -110,6 +108,7 @@ class MigrationService:
             outcome = glance(self.settings, self.project, destination, self.run_id, self._interruption)
             if outcome is not None:
                 return outcome
+        quiet.wake()
         from migrator import pipeline
         from migrator.run import Request, Run
 

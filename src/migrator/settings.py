@@ -1,6 +1,6 @@
 """Settings: environment, flags and ``[tool.migrator]`` in pyproject.toml make one frozen value.
 
-One dataclass is the only source of truth: a field's metadata makes its flag, its ``MIGRATOR_*`` variable,
+One class is the only source of truth: what a field is declared with makes its flag, its ``MIGRATOR_*`` variable,
 its key in the file, its row in ``migrator settings`` and in the documentation.  Precedence: flag,
 environment, file, default.  An empty variable counts as not set, for compose writes ``${NAME:-}`` so.
 Every problem is found before any is reported.
@@ -8,15 +8,13 @@ Every problem is found before any is reported.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from migrator.errors import SettingsError
+from migrator.readers import backup_url as backup_place
 from migrator.readers import (
-    backup_url,
     boolean,
     callable_name,
     choice,
@@ -31,6 +29,19 @@ from migrator.target import BadAddress, Target, from_environment, parse, secrets
 
 ADDRESS_VARIABLES = ("MIGRATOR_DATABASE_URL", "DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI")
 SECRET_VARIABLES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "PGPASSWORD", "POSTGRES_PASSWORD")
+
+
+class Option(NamedTuple):
+    """What a setting is declared with; ``name`` is the field's, ``default`` its value where nobody sets it."""
+
+    default: Any
+    read: Callable[[str], Any]
+    help: str
+    flag: str | None = ""
+    variable: str = ""
+    secret: bool = False
+    shown: str = ""
+    name: str = ""
 
 
 def setting(
@@ -48,19 +59,10 @@ def setting(
     ``flag`` is derived from the name where it is ``""`` and absent where it is None; ``shown`` is the
     default as people write it.
     """
-    metadata = {
-        "read": read,
-        "help": help,
-        "flag": flag,
-        "variable": variable,
-        "secret": secret,
-        "shown": shown,
-    }
-    return field(default=default, metadata=metadata, repr=not secret)
+    return Option(default, read, help, flag, variable, secret, shown)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Everything a run can be told; times are in seconds, None is "no limit" or "not set"."""
 
     database_url: str = setting(
@@ -91,7 +93,7 @@ class Settings:
         choice("auto", "always", "off"),
         "auto (something pending and something to lose), always (also with nothing pending) or off",
     )
-    backup_url: str = setting("file:///backups", backup_url, "the folder that backups are kept in")
+    backup_url: str = setting("file:///backups", backup_place, "the folder that backups are kept in")
     pg_bin: str = setting("", str, "a folder with pg_dump and pg_restore, instead of the installed ones")
     on_failure: str = setting("stop", only_stop, "what to do when apply or verify fails: stop")
     baseline: str = setting(
@@ -152,10 +154,15 @@ class Settings:
     )
 
     # What follows is filled in by load() and is no setting of its own.
-    target: Target | None = field(default=None, metadata={})
-    sources: Mapping[str, str] = field(default_factory=dict, metadata={}, repr=False)
-    warnings: tuple[str, ...] = field(default=(), metadata={})
-    secrets: tuple[str, ...] = field(default=(), metadata={}, repr=False)
+    target: Target | None = None
+    sources: Mapping[str, str] = {}
+    warnings: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Render for a traceback: without the secrets."""
+        shown = (f"{item.name}={getattr(self, item.name)!r}" for item in options() if not item.secret)
+        return f"Settings(target={self.target!r}, {', '.join(shown)})"
 
     @property
     def required_target(self) -> Target:
@@ -165,31 +172,40 @@ class Settings:
         return self.target
 
 
+_OPTIONS = tuple(
+    option._replace(name=name)
+    for name, option in Settings._field_defaults.items()
+    if isinstance(option, Option)
+)
+# A value's default is that of its declaration, and not the declaration itself.
+Settings.__new__.__defaults__ = tuple(
+    value.default if isinstance(value, Option) else value for value in Settings._field_defaults.values()
+)
+
 _NO_ADDRESS = (
     "no database address: set MIGRATOR_DATABASE_URL (or DATABASE_URL, POSTGRES_DB_URL, "
     "SQLALCHEMY_DATABASE_URI, PGHOST and PGDATABASE, POSTGRES_HOST and POSTGRES_DB)"
 )
 
 
-def options() -> Iterator[dataclasses.Field[Any]]:
-    """Yield the fields that are settings."""
-    return (item for item in dataclasses.fields(Settings) if item.metadata)
+def options() -> tuple[Option, ...]:
+    """Return the fields that are settings."""
+    return _OPTIONS
 
 
-def variable_name(item: dataclasses.Field[Any]) -> str:
+def variable_name(item: Option) -> str:
     """Return the environment variable of a setting."""
-    return item.metadata["variable"] or f"MIGRATOR_{item.name.upper()}"
+    return item.variable or f"MIGRATOR_{item.name.upper()}"
 
 
-def flag_name(item: dataclasses.Field[Any]) -> str | None:
+def flag_name(item: Option) -> str | None:
     """Return the flag of a setting, or None: what is secret has none, for arguments can be read by anyone."""
-    flag: str | None = item.metadata["flag"]
-    return f"--{item.name.replace('_', '-')}" if flag == "" else flag
+    return f"--{item.name.replace('_', '-')}" if item.flag == "" else item.flag
 
 
-def default_text(item: dataclasses.Field[Any]) -> str:
+def default_text(item: Option) -> str:
     """Return a setting's default as people write it."""
-    return item.metadata["shown"] or ("" if item.default in ("", None) else str(item.default).lower())
+    return item.shown or ("" if item.default in ("", None) else str(item.default).lower())
 
 
 def load(
@@ -215,11 +231,11 @@ def load(
             continue
         text, source = found
         sources[item.name] = source
-        if item.metadata["secret"]:
+        if item.secret:
             values[item.name] = text
             continue
         try:
-            values[item.name] = item.metadata["read"](text)
+            values[item.name] = item.read(text)
         except ValueError as error:
             problems.append(f"{source}: {error}")
     target = _find_target(variables, sources, problems)
@@ -243,7 +259,7 @@ def load(
 
 
 def _pick(
-    item: dataclasses.Field[Any],
+    item: Option,
     flags: Mapping[str, str],
     variables: Mapping[str, str],
     file_values: Mapping[str, str],
@@ -306,7 +322,7 @@ def _read_file(folder: Path, problems: list[str]) -> tuple[dict[str, str], str]:
         name = key.replace("-", "_")
         if name not in known:
             problems.append(f"{path.name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
-        elif known[name].metadata["secret"]:
+        elif known[name].secret:
             problems.append(
                 f"{path.name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}"
             )
@@ -347,7 +363,7 @@ def _unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
     A warning and no error: Kubernetes sets ``MIGRATOR_PORT`` and its like for a Service named migrator.
     """
     known = {variable_name(item): item for item in options()}
-    known |= {f"{name}_FILE": item for name, item in known.items() if item.metadata["secret"]}
+    known |= {f"{name}_FILE": item for name, item in known.items() if item.secret}
     for name in sorted(environment):
         if name.startswith("MIGRATOR_") and name not in known and name not in _OTHER_VARIABLES:
             suggestion = _suggest(name, known)
@@ -372,7 +388,7 @@ def table(settings: Settings) -> list[dict[str, str]]:
     rows = []
     for item in options():
         value = getattr(settings, item.name)
-        if item.metadata["secret"]:
+        if item.secret:
             target = settings.target
             set_here = settings.sources.get(item.name, "default") != "default"
             text = str(target) if target is not None and set_here else ""
@@ -386,7 +402,7 @@ def table(settings: Settings) -> list[dict[str, str]]:
                 "value": text,
                 "source": settings.sources.get(item.name, "default"),
                 "default": default_text(item),
-                "help": item.metadata["help"],
+                "help": item.help,
             }
         )
     return rows

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from typing import NamedTuple
 
 SCHEME = re.compile(r"^(postgres(?:ql)?)(?:\+([A-Za-z0-9_]+))?://", re.IGNORECASE)
 
@@ -21,7 +20,7 @@ _HOST = r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^@/?#:\[\],]*)(?::\d*)?"
 _HOSTS = rf"{_HOST}(?:,{_HOST})*"
 _TAIL = rf"(?P<hosts>{_HOSTS})(?:/(?P<database>[^/?#]*))?(?:\?(?P<query>.*))?$"
 _STRICT = re.compile(r"^(?:(?P<userinfo>[^@/?#]*)@)?" + _TAIL, re.DOTALL)
-_RAW_PASSWORD = re.compile(r"^(?P<userinfo>.*)@" + _TAIL, re.DOTALL)
+_RAW_PASSWORD = r"^(?P<userinfo>.*)@" + _TAIL
 
 # Connection parameters that libpq reads from the environment, by their name in a connection string.
 # https://www.postgresql.org/docs/current/libpq-envars.html
@@ -82,15 +81,14 @@ _QUERY_KEYS = {*ENVIRONMENT_NAMES, *_ASYNCPG_ONLY, "ssl", "sslpassword", "fallba
 
 # What Kubernetes sets POSTGRES_PORT to in every pod beside a Service named postgres.
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
-_SERVICE_LINK = re.compile(r"^tcp://.*:(\d+)$")
+_SERVICE_LINK = r"^tcp://.*:(\d+)$"
 
 
 class BadAddress(ValueError):
     """An address that is not one for Postgres; the message never repeats the address, for it holds a password."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One database to migrate.
 
     ``host`` and ``port`` may be comma-separated lists (libpq's multi-host form); ``parameters`` holds every
@@ -101,19 +99,23 @@ class Target:
     port: str = ""
     database: str = ""
     user: str = ""
-    password: str = field(default="", repr=False)
+    password: str = ""
     driver: str = ""
-    parameters: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # one may be sslpassword
+    parameters: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        """Render for a traceback: without the password, and without parameters, for one may be sslpassword."""
+        return f"Target({self})"
 
     def __str__(self) -> str:
         """Render for people: no password, no parameters that could carry one."""
-        user = f"{quote(self.user, safe='')}@" if self.user else ""
+        user = f"{_quoted(self.user)}@" if self.user else ""
         hosts = ",".join(
-            f"[{host}]" if ":" in host else (quote(host, safe="") if host.startswith("/") else host)
+            f"[{host}]" if ":" in host else (_quoted(host) if host.startswith("/") else host)
             for host in self.host.split(",")
         )
         port = f":{self.port}" if self.port else ""
-        return f"postgresql://{user}{hosts}{port}/{quote(self.database, safe='')}"
+        return f"postgresql://{user}{hosts}{port}/{_quoted(self.database)}"
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -123,7 +125,7 @@ class Target:
 
     def with_database(self, database: str) -> Target:
         """Return the same server and role with another database."""
-        return replace(self, database=database)
+        return self._replace(database=database)
 
     def libpq(self, **overrides: str | int) -> dict[str, str]:
         """Return keyword arguments for ``psycopg2.connect``; ``overrides`` are defaults that the address wins over."""
@@ -151,9 +153,9 @@ class Target:
         """Return the address as SQLAlchemy reads it, with ``driver`` where the address itself names none."""
         driver = self.driver or driver
         scheme = f"postgresql+{driver}" if driver else "postgresql"
-        userinfo = quote(self.user, safe="")
+        userinfo = _quoted(self.user)
         if self.password:
-            userinfo += ":" + quote(self.password, safe="")
+            userinfo += ":" + _quoted(self.password)
         hosts, ports = self.host.split(","), self.port.split(",")
         parameters = dict(self.parameters)
         if len(hosts) > 1 or self.host.startswith("/"):
@@ -170,9 +172,13 @@ class Target:
             netloc = host + (f":{ports[0]}" if ports[0] else "")
         if driver == "asyncpg":
             parameters = _for_asyncpg(parameters)
-        query = "?" + urlencode(parameters, quote_via=quote) if parameters else ""
         at = "@" if userinfo else ""
-        return f"{scheme}://{userinfo}{at}{netloc}/{quote(self.database, safe='')}{query}"
+        query = ""
+        if parameters:
+            from urllib.parse import quote, urlencode
+
+            query = "?" + urlencode(parameters, quote_via=quote)
+        return f"{scheme}://{userinfo}{at}{netloc}/{_quoted(self.database)}{query}"
 
 
 def parse(address: str) -> Target:
@@ -197,7 +203,7 @@ def parse(address: str) -> Target:
     if match is None:
         raise BadAddress("it does not read postgresql://user:password@host:port/database")
     user, _, password = (match["userinfo"] or "").partition(":")
-    pairs = parse_qsl(match["query"] or "", keep_blank_values=True)
+    pairs = _pairs(match["query"] or "")
     parameters = dict(pairs)
     hosts, ports = _split_hosts(match["hosts"])
     if parameters.pop("host", ""):
@@ -213,13 +219,38 @@ def parse(address: str) -> Target:
             host=hosts,
             port=parameters.pop("port", "") or ports,
             # As in libpq and SQLAlchemy, what the query says counts for more.
-            database=parameters.pop("dbname", "") or unquote(match["database"] or ""),
-            user=parameters.pop("user", "") or unquote(user),
-            password=parameters.pop("password", "") or unquote(password),
+            database=parameters.pop("dbname", "") or _unquoted(match["database"] or ""),
+            user=parameters.pop("user", "") or _unquoted(user),
+            password=parameters.pop("password", "") or _unquoted(password),
             driver=(scheme[2] or "").lower(),
             parameters=tuple(sorted(parameters.items())),
         )
     )
+
+
+def _quoted(text: str) -> str:
+    """Percent-encode a part of an address; most are plain names, for which nothing has to be imported."""
+    if not text or (text.isascii() and text.isidentifier()):
+        return text
+    from urllib.parse import quote
+
+    return quote(text, safe="")
+
+
+def _unquoted(text: str) -> str:
+    if "%" not in text:
+        return text
+    from urllib.parse import unquote
+
+    return unquote(text)
+
+
+def _pairs(query: str) -> list[tuple[str, str]]:
+    if not query:
+        return []
+    from urllib.parse import parse_qsl
+
+    return parse_qsl(query, keep_blank_values=True)
 
 
 def secrets_in(address: str) -> set[str]:
@@ -243,7 +274,7 @@ def _match(rest: str) -> re.Match[str] | None:
         keys = {pair.partition("=")[0] for pair in query.split("&")}
         if "@" not in (strict["database"] or "") and ("@" not in query or keys <= _QUERY_KEYS):
             return strict
-    return _RAW_PASSWORD.match(rest)
+    return re.match(_RAW_PASSWORD, rest, re.DOTALL)
 
 
 def _query_hosts(values: list[str]) -> tuple[str, str]:
@@ -262,7 +293,7 @@ def _split_hosts(text: str) -> tuple[str, str]:
         match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d*))?", part)
         if match is None:  # pragma: no cover - the address's own pattern admits nothing else
             raise BadAddress("a host in it cannot be read")
-        hosts.append(unquote(match[1].strip("[]")))
+        hosts.append(_unquoted(match[1].strip("[]")))
         ports.append(match[2] or "")
     return ",".join(hosts), ",".join(ports) if any(ports) else ""
 
@@ -340,7 +371,7 @@ def from_environment(environment: Mapping[str, str]) -> Target | None:
         return _finish(
             Target(
                 host=environment.get("POSTGRES_HOST", "") or "localhost",
-                port=_SERVICE_LINK.sub(r"\1", environment.get("POSTGRES_PORT", "")),
+                port=re.sub(_SERVICE_LINK, r"\1", environment.get("POSTGRES_PORT", "")),
                 database=environment.get("POSTGRES_DB", "") or user,
                 user=user,
                 password=environment.get("POSTGRES_PASSWORD", ""),

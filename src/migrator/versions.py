@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from migrator.errors import AccessDenied, SettingsError
 from migrator.postgres import QueryFailed, Session, quote_identifier
@@ -19,8 +18,7 @@ ORDER BY n.nspname <> current_schema(), n.nspname, c.relname
 """  # noqa: S608 - constants only
 
 
-@dataclass(frozen=True)
-class VersionTable:
+class VersionTable(NamedTuple):
     """The name of the version table, and its schema where ``env.py`` names one."""
 
     name: str = "alembic_version"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
         parsed.x = [*(options.x or ()), *(parsed.x or ())] or None
         parsed.raiseerr = True
         named = parsed.config if isinstance(parsed.config, list) else [parsed.config] if parsed.config else []
-        chosen = dataclasses.replace(
-            options,
+        chosen = options._replace(
             config=tuple(named) or options.config,
             name=parsed.name if parsed.name != "alembic" else options.name,
         )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import configparser
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator.errors import SettingsError
 from migrator.target import BadAddress, Target, parse
@@ -20,8 +18,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 
-@dataclass(frozen=True)
-class ProjectOptions:
+class ProjectOptions(NamedTuple):
     """Where the Alembic project is: Alembic's own ``-c`` (an ini, a pyproject.toml, or both), ``-n`` and ``-x``.
 
     bootstrap: ``module:callable``, entered before ``env.py``. export: the variables in which ``env.py`` looks for the
@@ -151,7 +148,7 @@ def tell_address(config: Config, env_file: Path, target: Target | None, export: 
     if target is None:
         return
     if target.driver and not _importable(target.driver):
-        target = dataclasses.replace(target, driver="")
+        target = target._replace(driver="")
     url = target.sqlalchemy_url(_driver(config, env_file))
     config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
     _forgive_percent_signs(config)
@@ -229,8 +226,6 @@ def _correct(name: str, target: Target, url: str, *, missing: bool) -> None:
         told = parse(value)
     except BadAddress:
         return
-    same = dataclasses.replace(told, driver="", parameters=()) == dataclasses.replace(
-        target, driver="", parameters=()
-    )
+    same = told._replace(driver="", parameters=()) == target._replace(driver="", parameters=())
     if not same or (not told.driver and _sync_driver()):
-        os.environ[name] = dataclasses.replace(target, driver=told.driver).sqlalchemy_url(_sync_driver())
+        os.environ[name] = target._replace(driver=told.driver).sqlalchemy_url(_sync_driver())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 
-from migrator.logs import redact
+from migrator import quiet
+from migrator.logs import Logs, redact
 from migrator.outcome import ExitCode, Outcome
 
-log = logging.getLogger("migrator")
+log = quiet.get_logger("migrator")
 
 TERMINATION_LIMIT = 4096
 """Bytes that Kubernetes keeps of a termination message.
@@ -27,19 +27,16 @@ def sentence(outcome: Outcome) -> str:
     return redact(line + (f" Next: {outcome.next_step}" if outcome.next_step else ""))
 
 
-def say(outcome: Outcome, *, in_log_only: bool) -> None:
+def say(outcome: Outcome, logs: Logs) -> None:
     """Make the outcome the log's last line; a success at a terminal is only answered, not said twice."""
     failed = outcome.code is not ExitCode.OK
-    if failed or in_log_only:
-        log.log(
-            logging.ERROR if failed else logging.INFO,
-            "%s",
+    if failed or logs.is_json:
+        logs.say(
+            "error" if failed else "info",
             sentence(outcome),
-            extra={
-                "code": int(outcome.code),
-                "outcome": outcome.code.name,
-                "seconds": round(outcome.seconds, 3),
-            },
+            code=int(outcome.code),
+            outcome=outcome.code.name,
+            seconds=round(outcome.seconds, 3),
         )
 
 

@@ -1,0 +1,50 @@
+"""Loggers that do not import ``logging`` to say what nobody would see.
+
+A record below WARNING is dropped by the standard library's logging as long as nobody has set it up, and nobody can
+have set it up who has not imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import logging
+
+_set_up: Callable[[], None] | None = None
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the standard library's logger of that name, or what becomes it at the first record that may be seen."""
+    return cast("logging.Logger", _Quiet(name))
+
+
+def before_first_word(set_up: Callable[[], None] | None) -> None:
+    """Set logging up when the first record that may be seen is made; one below INFO is none."""
+    global _set_up
+    _set_up = set_up
+
+
+def wake() -> None:
+    """Set logging up now, where it waits for the first record."""
+    if _set_up is not None:
+        _set_up()
+
+
+class _Quiet:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, method: str) -> Any:
+        if "logging" not in sys.modules and (method == "debug" or (method == "info" and _set_up is None)):
+            return _nothing
+        wake()
+        import logging
+
+        return getattr(logging.getLogger(self._name), method)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Say what nobody would see."""
