@@ -21,6 +21,7 @@
      ├─ Partial              40  PARTIAL
      ├─ VerifyFailed         41  VERIFY_FAILED
      ├─ RestoreFailed        43  RESTORE_FAILED
+     │   └─ DamagedBackup    43
      └─ Internal             70  INTERNAL
 
 An error is raised where it is known and printed once, by ``cli``; only ``cli`` exits.
@@ -175,6 +176,10 @@ class RestoreFailed(MigratorError):
     """A backup could not be restored."""
 
     code = ExitCode.RESTORE_FAILED
+
+
+class DamagedBackup(RestoreFailed):
+    """What is stored of a backup is not what was written."""
 
 
 class Internal(MigratorError):
