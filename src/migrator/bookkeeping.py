@@ -1,9 +1,13 @@
-"""Keep the ledger while the migration runs: on its own connection, in the very transaction of what is recorded."""
+"""Keep the ledger while the migration runs: on its own connection, in the very transaction of what is recorded.
+
+Rows of revisions that share a transaction may be written together, ahead of its end: docs/adr has when.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     from migrator.history import History, Plan, Revision, WayBack
 
 log = logging.getLogger("migrator.ledger")
+
+_MOST_ROWS = 100
+_MOST_CHARACTERS = 1_000_000  # of SQL for the way back
 
 
 class Connection(Protocol):
@@ -65,6 +72,10 @@ class Bookkeeper:
         self._standing: set[str] = set()
         self._rows: frozenset[str] = frozenset()
         self._number = 0  # 0 is the row of the run itself
+        self._waiting: list[
+            tuple[float, dict[str, Any]]
+        ] = []  # rows, and when they came about (time.monotonic())
+        self._characters = 0
 
     def look_back(self, plan: Sequence[Revision]) -> dict[str, str]:
         """Render the way back of each revision that will be applied; returns why there is none, by revision.
@@ -92,6 +103,7 @@ class Bookkeeper:
         """
         if not self._enabled:
             return
+        self.forget()
         self._connection, self._table, self._sure = connection, table, False
         self._rows = frozenset(rows)
         self._ledger = ledger.beside(table, connection.ask)
@@ -114,35 +126,51 @@ class Bookkeeper:
 
     def done(
         self, revision: str, *, upgrade: bool, rows: Iterable[str], seconds: float, details: Mapping[str, Any]
-    ) -> int:
-        """Add the row of a revision that was just applied or reverted, after which the version rows are ``rows``.
+    ) -> None:
+        """Note that a revision was just applied or reverted, after which the version rows are ``rows``.
 
-        Returns the id of the transaction that this was in, 0 where no ledger is kept.
+        Its row is added by the next :meth:`flush`; ``details`` may be filled in until then.
         """
+        if not self._enabled:
+            return
         after = frozenset(rows)
         if upgrade:
             self._standing.add(revision)
         else:
             self._standing.discard(revision)
         way = self._way_back(revision) if upgrade else None
-        number = self._write(
-            [
-                self._row(
-                    ledger.APPLIED if upgrade else ledger.REVERTED,
-                    revision,
-                    rows_before=sorted(self._rows),
-                    rows_after=sorted(after),
-                    seconds=round(seconds, 6),
-                    backup_id=self._backup_id or None,
-                    search_path=self._search_path,
-                    way_back=None if way is None or way.statements is None else list(way.statements),
-                    no_way_back=None if way is None else way.reason or None,
-                    details=details or None,
-                )
-            ]
+        row = self._row(
+            ledger.APPLIED if upgrade else ledger.REVERTED,
+            revision,
+            rows_before=sorted(self._rows),
+            rows_after=sorted(after),
+            seconds=round(seconds, 6),
+            backup_id=self._backup_id or None,
+            search_path=self._search_path,
+            way_back=None if way is None or way.statements is None else list(way.statements),
+            no_way_back=None if way is None else way.reason or None,
+            details=details,
         )
+        self._waiting.append((time.monotonic(), row))
+        self._characters += sum(map(len, (way and way.statements) or ()))
         self._rows = after
-        return number
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that it should be written, whatever comes next."""
+        return len(self._waiting) >= _MOST_ROWS or self._characters >= _MOST_CHARACTERS
+
+    def flush(self) -> int:
+        """Write what waits; returns the id of the transaction that this was in, 0 where nothing was written."""
+        waiting, now = self._waiting, time.monotonic()
+        self.forget()
+        # The server's clock, and not this machine's.
+        rows = [{**row, "details": row["details"] or None, "age": round(now - at, 6)} for at, row in waiting]
+        return self._write(rows) if rows else 0
+
+    def forget(self) -> None:
+        """Forget what waits: it was rolled back."""
+        self._waiting, self._characters = [], 0
 
     def _way_back(self, revision: str) -> WayBack | None:
         """Return the SQL to keep, unless it names other tables than the revision does on this connection."""
@@ -191,8 +219,8 @@ class Bookkeeper:
         # A revision may have dropped every table that it found.
         if self._connection.may_have_dropped() or not self._sure:
             self._sure = True
-            if not ledger.exists(self._ledger, self._connection.ask):
-                self._connection.tell(ledger.creation(self._ledger))
+            if not ledger.exists(self._ledger, self._connection.ask_driver):
+                self._connection.ask_driver(ledger.creation(self._ledger))
         statement = ledger.insertion(self._ledger, rows, unicode=self._unicode)
         return int(self._connection.ask_driver(statement))
 

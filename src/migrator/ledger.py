@@ -72,7 +72,8 @@ CREATE TABLE {table} (
 _INSERT = (
     "INSERT INTO {table} SELECT r.* FROM jsonb_array_elements(CAST({rows} AS jsonb)) AS d,"
     " jsonb_populate_record(NULL::{table}, d || jsonb_build_object("
-    "'at', clock_timestamp(), 'role', current_user)) AS r RETURNING txid_current()::text"
+    "'at', clock_timestamp() - coalesce(CAST(d->>'age' AS float8), 0) * interval '1 second',"
+    " 'role', current_user)) AS r RETURNING txid_current()::text"
 )
 
 # A ledger of a version table that was renamed, or of another one in the schema, is not ours.

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.contents import LEDGER
 from migrator.errors import HistoryError, SettingsError
-from migrator.history.commits import watch_commits, watch_statements
+from migrator.history.commits import watch_commits, watch_ends, watch_statements
 from migrator.history.driver_calls import DriverCalls
 from migrator.history.statements import lift_timeouts_for_concurrent_builds
 from migrator.observation import Observation
-from migrator.postgres import Session, dead_client_settings
+from migrator.postgres import ServerFacts, Session, dead_client_settings
 from migrator.settings import Settings
 from migrator.versions import VersionTable
 
@@ -28,7 +28,19 @@ _IDENTITY = (
 )
 _TRANSACTION = "SELECT (now() = statement_timestamp())::text || ' ' || txid_current()::text"
 _MAY_DROP = re.compile(r"\b(?:DROP|ALTER\s+SCHEMA|RENAME)\b", re.IGNORECASE)
+# What may end the transaction or change the role, and what may read the ledger.
+_MAY_END = re.compile(
+    r"\b(?:COMMIT|END|ROLLBACK|ABORT|SAVEPOINT|RELEASE|PREPARE|ROLE|AUTHORIZATION|SET_CONFIG|RESET|DISCARD"
+    rf"|{LEDGER})\b",
+    re.IGNORECASE,
+)
+_LONG = 10_000  # characters of a statement that is not searched for it
 _NOW = "SELECT now()::text"  # the start of the transaction: it stands still unless each statement is its own
+
+
+def identity_of(facts: ServerFacts) -> str:
+    """Return what tells a database from all others, as :attr:`MigrationConnection.identity` has it."""
+    return f"{facts.started_at} {facts.database_oid} {facts.database}"
 
 
 class MigrationConnection:
@@ -80,11 +92,26 @@ class MigrationConnection:
         result = self._connection.execute(text(sql), values)
         return result.scalar() if result.returns_rows else None
 
+    @property
+    def identity(self) -> str:
+        """Return what tells the database from all others; raises :class:`SettingsError` where it is not Postgres's."""
+        dialect = self._connection.dialect.name
+        if dialect != "postgresql":
+            raise SettingsError(
+                [f"env.py connects to a database of another kind than Postgres ({dialect})"],
+                next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
+                " with MIGRATOR_URL_VARIABLE",
+            )
+        return str(self.ask(_IDENTITY))
+
+    def is_on_another_database(self, session: Session) -> bool:
+        """Whether this is not the database that ``session`` locked and backed up; raises :class:`SettingsError`."""
+        return self.identity != identity_of(session.facts)
+
     def refuse_another_database(self, session: Session) -> None:
         """Raise :class:`SettingsError` unless this is the database that ``session`` locked and backed up."""
-        facts = session.facts
-        found = self.ask(_IDENTITY)
-        if found == f"{facts.started_at} {facts.database_oid} {facts.database}":
+        facts, found = session.facts, self.identity
+        if found == identity_of(facts):
             return
         raise SettingsError(
             [
@@ -92,7 +119,8 @@ class MigrationConnection:
                 f" locked and backed up ({facts.database!r} of {session.target})"
             ],
             next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
-            " with MIGRATOR_URL_VARIABLE",
+            " with MIGRATOR_URL_VARIABLE; where it is to migrate several databases, call"
+            " context.run_migrations(engine_name=...) for each, as Alembic's multidb template does",
         )
 
     def assume_role(self, role: str, session: Session) -> None:
@@ -173,12 +201,23 @@ class MigrationConnection:
         if not self._dropped and _MAY_DROP.search(statement):
             self._dropped = True
 
-    def listen(self, committed: Callable[[], None]) -> None:
+    def listen(
+        self, committed: Callable[[], None], *, ahead: Callable[[], Any], undone: Callable[[], None]
+    ) -> None:
         """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection.
 
+        ``ahead`` is called before what may end the transaction: a commit, or a statement that speaks of one;
+        ``undone`` at a rollback.
         From then on ``calls`` knows whether the driver waits for the server.
         """
+
+        def look_for_ends(_: Any, __: Any, statement: str, *___: Any) -> None:
+            if len(statement) > _LONG or _MAY_END.search(statement):
+                ahead()
+
         self.calls = DriverCalls(self._connection)
         lift_timeouts_for_concurrent_builds(self._connection)
+        watch_statements(self._connection, look_for_ends)  # first: what it writes is written before a drop
         watch_statements(self._connection, self._look_for_drops)
+        watch_ends(self._connection, ahead, undone)
         watch_commits(self._connection, committed, every_statement=self.autocommits)

@@ -3,7 +3,7 @@
 Nothing is asked of the server when a revision begins.  What was there before is known from the end of the revision
 before it, and for a table that a statement names from a look ahead of the first such statement.  The query reads
 ``pg_locks``, which takes longer with every lock: it leaves out what the same transaction made earlier, and a revision
-that only creates tables is measured without it.
+that only creates tables is measured without it, together with others like it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
+from migrator import created as creation
+from migrator.created import CREATED, CREATES_A_TABLE, TOUCHES_ANOTHER, Unasked
 from migrator.measured import MOST, STRENGTH, Lock, Measured, Rows, Statement, shown
 from migrator.postgres import QueryFailed, Session
 from migrator.touched import (
+    COLUMNS,
     NONE,
     NOTHING,
     Counted,
@@ -42,10 +45,6 @@ _NAMES_A_TABLE = re.compile(
 )
 _READ_OF_OUR_OWN = 100  # characters in which the name of the version table comes in Alembic's own statements
 _READ_OF_A_STATEMENT = 400  # characters in which the table's name must come
-_CREATES_A_TABLE = re.compile(
-    r"\s*CREATE\s+(?:UNLOGGED\s+)?TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?[^\s(]+\s*\(", re.IGNORECASE
-)
-_TOUCHES_ANOTHER = re.compile(r"\b(?:REFERENCES|INHERITS|LIKE|PARTITION|SELECT)\b|;\s*\S", re.IGNORECASE)
 
 _COUNTED = ", ".join(
     f"pg_catalog.pg_stat_get_xact_tuples_{what}(c.oid)" for what in ("inserted", "updated", "deleted")
@@ -54,17 +53,11 @@ _LOOK = f"""
 SELECT c.oid::bigint, c.relfilenode::bigint, {_COUNTED}
   FROM pg_catalog.pg_class c WHERE c.oid = pg_catalog.to_regclass('%s')
 """  # noqa: S608 - nothing but names
-_COLUMNS = "c.relnamespace::regnamespace::text, c.relname::text, c.relkind::text, c.relfilenode::bigint"
-# One value, for drivers differ; few joins, for most of the time goes into planning.
-_CREATED = f"""
-SELECT pg_catalog.json_agg(pg_catalog.json_build_array(c.oid::bigint, {_COLUMNS}))::text FROM pg_catalog.pg_class c
- WHERE c.oid > {{highest}} AND c.relkind <> 't' AND pg_catalog.age(c.xmin) <= pg_catalog.age('{{xid}}'::xid)
-"""  # noqa: S608 - nothing but numbers
 # 16384: what initdb made has smaller ids.  https://www.postgresql.org/docs/current/system-catalog-initial-data.html
 # The size only of what the transaction has locked: nothing is waited for.
 _LOCKED = f"""
 SELECT pg_catalog.json_agg(pg_catalog.json_build_array(
-       x.transaction, l.relation::bigint, l.mode, {_COLUMNS}, {_COUNTED},
+       x.transaction, l.relation::bigint, l.mode, {COLUMNS}, {_COUNTED},
        CASE WHEN c.relkind IN ('r', 'm', 'i') AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
             THEN pg_catalog.pg_relation_size(c.oid) END))::text
   FROM (SELECT pg_catalog.txid_current() AS transaction{{flush}}) x
@@ -75,7 +68,7 @@ SELECT pg_catalog.json_agg(pg_catalog.json_build_array(
 """  # noqa: S608 - nothing but numbers
 # After a commit the locks are gone: what is new, and what statements named.
 _UNLOCKED = f"""
-SELECT pg_catalog.json_agg(pg_catalog.json_build_array(0, c.oid::bigint, NULL, {_COLUMNS}, 0, 0, 0, NULL))::text
+SELECT pg_catalog.json_agg(pg_catalog.json_build_array(0, c.oid::bigint, NULL, {COLUMNS}, 0, 0, 0, NULL))::text
   FROM pg_catalog.pg_class c
  WHERE c.relpersistence <> 't' AND (c.oid > {{highest}} OR c.oid IN ({{named}}))
 """  # noqa: S608 - nothing but numbers
@@ -117,13 +110,14 @@ class Observation:
         self._counted: dict[int, Counted] = {}
         self._transaction = 0
         self._low = self._high = 0  # what this transaction made has these ids
+        self._put_off: list[tuple[Unasked, Callable[[Measured], None]]] = []
         self._highest = int(session.value("SELECT max(oid)::bigint FROM pg_class") or 0)
         self._observes = False
         self._forget()
         event.listen(connection, "before_cursor_execute", self._before)
         event.listen(connection, "after_cursor_execute", self._after)
         event.listen(connection, "commit", self._commit)
-        event.listen(connection, "rollback", lambda _: self._known.clear())  # it may be of what was undone
+        event.listen(connection, "rollback", self._rollback)
 
     def _forget(self) -> None:
         self._statements: list[Statement] = []
@@ -134,16 +128,22 @@ class Observation:
         self._read: dict[str, tuple[bool, str, int]] = {}
         self._current = (True, "", -1)
         self._only_creates = True
+        self._creates: list[str] = []  # the names of the tables
         self._committed = self._wrote = False
         self._begun = self._running = time.perf_counter()
 
     def _commit(self, _: Any) -> None:
         self._committed = True
 
+    def _rollback(self, _: Any) -> None:
+        self._known.clear()  # it may be of what was undone
+        self._put_off.clear()
+
     def begins(self, transaction: int) -> None:
         """Note that a revision begins, in that transaction (txid_current), 0 where each statement is one."""
         self._forget()
         if transaction != self._transaction or not transaction:
+            self.settle()
             self._transaction = transaction
             self._low = self._high = 0
             self._held, self._counted = {}, {}
@@ -151,34 +151,56 @@ class Observation:
 
     def ends(self) -> Measured:
         """Return what the revision did; called in its transaction, after its last statement.  One query."""
+        found: list[Measured] = []
+        self.ends_for_now(found.append)
+        self.settle()
+        return found[0]
+
+    def ends_for_now(self, tell: Callable[[Measured], None]) -> None:
+        """Tell what the revision did: at once, or if it only created tables, by :meth:`settle` at the latest."""
         seconds = time.perf_counter() - self._begun
         self._observes = False
         if not self._count:
-            return Measured(seconds=seconds, transactional=bool(self._transaction))
-        transaction, now = self._now()
-        return self._measured(now, seconds, bool(self._transaction) and transaction == self._transaction)
+            tell(Measured(seconds=seconds, transactional=bool(self._transaction)))
+        elif self._only_creates and self._transaction and not self._committed:
+            statements, names = tuple(self._statements), tuple(self._creates)
+            self._put_off.append((Unasked(seconds, self._count, self._spent, statements, names), tell))
+        else:
+            transaction, now = self._now()
+            transactional = bool(self._transaction) and transaction == self._transaction
+            tell(self._measured(now, seconds, transactional))
+
+    def settle(self) -> None:
+        """Ask once for all revisions that only created tables and are not told yet; in their transaction."""
+        put_off, self._put_off = self._put_off, []
+        if not put_off:
+            return
+        rows = self._query(CREATED.format(highest=self._highest, xid=self._transaction % 2**32))
+        made = [creation.Relation(*row) for row in rows if row[1] != "pg_toast" and not self._is_own(row[2])]
+        names = [unasked.names for unasked, _ in put_off]
+        *shares, _ = creation.share(made, [*names, self._creates if self._observes else ()])
+        for (unasked, tell), share in zip(put_off, shares, strict=True):
+            tell(unasked.measured(share))
+            now = {
+                item.oid: Relation(item.full_name, item.kind, item.file, 0, frozenset(STRENGTH[-1:]))
+                for item in share
+            }
+            self._remember(now, [item.oid for item in share], transactional=True)
+
+    def _query(self, sql: str) -> list[list[Any]]:
+        return json.loads(self._ask(sql) or "[]")  # type: ignore[no-any-return]
 
     def _now(self) -> tuple[int, dict[int, Relation]]:
         """Return the transaction, and the relations that are new, that it has locked, or that statements named."""
-
-        def ask(sql: str) -> list[list[Any]]:
-            return json.loads(self._ask(sql) or "[]")  # type: ignore[no-any-return]
-
-        if self._only_creates and self._transaction and not self._committed:
-            rows = ask(_CREATED.format(highest=self._highest, xid=self._transaction % 2**32))
-            # Who makes a relation has this lock on it.
-            return self._transaction, relations(
-                [(0, row[0], STRENGTH[-1], *row[1:], 0, 0, 0, 0) for row in rows]
-            )
         low, high = (self._low, self._high) if self._low else (1, 0)
         named = ", ".join(str(oid) for oid in {0, *self._looked.values()})
         flush = _FLUSH if self._wrote and self._session.facts.major >= 15 else ""
-        rows = ask(_LOCKED.format(flush=flush, low=low, high=high, named=named))
+        rows = self._query(_LOCKED.format(flush=flush, low=low, high=high, named=named))
         transaction = rows[0][0]
         if transaction == self._transaction:
             return transaction, relations(rows)
         gone = [(0, oid, None, None, None, None, None, 0, 0, 0, None) for oid in self._looked.values() if oid]
-        unlocked = ask(_UNLOCKED.format(highest=self._highest, named=named))
+        unlocked = self._query(_UNLOCKED.format(highest=self._highest, named=named))
         return transaction, relations(gone) | relations(unlocked) | relations(rows)
 
     # -- while it runs ---------------------------------------------------------------------------------
@@ -199,9 +221,12 @@ class Observation:
         if ours:
             return
         if self._only_creates:
-            self._only_creates = bool(_CREATES_A_TABLE.match(start)) and not _TOUCHES_ANOTHER.search(
-                statement
-            )
+            creates = CREATES_A_TABLE.match(start)
+            self._only_creates = creates is not None and not TOUCHES_ANOTHER.search(statement)
+            if creates and self._only_creates:
+                self._creates.append(creates[1])
+            else:
+                self.settle()
         if not self._only_creates and name and name not in self._looked and len(self._looked) < MOST:
             self._look(connection, name)
         self._running = time.perf_counter()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from migrator.bookkeeping import Bookkeeper
+from migrator.history.plain import is_plain
 from migrator.migration_connection import MigrationConnection
 from migrator.observation import Observation
 from migrator.outcome import RevisionResult
@@ -48,6 +49,7 @@ class Steps:
         self.anything_committed = False
         self._connection: MigrationConnection | None = None
         self._observation: Observation | None = None
+        self._plain = False  # the running revision ends no transaction unseen
         self._transaction = 0
         self._next_transaction = 0  # where the revision before it ended in one that goes on
         self._began = self._started = time.monotonic()
@@ -84,6 +86,7 @@ class Steps:
         @functools.wraps(run)
         def timed(*arguments: Any, **options: Any) -> None:
             self._check()
+            self._plain = is_plain(run)
             self._begin(revision.revision, f"{revision.revision} {_first_line(revision.doc)}", number)
             try:
                 run(*arguments, **options)
@@ -98,6 +101,8 @@ class Steps:
         step.migration_fn = timed
 
     def _begin(self, revision: str, what: str, number: int) -> None:
+        if not self._plain:
+            self.flush()
         self._transaction = self._next_transaction
         if self._connection is not None and not self._transaction:
             self._transaction = self._connection.transaction()
@@ -113,7 +118,16 @@ class Steps:
         if self._connection is not None and not self._transaction:
             self._connection.tell(command)
 
-    # -- what is committed -----------------------------------------------------------------------------
+    # -- what is written, and committed ----------------------------------------------------------------
+
+    def flush(self) -> int:
+        """Write the rows of what is done, in its transaction; returns that, 0 where nothing waited.
+
+        Called before anything that may end the transaction, or that may look at the ledger.
+        """
+        if self._observation is not None:
+            self._observation.settle()
+        return self._books.flush()
 
     def committed(self) -> None:
         """Note that something became permanent: of the running revision, what it had done until then."""
@@ -140,11 +154,14 @@ class Steps:
         """Record and say that a step is done; called by Alembic after the version row moved, before the commit."""
         info = event["step"]
         if info.is_stamp:
+            self.flush()
             self._books.stamped(event["heads"])
             log.info("stamped %s", ", ".join(info.up_revision_ids) or "base")
             return
         seconds = time.monotonic() - self._began
-        measured = self._observation.ends().as_dict() if self._observation else {}
+        measured: dict[str, Any] = {}
+        if self._observation is not None:
+            self._observation.ends_for_now(lambda found: measured.update(found.as_dict()))
         result = RevisionResult(
             revision=self.running,
             direction="upgrade" if info.is_upgrade else "downgrade",
@@ -155,9 +172,14 @@ class Steps:
             measured=measured,
         )
         self.results.append(result)
-        self._next_transaction = self._books.done(
+        self._books.done(
             self.running, upgrade=info.is_upgrade, rows=event["heads"], seconds=seconds, details=measured
         )
+        lasts = bool(self._transaction) and result.transactional and self._plain
+        if lasts and not self._books.full and len(event["ctx"].on_version_apply_callbacks) == 1:
+            self._next_transaction = self._transaction
+        else:
+            self._next_transaction = self.flush()
         self._own_transaction("COMMIT")
         self.running, self._transaction = "", 0
         self.heartbeat.begins("the end of env.py")

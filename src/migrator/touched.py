@@ -8,6 +8,9 @@ from typing import Any
 
 from migrator.measured import STRENGTH, Size
 
+COLUMNS = "c.relnamespace::regnamespace::text, c.relname::text, c.relkind::text, c.relfilenode::bigint"
+"""What is read of a relation, where ``c`` is its row of pg_class."""
+
 Counted = tuple[int, int, int]
 NONE: Counted = (0, 0, 0)
 

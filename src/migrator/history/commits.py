@@ -21,6 +21,15 @@ def watch_statements(connection: Any, look: Callable[..., None]) -> None:
     event.listen(connection, "before_cursor_execute", look)
 
 
+def watch_ends(connection: Any, ahead: Callable[[], Any], undone: Callable[[], None]) -> None:
+    """Call ``ahead`` before a commit through SQLAlchemy, or its first phase of two, and ``undone`` at a rollback."""
+    from sqlalchemy import event
+
+    event.listen(connection, "commit", lambda _: ahead())
+    event.listen(connection, "prepare_twophase", lambda *_: ahead())
+    event.listen(connection, "rollback", lambda _: undone())
+
+
 def watch_commits(connection: Any, committed: Callable[[], None], *, every_statement: bool) -> None:
     """Call ``committed`` whenever what was done on a connection becomes permanent.
 

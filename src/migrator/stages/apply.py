@@ -82,6 +82,7 @@ class Application:
             bar=self.steps.progress,
         )
         self._connection: MigrationConnection | None = None
+        self._passed_by = False
         self._backend_pid = 0
         self._backend_of = 0  # the start of the server that it runs on
 
@@ -101,6 +102,11 @@ class Application:
             self.steps.progress.close()
             self._take_back()
         self.interruption.check()
+        if self.version_table is None and self._passed_by:
+            raise SettingsError(
+                [f"env.py migrates several databases, but not {self.session.target}"],
+                next_step="give migrator the address of one of those that env.py connects to",
+            )
         if self.version_table is None:
             raise HistoryError(
                 "env.py ended without running migrations (it never called context.run_migrations() online).",
@@ -120,7 +126,12 @@ class Application:
         )
 
     def _run_migrations(self, run: Callable[[], None], get_context: Callable[[], MigrationContext]) -> None:
-        """Run the migrations, as often as it takes, as the role that is to own what they make."""
+        """Run the migrations, as often as it takes, as the role that is to own what they make.
+
+        Another database of an ``env.py`` that migrates several is left to a run of its own.
+        """
+        if self.history.migrates_several and self._is_passed_by(get_context()):
+            return
 
         def run_as_role() -> None:
             if self.settings.role:
@@ -128,8 +139,14 @@ class Application:
                 connection.refuse_another_database(self.session)
                 connection.assume_role(self.settings.role, self.session)
             run()
+            self.steps.flush()  # env.py may commit in whatever way
 
         self.recovery.around(lambda: self.attempts.run(run_as_role, get_context))
+
+    def _is_passed_by(self, context: MigrationContext) -> bool:
+        another = MigrationConnection(context).is_on_another_database(self.session)
+        self._passed_by = self._passed_by or another
+        return another
 
     def _take_back(self) -> None:
         """Take logging and signals back from whatever the application made of them."""
@@ -218,7 +235,7 @@ class Application:
         connection.set_timeouts(self.settings)
         connection.notice_a_dead_client(self.session.facts.major)
         if self._connection is None or not self._connection.is_on(context.connection):
-            connection.listen(self.steps.committed)
+            connection.listen(self.steps.committed, ahead=self.steps.flush, undone=self.books.forget)
             self._connection = connection
             self.steps.on(connection, connection.observe(self.session, table.name))
             self.watch.follow(self._backend_pid, connection.calls)

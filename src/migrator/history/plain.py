@@ -1,0 +1,78 @@
+"""Know a revision whose every statement passes SQLAlchemy, where each is seen before it runs.
+
+Such a one can end no transaction unnoticed, so what is to be written by the end of its transaction may wait until
+then.  Names are looked at, not the syntax tree: this is asked of every revision, and "no" costs a statement or two.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from migrator.history.harmless import BUILTINS, OPERATIONS, is_constant, may_be_called
+
+_TO_THE_CONNECTION = frozenset({"get_bind", "get_context", "connection", "cursor", "run_async", "impl"})
+_IMPORTS = frozenset({dis.opmap["IMPORT_NAME"]})
+
+
+def is_plain(function: Any) -> bool:
+    """Whether a revision's ``upgrade`` or ``downgrade`` only calls Alembic's operations and makes SQL for them.
+
+    It has neither a connection nor a cursor, and calls no code but that of its own file.
+    """
+    return _is_plain(function, getattr(function, "__globals__", {}), set())
+
+
+def _is_plain(function: Any, module: Mapping[str, Any], seen: set[CodeType]) -> bool:
+    if type(function) is not FunctionType or function.__globals__ is not module:
+        return False
+    if function.__closure__ or function.__defaults__ or function.__kwdefaults__:
+        return False
+    if function.__code__ in seen:
+        return True
+    seen.add(function.__code__)
+    for code in _codes(function.__code__):
+        if not _IMPORTS.isdisjoint(code.co_code[::2]) or not _refused().isdisjoint(code.co_names):
+            return False
+        for name in code.co_names:
+            if name.startswith("_") or (name in module and not _may_use(module[name], module, seen)):
+                return False
+            if name not in module and name in vars(builtins) and not _is_known(vars(builtins)[name]):
+                return False
+    return True
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code and that of what is defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _may_use(value: Any, module: Mapping[str, Any], seen: set[CodeType]) -> bool:
+    if isinstance(value, ModuleType):
+        return value.__name__ == "alembic.op" or value.__name__.partition(".")[0] == "sqlalchemy"
+    if type(value) is FunctionType and value.__globals__ is module:
+        return _is_plain(value, module, seen)
+    return is_constant(value) or _is_known(value)
+
+
+def _is_known(value: Any) -> bool:
+    try:
+        known = value in BUILTINS and value is not open
+    except TypeError:  # it cannot be hashed
+        return False
+    return known or may_be_called(value)
+
+
+@functools.cache
+def _refused() -> frozenset[str]:
+    """Return the names that lead to the connection, and the operations that are not Alembic's own."""
+    from alembic.operations import BatchOperations, Operations
+
+    return _TO_THE_CONNECTION | (frozenset((*dir(Operations), *dir(BatchOperations))) - OPERATIONS)
