@@ -1,22 +1,33 @@
-"""An archive and pg_restore: check its bytes, read all of it, restore it, and say how to do that by hand.
+"""An archive and pg_restore: open it, read all of it, restore it, and say how to do that by hand.
 
 pg_restore 17 and newer begin with ``SET transaction_timeout = 0``, which servers before 17 do not know; with
 ``--exit-on-error`` or ``--single-transaction`` they can restore nothing there (tried: 18 onto 15).  On such a
 pair that one error is let pass, and any other ends pg_restore at once.
+
+Some servers number the versions of a column in an option ``pg_attver`` that only their own pg_dump leaves out, and
+that no other server accepts.  pg_restore sends a table's statements as one, so that the table would be lost with its
+option; where an archive has such options, what comes before the rows goes through psql without them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import re
 import shlex
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from migrator import process
+from migrator.backups import directory
 from migrator.backups.clients import Client, last_words
-from migrator.backups.manifest import Backup
-from migrator.backups.store import checksum, file_chunks
+from migrator.backups.manifest import Backup, human_size
+from migrator.backups.store import Store, checksum, file_chunks
+from migrator.errors import DamagedBackup, RestoreFailed, SettingsError
 from migrator.logs import redact
+from migrator.settings import Settings
 
 # What was restored is said in English: the client's words are, under LC_ALL=C.UTF-8; the server's may not be.
 _UNKNOWN_SETTING = re.compile(
@@ -28,6 +39,10 @@ _IGNORED = re.compile(r"pg_restore: warning: errors ignored on restore: \d+\s*")
 _OF_A_ROLE = re.compile(
     r"Command was: (ALTER .* OWNER TO|GRANT|REVOKE|ALTER DEFAULT PRIVILEGES|SET SESSION AUTH)"
 )
+_OPTIONS = re.compile(
+    rb"^(ALTER [^\n]* ALTER COLUMN [^\n]* SET )\(([^\n()]*\bpg_attver=[^\n()]*)\);\n", re.MULTILINE
+)
+_NOT_FOR_PSQL = re.compile(rb"^SET transaction_timeout = 0;\n", re.MULTILINE)
 
 
 class RestoreStopped(Exception):
@@ -39,30 +54,173 @@ class RestoreStopped(Exception):
         self.of_a_role = bool(_OF_A_ROLE.search(self.said))
 
 
-def difference(backup: Backup) -> str:
-    """Return how a backup's file differs from what was written, or ``""``; raises OSError."""
-    found, size = checksum(file_chunks(Path(backup.place)))
-    if (found, size) == (backup.sha256, backup.size_bytes):
-        return ""
-    return f"{size} bytes with sha256 {found}, and not {backup.size_bytes} with {backup.sha256}"
+def checksum_of(path: Path) -> tuple[str, int]:
+    """Return the sha256 and the size of an archive, a file or a folder; raises OSError."""
+    return directory.checksum(path) if path.is_dir() else checksum(file_chunks(path))
 
 
-def read_whole(client: Client, path: Path) -> process.Finished:
-    """Have pg_restore decompress and parse all of an archive, restoring nothing."""
-    return process.run(
-        [client.pg_restore, "--format=custom", "--file=/dev/null", path],
-        environment=process.base_environment(),
+@contextlib.contextmanager
+def opened(store: Store, backup: Backup, settings: Settings) -> Iterator[Path]:
+    """Yield a path on this machine with a backup as pg_dump wrote it, found to be that byte for byte.
+
+    What lies elsewhere or is encrypted comes into a temporary file (in TMPDIR) first, which has no name: it is gone
+    with this process, however that ends.  Raises :class:`DamagedBackup`, :class:`RestoreFailed` where it cannot be
+    opened here, and OSError.
+    """
+    place = Path(backup.place)
+    if not backup.encrypted_to and place.is_absolute():
+        _demand(backup, checksum_of(place), (backup.sha256, backup.size_bytes))
+        yield place
+        return
+    with tempfile.TemporaryFile(prefix="migrator-") as file:
+        free = os.fstatvfs(file.fileno())
+        if free.f_bavail * free.f_frsize < backup.size_bytes:
+            raise RestoreFailed(
+                f"{backup.id} has {human_size(backup.size_bytes)}, and {tempfile.gettempdir()}, where it is opened, "
+                f"has {human_size(free.f_bavail * free.f_frsize)} free.",
+                next_step="make room there, or name another folder in TMPDIR",
+            )
+        for chunk in plain_chunks(store, backup, settings):
+            file.write(chunk)
+        file.flush()
+        yield Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+
+
+def plain_chunks(store: Store, backup: Backup, settings: Settings) -> Iterator[bytes]:
+    """Yield a backup's archive as pg_dump wrote it, decrypted where it has to be, in order and in bounded memory.
+
+    Both checksums are taken on the way, and raise :class:`DamagedBackup` at the end where they are not the
+    manifest's.  Raises :class:`RestoreFailed` where it is encrypted and there is no key, and OSError.
+    """
+    stored, plain = _Tally(store.chunks(backup)), _Tally(())
+    if not backup.encrypted_to:
+        yield from stored
+        _demand(backup, stored.found, backup.stored)
+        return
+    from migrator.backups import sealing
+
+    if not settings.backup_identity_file:
+        raise RestoreFailed(
+            f"{backup.id} is encrypted to {', '.join(backup.encrypted_to)}, and no private key is at hand.",
+            next_step="name the file with the private key in MIGRATOR_BACKUP_IDENTITY_FILE",
+        )
+    try:
+        plain = _Tally(sealing.opened(stored, Path(settings.backup_identity_file)))
+        yield from plain
+    except sealing.CannotOpen as error:
+        for _ in stored:  # what the decryption did not read any more
+            pass
+        _demand(backup, stored.found, backup.stored)
+        raise RestoreFailed(
+            f"{backup.id} cannot be decrypted: {error}.",
+            next_step="name the file with the right private key in MIGRATOR_BACKUP_IDENTITY_FILE",
+        ) from error
+    _demand(backup, stored.found, backup.stored)
+    _demand(backup, plain.found, (backup.sha256, backup.size_bytes))
+
+
+class _Tally:
+    """An iterator that hashes and counts what goes through it."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._chunks:
+            self._digest.update(chunk)
+            self._size += len(chunk)
+            yield chunk
+
+    @property
+    def found(self) -> tuple[str, int]:
+        return self._digest.hexdigest(), self._size
+
+
+def _demand(backup: Backup, found: tuple[str, int], written: tuple[str, int]) -> None:
+    if found == written:
+        return
+    raise DamagedBackup(
+        f"The dump {backup.place} is not what was written: {found[1]} bytes with sha256 {found[0]}, "
+        f"and not {written[1]} with {written[0]}.",
+        next_step="take another backup: see `migrator backups`",
+        state=f"The database was not changed; the backup is {backup.place}.",
     )
 
 
+def read_whole(client: Client, source: Path | Iterable[bytes]) -> process.Finished:
+    """Have pg_restore decompress and parse all of an archive, restoring nothing.
+
+    ``source`` is a file or a folder, or the chunks of an archive in custom format.
+    """
+    if isinstance(source, Path):
+        arguments: list[str | Path] = [client.pg_restore, format_option(source), "--file=/dev/null", source]
+        feed: Iterable[bytes] | None = None
+    else:
+        arguments, feed = [client.pg_restore, "--format=custom", "--file=/dev/null"], source
+    return process.run(arguments, environment=process.base_environment(), feed=feed)
+
+
+def script(client: Client, path: Path, *options: str) -> bytes:
+    """Return what pg_restore would do as SQL; raises :class:`RestoreStopped`."""
+    chunks: list[bytes] = []
+    finished = process.run(
+        [client.pg_restore, *options, "--file=-", path],
+        environment=process.base_environment(),
+        on_output=chunks.append,
+    )
+    if finished.status != 0:
+        raise RestoreStopped(last_words(finished))
+    return b"".join(chunks)
+
+
+def without_oddities(sql: bytes) -> bytes:
+    """Leave out the options that only one kind of server has: ``ALTER COLUMN ... SET (pg_attver=3)``."""
+
+    def rest(match: re.Match[bytes]) -> bytes:
+        kept = [item for item in match[2].split(b", ") if not item.strip().startswith(b"pg_attver=")]
+        return match[1] + b"(" + b", ".join(kept) + b");\n" if kept else b""
+
+    return _OPTIONS.sub(rest, sql)
+
+
 def restore_into(
-    client: Client, path: Path, connection: str, environment: Mapping[str, str], server_major: int
+    client: Client,
+    path: Path,
+    connection: str,
+    environment: Mapping[str, str],
+    server_major: int,
+    *,
+    jobs: int = 1,
+    options: Sequence[str] = (),
 ) -> None:
-    """Restore an archive into an empty database; raises :class:`RestoreStopped` at the first error."""
+    """Restore an archive (a file or a folder) into an empty database; raises :class:`RestoreStopped`.
+
+    It ends at the first error.  ``options`` are further ones of pg_restore.
+    """
+    before = script(client, path, "--section=pre-data", *options)
+    plain = without_oddities(before)
+    sections: list[tuple[str, ...]] = [()]
+    if plain != before:
+        _run_psql(client, _NOT_FOR_PSQL.sub(b"", plain, count=1), connection, environment)
+        sections = [("--section=data",), ("--section=post-data",)]
     tolerant = client.major >= 17 > server_major
-    arguments: list[str | Path] = [client.pg_restore, "--format=custom", "--no-password", connection, path]
     if not tolerant:
-        arguments.insert(1, "--exit-on-error")
+        options = ("--exit-on-error", *options)
+        options = (*options, f"--jobs={jobs}") if jobs > 1 else options  # else several would talk at once
+    for section in sections:
+        arguments: list[str | Path] = [
+            client.pg_restore,
+            *options,
+            *section,
+            "--no-password",
+            connection,
+            path,
+        ]
+        _run_pg_restore(arguments, environment, tolerant=tolerant)
+
+
+def _run_pg_restore(arguments: list[str | Path], environment: Mapping[str, str], *, tolerant: bool) -> None:
     seen = bytearray()
 
     def stop_at_an_error(chunk: bytes) -> None:
@@ -80,11 +238,51 @@ def restore_into(
         raise RestoreStopped(last_words(finished))
 
 
+def _run_psql(client: Client, sql: bytes, connection: str, environment: Mapping[str, str]) -> None:
+    program = client.folder / "psql"
+    arguments: list[str | Path] = [
+        program,
+        "--no-psqlrc",
+        "--quiet",
+        "--no-password",
+        "--set=ON_ERROR_STOP=1",
+        connection,
+    ]
+    try:
+        finished = process.run(arguments, environment=environment, feed=[sql])
+    except FileNotFoundError as error:
+        raise SettingsError(
+            [
+                f"there is no psql beside {client.pg_restore}, and this archive needs it: it has pg_attver options"
+            ],
+            next_step="install the whole PostgreSQL client, or name a folder that has it in MIGRATOR_PG_BIN",
+        ) from error
+    if finished.status != 0:
+        raise RestoreStopped(last_words(finished))
+
+
 def by_hand(backup: Backup, database: str, *options: str) -> str:
-    """Return the command that restores a backup without migrator, in place and in one transaction."""
-    reading = ["pg_restore", "--clean", "--if-exists", *options, "--file=-", backup.place]
-    return (
-        " ".join(shlex.quote(word) for word in reading)
-        + " | grep -v '^SET transaction_timeout' | psql --single-transaction --set=ON_ERROR_STOP=1 --dbname="
-        + shlex.quote(database)
+    """Return the command that restores a backup without migrator, in place and in one transaction.
+
+    What pg_restore writes first is for newer servers only, and is left out; likewise pg_attver (see above).
+    """
+    reading = ["pg_restore", "--clean", "--if-exists", *options, "--file=-"]
+    place, feeds = backup.place, []
+    if place.startswith("s3://"):
+        feeds.append(shlex.join(("aws", "s3", "cp", place, "-")))
+    if backup.encrypted_to:
+        feeds.append(shlex.join(("age", "-d", "-i", "KEY_FILE", *([] if feeds else [place]))))
+    if not feeds:
+        reading.append(place)
+    edits = ["1,20{/^SET transaction_timeout = 0;$/d}"]
+    edits += ["/^ALTER .* ALTER COLUMN .* SET (pg_attver=[0-9]*);$/d"] if backup.oddities else []
+    return " | ".join(
+        (
+            *feeds,
+            shlex.join(reading),
+            shlex.join(("sed", *(word for edit in edits for word in ("-e", edit)))),
+            shlex.join(
+                ("psql", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", f"--dbname={database}")
+            ),
+        )
     )
