@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import alembic
 import pytest
 
 from tests.support.comparison import Comparison
@@ -260,31 +259,6 @@ def test_an_env_that_goes_through_several_schemas(pool: str, project: Project, c
     again = compare.run(cwd=folder, database=compare.database)
     assert again.code == 10, again
     assert "one.alembic_version, two.alembic_version" in again.logs[-1]["message"], again
-
-
-@pytest.mark.parametrize("first", ["target", "other"])
-def test_the_multidb_template_is_refused(first: str, project: Project, compare: Comparison) -> None:
-    template = Path(alembic.__file__).parent / "templates" / "multidb" / "env.py"
-    urls = [
-        compare.database.url.replace("postgresql:", "postgresql+psycopg2:").replace("%", "%%"),
-        compare.plain.url.replace("postgresql:", "postgresql+psycopg2:").replace("%", "%%"),
-    ]
-    one, two = urls if first == "target" else reversed(urls)
-    logging = (Path(__file__).parent / "support" / "env_files" / "file_config.ini").read_text()
-    ini = (
-        f"{INI}databases = one, two\n[one]\nsqlalchemy.url = {one}\n[two]\nsqlalchemy.url = {two}\n{logging}"
-    )
-    files = {
-        "migrations/env.py": template.read_text(),
-        "alembic.ini": ini,
-        "migrations/versions/r1.py": "from alembic import op\nrevision = 'r1'\ndown_revision = None\n"
-        "def upgrade(engine_name):\n    op.execute('CREATE TABLE m (id int)')\n",
-    }
-    result = compare.run(cwd=project(files), database=compare.database)
-    assert result.code == 10, result
-    assert "another database" in result.logs[-1]["message"], result
-    for database in (compare.database, compare.plain):
-        assert database.psql("SELECT to_regclass('m') IS NULL") == [(True,)]
 
 
 def test_the_command_that_env_sees(project: Project, run_migrator: Runner, database: Database) -> None:

@@ -107,11 +107,13 @@ def translate(error: Exception) -> MigratorError:
     )
 
 
-def outside_of_stages(error: Exception, *, changes: bool) -> MigratorError:
+def outside_of_stages(
+    error: Exception, *, changes: bool, who: str = "Alembic's own command"
+) -> MigratorError:
     """Turn a failure under Alembic's own command line; ``changes`` says whether that may have changed the database."""
     code, text = sqlstate(error), message_of(getattr(error, "orig", None) or error).rstrip(".")
     shown = f"{text} [{code}]" if code else f"{type(error).__name__}: {text}"
-    what = f"Alembic's own command failed: {shown}."
+    what = f"{who} failed: {shown}."
     if "OperationalError" in type(error).__name__ and not code:
         # psycopg2 has no code for a failed connection.
         if classify("", text) is Refusal.DENIED:

@@ -96,8 +96,11 @@ def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Say what is pending, in the exit code too."""
     from migrator.edited import judge
 
-    state = service.state()
-    judge(state.edited, service.settings.edited)
+    for one in service.all():
+        state = one.state()
+        judge(state.edited, service.settings.edited)
+        if state.pending:
+            break
     return answers.of_check(state)
 
 

@@ -76,6 +76,8 @@ def _frozen(settings: Settings, project: ProjectOptions, destination: str) -> _F
     found = layout.read(project, folder)
     if found is None or not (found.location / FILE_NAME).is_file():
         return None
+    if layout.migrates_several(found.location / "env.py"):
+        return None
     try:
         manifest = load(found.location / FILE_NAME)
         different = _moved(manifest, found, project, folder)

@@ -62,6 +62,15 @@ def read(options: ProjectOptions, folder: Path) -> Layout | None:
     return Layout(folder / named.replace(HERE, here), of_ini, of_toml)
 
 
+def migrates_several(env_file: Path) -> bool:
+    """Whether an ``env.py`` says, as Alembic's multidb template does, on which database its revisions are to work."""
+    try:
+        text = env_file.read_bytes()
+    except OSError:
+        return False
+    return b"engine_name" in text and b"run_migrations(engine_name=" in b"".join(text.split())
+
+
 def _read_ini(path: Path, section: str) -> dict[str, str]:
     parser = configparser.ConfigParser({"here": HERE})
     with path.open(encoding="locale") as file:

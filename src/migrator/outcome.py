@@ -112,7 +112,10 @@ class RevisionResult(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a run ended: the one value that every report is made from."""
+    """How a run ended: the one value that every report is made from.
+
+    ``others`` are the outcomes, JSON-ready, of the other databases of an ``env.py`` that migrates several.
+    """
 
     run_id: str
     command: str
@@ -131,6 +134,7 @@ class Outcome(NamedTuple):
     backup: Mapping[str, Any] | None = None
     findings: tuple[Finding, ...] = ()
     stages: tuple[StageResult, ...] = ()
+    others: tuple[Mapping[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON-ready data; ``code`` is the number and ``outcome`` its name."""
@@ -141,4 +145,6 @@ class Outcome(NamedTuple):
         for name, results in (("stages", self.stages), ("revisions", self.revisions)):
             document[name] = [{**item._asdict(), "seconds": round(item.seconds, 3)} for item in results]
         document["seconds"] = round(self.seconds, 3)
+        if not self.others:
+            del document["others"]
         return document

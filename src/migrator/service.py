@@ -102,6 +102,7 @@ class MigrationService:
         return self._run("verify", "heads")
 
     def _run(self, kind: str, destination: str, *, yes: bool = False) -> Outcome:
+        """Run for the target, and then for each further database of an ``env.py`` that migrates several."""
         if kind == "upgrade":
             from migrator.glance import glance
 
@@ -109,12 +110,65 @@ class MigrationService:
             if outcome is not None:
                 return outcome
         quiet.wake()
+        first = self._run_one(kind, destination, yes=yes)
+        if int(first.code) or not self._migrates_several():
+            return first
+        from migrator.several import run_others
+
+        return run_others(first, self.others, lambda other: other._run_one(kind, destination, yes=yes))
+
+    def _run_one(self, kind: str, destination: str, *, yes: bool) -> Outcome:
         from migrator import pipeline
         from migrator.run import Request, Run
 
         record = Record(kind, self.settings.target, self.run_id)
         request = Request(kind, destination, yes)
         return pipeline.run(Run(request, self.settings, self.project, record, self.logs, self._interruption))
+
+    # -- several databases -----------------------------------------------------------------------------
+
+    def others(self) -> tuple[MigrationService, ...]:
+        """Return a service for each further database of an ``env.py`` that migrates several; that is loaded for it.
+
+        Raises :class:`SettingsError`, and whatever ``env.py`` raises.
+        """
+        if not self._migrates_several():
+            return ()
+        from migrator.history.several import survey
+
+        history, target = self.history(), self.settings.required_target
+        with self._session() as session:
+            addresses = survey(history, session, before_configure=self._take_back)
+        project = self.project._replace(told=target)
+        return tuple(
+            MigrationService(
+                self.settings._replace(target=address),
+                project,
+                logs=self.logs,
+                interruption=self._interruption,
+                run_id=self.run_id,
+            )
+            for address in addresses
+        )
+
+    def all(self) -> Iterator[MigrationService]:
+        """Yield this service and then those of the other databases, which are looked for when they are asked for."""
+        yield self
+        yield from self.others()
+
+    def _migrates_several(self) -> bool:
+        if self.project.told is not None:
+            return False
+        from migrator import layout
+        from migrator.history.several import env_file
+
+        found, folder = layout.read(self.project, Path.cwd()), Path.cwd()
+        return layout.migrates_several(found.location / "env.py" if found else env_file(self.project, folder))
+
+    def _take_back(self) -> None:
+        """Take logging and signals back from whatever the application made of them."""
+        self.logs.install()
+        self._interruption.retake()
 
     # -- what only looks -------------------------------------------------------------------------------
 
@@ -142,7 +196,8 @@ class MigrationService:
         """Wait until nothing is pending, reading only; returns the revisions that the database is at."""
         from migrator.currency import wait_for_current
 
-        return wait_for_current(self.history(), self.settings, self._application_name)
+        found = [wait_for_current(one.history(), one.settings, self._application_name) for one in self.all()]
+        return found[0]
 
     def state(self) -> State:
         """Return where the database is; raises for a state that a person must decide about."""

@@ -21,6 +21,7 @@ from migrator.history.env_file import version_table
 from migrator.history.environment import Around, Command, Hook, run_env
 from migrator.history.project import ProjectOptions, make_config, sibling_tables, tell_address
 from migrator.history.way_back import WayBack, offline_downgrade
+from migrator.layout import migrates_several
 from migrator.manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
 from migrator.manifest import load as load_manifest
 from migrator.target import Target
@@ -68,7 +69,7 @@ class History:
     """The revision graph of one project."""
 
     def __init__(self, options: ProjectOptions, target: Target | None, folder: Path | None = None) -> None:
-        self._target = target
+        self._target = options.told or target
         self._options = options
         self._sha256: dict[str, str] = {}
         self.config = make_config(options, folder or Path.cwd())
@@ -227,6 +228,11 @@ class History:
     def siblings(self) -> frozenset[str]:
         """Return the version tables of the histories in the ini's other sections."""
         return sibling_tables(self.config)
+
+    @functools.cached_property
+    def migrates_several(self) -> bool:
+        """Whether ``env.py`` migrates several databases (Alembic's ``multidb`` template)."""
+        return migrates_several(Path(self.script.env_py_location))
 
     def hints(self) -> frozenset[str]:
         """Return those values of ``-x`` that may name a schema: an ``env.py`` that serves several is told so."""

@@ -22,7 +22,8 @@ class ProjectOptions(NamedTuple):
     """Where the Alembic project is: Alembic's own ``-c`` (an ini, a pyproject.toml, or both), ``-n`` and ``-x``.
 
     bootstrap: ``module:callable``, entered before ``env.py``. export: the variables in which ``env.py`` looks for the
-    address, beside the usual ones.
+    address, beside the usual ones. told: the address that ``env.py`` is told, where that is another than the target's:
+    one of several databases that it migrates.
     """
 
     config: tuple[str, ...] = ()
@@ -30,6 +31,7 @@ class ProjectOptions(NamedTuple):
     x: tuple[str, ...] = ()
     bootstrap: str = ""
     export: tuple[str, ...] = ()
+    told: Target | None = None
 
 
 def find_project(options: ProjectOptions, folder: Path) -> tuple[str | None, str | None, str | None]:
