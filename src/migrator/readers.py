@@ -79,7 +79,7 @@ def role_name(text: str) -> str:
 
 
 def backup_url(text: str) -> str:
-    """Read the place of the backups: ``file:///folder``, or a plain folder."""
+    """Read the place of the backups: ``file:///folder``, a plain folder, or ``s3://bucket/prefix``."""
     if text.startswith("/"):
         from urllib.parse import quote
 
@@ -87,12 +87,94 @@ def backup_url(text: str) -> str:
     if re.match(r"^file:///.", text):
         return text
     shown = "an address" if "@" in text else repr(text)  # which may hold a password
-    raise ValueError(f"{shown} is not a folder such as file:///backups")
+    if re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,62}(/[^?#\x00-\x1f]*)?", text):
+        return text.rstrip("/")
+    raise ValueError(
+        f"{shown} is not a folder such as file:///backups or a bucket such as s3://bucket/prefix"
+    )
 
 
-def only_stop(text: str) -> str:
-    """Read ``stop``; what else the design names is refused in so many words."""
+def web_address(text: str) -> str:
+    """Read ``https://host:port``; what may hold a password is not repeated."""
+    if not re.fullmatch(r"https?://[^\s@?#]+", text.strip()):
+        raise ValueError(
+            "it is not an address such as https://s3.example.com:9000 (without user and password)"
+        )
+    return text.strip().rstrip("/")
+
+
+def public_keys(text: str) -> str:
+    """Read public keys of age and SSH, separated by commas, spaces or lines; returns one a line."""
+    found = re.findall(r"ssh-[a-z0-9-]+\s+[A-Za-z0-9+/=]+|[^\s,]+", _without_comments(text))
+    for key in found:
+        if key.upper().startswith("AGE-SECRET-KEY-"):
+            raise ValueError("a private key (AGE-SECRET-KEY-...) is among the public keys: keep it elsewhere")
+        if not re.fullmatch(r"age1[a-z0-9]{20,}|ssh-(ed25519|rsa)\s+\S+", key):
+            raise ValueError(f"{key!r} is not a public key such as age1... or ssh-ed25519 AAAA...")
+    return "\n".join(" ".join(key.split()) for key in found)
+
+
+def _without_comments(text: str) -> str:
+    """Take away what follows an SSH key on its line or before the comma, and lines that begin with #."""
+    text = re.sub(r"(?m)^\s*#.*$", "", text)
+    return re.sub(r"(ssh-[a-z0-9-]+[ \t]+[A-Za-z0-9+/=]+)[^,\n]*", r"\1", text)
+
+
+KEPT = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+
+
+def keep(text: str) -> str:
+    """Read ``last=5,daily=7,weekly=4,monthly=6``, or ``all`` for everything (which is ``""``)."""
     lowered = text.strip().lower()
-    if lowered in {"downgrade", "restore"}:
-        raise ValueError(f"{lowered!r} is not available in this version; only 'stop' is")
-    return choice("stop")(text)
+    if lowered in {"all", "everything"}:
+        return ""
+    counts: dict[str, int] = {}
+    for part in re.split(r"[,\s]+", lowered):
+        match = re.fullmatch(rf"({'|'.join(KEPT)})=(\d{{1,4}})", part)
+        if match is None or match[1] in counts:
+            raise ValueError(
+                f"{text!r} does not say what to keep: write such as last=5,daily=7,weekly=4,monthly=6, or all"
+            )
+        counts[match[1]] = int(match[2])
+    if not any(counts.values()):
+        raise ValueError(f"{text!r} would keep nothing: the least is last=1")
+    return ",".join(f"{name}={counts[name]}" for name in KEPT if counts.get(name))
+
+
+def worker_count(text: str) -> int:
+    """Read a number of workers from 1 to 64, or ``auto`` as 0."""
+    lowered = text.strip().lower()
+    if lowered == "auto":
+        return 0
+    if not re.fullmatch(r"[1-9]\d?", lowered) or int(lowered) > 64:
+        raise ValueError(f"{text!r} is neither auto nor a number from 1 to 64")
+    return int(lowered)
+
+
+_LEVELS = {"zstd": 22, "gzip": 9, "lz4": 12}
+
+
+def compression(text: str) -> str:
+    """Read ``auto`` or ``METHOD:LEVEL``; a method alone is its level 1."""
+    lowered = text.strip().lower()
+    if lowered == "auto":
+        return lowered
+    method, _, level = lowered.partition(":")
+    if lowered in {"0", "none", "off"} or (method in _LEVELS and level == "0"):
+        raise ValueError(
+            f"{text!r} is refused: nothing in an uncompressed archive tells a flipped bit from what was written"
+        )
+    most = _LEVELS.get(method, 0)
+    if not re.fullmatch(r"[1-9]\d?", level or "1") or int(level or 1) > most:
+        raise ValueError(
+            f"{text!r} is not a compression such as zstd:1 (to 22), gzip:6 (to 9), lz4:1 (to 12)"
+        )
+    return f"{method}:{level or 1}"
+
+
+def table_patterns(text: str) -> str:
+    """Read ``audit_log, logs.*, "Odd".t``: what is not quoted is lower case, and may hold ``*`` and ``?``."""
+    part = r'("([^"]|"")+"|[^\s",.]+)'
+    if not re.fullmatch(rf"\s*({part}(\.{part})?\s*(,\s*|$))*", text):
+        raise ValueError(f'{text!r} is not a list of tables such as audit_log, logs.*, "Odd name"')
+    return text.strip()

@@ -18,17 +18,24 @@ from migrator.readers import (
     boolean,
     callable_name,
     choice,
+    compression,
     duration,
-    only_stop,
+    keep,
     optional_duration,
+    public_keys,
     relation,
     role_name,
+    table_patterns,
+    web_address,
     whole_number,
+    worker_count,
 )
 from migrator.target import BadAddress, Target, from_environment, parse, secrets_in
 
 ADDRESS_VARIABLES = ("MIGRATOR_DATABASE_URL", "DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI")
-SECRET_VARIABLES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "PGPASSWORD", "POSTGRES_PASSWORD")
+_ADDRESSES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL")
+PASSWORD_VARIABLES = ("PGPASSWORD", "POSTGRES_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRET_VARIABLES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "AWS_ACCESS_KEY_ID", *PASSWORD_VARIABLES)
 
 
 class Option(NamedTuple):
@@ -62,6 +69,9 @@ def setting(
     return Option(default, read, help, flag, variable, secret, shown)
 
 
+_HIDDEN: Mapping[str, Any] = {"flag": None, "secret": True}
+
+
 class Settings(NamedTuple):
     """Everything a run can be told; times are in seconds, None is "no limit" or "not set"."""
 
@@ -93,9 +103,88 @@ class Settings(NamedTuple):
         choice("auto", "always", "off"),
         "auto (something pending and something to lose), always (also with nothing pending) or off",
     )
-    backup_url: str = setting("file:///backups", backup_place, "the folder that backups are kept in")
+    backup_url: str = setting(
+        "file:///backups", backup_place, "where backups are kept: file:///folder or s3://bucket/prefix"
+    )
+    backup_recipients: str = setting(
+        "",
+        public_keys,
+        "public keys (age1..., ssh-ed25519 ...) that backups are encrypted to, separated by commas or lines",
+    )
+    backup_identity_file: str = setting(
+        "", str, "a file with the private key that encrypted backups are read with"
+    )
+    backup_keep: str = setting(
+        "", keep, "which backups to keep, such as last=5,daily=7,weekly=4,monthly=6", shown="everything"
+    )
+    backup_format: str = setting(
+        "auto",
+        choice("auto", "custom", "directory"),
+        "custom (one file), directory (a folder, written by several workers) or auto (by cores and sizes)",
+    )
+    backup_jobs: int = setting(
+        0, worker_count, "how many tables pg_dump reads at the same time into a directory", shown="auto"
+    )
+    backup_compression: str = setting(
+        "auto", compression, "zstd:N, gzip:N, lz4:N or auto (zstd:1, else gzip:1)"
+    )
+    backup_exclude_table_data: str = setting(
+        "", table_patterns, "tables whose rows are left out of backups, such as audit_log, logs.*"
+    )
+    backup_max_age: float | None = setting(
+        None,
+        optional_duration,
+        "reuse a verified backup of the very same revision that is not older, instead of making one",
+        shown="none",
+    )
+    s3_endpoint: str = setting("", web_address, "the address of an S3-compatible server, if it is not AWS's")
+    s3_region: str = setting("", str, "the bucket's region (else AWS_REGION, AWS_DEFAULT_REGION, us-east-1)")
+    s3_path_style: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "the bucket in the path of addresses (on) or in their host name (off); auto is on with an endpoint",
+    )
+    aws_access_key_id: str = setting(
+        "", str, "S3: the key's name (none: the platform's identity)", **_HIDDEN, variable="AWS_ACCESS_KEY_ID"
+    )
+    aws_secret_access_key: str = setting(
+        "", str, "S3: the key itself", **_HIDDEN, variable="AWS_SECRET_ACCESS_KEY"
+    )
+    aws_session_token: str = setting(
+        "", str, "S3: the token of a temporary key", **_HIDDEN, variable="AWS_SESSION_TOKEN"
+    )
     pg_bin: str = setting("", str, "a folder with pg_dump and pg_restore, instead of the installed ones")
-    on_failure: str = setting("stop", only_stop, "what to do when apply or verify fails: stop")
+    restore_jobs: int = setting(
+        0,
+        worker_count,
+        "how many tables and indexes are restored at once: auto (one a core, 8 at most) or a number",
+        shown="auto",
+    )
+    keep_old: float | None = setting(
+        None,
+        optional_duration,
+        "how long NAME_before_RUN, which a restore has replaced, is kept: a later restore drops it then",
+        shown="none",
+    )
+    on_failure: str = setting(
+        "stop",
+        choice("stop", "downgrade", "restore"),
+        "when apply or verify fails after something was committed: stop, downgrade (revert what this run applied) or"
+        " restore (the backup, unless others have written since)",
+    )
+    discard_writes: bool = setting(
+        False,
+        boolean,
+        "restore on failure also where others have written since the backup: their writes are lost",
+    )
+    maintenance_window: bool = setting(
+        False, boolean, "keep every other role out of the database from before the backup until the end"
+    )
+    retry: bool = setting(
+        False,
+        boolean,
+        "apply a revision again that has failed and was taken back, in the image that it failed in",
+    )
     baseline: str = setting(
         "", str, "the revision an existing schema without a version table is at (or 'base')"
     )
@@ -247,8 +336,8 @@ def load(
     if problems:
         raise SettingsError(problems)
     # Also those of addresses that this run does not use: a user's env.py may print them.
-    secrets = {text for name in SECRET_VARIABLES for text in secrets_in(variables.get(name, ""))}
-    secrets |= {variables[name] for name in ("PGPASSWORD", "POSTGRES_PASSWORD") if variables.get(name)}
+    secrets = {text for name in _ADDRESSES for text in secrets_in(variables.get(name, ""))}
+    secrets |= {variables[name] for name in PASSWORD_VARIABLES if variables.get(name)}
     return Settings(
         **values,
         target=target,
@@ -389,9 +478,9 @@ def table(settings: Settings) -> list[dict[str, str]]:
     for item in options():
         value = getattr(settings, item.name)
         if item.secret:
-            target = settings.target
             set_here = settings.sources.get(item.name, "default") != "default"
-            text = str(target) if target is not None and set_here else ""
+            shown = settings.target if item.name.endswith("_url") else "***"
+            text = str(shown) if shown is not None and set_here else ""
         else:
             text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         rows.append(

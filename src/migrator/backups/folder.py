@@ -3,12 +3,14 @@
 A dump is written to ``ID.dump.part`` under a lock (flock), hashed on the way, fsynced, read back from the
 disk, and renamed; then the manifest goes the same way.  So a file that ends in ``.dump`` is whole, and a
 backup that is listed is whole and proven.  What a killed run leaves is a ``.part`` file that nobody holds
-the lock of; the next backup removes it.
+the lock of; the next backup removes it.  Encrypted dumps are ``ID.dump.age``; one that failed its proof is
+``ID.dump.bad`` with ``ID.bad.json`` beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -16,13 +18,32 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from migrator.backups.manifest import Backup, BadManifest, from_json
-from migrator.backups.store import LATEST, Part, file_chunks, slug
+from migrator.backups import sealing
+from migrator.backups.manifest import Backup, BadManifest
+from migrator.backups.store import (
+    BAD,
+    BAD_MANIFEST,
+    LATEST,
+    MANIFEST,
+    SEALED,
+    BadDump,
+    Part,
+    bad_manifest,
+    dump_name,
+    file_chunks,
+    newest_first,
+    of_database,
+    pick,
+    read_bad,
+    read_manifest,
+    slug,
+)
 from migrator.errors import BackupFailed, RestoreFailed
 from migrator.process import uninterrupted
 
@@ -31,22 +52,23 @@ STALE_AFTER = 3600.0
 """Seconds after which a ``.part`` file of *another* database is taken for dead, where flock says it is free."""
 
 _PROBE = ".migrator-"
-_DUMP, _MANIFEST, _PART = ".dump", ".json", ".part"
+_PART = ".part"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class FolderStore:
-    """The backups of one folder; several databases may share it."""
+    """The backups of one folder; several databases may share it.  Dumps are encrypted where there are recipients."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, recipients: tuple[str, ...] = ()) -> None:
         self.folder = folder
+        self.recipients = recipients
 
     def __str__(self) -> str:
         return str(self.folder)
 
     def dump_path(self, backup_id: str) -> Path:
-        """Return where the dump of a backup is, or would be."""
-        return self.folder / f"{backup_id}{_DUMP}"
+        """Return where the dump of a new backup would be."""
+        return self.folder / dump_name(backup_id, self.recipients)
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
         """Yield a backup's bytes as they are stored, read from the disk; raises OSError."""
@@ -103,38 +125,38 @@ class FolderStore:
 
     def backups(self, database: str = "") -> list[Backup]:
         """Return the backups (of one database), the newest first; a manifest that cannot be read is logged."""
-        try:
-            manifests = self._names(_MANIFEST)
-        except OSError as error:
-            raise RestoreFailed(
-                f"The backups in {self.folder} cannot be listed: {error.strerror}."
-            ) from error
         found = []
-        for path in manifests:
+        for path in self._manifests(MANIFEST):
+            if path.name.endswith(BAD_MANIFEST):
+                continue
             try:
                 backup = self._read(path)
+            except FileNotFoundError:
+                continue  # another run has removed it since
             except BadManifest as error:
                 LOGGER.warning("%s is no backup that can be used: %s", path, error)
                 continue
             if not database or backup.database == database:
                 found.append(backup)
-        return sorted(found, key=lambda backup: (backup.created_at, backup.id), reverse=True)
+        return newest_first(found)
+
+    def _manifests(self, ending: str) -> list[Path]:
+        try:
+            return self._names(ending)
+        except OSError as error:
+            raise RestoreFailed(
+                f"The backups in {self.folder} cannot be listed: {error.strerror}."
+            ) from error
 
     def get(self, wanted: str, database: str) -> Backup:
         """Return a backup by id, by ``--name``, or ``latest`` of a database; raises :class:`RestoreFailed`."""
-        path = self.folder / f"{wanted}{_MANIFEST}"
+        path = self.folder / f"{wanted}{MANIFEST}"
         if wanted != LATEST and path.parent == self.folder and path.is_file():
             try:
                 return self._read(path)
-            except BadManifest as error:
+            except (BadManifest, FileNotFoundError) as error:
                 raise RestoreFailed(f"The manifest {path} cannot be used: {error}.") from error
-        for backup in self.backups(database):
-            if wanted and wanted in (LATEST, backup.name):
-                return backup
-        what = f"of database {database}" if wanted == LATEST else f"{wanted!r} of database {database}"
-        raise RestoreFailed(
-            f"There is no backup {what} in {self.folder}.", next_step="see `migrator backups`"
-        )
+        return pick(self, wanted, database)
 
     def _names(self, ending: str) -> list[Path]:
         """Return the files with an ending, none where the folder is missing; raises OSError.
@@ -148,17 +170,20 @@ class FolderStore:
         return [self.folder / name for name in sorted(names) if name.endswith(ending)]
 
     def _read(self, path: Path) -> Backup:
-        stem = path.name.removesuffix(_MANIFEST)
-        dump = self.dump_path(stem)
+        """Read a manifest; raises BadManifest, or FileNotFoundError where there is none any more."""
         try:
-            backup = from_json(path.read_text(encoding="utf-8"), place=str(dump))
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise
         except (OSError, UnicodeDecodeError) as error:
             raise BadManifest(str(error)) from error
-        if backup.id != stem:
-            raise BadManifest(f"it is that of {backup.id}: it was renamed")
+        backup = read_manifest(text, path.name.removesuffix(MANIFEST))
+        dump = self.folder / dump_name(backup.id, backup.encrypted_to)
         if not dump.is_file():
+            if not path.exists():
+                raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(path))
             raise BadManifest(f"its dump {dump.name} is missing")
-        return backup
+        return dataclasses.replace(backup, place=str(dump))
 
     def remove_stale(self, database: str) -> None:
         """Remove what dead runs left: ``.part`` files that no process holds the lock of.
@@ -166,7 +191,7 @@ class FolderStore:
         Those of this database at once, for its run lock is ours; those of others only when they are old, for
         not every network file system carries locks from host to host.
         """
-        ours = re.compile(re.escape(slug(database)) + r"-\d{8}T\d{6}Z-[0-9a-f]{6}\.(dump|json)\.part")
+        ours = re.compile(re.escape(slug(database)) + r"-\d{8}T\d{6}Z-[0-9a-f]{6}\.[a-z.]+\.part")
         for path in self._names(_PART):
             try:
                 if path.name.startswith(_PROBE):  # only making it mattered, to whichever run
@@ -179,35 +204,108 @@ class FolderStore:
             except OSError as error:
                 LOGGER.warning("cannot remove %s: %s", path, error.strerror)
 
-    def remove(self, backup: Backup) -> None:
+    def remove(self, found: Backup | BadDump) -> None:
         """Remove a backup, its manifest first, so that it is none from the first moment; raises OSError."""
-        (self.folder / f"{backup.id}{_MANIFEST}").unlink(missing_ok=True)
-        Path(backup.place).unlink(missing_ok=True)
+        for ending in (MANIFEST, BAD_MANIFEST):
+            (self.folder / f"{found.id}{ending}").unlink(missing_ok=True)
+        for path in self._names(""):
+            if path.name.startswith(f"{found.id}."):
+                _delete(path)
         _sync_folder(self.folder)
 
-    def new_dump(self, backup_id: str) -> FolderPart:
-        """Open the file that a dump is written to; raises OSError."""
-        return FolderPart(self.dump_path(backup_id))
+    def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
+        """Rename what failed its proof to ``ID.dump.bad``; return its place.  Raises OSError.
 
-    def add(self, part: Part, backup: Backup) -> Backup:
+        The manifest goes first and in one step: no moment has one that names a bad dump.
+        """
+        manifest = self.folder / f"{found.id}{BAD_MANIFEST}"
+        with uninterrupted():
+            if isinstance(found, Backup):
+                database = database or found.database
+                (self.folder / f"{found.id}{MANIFEST}").rename(manifest)
+                place = Path(found.place)
+                bad = place.with_name(place.name + BAD)
+                place.rename(bad)
+            else:
+                part = _inner(found)
+                bad = part.path.with_name(part.path.name + BAD)
+                part.publish(bad)
+            with FolderPart(manifest, found.id) as text:
+                text.write(bad_manifest(found, why, database).encode())
+                text.sync()
+                text.publish()
+        return str(bad)
+
+    def bad(self, database: str = "") -> list[BadDump]:
+        """Return what was marked as bad (of one database); raises :class:`RestoreFailed`."""
+        found = []
+        for path in self._manifests(BAD_MANIFEST):
+            stem = path.name.removesuffix(BAD_MANIFEST)
+            dumps = [item for item in self._names(BAD) if item.name.startswith(f"{stem}.")]
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                text = path.read_text(encoding="utf-8")
+                bad = read_bad(text, stem, str(dumps[0] if dumps else path))
+                if bad is not None and of_database(bad, database):
+                    found.append(bad)
+        return found
+
+    def new_dump(self, backup_id: str, expected: int = 0) -> Part:
+        """Open the file that a dump is written to; raises OSError."""
+        part = FolderPart(self.dump_path(backup_id), backup_id)
+        return sealing.sealed(part, self.recipients) if self.recipients else part
+
+    def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
         """Give a proven dump its name, then write its manifest: from here on it is a backup.
 
         Raises OSError, and leaves nothing then.
         """
-        assert isinstance(part, FolderPart)  # noqa: S101 - one that new_dump made
-        path = self.folder / f"{backup.id}{_MANIFEST}"
-        with FolderPart(path) as manifest:
-            manifest.write(backup.to_json().encode())
-            manifest.sync()
+        inner = _inner(part)
+        with contextlib.ExitStack() as stack:
+            files = [
+                stack.enter_context(self._small(f"{backup.id}{ending}", backup.id, content))
+                for ending, content in sealing.seal_all(beside or {}, self.recipients).items()
+            ]
+            files.append(inner)
+            text = backup.to_json().encode()
+            files.append(stack.enter_context(self._small(f"{backup.id}{MANIFEST}", backup.id, text)))
             with uninterrupted():
                 try:
-                    part.publish()
-                    manifest.publish()
+                    for file in files:
+                        file.publish()
                 except BaseException:
-                    path.unlink(missing_ok=True)
-                    part.path.unlink(missing_ok=True)
+                    for file in reversed(files):
+                        file.path.unlink(missing_ok=True)
                     raise
-        return from_json(backup.to_json(), place=str(part.path))
+        return dataclasses.replace(backup, place=str(inner.path))
+
+    def _small(self, name: str, backup_id: str, content: bytes) -> FolderPart:
+        part = FolderPart(self.folder / name, backup_id)
+        try:
+            part.write(content)
+            part.sync()
+        except BaseException:
+            part.__exit__(None, None, None)
+            raise
+        return part
+
+    def beside(self, backup: Backup, ending: str) -> bytes | None:
+        """Return a small file that goes with a backup, as it is stored; raises OSError."""
+        path = self.folder / f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}"
+        return path.read_bytes() if path.exists() else None
+
+
+def _inner(part: Part) -> FolderPart:
+    if isinstance(part, sealing.SealedPart):
+        part = part.inner
+    assert isinstance(part, FolderPart)  # noqa: S101 - one that new_dump made
+    return part
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lost_with_container(folder: Path) -> bool:
@@ -231,8 +329,10 @@ def _nobody_holds(path: Path) -> bool:
 class FolderPart:
     """A file on its way: under a temporary name, locked, hashed; removed unless it was published."""
 
-    def __init__(self, path: Path) -> None:
-        self.id = path.stem
+    encrypted_to: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, backup_id: str) -> None:
+        self.id = backup_id
         self.path = path
         self.temporary = path.with_name(path.name + _PART)
         self.size = 0
@@ -269,6 +369,11 @@ class FolderPart:
         """Return the checksum of what was written."""
         return self._hash.hexdigest()
 
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Return the checksum and the size of what is stored, which is what was written."""
+        return self.sha256, self.size
+
     def write(self, chunk: bytes) -> None:
         """Append to the file; raises OSError."""
         view = memoryview(chunk)
@@ -292,9 +397,9 @@ class FolderPart:
         """Yield the path of what was written."""
         yield self.temporary
 
-    def publish(self) -> None:
-        """Give the file its name, and have that on the disk too."""
-        os.rename(self.temporary, self.path)
+    def publish(self, path: Path | None = None) -> None:
+        """Give the file its name (or another), and have that on the disk too."""
+        os.rename(self.temporary, path or self.path)
         self._published = True
         _sync_folder(self.path.parent)
 

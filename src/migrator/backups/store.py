@@ -5,29 +5,41 @@ A backup is its manifest: what has none is no backup, and no store lists it.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
+import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlparse
 
-from migrator.backups.manifest import Backup
-from migrator.errors import BackupFailed
+from migrator.backups.manifest import FORMAT, Backup, BadManifest, from_json
+from migrator.errors import BackupFailed, RestoreFailed
+
+if TYPE_CHECKING:
+    from migrator.settings import Settings
 
 LATEST = "latest"
+DUMP, MANIFEST, BAD, BAD_MANIFEST, SEALED = ".dump", ".json", ".bad", ".bad.json", ".age"
 _CHUNK = 4 * 1024 * 1024
 
 
 class Part(Protocol):
-    """A dump on its way into a store: hashed as it is written, and gone on leaving unless it was added."""
+    """A dump on its way into a store: hashed as it is written, and gone on leaving unless it was added.
+
+    ``size`` and ``sha256`` are of what was written; where it is encrypted on its way (``encrypted_to`` names the
+    keys), what is stored is something else: :meth:`stored`, :meth:`chunks` and :meth:`local` are about that.
+    """
 
     id: str
     size: int
+    encrypted_to: tuple[str, ...]
 
     def __enter__(self) -> Part:
         """Return it."""
@@ -44,6 +56,11 @@ class Part(Protocol):
         """Return the checksum of what was written."""
         ...
 
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Return the checksum and the size of what is stored; known after :meth:`sync`."""
+        ...
+
     def write(self, chunk: bytes) -> None:
         """Append to it; raises OSError."""
         ...
@@ -53,12 +70,23 @@ class Part(Protocol):
         ...
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield what was written, read back from where it is stored; raises OSError."""
+        """Yield what is stored, read back from there; raises OSError."""
         ...
 
     def local(self) -> AbstractContextManager[Path]:
-        """Yield a path on this machine with what was written; raises OSError."""
+        """Yield a path on this machine with what is stored; raises OSError."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BadDump:
+    """A dump that failed its proof: kept for a look, and never taken for a backup; ``at`` is when it failed."""
+
+    id: str
+    database: str
+    at: str
+    why: str
+    place: str
 
 
 class Store(Protocol):
@@ -96,24 +124,111 @@ class Store(Protocol):
         """Remove what dead runs left of backups that never were."""
         ...
 
-    def remove(self, backup: Backup) -> None:
-        """Remove a backup, its manifest first; raises OSError."""
+    def remove(self, found: Backup | BadDump) -> None:
+        """Remove a backup and all that is beside it, its manifest first; raises OSError.
+
+        What another run has removed meanwhile is no failure.
+        """
         ...
 
-    def new_dump(self, backup_id: str) -> Part:
-        """Begin a dump; raises OSError."""
+    def new_dump(self, backup_id: str, expected: int = 0) -> Part:
+        """Begin a dump of about ``expected`` bytes (0: nobody knows); raises OSError."""
         ...
 
-    def add(self, part: Part, backup: Backup) -> Backup:
-        """Make a proven dump a backup: its manifest is written last; raises OSError, and leaves nothing then."""
+    def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
+        """Make a proven dump a backup: its manifest is written last; raises OSError, and leaves nothing then.
+
+        ``beside`` are small files that go with it, by ending (``.globals.sql``).
+        """
+        ...
+
+    def beside(self, backup: Backup, ending: str) -> bytes | None:
+        """Return a small file that goes with a backup, as it is stored, or None; raises OSError."""
+        ...
+
+    def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
+        """Give what failed its proof a name that says so, and return its place; raises OSError.
+
+        It is no backup from the first moment of this, and a part outlives its block.
+        """
+        ...
+
+    def bad(self, database: str = "") -> list[BadDump]:
+        """Return what was marked as bad (of one database); raises RestoreFailed."""
         ...
 
 
-def open_store(url: str) -> Store:
-    """Return the store that ``file:///folder`` names."""
+def open_store(url: str, settings: Settings | None = None) -> Store:
+    """Return the store that ``file:///folder`` or ``s3://bucket/prefix`` names.
+
+    ``settings`` tell how to reach a bucket, and the public keys that dumps are encrypted to.
+    """
+    parsed = urlparse(url, allow_fragments=False)
+    recipients = tuple(settings.backup_recipients.split("\n")) if settings else ()
+    recipients = tuple(filter(None, recipients))
+    if parsed.scheme == "s3":
+        from migrator.backups.s3 import S3Store
+
+        return S3Store.from_settings(url, settings, recipients)
     from migrator.backups.folder import FolderStore
 
-    return FolderStore(Path(unquote(urlparse(url, allow_fragments=False).path)))
+    return FolderStore(Path(unquote(parsed.path)), recipients)
+
+
+def pick(store: Store, wanted: str, database: str) -> Backup:
+    """Return a backup by name, or ``latest`` of a database; raises :class:`RestoreFailed`."""
+    for backup in store.backups(database):
+        if wanted and wanted in (LATEST, backup.name):
+            return backup
+    what = f"of database {database}" if wanted == LATEST else f"{wanted!r} of database {database}"
+    raise RestoreFailed(f"There is no backup {what} in {store}.", next_step="see `migrator backups`")
+
+
+def read_manifest(text: str, stem: str) -> Backup:
+    """Read the manifest ``STEM.json``; raises :class:`BadManifest`, also where it is another backup's."""
+    backup = from_json(text)
+    if backup.id != stem:
+        raise BadManifest(f"it is that of {backup.id}: it was renamed")
+    return backup
+
+
+def newest_first(found: Iterable[Backup]) -> list[Backup]:
+    """Sort backups as they are listed."""
+    return sorted(found, key=lambda backup: (backup.created_at, backup.id), reverse=True)
+
+
+def dump_name(backup_id: str, encrypted_to: Sequence[str]) -> str:
+    """Return the name of a dump in custom format."""
+    return f"{backup_id}{DUMP}{SEALED if encrypted_to else ''}"
+
+
+def bad_manifest(found: Part | Backup, why: str, database: str) -> str:
+    """Return the text of ``ID.bad.json``: what is known, and what was wrong with it."""
+    document: dict[str, Any] = {"format": FORMAT, "id": found.id, "database": database}
+    if isinstance(found, Backup):
+        document = json.loads(found.to_json())
+    else:
+        document |= {"sha256": found.sha256, "size_bytes": found.size, "encrypted_to": found.encrypted_to}
+    document["bad"] = {"why": why, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_bad(text: str, stem: str, place: str) -> BadDump | None:
+    """Read ``STEM.bad.json``; None where it is not one that :func:`bad_manifest` wrote (or not the whole of it)."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        document = json.loads(text)
+        bad = document.get("bad") or {}
+        if document["id"] == stem:
+            at = str(bad.get("at", document.get("created_at", "")))
+            return BadDump(stem, str(document["database"]), at, str(bad.get("why", "")), place)
+    return None
+
+
+def of_database(bad: BadDump, database: str) -> bool:
+    """Whether a bad dump is one of a database (any: ``""``); by its id where nothing else tells."""
+    if not database or not bad.database:
+        return not database or bad.id.startswith(f"{slug(database)}-")
+    return bad.database == database
 
 
 def new_id(database: str, moment: datetime | None = None) -> str:

@@ -1,0 +1,427 @@
+"""Backups in a bucket, on anything that speaks S3: ``PREFIX/ID.dump`` and, written last, ``PREFIX/ID.json``.
+
+A dump is streamed in parts, of which nothing can be seen until it is complete; then it is read back and proven, and
+only then gets its manifest.  So an object ``ID.dump`` without ``ID.json`` is no backup: it is being proven, or its
+run died.  There are no locks in a bucket, so what dead runs left is known by its age.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from migrator.backups import sealing
+from migrator.backups.manifest import Backup, BadManifest
+from migrator.backups.s3_client import ATTEMPTS, Access, S3Failure, client, translated
+from migrator.backups.s3_upload import S3Part, downloaded
+from migrator.backups.store import (
+    BAD,
+    BAD_MANIFEST,
+    LATEST,
+    MANIFEST,
+    SEALED,
+    BadDump,
+    Part,
+    bad_manifest,
+    dump_name,
+    newest_first,
+    of_database,
+    pick,
+    read_bad,
+    read_manifest,
+    slug,
+)
+from migrator.errors import BackupFailed, RestoreFailed
+
+if TYPE_CHECKING:
+    from migrator.settings import Settings
+
+LOGGER = logging.getLogger("migrator.backup")
+IDLE = timedelta(minutes=15)
+"""After which an upload of this database that gets no parts is taken for dead; those of others after `OLD`."""
+OLD = timedelta(days=1)
+"""After which a dump without manifest is taken for one whose run died: reading back and proving may take hours."""
+_CHUNK = 1024 * 1024
+_OURS = re.compile(r"(?P<id>(?P<slug>.+)-\d{8}T\d{6}Z-[0-9a-f]{6})\.[a-z.]+")
+
+
+class S3Store:
+    """The backups under one prefix of a bucket; several databases may share it."""
+
+    def __init__(self, url: str, access: Access, recipients: tuple[str, ...] = ()) -> None:
+        parsed = urlparse(url, allow_fragments=False)
+        self.bucket = parsed.netloc
+        self.prefix = parsed.path.strip("/")
+        self.recipients = recipients
+        self.access = access
+
+    @classmethod
+    def from_settings(cls, url: str, settings: Settings | None, recipients: tuple[str, ...]) -> S3Store:
+        """Return the store of a URL, reached as the settings say."""
+        access = Access()
+        if settings is not None:
+            access = Access(
+                endpoint=settings.s3_endpoint,
+                region=settings.s3_region,
+                path_style=settings.s3_path_style,
+                key_id=settings.aws_access_key_id,
+                secret_key=settings.aws_secret_access_key,
+                token=settings.aws_session_token,
+            )
+        return cls(url, access, recipients)
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+
+    # -- how the bucket is asked -----------------------------------------------------------------------
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """boto3's client."""
+        return client(self.access)
+
+    @functools.cached_property
+    def quick_client(self) -> Any:
+        """One that gives up soon, for cleaning up."""
+        return client(self.access, quick=True)
+
+    def asking(self, right: str) -> AbstractContextManager[None]:
+        """Raise what boto3 raises as :class:`S3Failure`."""
+        return translated(str(self), self.bucket, self.access, right)
+
+    def key(self, name: str) -> str:
+        """Return the key of a name."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def place(self, name: str) -> str:
+        """Return where an object is, for people."""
+        return f"s3://{self.bucket}/{self.key(name)}"
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """Yield an object's bytes; where the connection breaks, go on from there.  Raises OSError.
+
+        The tag makes sure that it is still the same object.
+        """
+        place, tag, attempts = 0, "", 0
+        while True:
+            more = {"Range": f"bytes={place}-", "IfMatch": tag} if place else {}
+            began = place
+            try:
+                with self.asking("s3:GetObject"):
+                    answer = self.client.get_object(Bucket=self.bucket, Key=self.key(name), **more)
+                    tag = answer["ETag"]
+                    left = answer["ContentLength"]
+                    if place and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+                        raise S3Failure(str(self), f"{name} cannot be read from its middle", "run again")
+                    for chunk in answer["Body"].iter_chunks(_CHUNK):
+                        yield chunk
+                        place += len(chunk)
+                if place - began != left:
+                    raise S3Failure(str(self), f"{name} ended after {place} bytes", "run again", "Short")
+                return
+            except S3Failure as failure:
+                attempts = attempts + 1 if place == began else 1
+                broken = failure.code.endswith("Error") or failure.code == "Short"
+                if not broken or not place or attempts >= ATTEMPTS:
+                    raise
+                LOGGER.debug("reading %s again from byte %d: %s", name, place, failure.why)
+
+    def size(self, name: str) -> int | None:
+        """Return an object's size; None where there is none.  Raises OSError."""
+        try:
+            with self.asking("s3:GetObject"):
+                return int(self.client.head_object(Bucket=self.bucket, Key=self.key(name))["ContentLength"])
+        except S3Failure as failure:
+            if failure.missing:
+                return None
+            raise
+
+    def delete(self, name: str, *, quick: bool = False) -> None:
+        """Delete an object, if it is there; raises OSError."""
+        with self.asking("s3:DeleteObject"):
+            (self.quick_client if quick else self.client).delete_object(
+                Bucket=self.bucket, Key=self.key(name)
+            )
+
+    def _put(self, name: str, content: bytes) -> None:
+        with self.asking("s3:PutObject"):
+            self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=content)
+
+    def _get(self, name: str) -> bytes:
+        return b"".join(self.read(name))
+
+    def _listed(self, start: str = "") -> dict[str, Mapping[str, Any]]:
+        """Return what is directly under the prefix, by name; raises OSError."""
+        found = {}
+        with self.asking("s3:ListBucket"):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.key(start), Delimiter="/"
+            )
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    found[item["Key"].rpartition("/")[2]] = item
+        return found
+
+    # -- before a backup -------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Try that uploads can be made, by beginning one and giving it up; raises :class:`BackupFailed`."""
+        key = self.key(".migrator-probe")
+        try:
+            with self.asking("s3:PutObject and s3:AbortMultipartUpload"):
+                made = self.client.create_multipart_upload(Bucket=self.bucket, Key=key)
+                self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=made["UploadId"])
+        except S3Failure as failure:
+            raise self.cannot_write(failure) from failure
+
+    def free_bytes(self) -> None:
+        """Return that there is no limit: nobody can ask a bucket."""
+
+    def cannot_write(self, error: OSError, needed: str = "") -> BackupFailed:
+        """Say why a backup cannot be written here, and what to do about it."""
+        if isinstance(error, S3Failure):
+            return BackupFailed(
+                f"The backup cannot be written to {self}: {error.why}.", next_step=error.next_step
+            )
+        return BackupFailed(
+            f"The backup cannot be written to {self}: {error}.", next_step="put it right and run again"
+        )
+
+    def remove_stale(self, database: str) -> None:
+        """Remove what dead runs left: uploads that get no parts any more, and old dumps without a manifest.
+
+        What may not be listed or removed is warned of: a backup does not fail for want of it.
+        """
+        try:
+            self._remove_uploads(database)
+            self._remove_orphans()
+        except S3Failure as failure:
+            LOGGER.warning("what interrupted runs left in %s cannot be removed: %s", self, failure.why)
+
+    def _remove_uploads(self, database: str) -> None:
+        with self.asking("s3:ListBucketMultipartUploads"):
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self.key("")
+            )
+            for page in pages:
+                now = _now(page)
+                for upload in page.get("Uploads", ()):
+                    ours = _OURS.fullmatch(upload["Key"].removeprefix(self.key("")))
+                    patience = IDLE if ours and ours["slug"] == slug(database) else OLD
+                    if ours and now - upload["Initiated"] > patience and now - self._last(upload) > patience:
+                        self._abort(upload)
+
+    def _last(self, upload: Mapping[str, Any]) -> datetime:
+        """Return when an upload got its last part."""
+        last: datetime = upload["Initiated"]
+        with self.asking("s3:ListMultipartUploadParts"):
+            pages = self.client.get_paginator("list_parts").paginate(
+                Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+            )
+            for page in pages:
+                last = max([last, *(part["LastModified"] for part in page.get("Parts", ()))])
+        return last
+
+    def _abort(self, upload: Mapping[str, Any]) -> None:
+        with self.asking("s3:AbortMultipartUpload"):
+            self.client.abort_multipart_upload(
+                Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+            )
+        LOGGER.info(
+            "gave up the upload of s3://%s/%s, which an interrupted run left", self.bucket, upload["Key"]
+        )
+
+    def _remove_orphans(self) -> None:
+        listed = self._listed()
+        now = datetime.now(UTC)
+        for name, item in listed.items():
+            ours = _OURS.fullmatch(name)
+            known = ours and {f"{ours['id']}{ending}" for ending in (MANIFEST, BAD_MANIFEST)} & listed.keys()
+            if ours and not known and now - item["LastModified"] > OLD:
+                self.delete(name)
+                LOGGER.info("removed %s, which an interrupted run left", self.place(name))
+
+    # -- backups ---------------------------------------------------------------------------------------
+
+    def new_dump(self, backup_id: str, expected: int = 0) -> Part:
+        """Begin an upload; raises OSError."""
+        part = S3Part(self, dump_name(backup_id, self.recipients), backup_id, expected)
+        return sealing.sealed(part, self.recipients) if self.recipients else part
+
+    def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
+        """Write a proven dump's manifest: from here on it is a backup.
+
+        Raises OSError, and leaves nothing then.
+        """
+        inner = _inner(part)
+        files = sealing.seal_all(beside or {}, self.recipients)
+        try:
+            for ending, content in files.items():
+                self._put(f"{backup.id}{ending}", content)
+            self._put(f"{backup.id}{MANIFEST}", backup.to_json().encode())
+            inner.kept = True
+        except BaseException:
+            try:
+                self.delete(f"{backup.id}{MANIFEST}", quick=True)
+                for ending in files:
+                    self.delete(f"{backup.id}{ending}", quick=True)
+            except S3Failure as failure:
+                # The manifest may be there after all: then so must the dump.
+                inner.kept = True
+                LOGGER.warning("%s may be left there, whole: %s", self.place(inner.name), failure.why)
+            raise
+        return dataclasses.replace(backup, place=self.place(inner.name))
+
+    def backups(self, database: str = "") -> list[Backup]:
+        """Return the backups (of one database), the newest first; a manifest that cannot be read is logged."""
+        try:
+            listed = self._listed()
+            found = []
+            for name in listed:
+                if not name.endswith(MANIFEST) or name.endswith(BAD_MANIFEST):
+                    continue
+                try:
+                    backup = self._read(name, listed)
+                except BadManifest as error:
+                    LOGGER.warning("%s is no backup that can be used: %s", self.place(name), error)
+                    continue
+                if backup is not None and (not database or backup.database == database):
+                    found.append(backup)
+        except S3Failure as failure:
+            raise self._cannot_read(failure) from failure
+        return newest_first(found)
+
+    def _cannot_read(self, failure: S3Failure) -> RestoreFailed:
+        return RestoreFailed(
+            f"The backups in {self} cannot be read: {failure.why}.", next_step=failure.next_step
+        )
+
+    def _read(self, name: str, listed: Mapping[str, Mapping[str, Any]]) -> Backup | None:
+        """Read a manifest; None where another run has removed it since.  Raises BadManifest, OSError."""
+        try:
+            text = self._get(name).decode()
+        except S3Failure as failure:
+            if failure.missing:
+                return None
+            raise
+        except UnicodeDecodeError as error:
+            raise BadManifest(str(error)) from error
+        backup = read_manifest(text, name.removesuffix(MANIFEST))
+        dump = dump_name(backup.id, backup.encrypted_to)
+        if dump not in listed:
+            raise BadManifest(f"its dump {dump} is missing")
+        size = listed[dump]["Size"]
+        if size != backup.stored[1]:
+            raise BadManifest(f"its dump {dump} has {size} bytes, and not {backup.stored[1]}")
+        return dataclasses.replace(backup, place=self.place(dump))
+
+    def get(self, wanted: str, database: str) -> Backup:
+        """Return a backup by id, by ``--name``, or ``latest`` of a database; raises :class:`RestoreFailed`."""
+        name = f"{wanted}{MANIFEST}"
+        if wanted and wanted != LATEST and "/" not in wanted:
+            try:
+                listed = self._listed(f"{wanted}.")
+                backup = self._read(name, listed) if name in listed else None
+            except S3Failure as failure:
+                raise self._cannot_read(failure) from failure
+            except BadManifest as error:
+                raise RestoreFailed(f"The manifest {self.place(name)} cannot be used: {error}.") from error
+            if backup is not None:
+                return backup
+        return pick(self, wanted, database)
+
+    def chunks(self, backup: Backup) -> Iterator[bytes]:
+        """Yield a backup's bytes as they are stored; raises OSError."""
+        return self.read(backup.place.rpartition("/")[2])
+
+    def local(self, backup: Backup) -> AbstractContextManager[Path]:
+        """Yield a file on this machine with what is stored of a backup, removed afterwards; raises OSError."""
+        return downloaded(self, backup.place.rpartition("/")[2], backup.stored[1])
+
+    def beside(self, backup: Backup, ending: str) -> bytes | None:
+        """Return a small file that goes with a backup, as it is stored; raises OSError."""
+        try:
+            return self._get(f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}")
+        except S3Failure as failure:
+            if failure.missing:
+                return None
+            raise
+
+    def remove(self, found: Backup | BadDump) -> None:
+        """Remove a backup and all that is beside it, its manifest first; raises OSError."""
+        for ending in (MANIFEST, BAD_MANIFEST):
+            self.delete(f"{found.id}{ending}")
+        for name in self._listed(f"{found.id}."):
+            self.delete(name)
+
+    def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
+        """Copy what failed its proof to ``ID.dump.bad`` and remove it; return its place.  Raises OSError.
+
+        Its manifest goes first.
+        """
+        if isinstance(found, Backup):
+            database = database or found.database
+            self.delete(f"{found.id}{MANIFEST}")
+            name = found.place.rpartition("/")[2]
+        else:
+            name = _inner(found).name
+        self._put(f"{found.id}{BAD_MANIFEST}", bad_manifest(found, why, database).encode())
+        if not isinstance(found, Backup):
+            _inner(found).kept = True
+        with contextlib.suppress(S3Failure), self.asking("s3:GetObject and s3:PutObject"):
+            self._copy(name, name + BAD)
+            self.delete(name)
+            return self.place(name + BAD)
+        return self.place(name)  # it has no manifest and a note that it is bad: that must do
+
+    def _copy(self, source: str, target: str) -> None:
+        from boto3.s3.transfer import TransferConfig
+
+        self.client.copy(
+            {"Bucket": self.bucket, "Key": self.key(source)},
+            self.bucket,
+            self.key(target),
+            Config=TransferConfig(use_threads=False),
+        )
+
+    def bad(self, database: str = "") -> list[BadDump]:
+        """Return what was marked as bad (of one database); raises :class:`RestoreFailed`."""
+        found = []
+        try:
+            listed = self._listed()
+            for name in (item for item in listed if item.endswith(BAD_MANIFEST)):
+                stem = name.removesuffix(BAD_MANIFEST)
+                dumps = [item for item in listed if item.startswith(f"{stem}.") and item.endswith(BAD)]
+                with contextlib.suppress(UnicodeDecodeError):
+                    bad = read_bad(self._get(name).decode(), stem, self.place(dumps[0] if dumps else name))
+                    if bad is not None and of_database(bad, database):
+                        found.append(bad)
+        except S3Failure as failure:
+            if not failure.missing:
+                raise self._cannot_read(failure) from failure
+        return found
+
+
+def _inner(part: Part) -> S3Part:
+    if isinstance(part, sealing.SealedPart):
+        part = part.inner
+    assert isinstance(part, S3Part)  # noqa: S101 - one that new_dump made
+    return part
+
+
+def _now(answer: Mapping[str, Any]) -> datetime:
+    """Return the server's time: its clock is the one that says how old something is."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    with contextlib.suppress(TypeError, ValueError):
+        return parsedate_to_datetime(date).astimezone(UTC)
+    return datetime.now(UTC)

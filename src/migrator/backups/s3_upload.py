@@ -1,0 +1,237 @@
+"""A dump on its way into a bucket: a multipart upload, two parts at a time, in bounded memory.
+
+An upload takes at most 10,000 parts, and some servers (Cloudflare's R2) want all but the last one of the same size:
+so the size is chosen by what is expected, and grows only after 4,000 parts, where more came than was expected.
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from migrator.backups.s3_client import S3Failure
+
+if TYPE_CHECKING:
+    from migrator.backups.s3 import S3Store
+
+LOGGER = logging.getLogger("migrator.backup")
+PART = 16 * 1024 * 1024
+"""Bytes of a part; up to four are in memory: one that fills, two on their way, one that waits."""
+_STEADY = 4000
+_AT_ONCE = 2
+_POLL = 0.2
+_GOODBYE = 6.0  # seconds for requests under way to end before an upload is aborted
+_RIGHTS = "s3:PutObject and s3:AbortMultipartUpload"
+
+
+def first_size(expected: int) -> int:
+    """Return the size of the first parts for ``expected`` bytes: 4,000 of them suffice, where that is right."""
+    mebibyte = 1024 * 1024
+    return max(PART, -(-expected // _STEADY // mebibyte) * mebibyte)
+
+
+def part_size(number: int, first: int) -> int:
+    """Return the size of part ``number`` (from 1): from 4,001 on it doubles every thousand parts."""
+    return first << max(0, (number - _STEADY + 999) // 1000)
+
+
+class S3Part:
+    """An object on its way: hashed as it is written; removed on leaving unless it was kept."""
+
+    encrypted_to: tuple[str, ...] = ()
+
+    def __init__(self, store: S3Store, name: str, backup_id: str, expected: int) -> None:
+        self.id = backup_id
+        self.name = name
+        self.size = 0
+        self.kept = False
+        self._store = store
+        self._first = first_size(expected)
+        self._buffer = bytearray()
+        self._hash = hashlib.sha256()
+        self._number = 0
+        self._etags: dict[int, str] = {}
+        self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(1)
+        self._failure: BaseException | None = None
+        self._giving_up = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._complete = False
+        with store.asking(_RIGHTS):
+            made = store.client.create_multipart_upload(Bucket=store.bucket, Key=store.key(name))
+        self._upload: str = made["UploadId"]
+
+    def __enter__(self) -> S3Part:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._giving_up.set()
+        if self.kept:
+            return
+        try:
+            if not self._complete:
+                self._abort()
+            # Also where it is not complete: the answer to the completion may have got lost.
+            self._store.delete(self.name, quick=True)
+        except OSError as failure:
+            LOGGER.warning(
+                "%s could not be removed (%s): it has no manifest, so it is no backup, and a later run removes it",
+                self._store.place(self.name),
+                failure,
+            )
+
+    def _abort(self) -> None:
+        """Have the server forget the parts; again where some were still on their way."""
+        deadline = time.monotonic() + _GOODBYE
+        self._drop_upload()
+        late = [thread for thread in self._threads if thread.is_alive()]
+        for thread in late:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if late:
+            self._drop_upload()
+
+    def _drop_upload(self) -> None:
+        store = self._store
+        try:
+            with store.asking(_RIGHTS):
+                store.quick_client.abort_multipart_upload(
+                    Bucket=store.bucket, Key=store.key(self.name), UploadId=self._upload
+                )
+        except S3Failure as failure:
+            if failure.code != "NoSuchUpload":
+                raise
+
+    @property
+    def sha256(self) -> str:
+        """Return the checksum of what was written."""
+        return self._hash.hexdigest()
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Return the checksum and the size of what is stored, which is what was written."""
+        return self.sha256, self.size
+
+    def write(self, chunk: bytes) -> None:
+        """Append to it; raises OSError."""
+        self._hash.update(chunk)
+        self.size += len(chunk)
+        self._buffer += chunk
+        while len(self._buffer) >= (wanted := part_size(self._number + 1, self._first)):
+            self._send(wanted)
+
+    def _send(self, count: int) -> None:
+        self._number += 1
+        with memoryview(self._buffer) as view:
+            content = bytes(view[:count])
+        del self._buffer[:count]
+        if len(self._threads) < _AT_ONCE:
+            name = f"upload {len(self._threads) + 1}"
+            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
+        self._put((self._number, content))
+
+    def _put(self, item: tuple[int, bytes] | None) -> None:
+        while self._failure is None:
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=_POLL)
+                return
+        raise self._failure
+
+    def _work(self) -> None:
+        """Send parts until there are no more, or until one fails."""
+        while not self._giving_up.is_set() and self._failure is None:
+            try:
+                item = self._queue.get(timeout=_POLL)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            try:
+                self._send_one(*item)
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that writes
+                self._failure = self._failure or error
+            del item
+
+    def _send_one(self, number: int, content: bytes) -> None:
+        store = self._store
+        with store.asking(_RIGHTS):
+            answer = store.client.upload_part(
+                Bucket=store.bucket,
+                Key=store.key(self.name),
+                UploadId=self._upload,
+                PartNumber=number,
+                Body=content,
+            )
+        self._etags[number] = answer["ETag"]
+
+    def sync(self) -> None:
+        """Send the rest and have the server put the parts together; raises OSError."""
+        if self._complete:
+            return
+        if self._buffer or not self._number:
+            self._send(len(self._buffer))
+        for _ in self._threads:
+            self._put(None)
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join(_POLL)
+        if self._failure is not None:
+            raise self._failure
+        self._put_together()
+        self._complete = True
+
+    def _put_together(self) -> None:
+        store = self._store
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in sorted(self._etags.items())]
+        try:
+            with store.asking(_RIGHTS):
+                store.client.complete_multipart_upload(
+                    Bucket=store.bucket,
+                    Key=store.key(self.name),
+                    UploadId=self._upload,
+                    MultipartUpload={"Parts": parts},
+                )
+        except S3Failure as failure:
+            # Where an answer got lost and the request was made again, it has been done already.
+            if failure.code != "NoSuchUpload" or store.size(self.name) != self.size:
+                raise
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield what is stored, read back from the bucket; raises OSError."""
+        return self._store.read(self.name)
+
+    @contextlib.contextmanager
+    def local(self) -> Iterator[Path]:
+        """Yield a path on this machine with what is stored; raises OSError."""
+        with downloaded(self._store, self.name, self.size) as path:
+            yield path
+
+
+@contextlib.contextmanager
+def downloaded(store: S3Store, name: str, size: int) -> Iterator[Path]:
+    """Yield a file that only we can read, with what is stored; removed on leaving.  Raises OSError."""
+    folder = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise S3Failure(
+            str(store),
+            f"{name} has {size} bytes, and {folder} has {free} bytes free for a copy",
+            "name a folder with room in TMPDIR, and run again",
+        )
+    with tempfile.NamedTemporaryFile(prefix="migrator-", suffix=f"-{name}") as file:
+        for chunk in store.read(name):
+            file.write(chunk)
+        file.flush()
+        yield Path(file.name)

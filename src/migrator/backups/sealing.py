@@ -1,0 +1,306 @@
+"""Encrypt dumps to public keys on their way to a store, and decrypt them on their way back (age, by pyrage).
+
+The container that migrates has public keys only: it cannot read its own backups.  The format is age's
+(https://age-encryption.org/v1), so ``age -d -i KEY ID.dump.age`` opens a backup without migrator.
+
+pyrage reads and writes file-like objects until the first is at its end, so it works in a thread of its own, between
+two ends that hold no more than a few chunks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from migrator.backups.store import SEALED, Part
+from migrator.errors import SettingsError
+
+_QUEUED = 4
+_POLL = 0.1  # seconds between two looks whether the other side is still there
+
+
+class CannotOpen(Exception):
+    """What is encrypted cannot be decrypted; the message says why."""
+
+
+class _Gone(OSError):
+    """The other end is not there any more."""
+
+
+class _Conveyor:
+    """Chunks from one thread to another, a few at a time; a file-like object for whoever reads bytes from it."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED)
+        self._rest = memoryview(b"")
+        self._ended = False
+        self.abandoned = threading.Event()
+
+    def put(self, chunk: bytes | None) -> None:
+        """Hand a chunk over (None: that was all), waiting for room; raises where nobody takes it any more."""
+        while not self.abandoned.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(chunk, timeout=_POLL)
+                return
+        raise _Gone("nobody reads this any more")
+
+    def get(self) -> bytes | None:
+        """Take a chunk, waiting for one; None at the end."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=_POLL)
+            if self.abandoned.is_set():
+                raise _Gone("nobody writes this any more")
+
+    def read(self, size: int = -1) -> bytes:
+        """Return at most ``size`` bytes, none at the end."""
+        while not self._rest and not self._ended:
+            chunk = self.get()
+            self._ended = chunk is None
+            self._rest = memoryview(chunk or b"")
+        taken = bytes(self._rest[: size if size >= 0 else None])
+        self._rest = self._rest[len(taken) :]
+        return taken
+
+    def write(self, chunk: bytes) -> int:
+        """Hand a chunk over."""
+        self.put(bytes(chunk))
+        return len(chunk)
+
+    def flush(self) -> None:
+        """Do nothing: what was written is on its way."""
+
+
+class SealedPart:
+    """A part that is encrypted as it is written; ``size`` and ``sha256`` are of what went in."""
+
+    def __init__(self, inner: Part, recipients: tuple[str, ...]) -> None:
+        self.inner = inner
+        self.id = inner.id
+        self.size = 0
+        self.encrypted_to = recipients
+        self._hash = hashlib.sha256()
+        self._plain = _Conveyor()
+        self._failure: BaseException | None = None
+        self._synced = False
+        keys = read_recipients(recipients)
+        self._thread = threading.Thread(target=self._encrypt, args=(keys,), name="encryption", daemon=True)
+        self._thread.start()
+
+    def _encrypt(self, keys: list[Any]) -> None:
+        import pyrage
+
+        part = self
+
+        class Sink:
+            """What pyrage writes to; it would make a text of an exception, so that is kept."""
+
+            def write(self, chunk: bytes) -> int:
+                try:
+                    if part._plain.abandoned.is_set():
+                        raise _Gone("given up")
+                    part.inner.write(chunk)
+                except BaseException as error:
+                    part._failure = error
+                    raise
+                return len(chunk)
+
+            def flush(self) -> None:
+                """Do nothing."""
+
+        try:
+            pyrage.encrypt_io(self._plain, Sink(), keys)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that writes
+            self._failure = self._failure or error
+        finally:
+            self._plain.abandoned.set()
+
+    def __enter__(self) -> SealedPart:
+        self.inner.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._plain.abandoned.set()
+        self._thread.join(_POLL * 4)
+        self.inner.__exit__(kind, error, trace)
+
+    @property
+    def sha256(self) -> str:
+        """Return the checksum of what was written, before encryption."""
+        return self._hash.hexdigest()
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Return the checksum and the size of what is stored: of what is encrypted."""
+        return self.inner.stored
+
+    def write(self, chunk: bytes) -> None:
+        """Append to it; raises OSError."""
+        try:
+            self._plain.put(chunk)
+        except _Gone:
+            self._fail()
+        self._hash.update(chunk)
+        self.size += len(chunk)
+
+    def sync(self) -> None:
+        """Encrypt to the end, then have all of it where it will be read back from; raises OSError."""
+        if not self._synced:
+            with contextlib.suppress(_Gone):
+                self._plain.put(None)
+            while self._thread.is_alive():
+                self._thread.join(_POLL)
+            if self._failure is not None:
+                self._fail()
+            self._synced = True
+        self.inner.sync()
+
+    def _fail(self) -> None:
+        self._thread.join(_POLL * 4)
+        if isinstance(self._failure, OSError):
+            raise self._failure
+        raise OSError(f"the encryption failed: {self._failure}") from self._failure
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield what is stored, encrypted, read back from there; raises OSError."""
+        return self.inner.chunks()
+
+    def local(self) -> AbstractContextManager[Path]:
+        """Yield a path on this machine with what is stored, encrypted; raises OSError."""
+        return self.inner.local()
+
+
+def sealed(part: Part, recipients: tuple[str, ...]) -> SealedPart:
+    """Return a part that encrypts what is written to it on its way to ``part``; that is gone where this fails."""
+    try:
+        return SealedPart(part, recipients)
+    except BaseException as error:
+        with part:
+            raise error
+
+
+def seal_all(files: Mapping[str, bytes], recipients: tuple[str, ...]) -> dict[str, bytes]:
+    """Return small files by ending, encrypted where there are recipients; their endings then say so."""
+    if not recipients:
+        return dict(files)
+    import pyrage
+
+    keys = read_recipients(recipients)
+    return {ending + SEALED: bytes(pyrage.encrypt(content, keys)) for ending, content in files.items()}
+
+
+def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
+    """Yield what ``chunks`` are when decrypted with the keys in a file, as a stream.
+
+    A stream that was cut off or changed raises at that place, after what is whole before it was yielded.
+    Raises :class:`CannotOpen`, :class:`SettingsError` for the file, and what ``chunks`` raises.
+    """
+    keys = read_identities(identity)
+    source, plain = _Conveyor(), _Conveyor()
+    failure: list[BaseException] = []
+
+    def feed() -> None:
+        try:
+            for chunk in chunks:
+                if chunk:
+                    source.put(chunk)
+            source.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
+            failure.append(error)
+            source.abandoned.set()
+
+    def decrypt() -> None:
+        import pyrage
+
+        try:
+            pyrage.decrypt_io(source, plain, keys)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
+            failure.append(error)
+        finally:
+            source.abandoned.set()
+            with contextlib.suppress(_Gone):
+                plain.put(None)
+
+    threads = [threading.Thread(target=work, name="decryption", daemon=True) for work in (feed, decrypt)]
+    for thread in threads:
+        thread.start()
+    try:
+        while (chunk := plain.get()) is not None:
+            yield chunk
+        _raise_first(failure)
+    finally:
+        source.abandoned.set()
+        plain.abandoned.set()
+
+
+def _raise_first(failure: list[BaseException]) -> None:
+    import pyrage
+
+    real = [error for error in failure if not isinstance(error, _Gone)]
+    for error in real:
+        if not isinstance(error, pyrage.DecryptError):
+            raise error
+    if real:
+        said = str(real[0])
+        why = "it is damaged or cut off"
+        if "No matching keys" in said:
+            why = "it was encrypted to other keys than those in the identity file"
+        raise CannotOpen(f"{why} ({said})")
+
+
+def read_recipients(recipients: Iterable[str]) -> list[Any]:
+    """Return pyrage's public keys; raises :class:`SettingsError`."""
+    pyrage = _library()
+    keys, problems = [], []
+    for text in recipients:
+        kind = pyrage.ssh if text.startswith("ssh-") else pyrage.x25519
+        try:
+            keys.append(kind.Recipient.from_str(text))
+        except pyrage.RecipientError as error:
+            problems.append(f"MIGRATOR_BACKUP_RECIPIENTS: {text!r} is not a public key: {error}")
+    if problems:
+        raise SettingsError(problems)
+    return keys
+
+
+def read_identities(path: Path) -> list[Any]:
+    """Return the private keys in a file, age's or one of SSH; raises :class:`SettingsError`, which shows none."""
+    pyrage = _library()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        problem = f"MIGRATOR_BACKUP_IDENTITY_FILE: cannot read {path}: {error.strerror}"
+        raise SettingsError([problem]) from error
+    try:
+        if b"-----BEGIN" in content:
+            return [pyrage.ssh.Identity.from_buffer(content)]
+        lines = [line.strip() for line in io.StringIO(content.decode("utf-8", "replace"))]
+        keys = [pyrage.x25519.Identity.from_str(line) for line in lines if line and not line.startswith("#")]
+    except pyrage.IdentityError:
+        keys = []
+    if not keys:
+        problem = f"MIGRATOR_BACKUP_IDENTITY_FILE: {path} holds no private key of age or SSH that can be used"
+        raise SettingsError(
+            [problem],
+            next_step="name the file that age-keygen wrote (AGE-SECRET-KEY-1...), without a passphrase",
+        )
+    return keys
+
+
+def _library() -> Any:
+    try:
+        import pyrage
+    except ImportError as error:
+        problem = "MIGRATOR_BACKUP_RECIPIENTS: backups are encrypted by pyrage, which is not installed"
+        raise SettingsError([problem], next_step="pip install 'migrator[encryption]'") from error
+    return pyrage
