@@ -148,6 +148,11 @@ def _demand(backup: Backup, found: tuple[str, int], written: tuple[str, int]) ->
     )
 
 
+def format_option(path: Path) -> str:
+    """Return the option that tells pg_restore which format it reads."""
+    return "--format=directory" if path.is_dir() else "--format=custom"
+
+
 def read_whole(client: Client, source: Path | Iterable[bytes]) -> process.Finished:
     """Have pg_restore decompress and parse all of an archive, restoring nothing.
 
