@@ -46,7 +46,7 @@ def test_a_backup_of_everything(
     caplog.set_level(logging.INFO, "migrator")
     bench = workbench(each_database)
     backup = bench.back_up(name="before", revisions=("a1", "b2"))
-    assert bench.files() == [f"{backup.id}.dump", f"{backup.id}.json"]
+    assert bench.files() == [f"{backup.id}.dump", f"{backup.id}.globals.sql", f"{backup.id}.json"]
     assert backup.size_bytes == Path(backup.place).stat().st_size
     assert subprocess.check_output(["sha256sum", backup.place]).split()[0].decode() == backup.sha256
     assert backup.revisions == ("a1", "b2")

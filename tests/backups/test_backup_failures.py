@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import dump, folder, snapshot
+from migrator.backups import folder, pg_dump, snapshot
 from migrator.errors import BackupFailed
 from migrator.postgres import connect
 from migrator.stages.backup import preflight
@@ -104,7 +104,7 @@ def test_a_disk_that_fills_up(small_disk: Path, database: Database, workbench: B
 def test_a_disk_that_is_clearly_too_small_is_refused_at_once(
     small_disk: Path, database: Database, workbench: Bench
 ) -> None:
-    noise(database, 14)
+    noise(database, 28)
     bench = workbench(database, MIGRATOR_BACKUP_URL=small_disk.as_uri())
     refused = pytest.raises(BackupFailed, match=r"needs about 1\d\d kB .* 6\d\.\d kB .* are free")
     with connect(bench.target, APPLICATION, 10) as session, refused:
@@ -188,7 +188,7 @@ def test_row_level_security_is_refused(role: str, database: Database, workbench:
 def test_a_locked_table_ends_the_wait(
     counted: bool, database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dump, "LOCK_WAIT", 1.5)
+    monkeypatch.setattr(pg_dump, "LOCK_WAIT", 1.5)
     monkeypatch.setattr(snapshot, "LOCK_WAIT", 1.5)
     if not counted:
         monkeypatch.setattr(snapshot, "count", lambda *_: {})

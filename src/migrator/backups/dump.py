@@ -1,17 +1,13 @@
-"""Make a backup: pg_dump streamed to disk under an exported snapshot, read back whole, then published.
+"""Make a backup: pg_dump under an exported snapshot, read back whole, then published.
 
 Decisions, with what was measured or tried:
 
-* ``-Fc -Z1``: level 1 took 0.4 times the time of the default level for 8 % more bytes.  Level 0 is no choice: an
-  uncompressed archive has no checksums inside, and hides bit flips from pg_restore.
+* Compressed always: an uncompressed archive has no checksums inside, and hides bit flips from pg_restore.  How, and
+  with how many workers, is decided in ``method.py``.
 * Proof is ``pg_restore -f /dev/null``, which decompresses and parses everything; ``--list`` passes archives
   that were truncated to 90 % or had bits flipped.  The checksum is taken while writing and again from disk.
 * Row-level security: ``--enable-row-security`` exits 0 with rows missing, so it is never used, and a role that
   cannot read every row is refused.
-* Space is refused only when it is clearly too little, for nobody can know how well data compresses: less
-  than 0.8 times what the last backup's ratio (dump to database size) predicts, or without one, less than a
-  hundredth of the database without its indexes (they are not in a dump; pgbench's filler was seen to shrink 48
-  to 1).  Below a half there is a warning.  A disk that fills up all the same ends the backup cleanly.
 """
 
 from __future__ import annotations
@@ -21,39 +17,87 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import migrator
-from migrator import process
-from migrator.backups import archive, clients, snapshot
+from migrator.backups import archive, clients, exclusions, method, pg_dump, roles, snapshot, space
 from migrator.backups.clients import Client
-from migrator.backups.manifest import Backup, Table, human_size
-from migrator.backups.snapshot import LOCK_WAIT, LockedOut, Relation, Sizes
+from migrator.backups.folder import FolderStore
+from migrator.backups.manifest import Backup, human_size
+from migrator.backups.method import DIRECTORY, Method
+from migrator.backups.pg_dump import Dump, WorkerLockedOut
+from migrator.backups.snapshot import LockedOut, Relation, Sizes
 from migrator.backups.store import Part, Store, checksum, new_id, open_store
 from migrator.errors import BackupFailed, MigratorError
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
-_PROGRESS_EVERY = 15.0
 _GOODBYE = 10.0  # seconds for the server to notice that pg_dump has gone
 
 
-def preflight(session: Session, settings: Settings) -> tuple[Client, Store, Sizes]:
-    """Find out whether a backup can be made: a client, a folder with room, the right to read everything.
+@dataclass(frozen=True)
+class Prepared:
+    """What a backup will be made with, and what is known of the database before it."""
+
+    client: Client
+    store: Store
+    sizes: Sizes
+    how: Method
+    excluded: tuple[Relation, ...]
+    oddities: tuple[str, ...]
+
+
+def check_client(session: Session, settings: Settings) -> Client:
+    """Find a pg_dump that is new enough for the server; raises :class:`BackupFailed`."""
+    return clients.for_dump(settings, session.facts.version, session.facts.major)
+
+
+def preflight(session: Session, settings: Settings) -> Prepared:
+    """Find out whether a backup can be made: a client, a place with room, the right to read everything.
 
     Raises :class:`BackupFailed`.
     """
-    with _failing("The backup cannot be prepared"):
-        client = clients.for_dump(settings, session.facts.version, session.facts.major)
-        _check_readable(session, snapshot.relations(session))
-        store = open_store(settings.backup_url)
+    database = session.facts.database
+    with failing("The backup cannot be prepared"):
+        client = check_client(session, settings)
+        found = snapshot.relations(session)
+        _check_readable(session, found)
+        excluded = _excluded(session, settings, found)
+        store = open_store(settings.backup_url, settings)
         store.prepare()
-        store.remove_stale(session.facts.database)
+        store.remove_stale(database)
         sizes = snapshot.sizes(session)
-        _check_space(store, session.facts.database, sizes)
-        return client, store, sizes
+        left_out = {table.oid for table in excluded}
+        table_bytes = snapshot.table_bytes(session)
+        how = method.choose(
+            settings,
+            client,
+            folder=isinstance(store, FolderStore) and not store.recipients,
+            table_bytes=[size for oid, size in table_bytes.items() if oid not in left_out],
+        )
+        if how.note:
+            LOGGER.warning("%s", how.note)
+        space.check(store, database, sizes, how.compression)
+        return Prepared(client, store, sizes, how, tuple(excluded), snapshot.oddities(session))
+
+
+def _excluded(session: Session, settings: Settings, found: list[Relation]) -> list[Relation]:
+    """Return the tables whose rows are left out, and say so."""
+    patterns = exclusions.parse(settings.backup_exclude_table_data)
+    if not patterns:
+        return []
+    for text in exclusions.unmatched(patterns, found):
+        LOGGER.warning("MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA: there is no table %s", text)
+    excluded = exclusions.find(session, patterns, found)
+    if excluded:
+        LOGGER.warning(
+            "the backup is not whole: it leaves out the rows of %s (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)",
+            _some([table.shown for table in excluded]),
+        )
+    return excluded
 
 
 def back_up(
@@ -69,29 +113,24 @@ def back_up(
 
     All connections that this makes are gone when it returns.
     """
-    client, store, sizes = preflight(session, settings)
+    ready = preflight(session, settings)
     started = time.monotonic()
     database = session.facts.database
-    children_name = _children_name(application_name)
-    LOGGER.info("backing up %s (%s) to %s ...", database, human_size(sizes.database), store)
-    with _failing(f"The backup of {database} failed", store, sizes):
-        moment = datetime.now(UTC)
-        with store.new_dump(new_id(database, moment)) as part:
-            dump = _Dump(session, settings, client, part, children_name)
-            tables = dump.write()
-            _wait_until_gone(session, children_name)
-            _prove(client, part)
-            backup = Backup(
-                **_made_of(session, client, part),
-                name=name,
-                created_at=moment.isoformat(timespec="milliseconds"),
-                revisions=tuple(revisions),
-                database_size_bytes=sizes.database,
-                run_id=run_id,
-                seconds=round(time.monotonic() - started, 3),
-                tables=tables,
-            )
-            backup = store.add(part, backup)
+    about = {"name": name, "run_id": run_id, "revisions": tuple(revisions)}
+    work = _Work(session, settings, ready, _children_name(application_name))
+    LOGGER.info(
+        "backing up %s (%s) to %s ...",
+        database,
+        method.describe(ready.how, ready.sizes.database),
+        ready.store,
+    )
+    with failing(f"The backup of {database} failed", ready.store, ready.sizes):
+        try:
+            backup = work.make(ready.how, started, about)
+        except WorkerLockedOut:
+            LOGGER.warning("another session waits to lock a table: the backup begins again, with one worker")
+            work.wait_until_gone()
+            backup = work.make(ready.how.single, started, about)
     LOGGER.info(
         "backed up %s: %s in %.1f s, read back whole, as %s",
         database,
@@ -102,16 +141,99 @@ def back_up(
     return backup
 
 
+class _Work:
+    """One backup, from the dump to the manifest."""
+
+    def __init__(self, session: Session, settings: Settings, ready: Prepared, children_name: str) -> None:
+        self._session = session
+        self._settings = settings
+        self._ready = ready
+        self._children_name = children_name
+
+    def make(self, how: Method, started: float, about: dict[str, Any]) -> Backup:
+        """Dump, prove, publish; ``started`` is when all of it began (monotonic, seconds)."""
+        session, ready = self._session, self._ready
+        moment = datetime.now(UTC)
+        with _new_part(ready.store, how, new_id(session.facts.database, moment)) as part:
+            dump = Dump(
+                session,
+                self._settings,
+                ready.client,
+                how,
+                ready.excluded,
+                application_name=self._children_name,
+            )
+            dumped = dump.write(part)
+            globals_sql, globals_note = self._globals()
+            self.wait_until_gone()
+            _prove(ready.client, part)
+            backup = Backup(
+                **_made_of(session, ready.client, part),
+                **about,
+                created_at=moment.isoformat(timespec="milliseconds"),
+                database_size_bytes=ready.sizes.database,
+                seconds=round(time.monotonic() - started, 3),
+                tables=dumped.tables,
+                next_xid=dumped.next_xid,
+                dump_format=how.dump_format,
+                jobs=how.jobs,
+                compression=how.compression,
+                excluded_table_data=tuple(table.shown for table in ready.excluded),
+                oddities=ready.oddities,
+                globals_note=globals_note,
+            )
+            beside = {roles.ENDING: globals_sql} if globals_sql else {}
+            return ready.store.add(part, backup, beside)
+
+    def _globals(self) -> tuple[bytes, str]:
+        session = self._session
+        target = session.target.with_database(session.facts.database)
+        text, note = roles.read(
+            session, self._ready.client, target, self._children_name, self._settings.connect_timeout
+        )
+        if note:
+            LOGGER.info("beside the backup: %s", note)
+        return text, note
+
+    def wait_until_gone(self) -> None:
+        """Wait for the server to have ended pg_dump's and the snapshot's session, for they hold locks until then."""
+        deadline = time.monotonic() + _GOODBYE
+        while time.monotonic() < deadline:
+            left = self._session.value(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND application_name = %s AND pid <> pg_backend_pid()",
+                [self._children_name],
+            )
+            if not left:
+                return
+            time.sleep(0.01)
+        LOGGER.warning("the backup's sessions have not left the server yet")
+
+
+def _new_part(store: Store, how: Method, backup_id: str) -> Part:
+    if how.dump_format == DIRECTORY:
+        assert isinstance(store, FolderStore)  # noqa: S101 - method.choose was told
+        return store.new_directory(backup_id)
+    return store.new_dump(backup_id)
+
+
 def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:
     """Return what the manifest says about the dump, the server and the programs."""
+    system_identifier, timeline = snapshot.identity(session)
+    stored_sha256, stored_bytes = part.stored
     return {
         "id": part.id,
         "sha256": part.sha256,
         "size_bytes": part.size,
+        "stored_sha256": stored_sha256,
+        "stored_bytes": stored_bytes,
+        "encrypted_to": part.encrypted_to,
         "verified": "read",
         "database": session.facts.database,
         "target": str(session.target),
         "properties": snapshot.properties(session),
+        "system_identifier": system_identifier,
+        "timeline": timeline,
         "server_version": session.facts.version,
         "client_version": client.version,
         "migrator_version": migrator.__version__,
@@ -126,93 +248,23 @@ def _children_name(application_name: str) -> str:
     return f"{application_name} backup"
 
 
-class _Dump:
-    """One pg_dump, from its snapshot to its exit status."""
-
-    def __init__(
-        self, session: Session, settings: Settings, client: Client, part: Part, application_name: str
-    ) -> None:
-        self._control = session
-        self._database = session.facts.database
-        self._target = session.target.with_database(self._database)
-        self._client = client
-        self._part = part
-        self._application_name = application_name
-        self._timeout = settings.connect_timeout
-        self._began = self._told = time.monotonic()
-
-    def write(self) -> dict[str, Table]:
-        """Write the archive; return what the tables held in its snapshot."""
-        holder = snapshot.exported(self._target, self._application_name, self._timeout)
-        with holder as (session, snapshot_id):
-            tables = snapshot.count(session, snapshot.relations(session))
-            finished = process.run(
-                [
-                    self._client.pg_dump,
-                    "--format=custom",
-                    "--compress=1",
-                    "--no-password",
-                    f"--lock-wait-timeout={LOCK_WAIT * 1000:.0f}",
-                    f"--snapshot={snapshot_id}",
-                    clients.connection_argument(self._target, self._database),
-                ],
-                environment=clients.environment(self._target, self._application_name, self._timeout),
-                on_output=self._take,
-                # pg_dump itself waits for ever where a network is cut that acknowledges everything.
-                pulse=lambda: self._control.query("SELECT 1"),
-            )
-        if finished.status != 0:
-            raise _dump_failed(self._database, finished)
-        return tables
-
-    def _take(self, chunk: bytes) -> None:
-        self._part.write(chunk)
-        now = time.monotonic()
-        if now - self._told > _PROGRESS_EVERY:
-            self._told = now
-            LOGGER.info(
-                "backing up %s: %s written after %.0f s",
-                self._database,
-                human_size(self._part.size),
-                now - self._began,
-            )
-
-
 def _prove(client: Client, part: Part) -> None:
     """Read the archive back from the disk: its checksum, then every byte decompressed and parsed."""
     part.sync()
-    found, size = checksum(part.chunks())
-    if (found, size) != (part.sha256, part.size):
-        raise BackupFailed(
-            f"The backup was written as {part.size} bytes with sha256 {part.sha256}, "
-            f"but reads back as {size} bytes with {found}: the disk or the volume is faulty.",
-            next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
-        )
     with part.local() as path:
+        found, size = archive.checksum_of(path) if path.is_dir() else checksum(part.chunks())
+        if (found, size) != part.stored:
+            raise BackupFailed(
+                f"The backup was written as {part.stored[1]} bytes with sha256 {part.stored[0]}, "
+                f"but reads back as {size} bytes with {found}: the disk or the volume is faulty.",
+                next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
+            )
         finished = archive.read_whole(client, path)
     if finished.status != 0:
         raise BackupFailed(
             f"The backup cannot be read back, so it was thrown away: {clients.last_words(finished)}",
             next_step="run again; if it happens again, have the volume and the memory checked",
         )
-
-
-def _dump_failed(database: str, finished: process.Finished) -> BackupFailed:
-    words = clients.last_words(finished)
-    next_step = "see what pg_dump said, put it right, and run again"
-    if "Query was: LOCK TABLE" in finished.stderr and finished.seconds >= LOCK_WAIT:
-        return _locked_out("a table")
-    if "permission denied" in words:
-        next_step = _grant("the role")
-    return BackupFailed(f"pg_dump of {database} failed: {words}", next_step=next_step)
-
-
-def _locked_out(table: str) -> BackupFailed:
-    return BackupFailed(
-        f"Another session kept {table} locked for {LOCK_WAIT:.0f} s, so it could not be backed up.",
-        next_step="run again when that session is done: SELECT pid, query FROM pg_stat_activity JOIN pg_locks "
-        "USING (pid) WHERE mode = 'AccessExclusiveLock'",
-    )
 
 
 def _check_readable(session: Session, found: list[Relation]) -> None:
@@ -222,7 +274,7 @@ def _check_readable(session: Session, found: list[Relation]) -> None:
     if unreadable:
         raise BackupFailed(
             f"Role {user} may not read {_some(unreadable)}, so a backup would not be whole.",
-            next_step=_grant(user),
+            next_step=pg_dump.grant(user),
         )
     hidden = [relation.shown for relation in found if relation.hides_rows]
     if hidden:
@@ -233,72 +285,20 @@ def _check_readable(session: Session, found: list[Relation]) -> None:
         )
 
 
-def _grant(user: str) -> str:
-    return (
-        f'as a superuser: GRANT pg_read_all_data TO "{user}" (PostgreSQL 14 and newer), or set '
-        "MIGRATOR_BACKUP=off to go without a backup"
-    )
-
-
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 
 
-def _check_space(store: Store, database: str, sizes: Sizes) -> None:
-    """Refuse a folder that is clearly too small (see the module's docstring)."""
-    free = store.free_bytes()
-    if free is None:
-        return
-    needed, how = _expected(store, database, sizes)
-    if free < needed:
-        raise BackupFailed(
-            f"The backup of {database} needs about {human_size(needed)} in {store} ({needed} bytes: {how}), "
-            f"and {human_size(free)} ({free} bytes) are free.",
-            next_step="make room there, mount a bigger volume, or name another folder in MIGRATOR_BACKUP_URL",
-        )
-    if free < sizes.data // 2:
-        LOGGER.warning(
-            "%s has %s free, and %s holds %s of data: the backup fits only if that compresses well",
-            store,
-            human_size(free),
-            database,
-            human_size(sizes.data),
-        )
-
-
-def _expected(store: Store, database: str, sizes: Sizes) -> tuple[int, str]:
-    previous = next(iter(store.backups(database)), None)
-    if previous is not None and previous.database_size_bytes > 0:
-        ratio = previous.size_bytes / previous.database_size_bytes
-        return int(0.8 * ratio * sizes.database), f"0.8 times what {previous.id} took for its size"
-    return sizes.data // 100, "a hundredth of the database's size without indexes"
-
-
-def _wait_until_gone(session: Session, application_name: str) -> None:
-    """Wait for the server to have ended pg_dump's and the snapshot's session, for they hold locks until then."""
-    deadline = time.monotonic() + _GOODBYE
-    while time.monotonic() < deadline:
-        left = session.value(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND application_name = %s AND pid <> pg_backend_pid()",
-            [application_name],
-        )
-        if not left:
-            return
-        time.sleep(0.01)
-    LOGGER.warning("the backup's sessions have not left the server yet")
-
-
 @contextlib.contextmanager
-def _failing(what: str, store: Store | None = None, sizes: Sizes | None = None) -> Iterator[None]:
+def failing(what: str, store: Store | None = None, sizes: Sizes | None = None) -> Iterator[None]:
     """Turn what the disk, the server and the programs can raise into :class:`BackupFailed`."""
     try:
         yield
     except MigratorError:
         raise
     except LockedOut as error:
-        raise _locked_out(error.table) from error
+        raise pg_dump.locked_out(error.table) from error
     except QueryFailed as error:
         raise BackupFailed(f"{what}: {error.text}.", next_step="put it right and run again") from error
     except ConnectFailed as error:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from migrator.backups import sealing
+from migrator.backups.directory import DIRECTORY, DirectoryPart
 from migrator.backups.manifest import Backup, BadManifest
 from migrator.backups.store import (
     BAD,
@@ -178,8 +179,11 @@ class FolderStore:
         except (OSError, UnicodeDecodeError) as error:
             raise BadManifest(str(error)) from error
         backup = read_manifest(text, path.name.removesuffix(MANIFEST))
-        dump = self.folder / dump_name(backup.id, backup.encrypted_to)
-        if not dump.is_file():
+        in_folder = backup.dump_format == "directory"
+        dump = self.folder / (
+            f"{backup.id}{DIRECTORY}" if in_folder else dump_name(backup.id, backup.encrypted_to)
+        )
+        if not (dump.is_dir() if in_folder else dump.is_file()):
             if not path.exists():
                 raise FileNotFoundError(errno.ENOENT, "removed meanwhile", str(path))
             raise BadManifest(f"its dump {dump.name} is missing")
@@ -199,7 +203,7 @@ class FolderStore:
                     continue
                 old = time.time() - path.stat().st_mtime > STALE_AFTER
                 if (old or ours.fullmatch(path.name)) and _nobody_holds(path):
-                    path.unlink()
+                    _delete(path)
                     LOGGER.info("removed %s, which an interrupted run left", path)
             except OSError as error:
                 LOGGER.warning("cannot remove %s: %s", path, error.strerror)
@@ -254,6 +258,10 @@ class FolderStore:
         part = FolderPart(self.dump_path(backup_id), backup_id)
         return sealing.sealed(part, self.recipients) if self.recipients else part
 
+    def new_directory(self, backup_id: str) -> DirectoryPart:
+        """Make the folder that a dump in directory format is written to; raises OSError."""
+        return DirectoryPart(self.folder / f"{backup_id}{DIRECTORY}", backup_id)
+
     def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
         """Give a proven dump its name, then write its manifest: from here on it is a backup.
 
@@ -261,7 +269,7 @@ class FolderStore:
         """
         inner = _inner(part)
         with contextlib.ExitStack() as stack:
-            files = [
+            files: list[FolderPart | DirectoryPart] = [
                 stack.enter_context(self._small(f"{backup.id}{ending}", backup.id, content))
                 for ending, content in sealing.seal_all(beside or {}, self.recipients).items()
             ]
@@ -274,7 +282,7 @@ class FolderStore:
                         file.publish()
                 except BaseException:
                     for file in reversed(files):
-                        file.path.unlink(missing_ok=True)
+                        _delete(file.path)
                     raise
         return dataclasses.replace(backup, place=str(inner.path))
 
@@ -294,10 +302,10 @@ class FolderStore:
         return path.read_bytes() if path.exists() else None
 
 
-def _inner(part: Part) -> FolderPart:
+def _inner(part: Part) -> FolderPart | DirectoryPart:
     if isinstance(part, sealing.SealedPart):
         part = part.inner
-    assert isinstance(part, FolderPart)  # noqa: S101 - one that new_dump made
+    assert isinstance(part, FolderPart | DirectoryPart)  # noqa: S101 - one that new_dump made
     return part
 
 
@@ -316,7 +324,7 @@ def _lost_with_container(folder: Path) -> bool:
 
 
 def _nobody_holds(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -109,6 +109,28 @@ def sizes(session: Session) -> Sizes:
     return Sizes(whole, max(0, whole - indexes - _EMPTY_DATABASE))
 
 
+def table_bytes(session: Session) -> dict[int, int]:
+    """Return what tables take up with their TOAST, in bytes by oid, as of the last VACUUM or ANALYZE of each."""
+    rows = session.query(
+        "SELECT c.oid::bigint, (c.relpages + coalesce(t.relpages, 0))::bigint * current_setting('block_size')::int"
+        " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_class t ON t.oid = c.reltoastrelid"
+        " WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'"
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def oddities(session: Session) -> tuple[str, ...]:
+    """Return the options of columns that only some servers know, such as Debian 15.20's ``pg_attver``.
+
+    A pg_dump of another build writes them into the dump, where no other server accepts them.
+    """
+    rows = session.query(
+        "SELECT DISTINCT split_part(o, '=', 1)::text FROM pg_attribute, unnest(attoptions) o"
+        " WHERE attnum > 0 AND NOT attisdropped ORDER BY 1"
+    )
+    return tuple(row[0] for row in rows if row[0] not in ("n_distinct", "n_distinct_inherited"))
+
+
 def identity(session: Session) -> tuple[str, int | None]:
     """Return the cluster's system identifier and timeline; ``("", None)`` where the role may not read them.
 

@@ -38,8 +38,12 @@ class Part(Protocol):
     """
 
     id: str
-    size: int
     encrypted_to: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes were written so far."""
+        ...
 
     def __enter__(self) -> Part:
         """Return it."""

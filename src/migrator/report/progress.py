@@ -16,11 +16,12 @@ _WIDTH = 24
 
 class Progress:
     """One line at the bottom of the terminal: how many of the revisions are done, which one runs, and what the server
-    says of it.  Several threads may draw.
+    says of it.  Several threads may draw.  With ``percent`` it is a share of 100 that is done, and no number of them.
     """
 
-    def __init__(self, total: int, stream: TextIO, *, enabled: bool) -> None:
+    def __init__(self, total: int, stream: TextIO, *, enabled: bool, percent: bool = False) -> None:
         self._total = total
+        self._percent = percent
         self._stream = stream
         self._enabled = enabled and total > 0 and stream.isatty()
         self._lock = threading.Lock()
@@ -59,7 +60,8 @@ class Progress:
             return
         filled = _WIDTH * self._done // self._total
         note = f"({self._note}) " if self._note else ""
-        line = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {self._done}/{self._total} {note}{self._doing}"
+        count = f"{self._done} %" if self._percent else f"{self._done}/{self._total}"
+        line = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {count} {note}{self._doing}"
         self._write(line[: shutil.get_terminal_size().columns - 1])
         self._shown = True
 

@@ -1,0 +1,130 @@
+"""How far a dump has got: which table, how much of what is known to be there, and how fast.
+
+pg_dump says on stderr which table it begins (``--verbose``); how far it is inside one, the server knows
+(``pg_stat_progress_copy``, PostgreSQL 14 and newer).  A table's size on disk and its rows as text are about the same,
+so a percentage is an estimate, and never 100 before the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from migrator.backups.manifest import human_size
+from migrator.backups.snapshot import Relation
+from migrator.report.progress import Progress
+
+LOGGER = logging.getLogger("migrator.backup")
+EVERY = 15.0
+"""Seconds between two lines in the log."""
+
+VIEW_SINCE = 14
+VIEW = """
+SELECT p.relid::bigint, p.bytes_processed
+  FROM pg_stat_progress_copy p JOIN pg_stat_activity a ON a.pid = p.pid
+ WHERE a.application_name = %s AND p.datname = current_database()
+"""
+
+_BEGINS = re.compile(r'^pg_dump: dumping contents of table "(.*)"$')
+_ENDS = re.compile(r"^pg_dump: finished item \d+ TABLE DATA (.*)$")
+
+
+class DumpProgress:
+    """Puts together what pg_dump and the server say, and tells it in the log and on a terminal's bar."""
+
+    def __init__(
+        self,
+        database: str,
+        found: Sequence[Relation],
+        sizes: Mapping[str, int],
+        written: Callable[[], int],
+        bar: Progress,
+        *,
+        jobs: int = 1,
+    ) -> None:
+        tables = [table for table in found if table.shown in sizes]
+        self._database = database
+        self._names = {f"{table.schema}.{table.name}": table.shown for table in tables}
+        self._short = {table.name: table.shown for table in tables}
+        self._oids = {table.oid: table.shown for table in tables}
+        self._sizes = sizes
+        self._total = sum(sizes.values())
+        self._written = written
+        self._bar = bar
+        self._jobs = jobs
+        self._began = self._told = time.monotonic()
+        self._line = b""
+        self._running: list[str] = []
+        self._inside: dict[str, int] = {}
+        self._done = 0
+
+    def on_stderr(self, chunk: bytes) -> None:
+        """Take what pg_dump says."""
+        *lines, self._line = (self._line + chunk).split(b"\n")
+        self._line = self._line[-8192:]
+        for line in lines:
+            text = line.decode("utf-8", "replace")
+            if begins := _BEGINS.match(text):
+                self._begin(self._names.get(begins[1], ""))
+            elif self._jobs > 1 and (ends := _ENDS.match(text)):
+                self._end(self._short.get(ends[1], ""))
+
+    def on_server(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Take what the server says of the copies that run: a table's oid, and the bytes of it that were sent."""
+        for oid, sent in rows:
+            table = self._oids.get(oid)
+            if table in self._running:
+                self._inside[table] = min(sent, self._sizes[table])
+
+    def _begin(self, table: str) -> None:
+        if self._jobs == 1:
+            for earlier in list(self._running):
+                self._end(earlier)
+        if table:
+            LOGGER.debug("backing up %s: %s (%s)", self._database, table, human_size(self._sizes[table]))
+            self._running.append(table)
+
+    def _end(self, table: str) -> None:
+        if table in self._running:
+            self._running.remove(table)
+            self._inside.pop(table, None)
+            self._done += self._sizes[table]
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    @property
+    def bytes_done(self) -> int:
+        """Return how much of the tables has been dumped, in bytes as they are on the server."""
+        return self._done + sum(self._inside.values())
+
+    @property
+    def percent(self) -> int:
+        """Return how much that is of the whole."""
+        return min(99, 100 * self.bytes_done // self._total) if self._total else 0
+
+    def tell(self) -> None:
+        """Draw the bar, and say it in the log when that is due."""
+        now = time.monotonic()
+        table = self._running[0] if self._running else ""
+        more = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
+        speed = f"{human_size(self.bytes_done / max(now - self._began, 0.001))}/s"
+        self._bar.draw(self.percent, f"backing up {table or self._database}{more}")
+        self._bar.note(speed)
+        if now - self._told < EVERY:
+            return
+        self._told = now
+        self._bar.clear()
+        LOGGER.info(
+            "backing up %s: %d %% of %s%s, %s, %s written after %.0f s",
+            self._database,
+            self.percent,
+            human_size(self._total),
+            f", {table}{more}" if table else "",
+            speed,
+            human_size(self._written()),
+            now - self._began,
+        )

@@ -1,0 +1,100 @@
+"""Roles and tablespaces, which belong to the cluster and are in no dump: written beside it, without passwords.
+
+``pg_dumpall --globals-only --no-role-passwords`` writes them, for it reads no table that is for superusers only; where
+it is missing or refused, the roles and who is a member of whom are written from what every role may read.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from migrator import process
+from migrator.backups import clients
+from migrator.backups.clients import Client
+from migrator.postgres import QueryFailed, Session, quote_identifier
+from migrator.target import Target
+
+LOGGER = logging.getLogger("migrator.backup")
+ENDING = ".globals.sql"
+_TIMEOUT = 120.0
+_MOST_BYTES = 64 * 1024 * 1024
+
+_ROLES = """
+SELECT rolname::text, rolsuper, rolinherit, rolcreaterole, rolcreatedb, rolcanlogin, rolreplication, rolbypassrls,
+       rolconnlimit
+  FROM pg_roles WHERE rolname !~ '^pg_' ORDER BY 1
+"""
+_MEMBERS = """
+SELECT r.rolname::text, m.rolname::text, a.admin_option
+  FROM pg_auth_members a JOIN pg_roles r ON r.oid = a.roleid JOIN pg_roles m ON m.oid = a.member
+ WHERE m.rolname !~ '^pg_' ORDER BY 1, 2
+"""
+_ATTRIBUTES = ("SUPERUSER", "INHERIT", "CREATEROLE", "CREATEDB", "LOGIN", "REPLICATION", "BYPASSRLS")
+
+
+class _TooMuch(Exception):
+    """Nobody has so many roles."""
+
+
+def read(
+    session: Session, client: Client, target: Target, application_name: str, timeout: float
+) -> tuple[bytes, str]:
+    """Return SQL that makes the roles and tablespaces, and a note for the manifest where something is missing in it.
+
+    Nothing (``b""``) and the reason where the role may not read them: a backup is none the worse for it.
+    Raises QueryFailed where the connection was lost.
+    """
+    text, why = _dumpall(client, target, application_name, timeout)
+    if text:
+        return text, ""
+    try:
+        text = _by_query(session)
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        return b"", f"roles and tablespaces are not beside it: {why}; {error.text}"
+    return text, f"roles without their settings, and no tablespaces: {why}"
+
+
+def _dumpall(client: Client, target: Target, application_name: str, timeout: float) -> tuple[bytes, str]:
+    program = client.folder / "pg_dumpall"
+    if not program.exists():
+        return b"", f"there is no pg_dumpall in {client.folder}"
+    chunks: list[bytes] = []
+
+    def take(chunk: bytes) -> None:
+        chunks.append(chunk)
+        if sum(map(len, chunks)) > _MOST_BYTES:
+            raise _TooMuch
+
+    database = target.database
+    arguments: list[str | Path] = [program, "--globals-only", "--no-role-passwords", "--no-password"]
+    # It would take a name with = in it for a connection string; without one it asks in "postgres", then "template1".
+    if "=" not in database and "://" not in database:
+        arguments.append(f"--database={database}")
+    try:
+        done = process.run(
+            arguments,
+            environment=clients.environment(target, application_name, timeout),
+            on_output=take,
+            timeout=_TIMEOUT,
+        )
+    except (OSError, process.TimedOut, _TooMuch) as error:
+        return b"", f"pg_dumpall: {error or 'too much of it'}"
+    if done.status != 0:
+        return b"", clients.last_words(done)
+    return b"".join(chunks), ""
+
+
+def _by_query(session: Session) -> bytes:
+    lines = ["-- Roles and their memberships; no passwords, no settings of roles, no tablespaces."]
+    for name, *flags, limit in session.query(_ROLES):
+        words = [word if on else f"NO{word}" for word, on in zip(_ATTRIBUTES, flags, strict=True)]
+        role = quote_identifier(name)
+        lines.append(f"CREATE ROLE {role};")
+        lines.append(f"ALTER ROLE {role} WITH {' '.join(words)} CONNECTION LIMIT {limit};")
+    for role, member, admin in session.query(_MEMBERS):
+        option = " WITH ADMIN OPTION" if admin else ""
+        lines.append(f"GRANT {quote_identifier(role)} TO {quote_identifier(member)}{option};")
+    return ("\n".join(lines) + "\n").encode()

@@ -1,0 +1,98 @@
+"""Whether there is room for a backup, before it is begun.
+
+Space is refused only when it is clearly too little, for nobody can know how well data compresses: less than 0.8 times
+what the last backup's ratio (dump to database size) predicts, or without one, less than a hundredth of the database
+without its indexes (they are not in a dump; pgbench's filler was seen to shrink 140 to 1).  Below a half there is a
+warning.  A disk that fills up all the same ends the backup cleanly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from migrator.backups.manifest import human_size
+from migrator.backups.snapshot import Sizes
+from migrator.backups.store import Store
+from migrator.errors import BackupFailed
+from migrator.postgres import QueryFailed, Session
+
+LOGGER = logging.getLogger("migrator.backup")
+
+
+def check(store: Store, database: str, sizes: Sizes, compression: str = "") -> None:
+    """Refuse a folder that is clearly too small; raises :class:`BackupFailed`."""
+    free = store.free_bytes()
+    if free is None:
+        return
+    needed, how = expected(store, database, sizes, compression)
+    if free < needed:
+        raise BackupFailed(
+            f"The backup of {database} needs about {human_size(needed)} in {store} ({needed} bytes: {how}), "
+            f"and {human_size(free)} ({free} bytes) are free.",
+            next_step="make room there, mount a bigger volume, or name another folder in MIGRATOR_BACKUP_URL",
+        )
+    if free < sizes.data // 2:
+        LOGGER.warning(
+            "%s has %s free, and %s holds %s of data: the backup fits only if that compresses well",
+            store,
+            human_size(free),
+            database,
+            human_size(sizes.data),
+        )
+
+
+def expected(store: Store, database: str, sizes: Sizes, compression: str = "") -> tuple[int, str]:
+    """Return the least number of bytes that a backup is expected to take, and why.
+
+    A backup that was compressed in another way says nothing of this one.
+    """
+    for previous in store.backups(database):
+        alike = not compression or previous.compression in ("", compression)
+        if alike and previous.database_size_bytes > 0:
+            ratio = previous.size_bytes / previous.database_size_bytes
+            return int(0.8 * ratio * sizes.database), f"0.8 times what {previous.id} took for its size"
+    return sizes.data // 200, "a two-hundredth of the database's size without indexes"
+
+
+def check_scratch(session: Session, sizes: Sizes) -> None:
+    """Look whether the server has room for a second copy of the database, as far as that can be known.
+
+    SQL tells nothing of a server's disks.  Where the server runs beside us its data folder can be asked; anywhere
+    else there is a warning.  Raises :class:`BackupFailed`.
+    """
+    place = _data_folder(session)
+    if place is not None:
+        facts = os.statvfs(place)
+        free = facts.f_bavail * facts.f_frsize
+        if free < sizes.database:
+            raise BackupFailed(
+                f"Proving the backup by a restore needs about {human_size(sizes.database)} on the server "
+                f"({sizes.database} bytes, as the database has), and {human_size(free)} are free in {place}.",
+                next_step="make room on the server, or set MIGRATOR_BACKUP_VERIFY=read",
+            )
+        return
+    LOGGER.warning(
+        "the backup is proven by a restore, which takes about %s on the server; how much is free there cannot be"
+        " seen from here",
+        human_size(sizes.database),
+    )
+
+
+def _data_folder(session: Session) -> Path | None:
+    """Return the server's data folder where that is on this machine; None where nobody can say."""
+    try:
+        local, place = session.query(
+            "SELECT coalesce(inet_server_addr() << '127.0.0.0/8' OR inet_server_addr() = '::1', true),"
+            " current_setting('data_directory')"
+        )[0]
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        return None  # only pg_read_all_settings may know the folder
+    folder = Path(place)
+    try:
+        return folder if local and folder.is_dir() else None
+    except OSError:
+        return None
