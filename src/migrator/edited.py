@@ -41,6 +41,8 @@ class Edit:
 def find_edits(history: History, standing: Standing) -> tuple[Edit, ...]:
     """Compare the file of every revision that stands in the ledger with the checksum it had then, oldest first."""
     entries = standing.entries
+    if not entries:
+        return ()
     edits = []
     for item in reversed([item for item in history.walk() if item.revision in entries]):
         entry = entries[item.revision]

@@ -10,6 +10,7 @@ https://www.postgresql.org/docs/current/functions-json.html#FUNCTIONS-JSON-PROCE
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -106,6 +107,12 @@ WHERE l.version_table = %(name)s AND l.event IN ('begun', 'applied') AND (good.a
 ORDER BY l.at, l.number LIMIT 1
 """
 
+_FAILED = """
+SELECT details->'failed', run_id, at, code
+FROM {table} WHERE version_table = %s AND event = 'run' AND (code = 0 OR details->'failed' IS NOT NULL)
+ORDER BY at DESC LIMIT 1
+"""
+
 _WAYS_BACK = """
 SELECT DISTINCT ON (revision) revision, event, message, parents, depends_on, rows_before, rows_after, way_back,
        no_way_back, at, number, image_version, search_path, role
@@ -149,6 +156,19 @@ class DeadRun:
 
     run_id: str
     indexes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A failure that was taken back: the revision (empty where only verify failed), its file's checksum, the image."""
+
+    revision: str
+    checksum: str
+    digest: str
+    image: str
+    run_id: str
+    at: datetime
+    code: int
 
 
 @dataclass(frozen=True)
@@ -255,8 +275,30 @@ def creation(ledger: VersionTable) -> str:
 
 def insertion(ledger: VersionTable, rows: Iterable[Mapping[str, Any]], *, unicode: bool) -> str:
     """Return the statement that adds rows, without secrets; ``unicode`` is the answer to :data:`TAKES_UNICODE`."""
-    document = json.dumps([_clean(row, unicode) for row in rows], ensure_ascii=False, default=str)
+    rows = list(rows)
+    document = json.dumps(rows, ensure_ascii=False, default=str)
+    if _needs_cleaning(document, unicode):
+        document = json.dumps([_clean(row, unicode) for row in rows], ensure_ascii=False, default=str)
     return _INSERT.format(table=ledger.quoted, rows=literal(document))
+
+
+def _needs_cleaning(document: str, unicode: bool) -> bool:
+    """Whether anything in it may not be written as it is: looked at as a whole, which is ten times as fast."""
+    if "\\u0000" in document or not (unicode or document.isascii()):
+        return True
+    try:
+        document.encode()
+    except UnicodeEncodeError:  # half a character
+        return True
+    text = _unescaped(document)
+    return redact(text) != text
+
+
+def _unescaped(document: str) -> str:
+    """Return JSON with the characters that it escapes as they are, so that a secret with one of them is found."""
+    if "\\" not in document:
+        return document
+    return _ESCAPED.sub(lambda found: _SHORT.get(found[0]) or str(json.loads(f'"{found[0]}"')), document)
 
 
 TAKES_UNICODE = (
@@ -279,6 +321,8 @@ def _clean(value: Any, unicode: bool, key: str = "") -> Any:
     return redact(text) if key in _WRITTEN_BY_PEOPLE else text
 
 
+_ESCAPED = re.compile(r"\\u[0-9a-fA-F]{4}|\\.")
+_SHORT = {r"\"": '"', r"\\": "\\", r"\n": "\n"}
 _WRITTEN_BY_PEOPLE = frozenset({"actor", "command", "details", "host", "message", "no_way_back"})
 """Columns that may repeat a secret; one in ``way_back`` keeps the SQL out, for half of it would do harm."""
 
@@ -294,18 +338,18 @@ def literal(text: str) -> str:
     return f"{tag}{text}{tag}"
 
 
-def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping[str, Any]]) -> None:
+def append(session: Session, version_table: VersionTable, rows: Sequence[Mapping[str, Any]]) -> int:
     """Add rows on migrator's own session, and make the ledger first where it is missing; raises QueryFailed.
 
     A ledger that is made here belongs to the version table's owner, for the migration's connection must be able to
-    write it too, and may have changed its role.
+    write it too, and may have changed its role.  Returns the id of the transaction.
     """
     ledger = beside(version_table, session.value)
     if not exists(ledger, session.value):
         session.query(creation(ledger))
         _give_to_owner_of(session, version_table, ledger)
     with session.as_role(_owner_of(session, ledger, unless_may="INSERT")):
-        session.query(insertion(ledger, rows, unicode=bool(session.value(TAKES_UNICODE))))
+        return int(session.value(insertion(ledger, rows, unicode=bool(session.value(TAKES_UNICODE)))))
 
 
 def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: VersionTable) -> None:
@@ -374,6 +418,26 @@ def read_dead_run(session: Session, version_table: VersionTable | None) -> DeadR
     # A run on an empty database begins no ledger, for its first revision is not to see it: there were no indexes.
     known = rows and (rows[0][1] == BEGUN or not rows[0][2])
     return DeadRun(rows[0][0], frozenset(rows[0][3] or ())) if known else None
+
+
+def read_failed(session: Session, version_table: VersionTable | None) -> Failed | None:
+    """Return what the newest run whose failure was taken back left to remember; None where one ended well since."""
+    if version_table is None:
+        return None
+    ledger = beside(version_table, session.value)
+    try:
+        rows = _read(session, ledger, _FAILED, (version_table.name,))
+    except QueryFailed as error:
+        if error.lost or error.sqlstate not in _UNREADABLE:
+            raise
+        return None
+    if not rows or rows[0][0] is None:
+        return None
+    known, run_id, at, code = rows[0]
+    revision, checksum, digest, image = (
+        str(known.get(name) or "") for name in ("revision", "checksum", "digest", "image")
+    )
+    return Failed(revision, checksum, digest, image, run_id, at, code)
 
 
 def _last_run(row: tuple[Any, ...]) -> LastRun:

@@ -11,6 +11,7 @@ _NO_STATEMENT = re.compile(
 )  # comments, strings, names, and the bodies of functions
 # In the middle of a text only COMMIT: an END there ends a function's body.
 _COMMIT = re.compile(r"^\s*(?:COMMIT|END)\b", re.IGNORECASE)
+_SPEAKS_OF_ONE = re.compile(r"COMMIT|END", re.IGNORECASE)
 _COMMIT_WITHIN = re.compile(r";\s*COMMIT\b", re.IGNORECASE)
 
 
@@ -44,7 +45,9 @@ def watch_commits(connection: Any, committed: Callable[[], None], *, every_state
             committed()
 
     def after(_: Any, __: Any, statement: str, *___: Any) -> None:
-        if every_statement or _COMMIT.search(_NO_STATEMENT.sub(" ", statement)):
+        if every_statement or (
+            _SPEAKS_OF_ONE.search(statement) and _COMMIT.search(_NO_STATEMENT.sub(" ", statement))
+        ):
             committed()
 
     event.listen(connection, "before_cursor_execute", before)

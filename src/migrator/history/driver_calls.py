@@ -14,7 +14,7 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from migrator.silence import keep_alive, shut_down
@@ -49,9 +49,12 @@ class DriverCalls:
         """
         cursor = self._fairy.cursor()
         try:
-            with self._under_way():
+            self.since = time.monotonic()
+            try:
                 cursor.execute(sql)
                 row = cursor.fetchone() if cursor.description else None
+            finally:
+                self._back()
         finally:
             cursor.close()
         return row[0] if row else None
@@ -82,19 +85,17 @@ class DriverCalls:
         def timed(what: Any, *arguments: Any, **options: Any) -> Any:
             if not ours(what):
                 return call(what, *arguments, **options)
-            with self._under_way():
+            self.since = time.monotonic()
+            try:
                 return call(what, *arguments, **options)
+            finally:
+                self._back()
 
         setattr(dialect, name, timed)
 
-    @contextlib.contextmanager
-    def _under_way(self) -> Iterator[None]:
-        self.since = time.monotonic()
-        try:
-            yield
-        finally:
-            with self._leaving:
-                self.since = None
+    def _back(self) -> None:
+        with self._leaving:
+            self.since = None
 
 
 def gone(connection: Any) -> bool:

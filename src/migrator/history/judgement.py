@@ -31,6 +31,7 @@ from migrator.history.harmless import (
     may_be_called,
     own_code,
 )
+from migrator.history.plain import is_straight
 
 _PLAIN: tuple[type[ast.AST], ...] = (
     *(ast.Pass, ast.Expr, ast.If, ast.For, ast.Return, ast.Assert, ast.Raise, ast.Break, ast.Continue),
@@ -88,6 +89,8 @@ class Judge:
             )
         if function not in self._judged:
             self._judged.add(function)
+            if is_straight(function):
+                return
             _Body(self, self.find, function).judge(self._parse(function))
 
     def find(self, name: str) -> Any:

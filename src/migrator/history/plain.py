@@ -1,7 +1,8 @@
-"""Know a revision whose every statement passes SQLAlchemy, where each is seen before it runs.
+"""Know revisions that do nothing unusual by the names and opcodes of their functions, which costs next to nothing.
 
-Such a one can end no transaction unnoticed, so what is to be written by the end of its transaction may wait until
-then.  Names are looked at, not the syntax tree: this is asked of every revision, and "no" costs a statement or two.
+Of every revision it is asked whether each of its statements passes SQLAlchemy, where it is seen before it runs: then
+it can end no transaction unnoticed, and what is to be written by the end of that may wait until then.  And most have
+a ``downgrade()`` of nothing but calls of operations, which need not be judged by its syntax tree.
 """
 
 from __future__ import annotations
@@ -17,6 +18,27 @@ from migrator.history.harmless import BUILTINS, OPERATIONS, is_constant, may_be_
 
 _TO_THE_CONNECTION = frozenset({"get_bind", "get_context", "connection", "cursor", "run_async", "impl"})
 _IMPORTS = frozenset({dis.opmap["IMPORT_NAME"]})
+_HARMLESS = OPERATIONS - _TO_THE_CONNECTION
+_STRAIGHT = frozenset(
+    dis.opmap[name]
+    for name in (
+        *(
+            "RESUME",
+            "CACHE",
+            "NOP",
+            "EXTENDED_ARG",
+            "PUSH_NULL",
+            "PRECALL",
+            "CALL",
+            "KW_NAMES",
+            "CALL_KW",
+            "POP_TOP",
+        ),
+        *("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_CONST", "LOAD_SMALL_INT", "NOT_TAKEN"),
+        *("BUILD_LIST", "BUILD_TUPLE", "LIST_EXTEND", "RETURN_VALUE", "RETURN_CONST"),
+    )
+    if name in dis.opmap  # they differ from version to version
+)
 
 
 def is_plain(function: Any) -> bool:
@@ -25,6 +47,34 @@ def is_plain(function: Any) -> bool:
     It has neither a connection nor a cursor, and calls no code but that of its own file.
     """
     return _is_plain(function, getattr(function, "__globals__", {}), set())
+
+
+def is_straight(function: FunctionType) -> bool:
+    """Whether a function is nothing but calls of Alembic's operations and SQLAlchemy's constructs, one after another.
+
+    True says that :class:`migrator.history.judgement.Judge` admits it; False says nothing.
+    """
+    code, names = function.__code__, function.__globals__
+    if (
+        code.co_argcount
+        or code.co_kwonlyargcount
+        or code.co_freevars
+        or not _STRAIGHT.issuperset(code.co_code[::2])
+    ):
+        return False
+    known = _HARMLESS
+    others = []
+    for name in code.co_names:
+        module = names.get(name)
+        if module is None:
+            others.append(name)
+        elif not isinstance(module, ModuleType):
+            return False
+        elif module.__name__.startswith("sqlalchemy"):
+            known |= _constructs(module)
+        elif module.__name__ != "alembic.op":
+            return False
+    return known.issuperset(others) and not any(name in vars(builtins) for name in others)
 
 
 def _is_plain(function: Any, module: Mapping[str, Any], seen: set[CodeType]) -> bool:
@@ -68,6 +118,16 @@ def _is_known(value: Any) -> bool:
     except TypeError:  # it cannot be hashed
         return False
     return known or may_be_called(value)
+
+
+@functools.cache
+def _constructs(module: ModuleType) -> frozenset[str]:
+    """Return what a module of SQLAlchemy's has to make SQL of."""
+    return frozenset(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and (is_constant(value) or may_be_called(value))
+    )
 
 
 @functools.cache
