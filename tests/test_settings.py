@@ -179,7 +179,7 @@ def test_every_problem_is_in_one_message(tmp_path: Path) -> None:
         "MIGRATOR_LOG_FORMAT": "xml",
         "MIGRATOR_BACKUP_URL": f"s3://key:{quote(PLANTED, safe='')}@bucket",
         "MIGRATOR_VERSION_TABLE": "a b",
-        "MIGRATOR_ON_FAILURE": "restore",
+        "MIGRATOR_ON_FAILURE": "retry",
         "MIGRATOR_DATABASE_URL": f"mysql://u:{PLANTED}@h/db",
     }
     assert problems(environment, folder, {"connect_timeout": "1 fortnight"}) == (
@@ -193,7 +193,7 @@ def test_every_problem_is_in_one_message(tmp_path: Path) -> None:
         "MIGRATOR_RUN_LOCK_TIMEOUT: '-5s' is not a duration such as 90, 90s or 5m",
         "pyproject.toml [tool.migrator] backup: 'maybe' is not one of auto, always, off",
         "MIGRATOR_BACKUP_URL: an address is not a folder such as file:///backups or a bucket such as s3://bucket/prefix",
-        "MIGRATOR_ON_FAILURE: 'restore' is not available in this version; only 'stop' is",
+        "MIGRATOR_ON_FAILURE: 'retry' is not one of stop, downgrade, restore",
         "MIGRATOR_VERSION_TABLE: 'a b' is not a table name such as alembic_version or app.alembic_version",
         "MIGRATOR_LOG_FORMAT: 'xml' is not one of auto, json, text",
         "MIGRATOR_DATABASE_URL is not a database address: its scheme is not postgresql://",

@@ -41,13 +41,15 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
     if table is None or not this.settings.ledger or not found.plan.revisions:
         return
     try:
-        bookkeeping.begin(
-            session,
-            table,
-            this.record.author(this.settings.actor),
-            command=f"{this.request.kind} {this.request.destination}",
-            plan=found.plan,
-            indexes=[str(index) for index in built(session, found.plan)],
+        this.record.transactions.add(
+            bookkeeping.begin(
+                session,
+                table,
+                this.record.author(this.settings.actor),
+                command=f"{this.request.kind} {this.request.destination}",
+                plan=found.plan,
+                indexes=[str(index) for index in built(session, found.plan)],
+            )
         )
     except QueryFailed as error:
         if error.lost:
@@ -57,14 +59,15 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
 
 def _close(this: Run, session: Session, history: History, outcome: Outcome) -> None:
     table = this.record.version_table
-    if table is None or not this.settings.ledger:
-        return
+    if table is None or not this.settings.ledger or this.record.restored:
+        return  # the row of a run that restored came with what was restored
     author = this.record.author(this.settings.actor)
     # Edits that were let pass are told of each time: without a digest, no run with nothing to do takes it for settled.
     edited = any(finding.rule.startswith(EDITED) for finding in outcome.findings)
     try:
         with alive(this, session) as living:
-            bookkeeping.close(living, table, author, outcome, "" if edited else history.digest)
+            digest = "" if edited else history.digest
+            bookkeeping.close(living, table, author, outcome, digest, this.record.failed_for)
     except (ConnectFailed, QueryFailed) as error:
         log.warning("the ledger does not say how this run ended: %s", error.text)
 

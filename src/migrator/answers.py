@@ -10,7 +10,7 @@ from migrator import report, settings
 from migrator.outcome import ExitCode, Outcome
 
 if TYPE_CHECKING:
-    from migrator.backups.restore import Restored
+    from migrator.backups.restored import Restored
     from migrator.books import Repair
     from migrator.history import History, Revision
     from migrator.history.freeze import Frozen

@@ -51,11 +51,19 @@ class Connection(Protocol):
 class Bookkeeper:
     """Writes rows of one run; made once, and told of each connection and version table that ``env.py`` comes with.
 
-    ``enabled`` is MIGRATOR_LEDGER; without, every method does nothing.
+    ``enabled`` is MIGRATOR_LEDGER; without, every method does nothing.  ``after`` is the number of the last row that
+    this run has written already.
     """
 
     def __init__(
-        self, author: Author, history: History, *, command: str, backup_id: str, enabled: bool
+        self,
+        author: Author,
+        history: History,
+        *,
+        command: str,
+        backup_id: str,
+        enabled: bool,
+        after: int = 0,
     ) -> None:
         self._author = author
         self._history = history
@@ -71,7 +79,7 @@ class Bookkeeper:
         self._sure = False  # that the ledger is there
         self._standing: set[str] = set()
         self._rows: frozenset[str] = frozenset()
-        self._number = 0  # 0 is the row of the run itself
+        self.number = after  # 0 is the row of the run itself
         self._waiting: list[
             tuple[float, dict[str, Any]]
         ] = []  # rows, and when they came about (time.monotonic())
@@ -203,10 +211,10 @@ class Bookkeeper:
         }
 
     def _row(self, event: str, revision: str, **values: Any) -> dict[str, Any]:
-        self._number += 1
+        self.number += 1
         return self._author.row(
             event,
-            self._number,
+            self.number,
             self._table,
             command=self._command,
             **about(self._history, revision, sums=event not in (ledger.GONE, ledger.UNSTAMPED)),
@@ -330,14 +338,14 @@ def begin(
     command: str,
     plan: Plan,
     indexes: Collection[str],
-) -> None:
+) -> int:
     """Note that a run is about to apply, where there is a ledger; raises QueryFailed.
 
     ``indexes`` are those that it is to build and that are there.  Should the run be killed, the next one knows by this
-    which it has built.
+    which it has built.  Returns the id of the transaction, 0 where nothing was written.
     """
     if not ledger.exists(ledger.beside(table, session.value), session.value):
-        return
+        return 0
     row = author.row(
         ledger.BEGUN,
         -1,
@@ -347,12 +355,20 @@ def begin(
         rows_before=sorted(plan.before),
         details={"pending": [item.revision for item in plan.revisions], "indexes": sorted(indexes)},
     )
-    ledger.append(session, table, [row])
+    return ledger.append(session, table, [row])
 
 
-def close(session: Session, table: VersionTable, author: Author, outcome: Outcome, digest: str) -> None:
+def close(
+    session: Session,
+    table: VersionTable,
+    author: Author,
+    outcome: Outcome,
+    digest: str,
+    failed: Mapping[str, str] | None = None,
+) -> None:
     """Add the row of the run itself, with how it ended; raises QueryFailed.
 
+    ``failed`` is what the next run needs to know of a failure that was taken back (see failure.py).
     Where the version table is not there, nothing was ever applied, and no ledger is begun for a failure.
     """
     if not ledger.exists(table, session.value):
@@ -373,6 +389,7 @@ def close(session: Session, table: VersionTable, author: Author, outcome: Outcom
         details={
             "stages": {stage.stage: round(stage.seconds, 3) for stage in outcome.stages},
             "findings": [str(finding) for finding in outcome.findings],
+            **({"failed": dict(failed)} if failed else {}),
         },
     )
     ledger.append(session, table, [row])

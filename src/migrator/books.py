@@ -19,7 +19,7 @@ from migrator.settings import Settings
 from migrator.versions import VersionTable, read_version
 
 if TYPE_CHECKING:
-    from migrator.backups.restore import Restored
+    from migrator.backups.restored import Restored
 
 log = logging.getLogger("migrator.ledger")
 

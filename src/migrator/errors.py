@@ -20,6 +20,7 @@
      ├─ RolledBack           39  ROLLED_BACK
      ├─ Partial              40  PARTIAL
      ├─ VerifyFailed         41  VERIFY_FAILED
+     ├─ WasRestored          42  RESTORED
      ├─ RestoreFailed        43  RESTORE_FAILED
      │   └─ DamagedBackup    43
      └─ Internal             70  INTERNAL
@@ -170,6 +171,12 @@ class VerifyFailed(MigratorError):
     """The database is at the target revision, but a check failed."""
 
     code = ExitCode.VERIFY_FAILED
+
+
+class WasRestored(MigratorError):
+    """Apply or verify failed, and the database was restored from the backup."""
+
+    code = ExitCode.RESTORED
 
 
 class RestoreFailed(MigratorError):

@@ -73,6 +73,10 @@ class Interruption:
         """Raise nothing from now on: what remains is to find out what was done, and to say it."""
         self._shielded = True
 
+    def expose(self) -> None:
+        """Raise again: what comes now may be interrupted."""
+        self._shielded = False
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
         if not self._shielded and not self._raised:

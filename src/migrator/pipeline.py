@@ -19,7 +19,8 @@ from migrator.backups.manifest import summary
 from migrator.bookkeeping import Bookkeeper
 from migrator.edited import judge
 from migrator.errors import BackupFailed, Internal
-from migrator.history import History
+from migrator.failure import refuse_again, taking_back
+from migrator.history import History, Plan
 from migrator.interruption import Interrupt
 from migrator.ledger import read_dead_run
 from migrator.outcome import Finding, Outcome
@@ -82,7 +83,12 @@ def _stages(this: Run) -> None:
             with record.stage("lock") as details:
                 # Another run may have done the work while this one waited.
                 held = stack.enter_context(
-                    lock(session, settings, look=lambda: _work_done(this, session, history))
+                    lock(
+                        session,
+                        settings,
+                        look=lambda: _work_done(this, session, history),
+                        session_ends=lambda: record.restored,
+                    )
                 )
                 details.update(waited=round(held.waited, 3))
             found = _inspect(this, session, history, settled=True, seen=held.seen)
@@ -90,6 +96,7 @@ def _stages(this: Run) -> None:
             verify_run(this, session, found.version_table, expectations, history)
             settle_up(this, session, history, found)
             return
+        refuse_again(this, session, history, found)
         stack.enter_context(on_the_books(this, session, history))
         with record.stage("guard"):
             record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
@@ -97,8 +104,9 @@ def _stages(this: Run) -> None:
         _clear_leftovers(this, session, found, expectations)
         begin(this, session, found)
         not_valid = catalog.not_valid_constraints(session)
-        table = _apply(this, session, history, found)
-        verify_patiently(this, session, table, expectations, history, not_valid)
+        with taking_back(this, history, lambda plan: _apply(this, session, history, found, plan)):
+            table = _apply(this, session, history, found, found.plan)
+            verify_patiently(this, session, table, expectations, history, not_valid)
 
 
 def _wait(this: Run) -> Session:
@@ -195,19 +203,22 @@ def _clear_leftovers(
         clear_after_death(session, found.plan, read_dead_run(session, found.version_table))
 
 
-def _apply(this: Run, session: Session, history: History, found: Inspection) -> VersionTable | None:
-    """Run the plan; returns the version table that ``env.py`` really uses."""
-    record = this.record
-    if found.plan.empty:
+def _apply(
+    this: Run, session: Session, history: History, found: Inspection, plan: Plan
+) -> VersionTable | None:
+    """Run a plan: what was found, or the way back from it; returns the version table that ``env.py`` really uses."""
+    record, before = this.record, this.record.revisions
+    if plan.empty:
         record.skip("apply", "nothing is pending")
         return found.version_table
-    if found.plan.kept:
+    if plan.kept:
         return _revert(this, session, found)
+    back = plan is not found.plan
     application = Application(
         session,
         history,
         this.settings,
-        found.plan,
+        plan,
         logs=this.logs,
         interruption=this.interruption,
         apply_lock=(LOCK_CLASS, APPLY_LOCK),
@@ -215,9 +226,10 @@ def _apply(this: Run, session: Session, history: History, found: Inspection) -> 
         books=Bookkeeper(
             record.author(this.settings.actor),
             history,
-            command=f"{this.request.kind} {this.request.destination}",
+            command=f"{plan.kind if back else this.request.kind} {plan.destination}",
             backup_id=record.backup_id,
             enabled=this.settings.ledger,
+            after=record.rows_booked,
         ),
     )
 
@@ -225,14 +237,19 @@ def _apply(this: Run, session: Session, history: History, found: Inspection) -> 
         return rows_now(this, session, application.version_table)
 
     try:
-        with record.stage("apply"):
+        with record.stage("downgrade" if back else "apply"):
             apply(application, backup_id=record.backup_id, read_rows=rows)
     finally:
         if application.version_table is not None:
             record.version_table = application.version_table
             now = rows()
-            record.revisions = application.committed(now)
+            record.revisions = (*before, *application.committed(now))
             record.after = None if now is None else tuple(sorted(now))
+        record.transactions |= application.steps.transactions
+        record.rows_booked = application.books.number
+        if not back:
+            record.failed_in = application.steps.running
+            record.committed_parts = tuple(application.steps.committed_parts)
     return application.version_table
 
 

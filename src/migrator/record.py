@@ -46,6 +46,14 @@ class Record:
         self.revisions: tuple[RevisionResult, ...] = ()
         self.backup: Mapping[str, Any] | None = None
         self.findings: tuple[Finding, ...] = ()
+        self.transactions: set[int] = set()
+        """The ids of the transactions that this run is known to have written in since its backup."""
+        self.rows_booked = 0
+        self.failed_in = ""
+        self.committed_parts: tuple[str, ...] = ()
+        self.failed_for: Mapping[str, str] | None = None
+        """What the next run needs to know of a failure that was taken back; see failure.py."""
+        self.restored = False
 
     @property
     def application_name(self) -> str:

@@ -19,7 +19,7 @@ from migrator.settings import Settings, load
 # What a method needs beyond this is imported in it: a run with nothing to do pays for nothing else.
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
-    from migrator.backups.restore import Restored
+    from migrator.backups.restored import Restored
     from migrator.books import Repair
     from migrator.edited import Edit
     from migrator.history import History, Revision
@@ -274,7 +274,9 @@ class MigrationService:
         from migrator.backups import store
         from migrator.backups.manifest import summary
 
-        return [summary(backup) for backup in store.open_store(self.settings.backup_url).backups()]
+        return [
+            summary(backup) for backup in store.open_store(self.settings.backup_url, self.settings).backups()
+        ]
 
     def restore(self, backup_id: str, *, to: str = "", replace: bool = False) -> Restored:
         """Restore a backup: into a new database ``to``, or (``replace``) in the place of the target."""
@@ -298,7 +300,7 @@ class MigrationService:
                 log.info("%s is not there: it will be made from the backup", self.settings.target)
             else:
                 if replace and not to:
-                    stack.enter_context(lock(session, self.settings, session_ends=True))
+                    stack.enter_context(lock(session, self.settings, session_ends=lambda: True))
             restored = restore(
                 self.settings.required_target,
                 self.settings,

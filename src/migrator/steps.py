@@ -47,6 +47,8 @@ class Steps:
         self.failure: BaseException | None = None
         self.committed_parts: list[str] = []
         self.anything_committed = False
+        self.transactions: set[int] = set()
+        """The ids of the transactions that it is known to have written in."""
         self._connection: MigrationConnection | None = None
         self._observation: Observation | None = None
         self._plain = False  # the running revision ends no transaction unseen
@@ -106,6 +108,7 @@ class Steps:
         self._transaction = self._next_transaction
         if self._connection is not None and not self._transaction:
             self._transaction = self._connection.transaction()
+        self.transactions |= {self._transaction} - {0}
         if self._observation is not None:
             self._observation.begins(self._transaction)
         # Only now: in autocommit, our own questions would count as a part of it that was committed.
@@ -127,7 +130,9 @@ class Steps:
         """
         if self._observation is not None:
             self._observation.settle()
-        return self._books.flush()
+        number = self._books.flush()
+        self.transactions |= {number} - {0}
+        return number
 
     def committed(self) -> None:
         """Note that something became permanent: of the running revision, what it had done until then."""

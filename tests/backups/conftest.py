@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from migrator.backups.manifest import Backup
-from migrator.backups.restore import Restored, restore
+from migrator.backups.store import new_id
+from migrator.backups.restore import restore
+from migrator.backups.restored import Restored
 from migrator.postgres import connect, quote_identifier
 from migrator.settings import Settings, load
 from migrator.stages.backup import back_up
-from tests.support import leaks
+from tests.support import buckets, leaks
+from tests.support.buckets import Bucket
 from tests.support.servers import Database
 
 APPLICATION = "migrator/test-host 20260101-run"
@@ -80,3 +83,16 @@ def workbench(tmp_path: Path) -> Iterator[Callable[..., Workbench]]:
             bench.database.server.psql(f"DROP DATABASE {quote_identifier(name)} WITH (FORCE)")
         found = leaks.find_in_files([bench.folder]) if bench.folder.is_dir() else []
         assert not found, found
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """Run a server that speaks S3; returns its address."""
+    with buckets.server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(moto: str) -> Bucket:
+    """Make a bucket for a test."""
+    return Bucket(moto, new_id("bucket").lower().replace("_", "-"))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from migrator.backups.manifest import Properties
 from migrator.postgres import ConnectFailed, QueryFailed, Refusal, Session, connect, quote_identifier
@@ -222,14 +223,10 @@ class Left:
         return f"session {self.pid} of {self.user} ({self.application_name or 'unnamed'}): {self.reason}"
 
 
-def terminate(session: Session, database: str) -> list[Left]:
-    """End the sessions in a database; return those that this role may not end."""
+def terminate(session: Session, database: str, *, spare: int = 0) -> list[Left]:
+    """End the sessions in a database, but that of the process ``spare``; return those that this role may not end."""
     left = []
-    for pid, user, name in session.query(
-        "SELECT pid, coalesce(usename::text, backend_type), coalesce(application_name, '')"
-        " FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()",
-        [database],
-    ):
+    for pid, user, name in others_in(session, database, spare=spare):
         try:
             session.query("SELECT pg_terminate_backend(%s)", [pid])
         except QueryFailed as error:
@@ -239,30 +236,50 @@ def terminate(session: Session, database: str) -> list[Left]:
     return left
 
 
-def swap(session: Session, helper: Session, current: str, replacement: str, kept: str) -> None:
+def others_in(session: Session, database: str, *, spare: int = 0) -> list[tuple[int, str, str]]:
+    """Return process id, user and application name of the sessions in a database, ours and ``spare`` aside."""
+    rows = session.query(
+        "SELECT pid, coalesce(usename::text, backend_type), coalesce(application_name, '')"
+        " FROM pg_stat_activity WHERE datname = %s AND pid NOT IN (pg_backend_pid(), %s)",
+        [database, spare],
+    )
+    return [(pid, user, name) for pid, user, name in rows]
+
+
+def swap(
+    session: Session,
+    helper: Session,
+    current: str,
+    replacement: str,
+    kept: str,
+    *,
+    last: Session | None = None,
+) -> None:
     """Rename ``current`` to ``kept`` and ``replacement`` to ``current``, in one transaction.
 
     Nothing is set that could outlive us: the first rename locks the database against new connections and
     waits up to 5 s for those in it to go (CountOtherDBBackends in PostgreSQL's procarray.c), while ``helper``
-    ends them.  Whoever connects meanwhile waits for the lock, is told that the database was just renamed, and finds
-    the new one on trying again.  Raises :class:`SwapFailed`, and nothing was renamed then.
+    ends them; the session ``last``, which holds locks in it, when the others are gone.  Whoever connects meanwhile
+    waits for the lock, is told that the database was just renamed, and finds the new one on trying again.
+    Raises :class:`SwapFailed`, and nothing was renamed then.
     """
     deadline = time.monotonic() + SWAP_PATIENCE
     while True:
-        failure, left = _try_swap(session, helper, [(current, kept), (replacement, current)])
+        failure, left = _try_swap(session, helper, [(current, kept), (replacement, current)], last)
         if failure is None:
             return
         if failure.lost:
             if exists(helper, kept) and not exists(helper, replacement):
                 return  # it was committed, only the answer got lost
             raise SwapFailed(f"the connection was lost: {failure.text}")
-        if failure.sqlstate not in (_OBJECT_IN_USE, _LOCK_NOT_AVAILABLE) or time.monotonic() > deadline:
+        again = failure.sqlstate in (_OBJECT_IN_USE, _LOCK_NOT_AVAILABLE) and not (last and last.closed)
+        if not again or time.monotonic() > deadline:
             who = "; ".join(str(item) for item in left)
             raise SwapFailed(failure.text + (f" ({who})" if who else ""))
 
 
 def _try_swap(
-    session: Session, helper: Session, renames: Sequence[tuple[str, str]]
+    session: Session, helper: Session, renames: Sequence[tuple[str, str]], last: Session | None
 ) -> tuple[QueryFailed | None, list[Left]]:
     failures: list[QueryFailed] = []
 
@@ -280,10 +297,46 @@ def _try_swap(
     renaming = threading.Thread(target=rename, name="swap")
     renaming.start()
     left: list[Left] = []
+    current, spare = renames[0][0], last.pid if last else 0
     try:
         while renaming.is_alive():
-            left = terminate(helper, renames[0][0])
+            left = terminate(helper, current, spare=spare)
+            if last and not others_in(helper, current, spare=spare) and _locked(helper, session, current):
+                last.close()
             renaming.join(0.05)
     finally:
         renaming.join()
     return (failures[0] if failures else None), left
+
+
+def _locked(helper: Session, session: Session, database: str) -> bool:
+    """Whether the renaming session has locked the database, so that nobody can connect to it any more."""
+    return bool(
+        helper.value(
+            "SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON l.objid = d.oid WHERE l.pid = %s"
+            " AND l.locktype = 'object' AND l.classid = 'pg_database'::regclass AND l.granted"
+            " AND l.mode = 'AccessExclusiveLock' AND d.datname = %s)",
+            [session.pid, database],
+        )
+    )
+
+
+_KEPT_NAME = re.compile(r"(?s).*_before_(\d{8}T\d{6}Z)-[0-9a-f]{6}")
+
+
+def expired(session: Session, database: str, keep: float) -> list[str]:
+    """Return the databases that restores of this one have set aside longer than ``keep`` seconds ago.
+
+    They are known by their name, which ends in the id of the run.
+    """
+    found = []
+    for (name,) in session.query(
+        "SELECT datname::text FROM pg_database WHERE datname LIKE '%%\\_before\\_%%'"
+    ):
+        match = _KEPT_NAME.fullmatch(name)
+        if match is None or name != shorten(database, name[match.start(1) - len("_before_") :]):
+            continue
+        moment = datetime.strptime(match[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        if (datetime.now(UTC) - moment).total_seconds() > keep:
+            found.append(name)
+    return found

@@ -10,17 +10,20 @@ Decisions:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from migrator.backups import archive, clients, databases, snapshot
+from migrator.backups import archive, clients, databases, losses, snapshot
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.snapshot import LockedOut
+from migrator.backups.restored import Compared, Restored, failed, failing
 from migrator.backups.store import open_store
-from migrator.errors import LockBusy, MigratorError, RestoreFailed, SettingsError
+from migrator.errors import LockBusy, SettingsError
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
 from migrator.process import uninterrupted
 from migrator.settings import Settings
@@ -28,45 +31,20 @@ from migrator.target import Target
 
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_PATIENCE = 10.0
-_Compared = tuple[int, int, int]  # tables, those of them that were counted, their rows
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What a restore did.
+class Wishes:
+    """How a restore in place of the database shall go, beyond the usual.
 
-    ``database`` holds the backup now; ``kept`` is the name that the database which was there before has now
-    (empty where nothing was replaced).  Of its ``tables``, ``counted`` have as many rows as the manifest says,
-    ``rows`` in all; the others were too big to be counted.  ``notes`` name what did not come back as it was.
+    ``drop_old``: drop the database that was replaced, once the new one is seen under its name.
+    ``own``: where given, the restore is refused if it would lose what others than these transactions have written
+    since the backup (see losses.py).  ``before_swap`` is called with a session in what is about to take the name.
     """
 
-    backup: Backup
-    database: str
-    kept: str
-    tables: int
-    counted: int
-    rows: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-    beside: bool = False
-
-    @property
-    def message(self) -> str:
-        """Say in one sentence what was done."""
-        text = f"Restored {self.backup.id} into database {self.database} in {self.seconds:.1f} s: "
-        text += f"{self.tables} tables, and the {self.counted} that were counted have the backup's {self.rows} rows."
-        if self.kept:
-            text += f" The database as it was before is now {self.kept}."
-        return " ".join((text, *self.notes))
-
-    @property
-    def next_step(self) -> str:
-        """Return how to get rid of what is left over."""
-        if self.kept:
-            return f"when you no longer need it: DROP DATABASE {quote_identifier(self.kept)};"
-        if self.beside:
-            return f"when you no longer need it: DROP DATABASE {quote_identifier(self.database)};"
-        return "`migrator status` shows where it is"
+    drop_old: bool = False
+    own: Callable[[], frozenset[int]] | None = None
+    before_swap: Callable[[Session], None] | None = None
 
 
 def restore(
@@ -78,11 +56,13 @@ def restore(
     run_id: str,
     application_name: str,
     replace: bool,
+    wishes: Wishes | None = None,
 ) -> Restored:
     """Restore a backup beside the database (``to`` a new name), or in its place (``replace``).
 
     In its place: every session in the database is ended at the moment of the swap, our own included.
-    Raises :class:`RestoreFailed`, and the database is under its own name and as it was then.
+    Raises :class:`RestoreFailed`, and the database is under its own name and as it was then, or
+    :class:`losses.WouldLose`, and nothing was done.
     """
     if to is None and not replace:
         raise SettingsError(
@@ -91,32 +71,21 @@ def restore(
         )
     started = time.monotonic()
     database = session_target.database
-    backup = open_store(settings.backup_url).get(backup_id, database)
+    store = open_store(settings.backup_url, settings)
+    backup = store.get(backup_id, database)
     if to is None and backup.database != database:
-        raise _failed(
+        raise failed(
             backup,
             f"Backup {backup.id} is of database {backup.database}, not of {database}.",
             f"migrator restore {backup.id} --to NAME puts it beside",
         )
     if backup.target != str(session_target):
         LOGGER.warning("%s was taken from %s, and this is %s", backup.id, backup.target, session_target)
-    with _failing(backup):
-        work = _Restore(session_target, settings, backup, run_id, application_name)
+    with failing(backup), archive.opened(store, backup, settings) as path:
+        work = _Restore(session_target, settings, backup, path, run_id, application_name, wishes or Wishes())
         with work.sessions():
-            name, kept, (tables, counted, rows), notes = (
-                work.beside(to) if to is not None else work.in_place()
-            )
-    restored = Restored(
-        backup=backup,
-        database=name,
-        kept=kept,
-        tables=tables,
-        counted=counted,
-        rows=rows,
-        seconds=round(time.monotonic() - started, 3),
-        notes=tuple(notes),
-        beside=to is not None,
-    )
+            done = work.beside(to) if to is not None else work.in_place()
+    restored = dataclasses.replace(done, seconds=round(time.monotonic() - started, 3))
     LOGGER.info("%s", restored.message)
     return restored
 
@@ -125,23 +94,30 @@ class _Restore:
     """One restore, with its sessions in the maintenance database."""
 
     def __init__(
-        self, target: Target, settings: Settings, backup: Backup, run_id: str, application_name: str
+        self,
+        target: Target,
+        settings: Settings,
+        backup: Backup,
+        path: Path,
+        run_id: str,
+        application_name: str,
+        wishes: Wishes,
     ) -> None:
         self._target = target
         self._settings = settings
         self._backup = backup
+        self._path = path
         self._run_id = run_id
         self._application_name = application_name
+        self._wishes = wishes
         self._session: Session
 
     @contextlib.contextmanager
     def sessions(self) -> Iterator[None]:
-        """Check the archive, then hold a session that keeps other restores of the same database out."""
-        _check_file(self._backup)
+        """Hold a session that keeps other restores of the same database out; clear what killed ones have left."""
         with self._connect() as session:
             self._session = session
             self._keep_others_out()
-            self._check_role()
             for name in databases.marked(session, self._target.database):
                 LOGGER.info("dropping %s, which an interrupted restore left", name)
                 databases.drop(session, name)
@@ -159,36 +135,120 @@ class _Restore:
                 )
             time.sleep(0.1)
 
-    def beside(self, name: str) -> tuple[str, str, _Compared, list[str]]:
+    def beside(self, name: str) -> Restored:
         """Restore into a new database that stays."""
         if not 0 < len(name.encode()) <= databases.NAME_BYTES:
-            raise _failed(self._backup, f"{name!r} is no name for a database: it has 1 to 63 bytes.", "")
+            raise failed(self._backup, f"{name!r} is no name for a database: it has 1 to 63 bytes.", "")
+        self._refuse_without_createdb()
         with self._scratch(name) as compared:
             notes = self._finish(name)
-        return name, "", compared, notes
+        return self._restored(name, compared, notes, beside=True)
 
-    def in_place(self) -> tuple[str, str, _Compared, list[str]]:
-        """Restore into a scratch database, then give it the database's name."""
+    def in_place(self) -> Restored:
+        """Put the backup in the database's place: by a swap, or from within where the role may create no database."""
         database = self._target.database
+        replaced = databases.exists(self._session, database)
+        if self._settings.keep_old is not None:
+            self._drop_expired(self._settings.keep_old)
+        if not self._may_create() and replaced:
+            compared, safety, notes = self._from_within()
+            return self._restored(database, compared, notes, safety=safety)
+        self._refuse_without_createdb()
         scratch = databases.shorten(database, f"_restore_{self._run_id}")
         kept = databases.shorten(database, f"_before_{self._run_id}")
-        replaced = databases.exists(self._session, database)
         if replaced and databases.exists(self._session, kept):
-            raise _failed(self._backup, f"There is a database {kept} already.", "rename or drop it")
-        with self._scratch(scratch) as compared:
+            raise failed(self._backup, f"There is a database {kept} already.", "rename or drop it")
+        with self._nobody_writes(replaced) as holder, self._scratch(scratch) as compared:
             notes = self._finish(scratch)
+            if self._wishes.before_swap is not None:
+                with self._inside(scratch) as session:
+                    self._wishes.before_swap(session)
             with self._connect() as helper, uninterrupted(forget=True):
                 if replaced:
-                    databases.swap(self._session, helper, database, scratch, kept)
+                    databases.swap(self._session, helper, database, scratch, kept, last=holder)
                 else:
                     databases.rename(self._session, scratch, database)
-        return database, kept if replaced else "", compared, notes
+        dropped = replaced and self._wishes.drop_old and self._drop_old(kept, compared)
+        return self._restored(
+            database,
+            compared,
+            notes,
+            kept=kept if replaced and not dropped else "",
+            dropped=kept if dropped else "",
+        )
+
+    def _restored(self, database: str, compared: Compared, notes: list[str], **more: Any) -> Restored:
+        return Restored(
+            backup=self._backup,
+            database=database,
+            tables=compared.tables,
+            counted=compared.counted,
+            rows=compared.rows,
+            seconds=0.0,
+            notes=tuple(notes),
+            **{"kept": "", **more},
+        )
+
+    def _from_within(self) -> tuple[Compared, str, list[str]]:
+        from migrator.backups import in_place
+
+        LOGGER.info(
+            "role %s may not create databases: %s is restored from within, in one transaction",
+            self._session.facts.user,
+            self._target.database,
+        )
+        job = in_place.Job(
+            self._target, self._settings, self._backup, self._path, self._run_id, self._application_name
+        )
+        compared, safety, notes = in_place.replace(job, self._wishes.own)
+        if self._wishes.before_swap is not None:
+            with self._inside(self._target.database) as session:
+                self._wishes.before_swap(session)
+        return compared, safety, notes
 
     @contextlib.contextmanager
-    def _scratch(self, name: str) -> Iterator[_Compared]:
+    def _nobody_writes(self, replaced: bool) -> Iterator[Session | None]:
+        if self._wishes.own is None or not replaced:
+            yield None
+            return
+        holder = losses.nobody_writes(
+            self._target,
+            self._application_name,
+            self._settings.connect_timeout,
+            self._backup,
+            self._wishes.own,
+        )
+        with holder as session:
+            yield session
+
+    def _drop_old(self, kept: str, compared: Compared) -> bool:
+        """Drop what was replaced, once the new database answers under its name; returns whether it was."""
+        with self._inside(self._target.database) as session:
+            found = [item for item in snapshot.relations(session) if item.kind != "S"]
+        if len(found) != compared.tables:
+            LOGGER.error("%s is kept: the new database does not show its tables", kept)
+            return False
+        databases.drop(self._session, kept)
+        return True
+
+    def _drop_expired(self, keep: float) -> None:
+        for name in databases.expired(self._session, self._target.database, keep):
+            LOGGER.info("dropping %s, which a restore has replaced, after MIGRATOR_KEEP_OLD", name)
+            try:
+                databases.drop(self._session, name)
+            except QueryFailed as error:
+                LOGGER.warning("%s could not be dropped: %s", name, error.text)
+
+    def _inside(self, name: str) -> Session:
+        return connect(
+            self._target.with_database(name), self._application_name, self._settings.connect_timeout
+        )
+
+    @contextlib.contextmanager
+    def _scratch(self, name: str) -> Iterator[Compared]:
         """Make a database, restore into it, and compare it; dropped where anything fails from there on."""
         if databases.exists(self._session, name):
-            raise _failed(
+            raise failed(
                 self._backup, f"There is a database {name} already.", "choose another name, or drop it"
             )
         created = False
@@ -230,25 +290,25 @@ class _Restore:
             not_in=self._target.database,
         )
 
-    def _check_role(self) -> None:
+    def _may_create(self) -> bool:
+        return bool(
+            self._session.value("SELECT rolsuper OR rolcreatedb FROM pg_roles WHERE rolname = current_user")
+        )
+
+    def _refuse_without_createdb(self) -> None:
         """Refuse what would fail later: no right to create databases, an owner that does not exist."""
         backup, session = self._backup, self._session
-        may_create, owner_there = session.query(
-            "SELECT rolsuper OR rolcreatedb, EXISTS (SELECT FROM pg_roles WHERE rolname = %s)"
-            " FROM pg_roles WHERE rolname = current_user",
-            [backup.properties.owner],
-        )[0]
         user = quote_identifier(session.facts.user)
-        if not may_create:
-            raise _failed(
+        if not self._may_create():
+            raise failed(
                 backup,
                 f"Role {session.facts.user} may not create databases, and a backup is restored into one of its own.",
                 f"as a superuser: ALTER ROLE {user} CREATEDB; or restore by hand into the database as it is: "
                 + archive.by_hand(backup, self._target.database),
             )
-        if not owner_there:
+        if not session.value("SELECT count(*) FROM pg_roles WHERE rolname = %s", [backup.properties.owner]):
             owner = quote_identifier(backup.properties.owner)
-            raise _failed(
+            raise failed(
                 backup,
                 f"The backup's database belongs to role {backup.properties.owner}, which this server does not have.",
                 f"CREATE ROLE {owner};",
@@ -263,10 +323,11 @@ class _Restore:
         try:
             archive.restore_into(
                 client,
-                Path(backup.place),
+                self._path,
                 clients.connection_argument(self._target, name),
                 clients.environment(self._target, self._application_name, connect_timeout),
                 server.major,
+                jobs=jobs(self._settings),
             )
         except archive.RestoreStopped as stopped:
             next_step = "put right what pg_restore names, and restore again"
@@ -277,9 +338,9 @@ class _Restore:
                     + archive.by_hand(backup, "NEW_DATABASE", "--no-owner", "--no-privileges")
                 )
             message = f"pg_restore of {backup.id} failed: {stopped.said}"
-            raise _failed(backup, message, next_step) from stopped
+            raise failed(backup, message, next_step) from stopped
 
-    def _compare(self, name: str) -> _Compared:
+    def _compare(self, name: str) -> Compared:
         """Compare tables and row counts with the manifest, and give the planner its statistics."""
         target = self._target.with_database(name)
         counted = {
@@ -305,12 +366,12 @@ class _Restore:
                 if relation.kind == "r":
                     session.query(f"ANALYZE {relation.qualified}")
         if wrong:
-            raise _failed(
+            raise failed(
                 self._backup,
                 f"What came back of {self._backup.id} is not what was backed up: {'; '.join(wrong[:5])}.",
                 "keep the backup, and report this with the backup's manifest",
             )
-        return len(found), len(counted), rows
+        return Compared(len(found), len(counted), rows)
 
     def _finish(self, name: str) -> list[str]:
         """Copy what belongs to the database as a whole; return what could not be.
@@ -331,39 +392,6 @@ class _Restore:
         return notes
 
 
-def _check_file(backup: Backup) -> None:
-    """Refuse a file that is not, byte for byte, what was written."""
-    difference = archive.difference(backup)
-    if difference:
-        raise _failed(
-            backup,
-            f"The dump {backup.place} is not what was written: {difference}.",
-            "take another backup: see `migrator backups`",
-        )
-
-
-def _failed(backup: Backup, message: str, next_step: str) -> RestoreFailed:
-    state = f"The database was not changed; the backup is {backup.place}."
-    return RestoreFailed(message, next_step=next_step, state=state)
-
-
-@contextlib.contextmanager
-def _failing(backup: Backup) -> Iterator[None]:
-    """Turn what the disk, the server and the programs can raise into :class:`RestoreFailed`."""
-    what = f"The restore of {backup.id} failed"
-    try:
-        yield
-    except MigratorError:
-        raise
-    except databases.SwapFailed as error:
-        raise _failed(
-            backup,
-            f"{what}: the databases could not be swapped: {error}",
-            "end the sessions that it names, and restore again",
-        ) from error
-    except LockedOut as error:
-        raise _failed(backup, f"{what}: {error.table} is locked.", "restore again") from error
-    except (QueryFailed, ConnectFailed) as error:
-        raise _failed(backup, f"{what}: {error.text}.", "put it right and restore again") from error
-    except OSError as error:
-        raise _failed(backup, f"{what}: {error}.", "put it right and restore again") from error
+def jobs(settings: Settings) -> int:
+    """Return how many workers pg_restore gets: MIGRATOR_RESTORE_JOBS, or one a core and eight at most."""
+    return settings.restore_jobs or min(8, len(os.sched_getaffinity(0)))

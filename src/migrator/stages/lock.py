@@ -80,14 +80,14 @@ def lock(
     settings: Settings,
     *,
     look: Callable[[], Seen | None] | None = None,
-    session_ends: bool = False,
+    session_ends: Callable[[], bool] = lambda: False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Held[Seen]]:
     """Hold the run lock within the block.
 
     ``look`` is asked, by a run that had to wait and while nobody applies, for something that shows that nothing is
-    left to do; the lock is then held shared.  ``session_ends`` says that the block itself ends the session, as a
-    restore does when it swaps databases.  Raises :class:`LockBusy` when another run holds it for
+    left to do; the lock is then held shared.  ``session_ends`` says whether the block itself has ended the session,
+    as a restore does when it swaps databases.  Raises :class:`LockBusy` when another run holds it for
     ``settings.run_lock_timeout`` seconds, and :class:`SettingsError` where a pooler makes it worthless.
     """
     _refuse_pooler(session, settings)
@@ -97,7 +97,7 @@ def lock(
     try:
         yield Held(time.monotonic() - started, seen)
     finally:
-        _release(session, session_ends, shared=seen is not None)
+        _release(session, session_ends(), shared=seen is not None)
 
 
 def _acquire(

@@ -1,0 +1,233 @@
+"""Restore into the database itself, in one transaction, where the role may not create another one beside it.
+
+What is in the database goes first, in the same transaction: ``--clean`` would only drop what the backup has too.
+A backup of the database as it is comes before, for afterwards there is nothing else to go back to.  What came back
+is compared with the manifest before the COMMIT, in the transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrator import process
+from migrator.backups import archive, clients, losses, psql
+from migrator.backups.clients import Client
+from migrator.backups.manifest import Backup
+from migrator.backups.restored import Compared, failed
+from migrator.ledger import literal
+from migrator.postgres import Session, connect
+from migrator.settings import Settings
+from migrator.target import Target
+
+LOGGER = logging.getLogger("migrator.restore")
+_LOCK_TIMEOUT = "15s"
+
+_EMPTY = """
+DO $migrator$
+DECLARE statement text;
+BEGIN
+  -- What is in other schemas goes with them; in public, one by one, for the schema may be another's.
+  FOR statement IN
+    SELECT format('DROP SCHEMA %I CASCADE', nspname) FROM pg_namespace n
+    WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public')
+      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_namespace'::regclass AND d.objid = n.oid
+                                                AND d.deptype = 'e')
+      AND NOT EXISTS (SELECT FROM pg_extension e WHERE e.extnamespace = n.oid)
+    UNION ALL
+    SELECT format('DROP %s IF EXISTS %s CASCADE', upper(replace(o.type, ' object', '')), o.identity)
+    FROM pg_depend d, pg_identify_object(d.classid, d.objid, 0) o, pg_namespace n
+    WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = n.oid AND d.deptype = 'n' AND d.objsubid = 0
+      AND (n.nspname = 'public' OR EXISTS (SELECT FROM pg_extension e WHERE e.extnamespace = n.oid))
+      AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+      AND o.type IN ('table', 'view', 'materialized view', 'sequence', 'foreign table', 'composite type', 'type',
+                     'function', 'procedure', 'aggregate', 'collation', 'conversion', 'operator', 'operator class',
+                     'operator family', 'statistics object', 'text search parser', 'text search dictionary',
+                     'text search template', 'text search configuration')
+      AND NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = d.classid AND e.objid = d.objid AND e.deptype = 'e')
+    UNION ALL
+    SELECT format('DROP PUBLICATION IF EXISTS %I', pubname) FROM pg_publication
+    UNION ALL
+    SELECT format('DROP SERVER IF EXISTS %I CASCADE', srvname) FROM pg_foreign_server s
+    WHERE NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_foreign_server'::regclass AND d.objid = s.oid
+                                                AND d.deptype = 'e')
+  LOOP
+    EXECUTE replace(statement, 'DROP COMPOSITE TYPE', 'DROP TYPE');
+  END LOOP;
+  PERFORM lo_unlink(oid) FROM pg_largeobject_metadata;
+END $migrator$;
+"""
+
+_COMPARE = """
+DO $migrator$
+DECLARE expected record; actual bigint; wrong text := '';
+BEGIN
+  SET LOCAL row_security = off;
+  FOR expected IN SELECT * FROM jsonb_to_recordset({tables}) AS t (name text, "rows" bigint) LOOP
+    IF to_regclass(expected.name) IS NULL THEN
+      wrong := wrong || expected.name || ' is missing; ';
+    ELSIF expected.rows IS NOT NULL THEN
+      EXECUTE 'SELECT count(*) FROM ONLY ' || expected.name INTO actual;
+      IF actual <> expected.rows THEN
+        wrong := wrong || format('%s has %s rows and not %s; ', expected.name, actual, expected.rows);
+      END IF;
+    END IF;
+  END LOOP;
+  IF wrong <> '' THEN
+    RAISE EXCEPTION 'what came back is not what was backed up: %', wrong;
+  END IF;
+END $migrator$;
+"""
+
+_END_OTHERS = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+  AND application_name NOT LIKE {ours};
+"""
+
+_UNWRITTEN = """
+DO $migrator$ BEGIN
+  IF txid_current() > {limit} THEN
+    RAISE EXCEPTION 'others have written since it was looked: %', txid_current() - {limit};
+  END IF;
+END $migrator$;
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is restored into which database, and by which run."""
+
+    target: Target
+    settings: Settings
+    backup: Backup
+    path: Path
+    run_id: str
+    application_name: str
+
+    def connect(self) -> Session:
+        """Open a session in the database."""
+        return connect(self.target, self.application_name, self.settings.connect_timeout)
+
+
+def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compared, str, list[str]]:
+    """Put the backup in the place of what the database holds; all of that is as it was where this raises.
+
+    ``own``: see :class:`~migrator.backups.restore.Wishes`.  Returns what was compared, the id of the backup that
+    was made before, and what did not come back.  Raises RestoreFailed, BackupFailed, or losses.WouldLose.
+    """
+    backup = job.backup
+    with job.connect() as session:
+        major = session.facts.major
+        safety = _back_up(job, session)
+        limit = ""
+        if own is not None:
+            losses.refuse_another_server(session, backup)
+            limit = _UNWRITTEN.format(limit=losses.refuse_losses(session, backup, own()) + 1)
+    client = clients.for_restore(job.settings, major, backup.client_major)
+    ours = literal(f"%{job.run_id}%")
+    first = "\n".join(
+        (
+            "SET statement_timeout = 0;" + _END_OTHERS.format(ours=ours),
+            f"BEGIN; SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; SET LOCAL search_path = '';",
+            _EMPTY + limit,
+        )
+    )
+    last = _COMPARE.format(tables=_tables(backup)) + "COMMIT;"
+    try:
+        with _list_of(client, job.path) as listed:
+            psql.run(
+                client,
+                clients.connection_argument(job.target, job.target.database),
+                clients.environment(job.target, job.application_name, job.settings.connect_timeout),
+                [*archive_format(job.path), f"--use-list={listed}", job.path],
+                first=first,
+                last=last,
+                rewrite=lambda lines: psql.without_copied_rows(lines, psql.for_server(major)),
+            )
+    except archive.RestoreStopped as stopped:
+        if "others have written since" in stopped.said:
+            raise losses.WouldLose("others have written while it was about to be restored") from stopped
+        raise failed(
+            backup,
+            f"The restore of {backup.id} into the database as it is failed: {stopped.said}",
+            f'put right what it says; or as a superuser: ALTER ROLE "{job.target.user or "ROLE"}" CREATEDB;'
+            " and restore again, beside",
+        ) from stopped
+    counted = [table.rows for table in backup.tables.values() if table.rows is not None]
+    notes = _notes(job)
+    return Compared(len(backup.tables), len(counted), sum(counted)), safety, notes
+
+
+def _back_up(job: Job, session: Session) -> str:
+    """Back the database up as it is now; raises BackupFailed."""
+    from migrator.backups.dump import back_up
+
+    made = back_up(
+        session,
+        job.settings,
+        run_id=job.run_id,
+        revisions=(),
+        application_name=job.application_name,
+        name=f"before-restore-{job.run_id}",
+    )
+    return made.id
+
+
+def archive_format(path: Path) -> list[str]:
+    """Return pg_restore's option for what is at a path."""
+    return [f"--format={'directory' if path.is_dir() else 'custom'}"]
+
+
+@contextlib.contextmanager
+def _list_of(client: Client, path: Path) -> Iterator[Path]:
+    """Yield a file with the archive's table of contents, without comments on extensions.
+
+    Those may be set by an extension's owner only, who is seldom the role that owns the database; the extensions
+    themselves stay where they are.
+    """
+    lines = [line for line in contents(client, path) if " COMMENT - EXTENSION " not in line]
+    with tempfile.NamedTemporaryFile("w", prefix="migrator-list-", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fchmod(file.fileno(), 0o600)
+        yield Path(file.name)
+
+
+def contents(client: Client, path: Path) -> list[str]:
+    """Return the lines of an archive's table of contents; raises RestoreStopped."""
+    listed = bytearray()
+    finished = process.run(
+        [client.pg_restore, "--list", *archive_format(path), path],
+        environment=process.base_environment(),
+        on_output=listed.extend,
+    )
+    if finished.status != 0:
+        raise archive.RestoreStopped(clients.last_words(finished))
+    return listed.decode("utf-8", "replace").splitlines()
+
+
+def _tables(backup: Backup) -> str:
+    import json
+
+    facts = [{"name": name, "rows": table.rows} for name, table in backup.tables.items()]
+    return literal(json.dumps(facts, ensure_ascii=False)) + "::jsonb"
+
+
+def _notes(job: Job) -> list[str]:
+    """Say what a restore from within leaves as it was before it."""
+    with job.connect() as session:
+        session.query("ANALYZE")
+        extensions = session.value(
+            "SELECT string_agg(extname::text, ', ' ORDER BY extname) FROM pg_extension WHERE extname <> 'plpgsql'"
+        )
+        defaults = session.value("SELECT count(*) FROM pg_default_acl WHERE defaclnamespace = 0")
+    notes = [f"Extensions were left as they are: {extensions}."] if extensions else []
+    if defaults:
+        notes.append("Default privileges that were added since the backup are still there.")
+    return notes

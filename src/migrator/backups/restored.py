@@ -1,0 +1,108 @@
+"""What a restore did, and what its failures mean."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from migrator.backups import databases
+from migrator.backups.manifest import Backup
+from migrator.backups.snapshot import LockedOut
+from migrator.errors import MigratorError, RestoreFailed
+from migrator.postgres import ConnectFailed, QueryFailed, quote_identifier
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How many tables came back, how many of them were counted, and their rows."""
+
+    tables: int
+    counted: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore did.
+
+    ``database`` holds the backup now; ``kept`` is the name that the database which was there before has now
+    (empty where nothing was replaced, or where it was ``dropped``), ``safety`` the id of the backup that was made of it
+    where it was replaced from within.  Of its ``tables``, ``counted`` have as many rows as the manifest says,
+    ``rows`` in all; the others were too big to be counted.  ``notes`` name what did not come back as it was.
+    """
+
+    backup: Backup
+    database: str
+    kept: str
+    tables: int
+    counted: int
+    rows: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    beside: bool = False
+    dropped: str = ""
+    safety: str = ""
+    schema: str = ""
+
+    @property
+    def message(self) -> str:
+        """Say in one sentence what was done."""
+        place = (
+            f"schema {self.schema} of database {self.database}"
+            if self.schema
+            else f"database {self.database}"
+        )
+        count = f"{self.tables} table{'' if self.tables == 1 else 's'}"
+        text = f"Restored {self.backup.id} into {place} in {self.seconds:.1f} s: "
+        text += f"{count}, and the {self.counted} that were counted have the backup's {self.rows} rows."
+        if self.kept:
+            text += f" The database as it was before is now {self.kept}."
+        if self.dropped:
+            text += " The database as it was before was dropped."
+        if self.safety:
+            text += f" What was in it before is in backup {self.safety}."
+        return " ".join((text, *self.notes))
+
+    @property
+    def next_step(self) -> str:
+        """Return how to get rid of what is left over."""
+        if self.schema:
+            return f"when you no longer need it: DROP SCHEMA {quote_identifier(self.schema)} CASCADE;"
+        if self.kept:
+            return f"when you no longer need it: DROP DATABASE {quote_identifier(self.kept)};"
+        if self.beside:
+            return f"when you no longer need it: DROP DATABASE {quote_identifier(self.database)};"
+        if self.safety:
+            return (
+                f"`migrator status` shows where it is; to undo this: `migrator restore {self.safety} --yes`"
+            )
+        return "`migrator status` shows where it is"
+
+
+def failed(backup: Backup, message: str, next_step: str) -> RestoreFailed:
+    """Return the error of a restore that has changed nothing."""
+    state = f"The database was not changed; the backup is {backup.place}."
+    return RestoreFailed(message, next_step=next_step, state=state)
+
+
+@contextlib.contextmanager
+def failing(backup: Backup) -> Iterator[None]:
+    """Turn what the disk, the server and the programs can raise into :class:`RestoreFailed`."""
+    what = f"The restore of {backup.id} failed"
+    try:
+        yield
+    except MigratorError:
+        raise
+    except databases.SwapFailed as error:
+        raise failed(
+            backup,
+            f"{what}: the databases could not be swapped: {error}",
+            "end the sessions that it names, and restore again",
+        ) from error
+    except LockedOut as error:
+        raise failed(backup, f"{what}: {error.table} is locked.", "restore again") from error
+    except (QueryFailed, ConnectFailed) as error:
+        raise failed(backup, f"{what}: {error.text}.", "put it right and restore again") from error
+    except OSError as error:
+        raise failed(backup, f"{what}: {error}.", "put it right and restore again") from error

@@ -1,0 +1,280 @@
+"""MIGRATOR_ON_FAILURE: stop, downgrade, or restore, and never a write of others lost unasked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrator.outcome import ExitCode
+from tests.support import installations
+from tests.support.outcomes import done, refusal
+from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
+from tests.support.runner import Result, Runner
+from tests.support.servers import Database, Server
+
+Project = Callable[..., Path]
+
+QUIET = {"autovacuum": "off"}
+"""Autovacuum takes transaction ids, which are taken for writes of others."""
+WRITES = """\
+import psycopg2
+import os
+connection = psycopg2.connect(os.environ["OTHERS"])
+connection.cursor().execute("INSERT INTO t1 VALUES (77, 'an order')")
+connection.commit()
+connection.close()
+raise RuntimeError("half way")"""
+
+
+def each_in_its_own(name: str = "plain_url") -> dict[str, str]:
+    """Return env.py with one transaction a revision."""
+    text = (ENV_FILES / f"{name}.py").read_text()
+    option = "transaction_per_migration=True"
+    return {
+        "migrations/env.py": text.replace("connection=connection, ", f"connection=connection, {option}, ")
+    }
+
+
+def failing(body: str = 'raise RuntimeError("half way")') -> list[Revision]:
+    """Return three revisions: the second deletes rows and the third fails."""
+    revisions = linear_history(3)
+    revisions[1] = Revision("r002", "r001", "DELETE FROM t1; CREATE TABLE t2 (id int)", "DROP TABLE t2")
+    revisions[2] = Revision("r003", "r002", body)
+    return revisions
+
+
+@pytest.fixture(scope="module")
+def quiet_server() -> Iterator[Server]:
+    """A server where nobody else writes."""
+    server = Server(installations.binaries("debian"), settings=QUIET)
+    server.start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def quiet(quiet_server: Server) -> Database:
+    """A database on a server where nobody else writes, at r001, with two rows."""
+    database = quiet_server.create_database()
+    bring_to(database, 1)
+    database.execute("INSERT INTO t1 VALUES (1, 'one'), (2, 'two')")
+    return database
+
+
+def kept(database: Database) -> list[str]:
+    """Return the databases that restores have set aside."""
+    rows = database.server.psql(
+        "SELECT datname::text FROM pg_database WHERE datname LIKE %s", [database.name + r"\_%"]
+    )
+    return [row[0] for row in rows]
+
+
+def restored(result: Result, database: Database) -> str:
+    """Check that the run ended in a restore, and return the name of what was set aside."""
+    assert result.code == ExitCode.RESTORED, result
+    assert database.psql("SELECT id, note FROM t1 ORDER BY id") == [(1, "one"), (2, "two")]
+    assert database.psql("SELECT to_regclass('t2')") == [(None,)]
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r001",)]
+    (name,) = kept(database)
+    return name
+
+
+def test_restore_and_wait_for_a_changed_image(
+    quiet: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(each_in_its_own(), revisions=failing())
+    env = {"MIGRATOR_ON_FAILURE": "restore"}
+    result = run_migrator("--format", "json", cwd=folder, database=quiet, env=env)
+    old = restored(result, quiet)
+    assert "RuntimeError: half way" in result.answer["message"]
+    assert f"it is now {old}" in result.answer["message"]
+    assert (result.answer["before"], result.answer["after"]) == (["r001"], ["r001"])
+    assert result.answer["stages"][-1]["stage"] == "restore"
+    assert "lost, and the lock with it" not in result.stderr
+    assert Database(quiet.server, old).psql("SELECT version_num FROM alembic_version") == [("r002",)]
+    rows = quiet.psql("SELECT code, details->'failed'->>'revision' FROM migrator_ledger WHERE event = 'run'")
+    assert rows == [(42, "r003")]
+
+    for _ in range(2):  # nor do those that come after the one that was refused
+        again = run_migrator(cwd=folder, database=quiet, env=env)
+        refusal(again, ExitCode.UNSAFE, "revision r003 failed in run", "the database was restored", "--retry")
+    assert kept(quiet) == [old]
+    assert run_migrator("--retry", cwd=folder, database=quiet).code == ExitCode.PARTIAL
+    assert quiet.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+
+
+@pytest.mark.parametrize("change", ["revision", "image"])
+def test_a_changed_image_goes_on(
+    quiet: Database, project: Project, run_migrator: Runner, change: str
+) -> None:
+    folder = project(each_in_its_own(), revisions=failing())
+    restored(run_migrator("--on-failure", "restore", cwd=folder, database=quiet), quiet)
+    env = {"MIGRATOR_IMAGE_VERSION": "2"} if change == "image" else {}
+    if change == "revision":
+        project(revisions=[*failing()[:2], Revision("r003", "r002", "CREATE TABLE t3 (id int)")])
+        done(run_migrator(cwd=folder, database=quiet, env=env))
+    else:
+        assert run_migrator(cwd=folder, database=quiet, env=env).code == ExitCode.PARTIAL
+
+
+def test_a_failed_verify_is_restored(quiet: Database, project: Project, run_migrator: Runner) -> None:
+    verify = {
+        "migrations/verify.toml": '[[assertions]]\nname = "rows"\nsql = "SELECT count(*) FROM t1"\nexpect = 9\n'
+    }
+    folder = project(verify, revisions=linear_history(2))
+    result = run_migrator("--on-failure", "restore", cwd=folder, database=quiet)
+    restored(result, quiet)
+    refusal(run_migrator(cwd=folder, database=quiet), ExitCode.UNSAFE, "verify failed in run", "was restored")
+
+
+@pytest.mark.parametrize("how", ["committed before", "under way", "another database"])
+def test_what_others_wrote_is_not_lost(
+    quiet: Database, project: Project, run_migrator: Runner, how: str
+) -> None:
+    folder = project(each_in_its_own(), revisions=failing(WRITES))
+    other = quiet.server.create_database()
+    other.execute("CREATE TABLE t1 (id int, note text)")
+    env = {"OTHERS": other.url if how == "another database" else quiet.url, "MIGRATOR_ON_FAILURE": "restore"}
+    if how == "under way":
+        project(
+            each_in_its_own(),
+            revisions=[
+                Revision(
+                    "r003",
+                    "r002",
+                    WRITES.replace(
+                        "connection.commit()\nconnection.close()",
+                        "KEPT = []\nimport builtins\nbuiltins.kept = connection",
+                    ),
+                )
+            ],
+        )
+    result = run_migrator(cwd=folder, database=quiet, env=env)
+    sentence = refusal(result, ExitCode.PARTIAL, "It was not restored", "half way", "the database is at r002")
+    assert (
+        "may be writing" if how == "under way" else "1 transaction that this run cannot account"
+    ) in sentence
+    assert kept(quiet) == []
+    if how == "committed before":
+        assert quiet.psql("SELECT id FROM t1") == [(77,)]
+    told = result.stderr.strip().splitlines()[-1]
+    assert "migrator restore " in told
+
+
+@pytest.mark.parametrize("variable", ["MIGRATOR_DISCARD_WRITES"])
+def test_unless_they_may_be_lost(
+    quiet: Database, project: Project, run_migrator: Runner, variable: str
+) -> None:
+    folder = project(each_in_its_own(), revisions=failing(WRITES))
+    env = {"OTHERS": quiet.url, "MIGRATOR_ON_FAILURE": "restore", variable: "true"}
+    old = restored(run_migrator(cwd=folder, database=quiet, env=env), quiet)
+    assert Database(quiet.server, old).psql("SELECT id FROM t1") == [(77,)]
+
+
+def test_who_writes_meanwhile_is_ended_and_has_written_nothing_that_is_lost(
+    quiet: Database, project: Project, run_migrator: Runner
+) -> None:
+    """A writer that waits from the failure on: what it was told to be committed is there afterwards."""
+    folder = project(each_in_its_own(), revisions=failing())
+    quiet.execute("CREATE TABLE orders (id serial, note text); CREATE TABLE started (id int)")
+    committed: list[int] = []
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            try:
+                with quiet.connect() as connection, connection.cursor() as cursor:
+                    cursor.execute("SELECT to_regclass('t2') IS NOT NULL")
+                    if cursor.fetchone() == (True,):
+                        cursor.execute("INSERT INTO orders (note) VALUES ('x') RETURNING id")
+                        found = cursor.fetchone()
+                        connection.commit()
+                        committed.append(found[0] if found else 0)
+                connection.close()
+            except Exception:  # noqa: BLE001 - ended by the swap, which is what is tried
+                pass
+            time.sleep(0.002)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        result = run_migrator("--on-failure", "restore", cwd=folder, database=quiet)
+    finally:
+        stop.set()
+        writer.join()
+    assert result.code in (ExitCode.RESTORED, ExitCode.PARTIAL), result
+    present = {row[0] for row in quiet.psql("SELECT id FROM orders")}
+    assert set(committed) <= present
+
+
+def test_no_backup_no_restore(quiet: Database, project: Project, run_migrator: Runner) -> None:
+    folder = project(each_in_its_own(), revisions=failing())
+    env = {"MIGRATOR_ON_FAILURE": "restore", "MIGRATOR_BACKUP": "off"}
+    result = run_migrator(cwd=folder, database=quiet, env=env)
+    refusal(result, ExitCode.PARTIAL, "It was not restored: there is no backup", "MIGRATOR_BACKUP=off")
+
+
+def test_a_restore_that_fails_says_where_the_backup_is(
+    quiet: Database, project: Project, run_migrator: Runner
+) -> None:
+    body = 'import os\nos.truncate(next(p for p in __import__("pathlib").Path(os.environ["WHERE"]).rglob("*.dump")), 100)\nraise RuntimeError("half way")'
+    folder = project(each_in_its_own(), revisions=failing(body))
+    env = {"MIGRATOR_ON_FAILURE": "restore", "WHERE": str(run_migrator.backups)}
+    result = run_migrator(cwd=folder, database=quiet, env=env)
+    sentence = refusal(
+        result, ExitCode.RESTORE_FAILED, "half way", "The restore failed too", "is not what was written"
+    )
+    assert str(run_migrator.backups) in sentence
+    assert quiet.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+    assert kept(quiet) == []
+
+
+def test_rolled_back_needs_no_restore(quiet: Database, project: Project, run_migrator: Runner) -> None:
+    folder = project(revisions=failing())
+    for way in ("restore", "downgrade"):
+        result = run_migrator("--on-failure", way, cwd=folder, database=quiet)
+        refusal(result, ExitCode.ROLLED_BACK, "Everything was rolled back.")
+    assert kept(quiet) == []
+
+
+def test_downgrade_reverts_what_this_run_applied(
+    quiet: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(each_in_its_own(), revisions=failing())
+    env = {"MIGRATOR_ON_FAILURE": "downgrade"}
+    result = run_migrator("--format", "json", cwd=folder, database=quiet, env=env)
+    refusal(result, ExitCode.PARTIAL, "half way", "was reverted", "at r001 again")
+    directions = [(item["revision"], item["direction"]) for item in result.answer["revisions"]]
+    assert directions == [("r002", "upgrade"), ("r002", "downgrade")]
+    assert quiet.psql("SELECT version_num FROM alembic_version") == [("r001",)]
+    assert quiet.psql("SELECT to_regclass('t2')") == [(None,)]
+    events = quiet.psql("SELECT event FROM migrator_ledger WHERE revision = 'r002' ORDER BY number")
+    assert events == [("applied",), ("reverted",)]
+    refusal(run_migrator(cwd=folder, database=quiet, env=env), ExitCode.UNSAFE, "its revisions were reverted")
+
+
+def test_a_downgrade_that_fails_too(quiet: Database, project: Project, run_migrator: Runner) -> None:
+    revisions = failing()
+    revisions[1] = Revision("r002", "r001", "CREATE TABLE t2 (id int)", 'raise RuntimeError("no way")')
+    folder = project(each_in_its_own(), revisions=revisions)
+    result = run_migrator("--on-failure", "downgrade", cwd=folder, database=quiet)
+    refusal(result, ExitCode.PARTIAL, "half way", "The downgrade failed too", "no way", "database is at r002")
+    assert quiet.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+
+
+def test_replicas_that_waited_do_not_try_it_either(
+    quiet: Database, project: Project, start_migrator: Callable[..., object]
+) -> None:
+    folder = project(
+        each_in_its_own(), revisions=failing('import time\ntime.sleep(2)\nraise RuntimeError("half way")')
+    )
+    env = {"MIGRATOR_ON_FAILURE": "restore"}
+    runs = [start_migrator(cwd=folder, database=quiet, env=env) for _ in range(4)]
+    results: list[Result] = [run.finish() for run in runs]  # type: ignore[attr-defined]
+    codes = sorted(result.code for result in results)
+    assert codes == [35, 35, 35, 42], "\n".join(map(str, results))
+    assert len(kept(quiet)) == 1
