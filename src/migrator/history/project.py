@@ -151,7 +151,10 @@ def tell_address(config: Config, env_file: Path, target: Target | None, export: 
         return
     if target.driver and not _importable(target.driver):
         target = target._replace(driver="")
-    url = target.sqlalchemy_url(_driver(config, env_file))
+    driver = _driver(config, env_file)
+    url = target.sqlalchemy_url(driver)
+    if (target.driver or driver) == "asyncpg":
+        os.environ.update(target.tls_variables())
     config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
     _forgive_percent_signs(config)
     for name in export:
