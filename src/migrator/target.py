@@ -76,6 +76,12 @@ _ASYNCPG_ONLY = frozenset(
 _ASYNCPG_KEEPS = frozenset(
     {"command_timeout", "host", "port", "prepared_statement_cache_size", "target_session_attrs", "timeout"}
 )
+_FILES_FOR_ASYNCPG = frozenset(
+    {
+        *("sslrootcert", "sslcert", "sslkey", "sslcrl", "sslnegotiation"),
+        *("ssl_min_protocol_version", "ssl_max_protocol_version"),
+    }
+)
 _QUERY_KEYS = {*ENVIRONMENT_NAMES, *_ASYNCPG_ONLY, "ssl", "sslpassword", "fallback_application_name"}
 
 
@@ -147,6 +153,17 @@ class Target(NamedTuple):
         """Return libpq's environment variables: for child processes, whose arguments anyone may read."""
         return {
             ENVIRONMENT_NAMES[key]: value for key, value in self.libpq().items() if key in ENVIRONMENT_NAMES
+        }
+
+    def tls_variables(self) -> dict[str, str]:
+        """Return the files of certificates as libpq's variables: asyncpg's connect() takes them in no other way.
+
+        SQLAlchemy hands what is in an address to that function, whose ``ssl`` is the mode and nothing more.
+        """
+        return {
+            ENVIRONMENT_NAMES[key]: value
+            for key, value in self.parameters
+            if key in _FILES_FOR_ASYNCPG and value
         }
 
     def sqlalchemy_url(self, driver: str = "") -> str:

@@ -100,10 +100,15 @@ class _Complaint:
 
 
 def _denied(target: Target, error: ConnectFailed) -> AccessDenied:
-    kind = AccessDenied
+    from migrator import tls
+
+    kind, text = AccessDenied, tls.explain(target, error.text)
+    about_tls = tls.next_step(text) if error.sqlstate in ("", "28000") else ""
     if error.refusal is Refusal.NO_DATABASE:
         kind = NoSuchDatabase
         step = "create the database, or wait for it with MIGRATOR_WAIT_FOR_DATABASE=true"
+    elif about_tls:
+        step = about_tls
     elif error.sqlstate.startswith("28") or "password" in error.text:
         step = "check user and password, and the server's pg_hba.conf; `migrator settings` shows where they come from"
     elif error.sqlstate == "42501":
@@ -113,4 +118,4 @@ def _denied(target: Target, error: ConnectFailed) -> AccessDenied:
     else:
         step = "check sslmode, sslrootcert and the server's certificate"
     code = f" [{error.sqlstate}]" if error.sqlstate else ""
-    return kind(f"{target} refuses: {error.text.rstrip('.')}{code}.", next_step=step)
+    return kind(f"{target} refuses: {text.rstrip('.')}{code}.", next_step=step)
