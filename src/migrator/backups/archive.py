@@ -19,12 +19,13 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from migrator import process
 from migrator.backups import directory
 from migrator.backups.clients import Client, last_words
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.store import Store, checksum, file_chunks
+from migrator.backups.store import checksum, file_chunks
 from migrator.errors import DamagedBackup, RestoreFailed, SettingsError
 from migrator.logs import redact
 from migrator.settings import Settings
@@ -60,7 +61,7 @@ def checksum_of(path: Path) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def opened(store: Store, backup: Backup, settings: Settings) -> Iterator[Path]:
+def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
     """Yield a path on this machine with a backup as pg_dump wrote it, found to be that byte for byte.
 
     What lies elsewhere or is encrypted comes into a temporary file (in TMPDIR) first, which has no name: it is gone
@@ -86,13 +87,13 @@ def opened(store: Store, backup: Backup, settings: Settings) -> Iterator[Path]:
         yield Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
-def plain_chunks(store: Store, backup: Backup, settings: Settings) -> Iterator[bytes]:
+def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[bytes]:
     """Yield a backup's archive as pg_dump wrote it, decrypted where it has to be, in order and in bounded memory.
 
     Both checksums are taken on the way, and raise :class:`DamagedBackup` at the end where they are not the
     manifest's.  Raises :class:`RestoreFailed` where it is encrypted and there is no key, and OSError.
     """
-    stored, plain = _Tally(store.chunks(backup)), _Tally(())
+    stored, plain = Tally(store.chunks(backup)), Tally(())
     if not backup.encrypted_to:
         yield from stored
         _demand(backup, stored.found, backup.stored)
@@ -105,7 +106,7 @@ def plain_chunks(store: Store, backup: Backup, settings: Settings) -> Iterator[b
             next_step="name the file with the private key in MIGRATOR_BACKUP_IDENTITY_FILE",
         )
     try:
-        plain = _Tally(sealing.opened(stored, Path(settings.backup_identity_file)))
+        plain = Tally(sealing.opened(stored, Path(settings.backup_identity_file)))
         yield from plain
     except sealing.CannotOpen as error:
         for _ in stored:  # what the decryption did not read any more
@@ -119,7 +120,15 @@ def plain_chunks(store: Store, backup: Backup, settings: Settings) -> Iterator[b
     _demand(backup, plain.found, (backup.sha256, backup.size_bytes))
 
 
-class _Tally:
+class Chunks(Protocol):
+    """What yields the bytes of a backup as they are stored: a store, for one."""
+
+    def chunks(self, backup: Backup) -> Iterator[bytes]:
+        """Yield them; raises OSError."""
+        ...
+
+
+class Tally:
     """An iterator that hashes and counts what goes through it."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
@@ -134,6 +143,7 @@ class _Tally:
 
     @property
     def found(self) -> tuple[str, int]:
+        """Return the checksum and the size of what went through so far."""
         return self._digest.hexdigest(), self._size
 
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -46,6 +47,7 @@ PINNED = {
 }
 """The settings that say how values are written as text, and what is seen of the rows."""
 
+_LOCK_NOT_AVAILABLE = "55P03"
 _TOO_BIG = ("54000", "53200")  # program_limit_exceeded: a row of 1 GB as text; out_of_memory
 
 # Virtual generated columns (PostgreSQL 18) hold nothing, and computing one may fail.
@@ -143,6 +145,48 @@ def pin(session: Session) -> None:
         names["transaction_timeout"] = "0"
     for name, value in names.items():
         session.query("SELECT set_config(%s, %s, false)", (name, value))
+
+
+def take(
+    session: Session, excluded: Collection[str] = (), *, rows: bool, only: Collection[str] | None = None
+) -> Contents:
+    """Read what a database holds, in the session's transaction; raises QueryFailed, and LockedOut of snapshot.py.
+
+    With ``rows``, those of all tables but ``excluded`` (or of ``only`` some, by the names that are shown) are hashed,
+    and so are large objects.  A table that is locked is waited for as the dump itself waits.
+    """
+    pin(session)
+    found = snapshot.relations(session)
+    tables = {}
+    for relation in found:
+        if relation.kind != "S":
+            tables[relation.shown] = Table(None)
+        wanted = relation.shown not in excluded and (only is None or relation.shown in only)
+        if relation.kind == "r" and rows and wanted:
+            tables[relation.shown] = _measure_when_free(session, relation)
+    return Contents(
+        tables if rows else {},
+        sequences(session, found),
+        large_objects(session) if rows else "",
+        schema(session),
+    )
+
+
+def _measure_when_free(session: Session, relation: Relation) -> Table:
+    deadline = time.monotonic() + snapshot.LOCK_WAIT
+    while True:
+        session.query("SAVEPOINT one_table")
+        try:
+            table = measure(session, relation)
+        except QueryFailed as error:
+            if error.sqlstate != _LOCK_NOT_AVAILABLE:
+                raise
+            session.query("ROLLBACK TO SAVEPOINT one_table")
+            if time.monotonic() > deadline:
+                raise snapshot.LockedOut(relation.shown) from error
+            continue
+        session.query("RELEASE SAVEPOINT one_table")
+        return table
 
 
 def measure(session: Session, relation: Relation) -> Table:

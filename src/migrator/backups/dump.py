@@ -22,14 +22,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import migrator
-from migrator.backups import archive, clients, exclusions, method, pg_dump, roles, snapshot, space
+from migrator.backups import clients, exclusions, method, pg_dump, proof, roles, snapshot, space
 from migrator.backups.clients import Client
 from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup, human_size
 from migrator.backups.method import DIRECTORY, Method
 from migrator.backups.pg_dump import Dump, WorkerLockedOut
+from migrator.backups.proof import Proving
 from migrator.backups.snapshot import LockedOut, Relation, Sizes
-from migrator.backups.store import Part, Store, checksum, new_id, open_store
+from migrator.backups.store import Part, Store, new_id, open_store
 from migrator.errors import BackupFailed, MigratorError
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.settings import Settings
@@ -81,6 +82,7 @@ def preflight(session: Session, settings: Settings) -> Prepared:
         if how.note:
             LOGGER.warning("%s", how.note)
         space.check(store, database, sizes, how.compression)
+        proof.preflight(session, settings)
         return Prepared(client, store, sizes, how, tuple(excluded), snapshot.oddities(session))
 
 
@@ -132,10 +134,11 @@ def back_up(
             work.wait_until_gone()
             backup = work.make(ready.how.single, started, about)
     LOGGER.info(
-        "backed up %s: %s in %.1f s, read back whole, as %s",
+        "backed up %s: %s in %.1f s, %s, as %s",
         database,
         human_size(backup.size_bytes),
         backup.seconds,
+        "restored and compared" if backup.verified == proof.RESTORE else "read back whole",
         backup.id,
     )
     return backup
@@ -163,25 +166,31 @@ class _Work:
                 ready.excluded,
                 application_name=self._children_name,
             )
-            dumped = dump.write(part)
+            proving = Proving(session, self._settings, ready.client, about["run_id"], self._children_name)
+            left_out = tuple(table.shown for table in ready.excluded)
+            with proving.reading(part) as sink:
+                dumped = dump.write(
+                    part, sink=sink, in_snapshot=lambda inside: proving.in_snapshot(inside, left_out)
+                )
             globals_sql, globals_note = self._globals()
             self.wait_until_gone()
-            _prove(ready.client, part)
+            part.sync()
             backup = Backup(
                 **_made_of(session, ready.client, part),
+                **proving.facts(dumped.tables),
                 **about,
                 created_at=moment.isoformat(timespec="milliseconds"),
                 database_size_bytes=ready.sizes.database,
                 seconds=round(time.monotonic() - started, 3),
-                tables=dumped.tables,
                 next_xid=dumped.next_xid,
                 dump_format=how.dump_format,
                 jobs=how.jobs,
                 compression=how.compression,
-                excluded_table_data=tuple(table.shown for table in ready.excluded),
+                excluded_table_data=left_out,
                 oddities=ready.oddities,
                 globals_note=globals_note,
             )
+            backup = proving.prove(ready.store, part, backup)
             beside = {roles.ENDING: globals_sql} if globals_sql else {}
             return ready.store.add(part, backup, beside)
 
@@ -246,25 +255,6 @@ def _children_name(application_name: str) -> str:
     if len(application_name) > 56:
         application_name = application_name[:26] + application_name[-30:]
     return f"{application_name} backup"
-
-
-def _prove(client: Client, part: Part) -> None:
-    """Read the archive back from the disk: its checksum, then every byte decompressed and parsed."""
-    part.sync()
-    with part.local() as path:
-        found, size = archive.checksum_of(path) if path.is_dir() else checksum(part.chunks())
-        if (found, size) != part.stored:
-            raise BackupFailed(
-                f"The backup was written as {part.stored[1]} bytes with sha256 {part.stored[0]}, "
-                f"but reads back as {size} bytes with {found}: the disk or the volume is faulty.",
-                next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
-            )
-        finished = archive.read_whole(client, path)
-    if finished.status != 0:
-        raise BackupFailed(
-            f"The backup cannot be read back, so it was thrown away: {clients.last_words(finished)}",
-            next_step="run again; if it happens again, have the volume and the memory checked",
-        )
 
 
 def _check_readable(session: Session, found: list[Relation]) -> None:

@@ -1,0 +1,141 @@
+"""Compare a restored copy with what is known of the original, and with what the archive says.
+
+Two things are known of the original: what was read in the snapshot that pg_dump dumped (contents.py), and the schema
+as pg_dump wrote it into the archive.  The copy is read in the same way, and dumped by the same pg_dump.
+
+Postgres prints some expressions anew after a restore (``a IN ('x')`` on a varchar comes back with its casts moved, a
+view's with its columns named otherwise).  Definitions that differ are therefore compared once more without casts and
+parentheses; of views, whose columns were compared, the text alone does not count.  Where server or pg_dump are of
+another major than the original's, even equal things are written differently: the objects are then compared by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from migrator.backups.archive import without_oddities
+from migrator.backups.contents import Contents, Value
+from migrator.backups.manifest import Backup, Sequence
+
+_HEADER = re.compile(r"^--\n-- Name: (.*); Type: (.*?); Schema: (.*?); Owner: (.*)\n--\n", re.MULTILINE)
+_NOISE = re.compile(
+    r"^(--.*|\\(un)?restrict .*|SET default_(tablespace|table_access_method) = .*;)\n", re.MULTILINE
+)
+_CAST = re.compile(
+    r'::(("[^"]+"|[a-z_]\w*)\.)?("[^"]+"|[a-z_]\w*)( varying| precision| with(out)? time zone)?(\([\d, ]+\))?(\[\])*'
+)
+_LEFT_OUT = ("EVENT TRIGGER", "SUBSCRIPTION")
+_ROWS = frozenset({"MATERIALIZED VIEW DATA", "TABLE DATA", "SEQUENCE SET", "BLOB", "BLOBS", "BLOB METADATA"})
+_SPELLED_ANEW = frozenset({"VIEW", "MATERIALIZED VIEW", "RULE"})
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was compared: the tables, those of them whose rows were counted, and those whose rows were hashed.
+
+    ``wrong`` has a sentence for each difference, ``unknown`` for what could not be compared.
+    """
+
+    tables: int
+    counted: int
+    hashed: int
+    rows: int
+    wrong: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
+
+
+def contents(backup: Backup, found: Contents) -> Compared:
+    """Compare what a copy holds with the manifest."""
+    wrong = [f"table {name} is missing" for name in sorted(backup.tables.keys() - found.tables.keys())]
+    wrong += [
+        f"table {name} was not in the original" for name in sorted(found.tables.keys() - backup.tables.keys())
+    ]
+    counted = hashed = rows = 0
+    for name, copy in found.tables.items():
+        original = backup.tables.get(name)
+        if original is None or original.rows is None or name in backup.excluded_table_data:
+            continue
+        counted, rows = counted + 1, rows + original.rows
+        if copy.rows != original.rows:
+            wrong.append(f"{name} has {copy.rows} rows and not {original.rows}")
+        elif original.content_hash and copy.content_hash:
+            hashed += 1
+            if copy.content_hash != original.content_hash:
+                wrong.append(f"rows of {name} are not what they were")
+    wrong += _sequences(backup.sequences, found.sequences)
+    if backup.large_objects and found.large_objects and backup.large_objects != found.large_objects:
+        wrong.append("large objects are not what they were")
+    if backup.schema_sha256 and backup.schema_sha256 != found.schema_sha256:
+        wrong.append("the schema's columns, constraints, indexes or functions are not what they were")
+    unknown = []
+    if hashed < counted:
+        unknown.append(f"the contents of {counted - hashed} tables (their rows were counted)")
+    return Compared(len(found.tables), counted, hashed, rows, tuple(wrong), tuple(unknown))
+
+
+def _sequences(original: Mapping[str, Sequence], found: Mapping[str, Value]) -> list[str]:
+    wrong = [f"sequence {name} is missing" for name in sorted(original.keys() - found.keys())]
+    for name, value in found.items():
+        known = original.get(name)
+        if known is None:
+            continue
+        lowest, highest = sorted((known.before[0], known.after[0]))
+        same = known.before == known.after
+        if (same and value != known.before) or not lowest <= value[0] <= highest:
+            expected = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
+            wrong.append(f"sequence {name} is at {value[0]} and not at {expected}")
+    return wrong
+
+
+def difference(original: Contents, found: Contents) -> list[str]:
+    """Return in which lines two schemas differ: for people, beside the checksum that says that they do."""
+    before, after = Counter(original.schema), Counter(found.schema)
+    lines = [f"missing: {line.strip()}" for line in (before - after).elements()]
+    return lines + [f"not in the original: {line.strip()}" for line in (after - before).elements()]
+
+
+def schemas(archived: bytes, dumped: bytes, *, by_name: bool) -> list[str]:
+    """Compare the schema in an archive with that of a copy, both as pg_dump writes them; return what differs."""
+    before, after = _objects(archived), _objects(dumped)
+    wrong = [f"{name} is missing" for name in sorted((_names(before) - _names(after)).elements())]
+    wrong += [
+        f"{name} was not in the archive" for name in sorted((_names(after) - _names(before)).elements())
+    ]
+    if by_name or wrong:
+        return wrong
+    left, right = before - after, after - before
+    anew = {(name, _bare(text)) for (name, text) in right}
+    for name, text in left:
+        kind = name.partition(" ")[0] if not name.startswith("MATERIALIZED") else "MATERIALIZED VIEW"
+        if kind not in _SPELLED_ANEW and (name, _bare(text)) not in anew:
+            wrong.append(f"{name} is not defined as it was")
+    return sorted(wrong)
+
+
+def _objects(sql: bytes) -> Counter[tuple[str, str]]:
+    """Take a schema apart into its objects, each with its name and its statements; their order does not count."""
+    pieces = _HEADER.split(without_oddities(sql).decode("utf-8", "surrogateescape"))
+    found: Counter[tuple[str, str]] = Counter()
+    for name, kind, schema, owner, text in zip(*(pieces[start::5] for start in range(1, 6)), strict=True):
+        if (
+            kind in _ROWS
+            or kind in _LEFT_OUT
+            or (kind in ("COMMENT", "ACL") and name.startswith((*_LEFT_OUT, "LARGE OBJECT")))
+        ):
+            continue
+        found[f"{kind} {schema}.{name} ({owner})", _NOISE.sub("", text).strip()] += 1
+    return found
+
+
+def _names(objects: Counter[tuple[str, str]]) -> Counter[str]:
+    names: Counter[str] = Counter()
+    for (name, _), count in objects.items():
+        names[name] += count
+    return names
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[()\s]+", "", _CAST.sub("", text))

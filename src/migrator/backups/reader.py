@@ -1,0 +1,77 @@
+"""Have pg_restore read an archive while it is written: what is encrypted on its way cannot be read here later."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+from migrator import process
+from migrator.backups import archive
+from migrator.backups.clients import Client
+
+_AHEAD = 16
+"""Chunks (of a megabyte at most) that the writer may be ahead of pg_restore."""
+_POLL = 0.1
+
+
+class _GivenUp(Exception):
+    """The dump failed, so nobody wants to know."""
+
+
+class Reader:
+    """A pg_restore that decompresses and parses what is written to it; ended on leaving."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._chunks: queue.Queue[bytes | None] = queue.Queue(_AHEAD)
+        self._given_up = threading.Event()
+        self._finished: process.Finished | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._given_up.set()
+        self._thread.join()
+
+    def write(self, chunk: bytes) -> None:
+        """Hand a chunk over, no faster than it is read; what a pg_restore that has ended would not read is dropped."""
+        self._put(chunk)
+
+    def finish(self) -> process.Finished:
+        """Say that this was all; return how pg_restore ended.  Raises OSError where it could not be started."""
+        self._put(None)
+        while self._thread.is_alive():
+            self._thread.join(_POLL)
+        if self._finished is None:
+            raise self._failure or OSError("pg_restore did not run")
+        return self._finished
+
+    def _put(self, chunk: bytes | None) -> None:
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._chunks.put(chunk, timeout=_POLL)
+                return
+
+    def _read(self) -> None:
+        try:
+            self._finished = archive.read_whole(self._client, self._feed())
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that asks how it ended
+            self._failure = error
+
+    def _feed(self) -> Iterator[bytes]:
+        while not self._given_up.is_set():
+            with contextlib.suppress(queue.Empty):
+                chunk = self._chunks.get(timeout=_POLL)
+                if chunk is None:
+                    return
+                yield chunk
+        raise _GivenUp

@@ -1,0 +1,141 @@
+"""A scratch database that a backup is restored into to be compared, and that is gone afterwards, however that ends.
+
+It is made beside the original or on another server, bears a mark in its comment, and whoever works with it holds a
+lock that ends with its session: a marked one that nobody holds is what a killed run has left, and the next proof
+drops it.  Nothing but this one database is made: no role, no tablespace, no subscription.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+
+from migrator.backups import databases
+from migrator.backups.manifest import Backup, Properties
+from migrator.errors import BackupFailed
+from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
+from migrator.process import uninterrupted
+from migrator.target import Target
+
+LOGGER = logging.getLogger("migrator.backup")
+_MARK = "migrator: scratch copy for a proof of "
+_EMPTY = 12 * 1000 * 1000  # bytes: a database just made from template0, on every major and page size in use
+_RUN = r"_verify_\d{8}T\d{6}Z-[0-9a-f]{6}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The server that scratch databases are made on; ``elsewhere`` where it is not the original's."""
+
+    target: Target
+    elsewhere: bool
+    application_name: str
+    timeout: float
+
+    def connect(self) -> Session:
+        """Open a session in no database in particular; raises ConnectFailed."""
+        return databases.maintenance(self.target, self.application_name, self.timeout)
+
+
+def check(place: Place) -> None:
+    """Refuse a role that may not create databases; raises :class:`BackupFailed`, ConnectFailed, QueryFailed."""
+    with place.connect() as session:
+        may_create, user = session.query(
+            "SELECT rolsuper OR rolcreatedb, rolname::text FROM pg_roles WHERE rolname = current_user"
+        )[0]
+        if not may_create:
+            raise BackupFailed(
+                f"Role {user} may not create databases on {place.target}, and a backup is proven there by restoring it "
+                "into one of its own (MIGRATOR_BACKUP_VERIFY=restore).",
+                next_step=f"as a superuser: ALTER ROLE {quote_identifier(user)} CREATEDB; or name another server in "
+                "MIGRATOR_VERIFY_URL, or set MIGRATOR_BACKUP_VERIFY=read",
+            )
+
+
+def left_over(session: Session, database: str) -> list[str]:
+    """Return the scratch databases of one database that there are, whether somebody works with them or not.
+
+    One that has no mark yet is known by its name and by being empty: a run was killed while it made it.
+    """
+    start = databases.shorten(database, "_verify_20000101T000000Z-000000").partition("_verify_2000")[0]
+    rows = session.query(
+        "SELECT datname::text FROM pg_database WHERE shobj_description(oid, 'pg_database') = %s"
+        " OR (datname ~ %s AND shobj_description(oid, 'pg_database') IS NULL"
+        "     AND CASE WHEN has_database_privilege(oid, 'CONNECT') THEN pg_database_size(oid) < %s ELSE false END)",
+        [_MARK + database, f"^{re.escape(start)}{_RUN}$", _EMPTY],
+    )
+    return [row[0] for row in rows]
+
+
+def clear(session: Session, database: str) -> None:
+    """Drop what killed proofs of one database have left: what nobody holds the lock of."""
+    for name in left_over(session, database):
+        if not session.value(_TRY, [_key(name)]):
+            continue
+        try:
+            databases.drop(session, name)
+            LOGGER.info("dropped %s, which an interrupted proof left", name)
+        except QueryFailed as error:
+            LOGGER.warning("%s, which an interrupted proof left, cannot be dropped: %s", name, error.text)
+        finally:
+            session.query("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [_key(name)])
+
+
+_TRY = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
+
+
+def _key(name: str) -> str:
+    return f"migrator scratch {name}"
+
+
+@contextlib.contextmanager
+def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, Target]]:
+    """Make an empty database like the backed-up one; yield a session beside it and its address; drop it.
+
+    Raises QueryFailed, ConnectFailed.
+    """
+    name = databases.shorten(backup.database, f"_verify_{run_id}")
+    with place.connect() as session:
+        clear(session, backup.database)
+        session.query(_TRY, [_key(name)])
+        created = False
+        try:
+            with uninterrupted():
+                databases.create(session, name, _like(session, place, backup.properties))
+                created = True
+                text = _MARK + backup.database
+                session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS %s", [text])
+            yield session, place.target.with_database(name)
+        finally:
+            if created:
+                _drop(place, session, name)
+
+
+def _like(session: Session, place: Place, properties: Properties) -> Properties:
+    """Keep the owner where this role may make a database for it; elsewhere neither owner nor tablespace is there."""
+    if place.elsewhere:
+        return dataclasses.replace(properties, owner=session.facts.user, tablespace="")
+    known = session.query(
+        "SELECT pg_has_role(oid, 'MEMBER') FROM pg_roles WHERE rolname = %s", [properties.owner]
+    )
+    return properties if known and known[0][0] else dataclasses.replace(properties, owner=session.facts.user)
+
+
+def _drop(place: Place, session: Session, name: str) -> None:
+    with uninterrupted():
+        try:
+            if session.closed:
+                with place.connect() as other:
+                    databases.drop(other, name)
+            else:
+                databases.drop(session, name)
+        except (QueryFailed, ConnectFailed) as error:
+            LOGGER.error(
+                "the scratch database %s could not be dropped (%s): DROP DATABASE %s;",
+                name,
+                error.text,
+                quote_identifier(name),
+            )
