@@ -10,13 +10,16 @@ import sys
 import threading
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from migrator import logs, quiet, report, settings, surroundings
-from migrator.errors import Interrupted, MigratorError
-from migrator.interruption import Interrupt, Interruption
-from migrator.outcome import ExitCode
+# Importing makes a hundred thousand objects that stay: looking at them again and again for garbage takes longer
+# than a tenth of a run with nothing to do.  Here, before the first of our imports; this module is for programs only.
+gc.set_threshold(50_000, *gc.get_threshold()[1:])
+
+from migrator import logs, quiet, report, settings, surroundings  # noqa: E402
+from migrator.errors import Interrupted, MigratorError  # noqa: E402
+from migrator.interruption import Interrupt, Interruption  # noqa: E402
+from migrator.outcome import ExitCode  # noqa: E402
 
 if TYPE_CHECKING:
     import argparse
@@ -82,9 +85,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code and never raises."""
-    # Importing makes a hundred thousand objects that stay: looking at them again and again for garbage takes longer
-    # than a tenth of a run with nothing to do.
-    gc.set_threshold(50_000, *gc.get_threshold()[1:])
     logs.protect_streams()
     as_json = False
     interruption = Interruption()
@@ -116,7 +116,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     loaded = settings.load(
         {name: value for name, value in flags.items() if value is not None},
         os.environ,
-        Path.cwd(),
+        os.getcwd(),
         needs_target=command not in NO_TARGET,
     )
     # Only now, so that --help and a misspelt flag cost nothing: this imports psycopg2 and the rest.

@@ -7,7 +7,8 @@ is left to the pipeline, which starts from the beginning and is correct, only sl
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from migrator import layout, quiet
@@ -34,7 +35,7 @@ class _Frozen(NamedTuple):
     """A manifest, its folder, and the version table."""
 
     manifest: Manifest
-    location: Path
+    location: str
     table: VersionTable
 
 
@@ -58,9 +59,9 @@ def glance(
     """Return the outcome of an upgrade that has nothing to do; None where only the pipeline can tell."""
     record = Record("upgrade", settings.target, run_id)
     try:
-        frozen = _frozen(settings, project, destination)
-        return _look(settings, frozen, record, interruption) if frozen else None
-    except (MigratorError, ConnectFailed, QueryFailed, OSError) as error:
+        found = _manifest_there(settings, project, destination)
+        return _look(settings, _Files(settings, project, destination, found), record, interruption)
+    except (_NotEnough, MigratorError, ConnectFailed, QueryFailed, OSError) as error:
         log.debug("a glance is not enough: %s", error)
         return None
     except Interrupt as error:
@@ -68,31 +69,74 @@ def glance(
         return record.failed(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"))
 
 
-def _frozen(settings: Settings, project: ProjectOptions, destination: str) -> _Frozen | None:
-    """Return the manifest where it says all that is needed, and the configuration is that which was frozen."""
+class _NotEnough(Exception):
+    """Something is unusual: only the pipeline can tell whether there is anything to do."""
+
+
+def _manifest_there(settings: Settings, project: ProjectOptions, destination: str) -> layout.Layout:
+    """Return the configuration of a project with a manifest; raises :class:`_NotEnough`, before anyone is asked."""
     if settings.backup == "always" or project.x or project.bootstrap or destination not in {"head", "heads"}:
-        return None
-    folder = Path.cwd()
-    found = layout.read(project, folder)
-    if found is None or not (found.location / FILE_NAME).is_file():
-        return None
-    if layout.migrates_several(found.location / "env.py"):
-        return None
-    try:
-        manifest = load(found.location / FILE_NAME)
-        different = _moved(manifest, found, project, folder)
-    except NoManifest as error:
-        different = (str(error),)
-    if different:
-        _say_different(different)
-        return None
-    if not manifest.folders or manifest.options.get("sourceless"):
-        return None
-    if destination == "head" and len(manifest.heads) > 1:
-        return None
-    schema, _, name = settings.version_table.rpartition(".")
-    named = (name, schema) if settings.version_table else manifest.version_table
-    return _Frozen(manifest, found.location, VersionTable(*named)) if named else None
+        raise _NotEnough("what is asked for takes the history itself")
+    found = layout.read(project, os.getcwd())
+    if found is None or not os.path.isfile(os.path.join(found.location, FILE_NAME)):
+        raise _NotEnough("there is no manifest")
+    if layout.migrates_several(os.path.join(found.location, "env.py")):
+        raise _NotEnough("each of several databases has to be looked at")
+    return found
+
+
+class _Files:
+    """The manifest and the files it lists, read while the server is connected to and then works on the question."""
+
+    frozen: _Frozen
+    """What :meth:`read` found."""
+
+    def __init__(
+        self, settings: Settings, project: ProjectOptions, destination: str, found: layout.Layout
+    ) -> None:
+        self._settings, self._project, self._destination, self._layout = settings, project, destination, found
+        self._known = threading.Event()
+        self._question = ""
+
+    def read(self) -> None:
+        """Read and compare; raises :class:`_NotEnough` where the manifest is of other files, or does not say all."""
+        try:
+            self.frozen = self._read_manifest()
+            digest = self.frozen.manifest.digest if self._settings.ledger else ""
+            self._question = _question(self.frozen.table, digest)
+        finally:
+            self._known.set()
+        _refuse(problems(self.frozen.manifest, self.frozen.location))
+
+    def question(self) -> str:
+        """Return what is to be asked, as soon as the manifest says it; nothing where it does not."""
+        self._known.wait()
+        return self._question
+
+    def _read_manifest(self) -> _Frozen:
+        location = self._layout.location
+        try:
+            manifest = load(os.path.join(location, FILE_NAME))
+            _refuse(_moved(manifest, self._layout, self._project, os.getcwd()))
+        except NoManifest as error:
+            _refuse((str(error),))
+        if not manifest.folders or manifest.options.get("sourceless"):
+            raise _NotEnough("only Alembic can tell which files count")
+        if self._destination == "head" and len(manifest.heads) > 1:
+            raise _NotEnough("there are several heads")
+        schema, _, name = self._settings.version_table.rpartition(".")
+        named = (name, schema) if self._settings.version_table else manifest.version_table
+        if named is None:
+            raise _NotEnough("only env.py can tell the version table")
+        return _Frozen(manifest, location, VersionTable(*named))
+
+
+def _refuse(different: tuple[str, ...]) -> None:
+    """Say that the manifest is of other files, and go the long way, where anything is different."""
+    if not different:
+        return
+    _say_different(different)
+    raise _NotEnough("the manifest is of other files")
 
 
 def _say_different(different: tuple[str, ...]) -> None:
@@ -104,9 +148,7 @@ def _say_different(different: tuple[str, ...]) -> None:
     )
 
 
-def _moved(
-    manifest: Manifest, found: layout.Layout, project: ProjectOptions, folder: Path
-) -> tuple[str, ...]:
+def _moved(manifest: Manifest, found: layout.Layout, project: ProjectOptions, folder: str) -> tuple[str, ...]:
     """Return in what the configuration is another one than that which was frozen."""
     now = found.options({*layout.PLACES, *manifest.options})
     names = [
@@ -115,43 +157,31 @@ def _moved(
     if project.name != manifest.section:
         names.append("the section")
     if manifest.working_folder is not None:
-        frozen_in = (found.location.resolve() / manifest.working_folder).resolve()
-        if frozen_in != folder.resolve():
+        frozen_in = os.path.join(os.path.realpath(found.location), manifest.working_folder)
+        if os.path.realpath(frozen_in) != os.path.realpath(folder):
             names.append("the working directory")
     return tuple(f"{name} was another" for name in names)
 
 
-def _look(settings: Settings, frozen: _Frozen, record: Record, interruption: Interruption) -> Outcome | None:
+def _look(settings: Settings, files: _Files, record: Record, interruption: Interruption) -> Outcome | None:
     """Ask the database, once where there is no ``verify.toml``, and meanwhile look whether the files are the same."""
-    manifest = frozen.manifest
-    different: list[str] = []
-
-    def compare() -> None:
-        different.extend(problems(manifest, frozen.location))
-        if different:
-            _say_different(tuple(different))
-
     with record.stage("wait") as details:
         limits = (_LONGEST, settings.connect_timeout, settings.wait_timeout or settings.connect_timeout)
         session = connect(
             settings.required_target,
             record.application_name,
             min(limits),
-            also=_question(frozen.table, manifest.digest if settings.ledger else ""),
-            meanwhile=compare,
+            also=files.question,
+            meanwhile=files.read,
         )
         details.update(attempts=1, server_version=session.facts.version)
+    frozen = files.frozen
+    manifest = frozen.manifest
     with session, interruption.calling(session.cancel):
         found = _Found(*session.also)
         current = tuple(found.rows or ())
         at_head = frozenset(current) == frozenset(manifest.rows_at_head)
-        if (
-            different
-            or not at_head
-            or not found.clean
-            or session.facts.in_recovery
-            or session.facts.read_only
-        ):
+        if not at_head or not found.clean or session.facts.in_recovery or session.facts.read_only:
             return None
         with record.stage("inspect") as details:
             details.update(current=current, pending=[], tables=found.tables, size_bytes=found.size, edited=[])
@@ -167,13 +197,16 @@ def _look(settings: Settings, frozen: _Frozen, record: Record, interruption: Int
 
 def _as_expected(session: Session, frozen: _Frozen, found: _Found) -> bool | None:
     """Return whether there is a ``verify.toml`` that holds; None where something is not as it should be."""
-    if not (frozen.location / "verify.toml").exists():
+    expectations_file = os.path.join(frozen.location, "verify.toml")
+    if not os.path.exists(expectations_file):
         return None if found.invalid_indexes else False
+    from pathlib import Path
+
     from migrator.schema import expectations
     from migrator.schema.catalog import not_valid_constraints
     from migrator.stages.verify import verify
 
-    expected = expectations.read(frozen.location / "verify.toml")
+    expected = expectations.read(Path(expectations_file))
     rows = frozenset(found.rows or ())
     findings = verify(
         session,

@@ -5,12 +5,14 @@ What Alembic's own Config would say is said here too, or nothing: a project that
 
 from __future__ import annotations
 
-import configparser
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator.history.project import ProjectOptions, find_project
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HERE = "{here}"
 """Stands for the configuration's folder, so that the values are the same wherever the project is."""
@@ -29,7 +31,7 @@ PLACES = (
 class Layout(NamedTuple):
     """A project's configuration: the values of its section of the ini, and else those of ``[tool.alembic]``."""
 
-    location: Path
+    location: str
     ini: Mapping[str, str]
     toml: Mapping[str, Any]
 
@@ -39,44 +41,52 @@ class Layout(NamedTuple):
         return {name: both[name] for name in sorted(names) if name in both}
 
 
-def read(options: ProjectOptions, folder: Path) -> Layout | None:
+def read(options: ProjectOptions, folder: str | Path) -> Layout | None:
     """Read the configuration of the project in ``folder``; None where that takes Alembic, or there is none.
 
     Raises :class:`migrator.errors.SettingsError` as :func:`find_project` does.
     """
     ini, toml, location = find_project(options, folder)
     try:
-        of_ini = _read_ini(folder / ini, options.name) if ini else {}
-        of_toml = _read_toml(folder / toml) if toml else {}
-    except (OSError, ValueError, KeyError, TypeError, configparser.Error):
+        of_ini = _read_ini(os.path.join(folder, ini), options.name) if ini else {}
+        of_toml = _read_toml(os.path.join(folder, toml)) if toml else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if location:
-        return Layout(folder / location, of_ini, of_toml)
+        return Layout(os.path.join(folder, location), of_ini, of_toml)
     if ini and not toml and not of_ini.get("script_location"):
-        return Layout((folder / ini).parent, of_ini, of_toml)  # as Flask-Migrate arranges them
+        # As Flask-Migrate arranges them.
+        return Layout(os.path.dirname(os.path.join(folder, ini)), of_ini, of_toml)
     named = of_ini.get("script_location") or of_toml.get("script_location")
     if not isinstance(named, str) or (not named.startswith((HERE, "/")) and ":" in named):
         return None  # package:folder
     config = ini if "script_location" in of_ini else toml
-    here = (folder / (config or "")).absolute().parent.as_posix()
-    return Layout(folder / named.replace(HERE, here), of_ini, of_toml)
+    here = os.path.dirname(os.path.join(os.getcwd(), folder, config or ""))
+    return Layout(os.path.join(folder, named.replace(HERE, here)), of_ini, of_toml)
 
 
-def migrates_several(env_file: Path) -> bool:
+def migrates_several(env_file: str | Path) -> bool:
     """Whether an ``env.py`` says, as Alembic's multidb template does, on which database its revisions are to work."""
     try:
-        text = env_file.read_bytes()
+        with open(env_file, "rb") as file:
+            text = file.read()
     except OSError:
         return False
     return b"engine_name" in text and b"run_migrations(engine_name=" in b"".join(text.split())
 
 
-def _read_ini(path: Path, section: str) -> dict[str, str]:
+def _read_ini(place: str, section: str) -> dict[str, str]:
+    import configparser
+
     parser = configparser.ConfigParser({"here": HERE})
-    with path.open(encoding="locale") as file:
-        parser.read_file(file)
+    try:
+        with open(place, encoding="locale") as file:
+            parser.read_file(file)
+        names = parser.options(section)
+    except configparser.Error as error:
+        raise ValueError(str(error)) from None
     found = {}
-    for name in parser.options(section):
+    for name in names:
         try:
             found[name] = parser.get(section, name)
         except configparser.InterpolationError:
@@ -84,10 +94,10 @@ def _read_ini(path: Path, section: str) -> dict[str, str]:
     return found
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(place: str) -> dict[str, Any]:
     import tomllib
 
-    with path.open("rb") as file:
+    with open(place, "rb") as file:
         table = tomllib.load(file)["tool"]["alembic"]
     return {name: _with_here(value) for name, value in table.items()}
 

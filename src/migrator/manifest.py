@@ -12,21 +12,23 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
 
 
-def _sha256() -> Callable[[bytes], Any]:
+def _sha256() -> Callable[..., Any]:
     """Return the lean sha256 where there is one, as the standard library's random.py does.
 
     hashlib loads OpenSSL, which takes longer than all that a run with nothing to do hashes.
     """
     for name in ("_sha2", "_sha256"):  # from Python 3.12 on, and before
         with contextlib.suppress(ImportError, AttributeError):
-            lean: Callable[[bytes], Any] = importlib.import_module(name).sha256
+            lean: Callable[..., Any] = importlib.import_module(name).sha256
             return lean
     import hashlib
 
@@ -64,9 +66,23 @@ def file_sums(path: Path) -> FileSums:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Return the sha256 of a file's bytes; raises OSError."""
-    with open(path, "rb", buffering=0) as file:
-        return _hex(file.read())
+    """Return the sha256 of a file's bytes; raises OSError.
+
+    Without a file object: for small files its making takes longer than reading and hashing.
+    """
+    found = _sum()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while data := os.read(descriptor, _AT_ONCE):
+            found.update(data)
+            if len(data) < _AT_ONCE:
+                break
+    finally:
+        os.close(descriptor)
+    return str(found.hexdigest())
+
+
+_AT_ONCE = 65536
 
 
 def syntax_of(source: bytes) -> str:
@@ -152,10 +168,11 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def load(place: Path) -> Manifest:
+def load(place: str | Path) -> Manifest:
     """Read a manifest; raises :class:`NoManifest`."""
     try:
-        text = place.read_text(encoding="utf-8")
+        with open(place, encoding="utf-8") as file:
+            text = file.read()
     except FileNotFoundError:
         raise NoManifest("there is none") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -185,17 +202,17 @@ def parse(text: str) -> Manifest:
 
 
 def _revision(line: dict[str, Any]) -> FrozenRevision:
-    values: dict[str, Any] = {
-        key: tuple(value) if value.__class__ is list else value for key, value in line.items()
-    }
-    return FrozenRevision(**values)
+    for key in ("parents", "depends_on", "labels"):
+        if key in line:
+            line[key] = tuple(line[key])
+    return FrozenRevision(**line)
 
 
-def problems(manifest: Manifest, folder: Path) -> tuple[str, ...]:
+def problems(manifest: Manifest, folder: str | Path) -> tuple[str, ...]:
     """Compare the files below ``folder`` with the manifest; return what differs, nothing where they are the same."""
     root = os.path.realpath(folder)
     found = []
-    listed = {os.path.normpath(os.path.join(root, item.file)): item for item in manifest.revisions}
+    listed = {_place(root, item.file): item for item in manifest.revisions}
     for path, item in [*listed.items()]:
         try:
             if sha256_of(path) != item.sha256:
@@ -211,6 +228,11 @@ def problems(manifest: Manifest, folder: Path) -> tuple[str, ...]:
     except OSError:
         found.append("env.py is missing")
     return tuple(found)
+
+
+def _place(root: str, file: str) -> str:
+    """Return a file's normal path; as freeze writes it, only one in another folder is not yet normal."""
+    return os.path.normpath(os.path.join(root, file)) if file.startswith((".", "/")) else f"{root}/{file}"
 
 
 def revision_files(folders: list[str], recursive: bool) -> Iterator[str]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import queue
 import re
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,6 @@ from typing import Any, NamedTuple
 
 import psycopg2
 import psycopg2.extensions
-from psycopg2 import errorcodes
 
 from migrator.refusals import ConnectFailed as ConnectFailed
 from migrator.refusals import QueryFailed as QueryFailed
@@ -34,9 +31,9 @@ _open: Callable[..., psycopg2.extensions.connection] = psycopg2.connect
 
 _VERBOSE = 2  # PQERRORS_VERBOSE
 # A SQLSTATE has a digit: with several hosts, a word such as FATAL may stand at its place.
-_CODED = re.compile(r":\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)", re.DOTALL)
-_HINT = re.compile(r"\s*Is the server running [^?]*\?")
-_PREFIX = re.compile(r"^connection to server (?:at|on socket) .*? failed: ", re.DOTALL)
+_CODED = r"(?s):\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)"
+_HINT = r"\s*Is the server running [^?]*\?"
+_PREFIX = r"(?s)^connection to server (?:at|on socket) .*? failed: "
 
 
 class ServerFacts(NamedTuple):
@@ -124,7 +121,7 @@ class Session:
                     busy = other.query(_BUSY, (self.pid,), timeout=PROBE)
             except (ConnectFailed, QueryFailed) as error:
                 # Too many clients, for one, is an answer: the server is there.
-                failures = failures + 1 if error.sqlstate in ("", errorcodes.CANNOT_CONNECT_NOW) else 0
+                failures = failures + 1 if error.sqlstate in ("", _CANNOT_CONNECT_NOW) else 0
             else:
                 failures, pause = 0, min(2 * pause, 60.0)
                 if not busy or not busy[0][0]:
@@ -266,7 +263,8 @@ SELECT coalesce(state = 'active' OR clock_timestamp() - state_change < interval 
 FROM pg_stat_activity WHERE pid = %s
 """
 
-_ENDED = frozenset({errorcodes.ADMIN_SHUTDOWN, errorcodes.CRASH_SHUTDOWN, errorcodes.DATABASE_DROPPED})
+_CANNOT_CONNECT_NOW = "57P03"
+_ENDED = frozenset({"57P01", "57P02", "57P04"})  # admin_shutdown, crash_shutdown, database_dropped
 
 
 def message_of(error: BaseException) -> str:
@@ -288,48 +286,46 @@ def connect(
     application_name: str,
     timeout: float,
     *,
-    also: str = "",
+    also: Callable[[], str] = str,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Session:
     """Open a session within ``timeout`` seconds, name lookup included.
 
-    What ``also`` selects beside the server's facts is found in the session's attribute of that name;
-    ``meanwhile`` is called while the server works.
+    What ``also`` returns is selected beside the server's facts and found in the session's attribute of that name; it
+    is called in another thread, once there is a connection.  ``meanwhile`` is called while the server works.
 
     The attempt runs in a thread of its own, for neither the resolver nor a server that accepts and then says
     nothing can be bounded otherwise (libpq's connect_timeout counts per address and rounds up to 2 s).
     Raises :class:`ConnectFailed`.
     """
     deadline = time.monotonic() + timeout
-    answers: queue.SimpleQueue[Session | ConnectFailed | BaseException] = queue.SimpleQueue()
-    given_up = threading.Event()
+    answers: list[Session | BaseException] = []
+    answered, given_up = threading.Event(), threading.Event()
 
     def attempt() -> None:
         try:
             session = _connect_now(target, application_name, deadline, also)
+            answers.append(session)
+            if given_up.is_set():
+                session.close()
         except BaseException as error:  # noqa: BLE001 - handed over to the waiting thread, which raises it
-            answers.put(error)
-            return
-        if given_up.is_set():
-            session.close()
-        answers.put(session)
+            answers.append(error)
+        answered.set()
 
     threading.Thread(target=attempt, name="connect", daemon=True).start()
     try:
         meanwhile()
-        answer = answers.get(timeout=max(0.01, deadline - time.monotonic()))
-    except queue.Empty:
-        given_up.set()
-        raise ConnectFailed(Refusal.TRANSIENT, f"no answer within {timeout:.1f} s") from None
+        if not answered.wait(max(0.01, deadline - time.monotonic())):
+            raise ConnectFailed(Refusal.TRANSIENT, f"no answer within {timeout:.1f} s")
     except BaseException:
         given_up.set()
         raise
-    if isinstance(answer, Session):
-        return answer
-    raise answer
+    if isinstance(answers[0], Session):
+        return answers[0]
+    raise answers[0]
 
 
-def _connect_now(target: Target, application_name: str, deadline: float, also: str) -> Session:
+def _connect_now(target: Target, application_name: str, deadline: float, also: Callable[[], str]) -> Session:
     arguments = target.libpq(
         connect_timeout=max(2, math.ceil(deadline - time.monotonic())),
         application_name=application_name,
@@ -346,7 +342,7 @@ def _connect_now(target: Target, application_name: str, deadline: float, also: s
         raise _diagnose(arguments, str(error), deadline) from None
     connection.autocommit = True
     try:
-        return Session(connection, target, application_name, max(1.0, deadline - time.monotonic()), also)
+        return Session(connection, target, application_name, max(1.0, deadline - time.monotonic()), also())
     except QueryFailed as error:
         connection.close()
         refusal = classify(error.sqlstate, error.text) if error.sqlstate else Refusal.TRANSIENT
@@ -355,13 +351,13 @@ def _connect_now(target: Target, application_name: str, deadline: float, also: s
 
 def _diagnose(arguments: dict[str, str], text: str, deadline: float) -> ConnectFailed:
     """Find the SQLSTATE of a failed connection by asking again with libpq's verbose errors."""
-    plain = " ".join(_HINT.sub("", _PREFIX.sub("", text)).split())
+    plain = " ".join(re.sub(_HINT, "", re.sub(_PREFIX, "", text)).split())
     if "FATAL" not in text and not re.search(r" failed: \S+:  ", text):
         # libpq's own words: nothing answered as a server does.
         return ConnectFailed(classify("", plain), plain)
     sqlstate, verbose = "", ""
     for line in _verbose_attempt(arguments, deadline):
-        found = _CODED.search(line)
+        found = re.search(_CODED, line)
         if found:
             sqlstate, verbose = found[1], found[2].split("\n")[0]
     if not sqlstate:
@@ -372,6 +368,7 @@ def _diagnose(arguments: dict[str, str], text: str, deadline: float) -> ConnectF
 def _verbose_attempt(arguments: dict[str, str], deadline: float) -> Iterator[str]:
     """Connect once more without blocking, and yield libpq's verbose error text; nothing where it succeeds."""
     import ctypes
+    import select
 
     library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also looks in what it is linked to: libpq
     set_verbosity = library.PQsetErrorVerbosity

@@ -33,7 +33,8 @@ class Redactor:
     def add(self, secrets: Iterable[str]) -> None:
         """Learn more secrets; the empty string is none."""
         self._secrets = frozenset({*self._secrets, *secrets} - {""})
-        self._literals = (*self._secrets, *(_base64(secret) for secret in self._secrets))
+        literals = (*self._secrets, *(_base64(secret) for secret in self._secrets))
+        self._literals = tuple(literal.replace("+", " ") for literal in literals)
 
     def __call__(self, text: str) -> str:
         """Return ``text`` with every secret masked."""
@@ -45,10 +46,11 @@ class Redactor:
 
         A form of a secret is the secret itself, or its base64, or an encoding, which has one of the marks in it.
         """
-        return any(mark in text for mark in _MARKS) or any(literal in text for literal in self._literals)
+        spaced = text.replace("+", " ")  # as addresses may write a space
+        return any(mark in text for mark in _MARKS) or any(literal in spaced for literal in self._literals)
 
 
-_MARKS = ("%", "\\", "&", "+", "''")
+_MARKS = ("%", "\\", "&", "''")
 
 
 @functools.lru_cache(maxsize=4)

@@ -63,7 +63,7 @@ _CLIENT_SIDE_DENIALS = (
     "sslnegotiation",
     "does not support GSSAPI",
 )
-_INVALID_VALUE = re.compile(r"invalid \S+ value: |could not match \d+ ")
+_INVALID_VALUE = r"invalid \S+ value: |could not match \d+ "
 _DENIED_CLASSES = ("28",)
 _DENIED_CODES = frozenset(
     {
@@ -84,6 +84,6 @@ def classify(sqlstate: str, text: str) -> Refusal:
     if sqlstate:
         denied = sqlstate.startswith(_DENIED_CLASSES) or sqlstate in _DENIED_CODES
         return Refusal.DENIED if denied else Refusal.TRANSIENT
-    if any(phrase in text for phrase in _CLIENT_SIDE_DENIALS) or _INVALID_VALUE.search(text):
+    if any(phrase in text for phrase in _CLIENT_SIDE_DENIALS) or re.search(_INVALID_VALUE, text):
         return Refusal.DENIED
     return Refusal.TRANSIENT

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator import quiet
@@ -81,7 +80,7 @@ class MigrationService:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> MigrationService:
         """Build a service from ``MIGRATOR_*`` and the other variables; raises :class:`SettingsError`."""
-        return cls(load({}, os.environ if environment is None else environment, Path.cwd()))
+        return cls(load({}, os.environ if environment is None else environment, os.getcwd()))
 
     # -- what changes the database ---------------------------------------------------------------------
 
@@ -159,11 +158,15 @@ class MigrationService:
     def _migrates_several(self) -> bool:
         if self.project.told is not None:
             return False
+        from pathlib import Path
+
         from migrator import layout
         from migrator.history.several import env_file
 
         found, folder = layout.read(self.project, Path.cwd()), Path.cwd()
-        return layout.migrates_several(found.location / "env.py" if found else env_file(self.project, folder))
+        return layout.migrates_several(
+            os.path.join(found.location, "env.py") if found else env_file(self.project, folder)
+        )
 
     def _take_back(self) -> None:
         """Take logging and signals back from whatever the application made of them."""
@@ -182,6 +185,8 @@ class MigrationService:
 
     def freeze(self, *, check: bool = False) -> Frozen:
         """Write the history's manifest beside ``env.py``; with ``check``, raise where it would change."""
+        from pathlib import Path
+
         from migrator.history.freeze import keep
 
         return keep(self.history(), self.project, Path.cwd(), check=check)

@@ -8,9 +8,9 @@ Every problem is found before any is reported.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator.errors import SettingsError
 from migrator.readers import backup_url as backup_place
@@ -31,6 +31,9 @@ from migrator.readers import (
     worker_count,
 )
 from migrator.target import BadAddress, Target, from_environment, parse, secrets_in
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ADDRESS_VARIABLES = ("MIGRATOR_DATABASE_URL", "DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI")
 _ADDRESSES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL")
@@ -300,7 +303,7 @@ def default_text(item: Option) -> str:
 def load(
     flags: Mapping[str, str],
     environment: Mapping[str, str],
-    folder: Path,
+    folder: str | Path,
     *,
     needs_target: bool = True,
 ) -> Settings:
@@ -376,7 +379,8 @@ def _resolve_files(environment: Mapping[str, str], problems: list[str]) -> dict[
             problems.append(f"both {name} and {name}_FILE are set: keep one")
             continue
         try:
-            variables[name] = Path(place).read_text(encoding="utf-8").rstrip("\r\n")
+            with open(place, encoding="utf-8") as file:
+                variables[name] = file.read().rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             problems.append(f"{name}_FILE: cannot read {place}: {reason}")
@@ -386,40 +390,42 @@ def _resolve_files(environment: Mapping[str, str], problems: list[str]) -> dict[
     return variables
 
 
-def _read_file(folder: Path, problems: list[str]) -> tuple[dict[str, str], str]:
+def _read_file(folder: str | Path, problems: list[str]) -> tuple[dict[str, str], str]:
     """Return ``[tool.migrator]`` of the folder's pyproject.toml as text values."""
-    path = folder / "pyproject.toml"
-    if not path.exists():
-        return {}, path.name
+    file_name = "pyproject.toml"
+    path = os.path.join(folder, file_name)
+    if not os.path.exists(path):
+        return {}, file_name
     import tomllib
 
     try:
-        document: Any = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        with open(path, encoding="utf-8-sig") as file:
+            document: Any = tomllib.loads(file.read())
     except FileNotFoundError:
-        return {}, path.name
+        return {}, file_name
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
-        return {}, path.name
+        problems.append(f"{file_name} cannot be read: {error}")
+        return {}, file_name
     for key in ("tool", "migrator"):
         document = document.get(key, {})
         if not isinstance(document, dict):
-            problems.append(f"{path.name}: {key} is not a table: write [tool.migrator]")
-            return {}, path.name
+            problems.append(f"{file_name}: {key} is not a table: write [tool.migrator]")
+            return {}, file_name
     known = {item.name: item for item in options()}
     values: dict[str, str] = {}
     for key, value in document.items():
         name = key.replace("-", "_")
         if name not in known:
-            problems.append(f"{path.name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
+            problems.append(f"{file_name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
         elif known[name].secret:
             problems.append(
-                f"{path.name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}"
+                f"{file_name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}"
             )
         elif isinstance(value, (dict, list)):
-            problems.append(f"{path.name} [tool.migrator]: {key} is not a single value")
+            problems.append(f"{file_name} [tool.migrator]: {key} is not a single value")
         else:
             values[name] = str(value).lower() if isinstance(value, bool) else str(value)
-    return values, path.name
+    return values, file_name
 
 
 def _find_target(variables: Mapping[str, str], sources: dict[str, str], problems: list[str]) -> Target | None:

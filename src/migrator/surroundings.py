@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 
@@ -18,7 +17,7 @@ def kept() -> Iterator[None]:
     Within it all that is printed goes where the logs go, from child processes and C libraries too: stdout is
     for a command's answer.
     """
-    folder = Path.cwd()
+    folder = os.getcwd()
     stdout, stderr = sys.stdout, sys.stderr
     stdout.flush()
     answers = os.dup(1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import configparser
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator.errors import SettingsError
@@ -14,6 +12,7 @@ from migrator.target import BadAddress, Target, parse
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from pathlib import Path
 
     from alembic.config import Config
 
@@ -34,30 +33,34 @@ class ProjectOptions(NamedTuple):
     told: Target | None = None
 
 
-def find_project(options: ProjectOptions, folder: Path) -> tuple[str | None, str | None, str | None]:
+def find_project(options: ProjectOptions, folder: str | Path) -> tuple[str | None, str | None, str | None]:
     """Return (ini, toml, script location) of the project, found as Alembic finds it, else ``migrations/``.
 
     Raises :class:`SettingsError` where there is none.
     """
-    problems = [f"{name}: no such file" for name in options.config if not (folder / name).is_file()]
+    problems = [f"{name}: no such file" for name in options.config if not _is_file(folder, name)]
     if problems:
         raise SettingsError(problems, next_step="name the project's alembic.ini or pyproject.toml with -c")
-    tomls = [name for name in options.config if Path(name).suffix == ".toml"]
-    inis = [name for name in options.config if Path(name).suffix != ".toml"]
+    tomls = [name for name in options.config if name.endswith(".toml")]
+    inis = [name for name in options.config if not name.endswith(".toml")]
     if len(tomls) > 1 or len(inis) > 1:
         raise SettingsError(["-c takes at most one ini file and one pyproject.toml"])
     toml = tomls[0] if tomls else "pyproject.toml"
     ini = inis[0] if inis else "alembic.ini"
-    has_ini = (folder / ini).is_file()
-    has_toml = _has_alembic_table(folder / toml)
+    has_ini = _is_file(folder, ini)
+    has_toml = _has_alembic_table(os.path.join(folder, toml))
     if tomls and not has_toml and not has_ini:
         raise SettingsError([f"{toml} has no [tool.alembic] table"])
     if has_ini or has_toml:
         return (ini if has_ini else None), (toml if has_toml else None), None
-    if (folder / "migrations" / "env.py").is_file():
+    if _is_file(folder, "migrations/env.py"):
         # Flask-Migrate keeps the ini in there, too.
         inner = "migrations/alembic.ini"
-        return (inner if _has_section(folder / inner, options.name) else None), None, "migrations"
+        return (
+            (inner if _has_section(os.path.join(folder, inner), options.name) else None),
+            None,
+            "migrations",
+        )
     raise SettingsError(
         [
             f"no Alembic project in {folder}: neither alembic.ini, nor [tool.alembic] in pyproject.toml,"
@@ -67,7 +70,13 @@ def find_project(options: ProjectOptions, folder: Path) -> tuple[str | None, str
     )
 
 
-def _has_section(ini: Path, name: str) -> bool:
+def _is_file(folder: str | Path, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))
+
+
+def _has_section(ini: str, name: str) -> bool:
+    import configparser
+
     parser = configparser.RawConfigParser()
     try:
         parser.read(ini, encoding="utf-8")
@@ -76,13 +85,14 @@ def _has_section(ini: Path, name: str) -> bool:
     return parser.has_section(name)
 
 
-def _has_alembic_table(path: Path) -> bool:
-    if not path.is_file():
+def _has_alembic_table(place: str) -> bool:
+    if not os.path.isfile(place):
         return False
     import tomllib
 
     try:
-        return "alembic" in tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
+        with open(place, encoding="utf-8") as file:
+            return "alembic" in tomllib.loads(file.read()).get("tool", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return False
 
@@ -97,6 +107,8 @@ def parse_command(options: ProjectOptions, command: str, revision: str) -> Names
 
 def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | None = None) -> Config:
     """Make Alembic's Config as its own command line would; raises :class:`SettingsError`."""
+    import configparser
+
     from alembic.config import Config
     from alembic.util import CommandError
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from pathlib import Path
 
 from migrator import quiet
 from migrator.logs import Logs, redact
@@ -52,14 +52,16 @@ def write_file(outcome: Outcome, place: str) -> None:
 
 def write_text(text: str, place: str) -> None:
     """Write a report to a file, whole or not at all; a file that cannot be written is only logged."""
-    path = Path(place)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    folder, name = os.path.split(place)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.replace(temporary, place)
     except OSError as error:
         log.warning("cannot write the report to %s: %s", place, error.strerror)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def write_termination_message(outcome: Outcome, place: str) -> None:
@@ -69,11 +71,11 @@ def write_termination_message(outcome: Outcome, place: str) -> None:
 
 def write_termination_line(line: str, place: str) -> None:
     """Write one line, cut to what Kubernetes keeps."""
-    path = Path(place) if place else None
-    if path is None or not path.exists():
+    if not place or not os.path.exists(place):
         return
     message = redact(line).encode()[:TERMINATION_LIMIT].decode(errors="ignore")
     try:
-        path.write_text(message, encoding="utf-8")
+        with open(place, "w", encoding="utf-8") as file:
+            file.write(message)
     except OSError as error:
         log.debug("cannot write the termination message to %s: %s", place, error.strerror)
