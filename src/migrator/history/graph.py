@@ -7,7 +7,6 @@ import functools
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from migrator.history.bootstrap import ground, shapes_history
 from migrator.history.env_file import version_table
 from migrator.history.environment import Around, Command, Hook, run_env
 from migrator.history.project import ProjectOptions, make_config, sibling_tables, tell_address
+from migrator.history.unreadable import unreadable
 from migrator.history.way_back import WayBack, offline_downgrade
 from migrator.layout import migrates_several
 from migrator.manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
@@ -72,6 +72,7 @@ class History:
         self._target = options.told or target
         self._options = options
         self._sha256: dict[str, str] = {}
+        self._read_before: dict[str, Revision] = {}
         self.config = make_config(options, folder or Path.cwd())
         self.script = self._read(bootstrapped=shapes_history(options.bootstrap))
 
@@ -97,7 +98,7 @@ class History:
             except CommandError as error:
                 raise HistoryError(f"The history cannot be read: {error}.", next_step=_GRAPH_STEP) from error
             except (Exception, SystemExit) as error:  # a revision file may call sys.exit
-                raise _unreadable(error, [str(item.message) for item in caught]) from error
+                raise unreadable(error, [str(item.message) for item in caught]) from error
         for message in (str(item.message) for item in caught):
             if "is present more than once" in message:
                 raise HistoryError(
@@ -171,11 +172,16 @@ class History:
 
     def revision(self, name: str) -> Revision:
         """Return the revision with this very id."""
-        return self._revision(self.script.get_revision(name))
+        return self._revision(self._script(name))
+
+    def _script(self, name: str) -> Any:
+        """Return Alembic's own; a look is enough where an id is given in full."""
+        found = self.script.revision_map._revision_map.get(name)
+        return found if found is not None and found.revision == name else self.script.get_revision(name)
 
     def dependencies(self, name: str) -> tuple[str, ...]:
         """Return the ids of what a revision depends on (``depends_on``), its parents aside."""
-        script = cast(Any, self.script.get_revision(name))
+        script = self._script(name)
         return tuple(sorted(set(script._all_down_revisions) - set(script._versioned_down_revisions)))
 
     def sha256(self, revision: Revision) -> str:
@@ -202,17 +208,21 @@ class History:
 
     def file_name(self, revision: Revision) -> str:
         """Return a revision's file as people know it: from the folder of ``env.py``, where it is in there."""
-        path, place = os.path.abspath(revision.path), os.path.abspath(self.location)
+        path, place = os.path.abspath(revision.path), self._place
         return path[len(place) + 1 :] if path.startswith(place + os.sep) else os.path.basename(path)
+
+    @functools.cached_property
+    def _place(self) -> str:
+        return os.path.abspath(self.location)
 
     def min_compatible(self, name: str) -> str:
         """Return the ``migrator_min_compatible`` that a revision declares, or an empty string."""
-        module = cast(Any, self.script.get_revision(name)).module
+        module = self._script(name).module
         return str(getattr(module, "migrator_min_compatible", None) or "")
 
     def way_back(self, name: str) -> WayBack:
         """Return the SQL that reverts a revision, for images that will not have its file."""
-        return offline_downgrade(self.script.get_revision(name))
+        return offline_downgrade(self._script(name))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -251,7 +261,7 @@ class History:
         before = tuple(sorted(current))
         steps = self.steps(kind, destination, before, baseline)
         revisions = tuple(
-            self._revision(self.script.get_revision(step.revision.revision))
+            self._revision(self._script(step.revision.revision))
             for step in steps
             if getattr(step, "revision", None) is not None
         )
@@ -285,15 +295,10 @@ class History:
         return next((n for n in range(len(steps) + 1) if _rows_after(steps[:n], start) == wanted), None)
 
     def _revision(self, script: Any) -> Revision:
-        parents = script.down_revision
-        return Revision(
-            revision=script.revision,
-            parents=(parents,) if isinstance(parents, str) else tuple(parents or ()),
-            message=(script.doc or "").split("\n")[0].strip(),
-            path=str(script.path),
-            is_head=bool(script.is_head),
-            labels=tuple(sorted(script.branch_labels or ())),
-        )
+        known = self._read_before.get(script.revision)
+        if known is None:
+            known = self._read_before[script.revision] = _revision_of(script)
+        return known
 
     @contextlib.contextmanager
     def _errors(self, destination: str = "") -> Iterator[None]:
@@ -336,48 +341,21 @@ class History:
         )
 
 
-_NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
-
-_GRAPH_STEP = "mend the revision files; `alembic branches` and `alembic history` show the graph"
-
-
-def _unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
-    """Name the file that cannot be imported, the parent that is missing, or the revisions in a circle."""
-    from alembic.script.revision import CycleDetected
-
-    if isinstance(error, CycleDetected):
-        return HistoryError(
-            f"The revisions go in a circle: {', '.join(error.revisions)}.",
-            next_step="correct down_revision (or depends_on) in one of their files",
-        )
-    missing = [message for message in said if "is not present" in message]
-    if isinstance(error, KeyError) and missing:
-        return HistoryError(
-            f"A parent is missing: {missing[0]}.",
-            next_step="add the missing file to the image, or correct down_revision in the file that names it",
-        )
-    if isinstance(error, KeyError) and _raised_by_alembic(error):
-        return HistoryError(
-            f"A dependency is missing: a revision's depends_on names {error.args[0]!r}, which no file has.",
-            next_step="add the missing file to the image, or correct depends_on in the file that names it",
-        )
-    if isinstance(error, SyntaxError) and error.filename:
-        place = f"{Path(error.filename).name}, line {error.lineno}"
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if "versions" in Path(frame.filename).parts] or list(frames)
-        place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
-    reason = " ".join(str(error).split())
-    return HistoryError(
-        f"A revision file does not import: {place}: {type(error).__name__}: {reason}.",
-        next_step=f"mend {place.split(',')[0]}, or put what it imports into the image",
+def _revision_of(script: Any) -> Revision:
+    parents = script.down_revision
+    return Revision(
+        revision=script.revision,
+        parents=(parents,) if isinstance(parents, str) else tuple(parents or ()),
+        message=(script.doc or "").split("\n")[0].strip(),
+        path=str(script.path),
+        is_head=bool(script.is_head),
+        labels=tuple(sorted(script.branch_labels or ())),
     )
 
 
-def _raised_by_alembic(error: BaseException) -> bool:
-    """Whether Alembic's own graph raised this, and not a revision file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).parts[-3:] == ("alembic", "script", "revision.py")
+_NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
+
+_GRAPH_STEP = "mend the revision files; `alembic branches` and `alembic history` show the graph"
 
 
 def _rows_after(steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:

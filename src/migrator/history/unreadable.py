@@ -1,0 +1,48 @@
+"""Say what is wrong with a history that cannot be read: which file, and where in it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from migrator.errors import HistoryError
+
+
+def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
+    """Name the file that cannot be imported, the parent that is missing, or the revisions in a circle."""
+    from alembic.script.revision import CycleDetected
+
+    if isinstance(error, CycleDetected):
+        return HistoryError(
+            f"The revisions go in a circle: {', '.join(error.revisions)}.",
+            next_step="correct down_revision (or depends_on) in one of their files",
+        )
+    missing = [message for message in said if "is not present" in message]
+    if isinstance(error, KeyError) and missing:
+        return HistoryError(
+            f"A parent is missing: {missing[0]}.",
+            next_step="add the missing file to the image, or correct down_revision in the file that names it",
+        )
+    if isinstance(error, KeyError) and _raised_by_alembic(error):
+        return HistoryError(
+            f"A dependency is missing: a revision's depends_on names {error.args[0]!r}, which no file has.",
+            next_step="add the missing file to the image, or correct depends_on in the file that names it",
+        )
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{Path(error.filename).name}, line {error.lineno}"
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if "versions" in Path(frame.filename).parts] or list(frames)
+        place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
+    reason = " ".join(str(error).split())
+    return HistoryError(
+        f"A revision file does not import: {place}: {type(error).__name__}: {reason}.",
+        next_step=f"mend {place.split(',')[0]}, or put what it imports into the image",
+    )
+
+
+def _raised_by_alembic(error: BaseException) -> bool:
+    """Whether Alembic's own graph raised this, and not a revision file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).parts[-3:] == ("alembic", "script", "revision.py")
