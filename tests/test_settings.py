@@ -113,7 +113,10 @@ def test_the_direct_address_wins() -> None:
     assert PLANTED in found.secrets
 
 
-@pytest.mark.parametrize("name", [name for name in SECRET_VARIABLES if not name.startswith("AWS_")])
+NO_ADDRESS = ("AWS_", "MIGRATOR_VERIFY_URL")
+
+
+@pytest.mark.parametrize("name", [name for name in SECRET_VARIABLES if not name.startswith(NO_ADDRESS)])
 def test_every_secret_can_be_a_file(tmp_path: Path, name: str) -> None:
     password = name.endswith("PASSWORD")
     secret = tmp_path / "secret"
@@ -126,6 +129,21 @@ def test_every_secret_can_be_a_file(tmp_path: Path, name: str) -> None:
     found = load({}, environment, NOWHERE)
     assert found.required_target.password == PLANTED
     assert PLANTED in found.secrets
+
+
+def test_the_server_for_proofs(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(URL + "\n")
+    environment = {"DATABASE_URL": "postgresql://h/db", "MIGRATOR_VERIFY_URL_FILE": str(secret)}
+    found = load({}, environment, NOWHERE)
+    assert (found.required_target.host, found.verify_url) == ("h", URL)
+    assert PLANTED in found.secrets
+    (row,) = [row for row in table(found) if row["variable"] == "MIGRATOR_VERIFY_URL"]
+    assert PLANTED not in row["value"]
+    assert row["value"].startswith("postgresql://")
+    assert row["value"] != str(found.required_target)
+    with pytest.raises(SettingsError, match="MIGRATOR_VERIFY_URL is not a database address"):
+        load({}, {"DATABASE_URL": "postgresql://h/db", "MIGRATOR_VERIFY_URL": "mysql://h/db"}, NOWHERE)
 
 
 def test_the_keys_of_a_bucket_can_be_files(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ADDRESS_VARIABLES = ("MIGRATOR_DATABASE_URL", "DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI")
-_ADDRESSES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL")
+_ADDRESSES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "MIGRATOR_VERIFY_URL")
 PASSWORD_VARIABLES = ("PGPASSWORD", "POSTGRES_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-SECRET_VARIABLES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "AWS_ACCESS_KEY_ID", *PASSWORD_VARIABLES)
+SECRET_VARIABLES = (*_ADDRESSES, "AWS_ACCESS_KEY_ID", *PASSWORD_VARIABLES)
 
 
 class Option(NamedTuple):
@@ -108,6 +108,15 @@ class Settings(NamedTuple):
     )
     backup_url: str = setting(
         "file:///backups", backup_place, "where backups are kept: file:///folder or s3://bucket/prefix"
+    )
+    backup_verify: str = setting(
+        "read",
+        choice("read", "restore"),
+        "how a backup is proven: read (all of it is read back and parsed) or restore (into a scratch database, which"
+        " is compared and dropped)",
+    )
+    verify_url: str = setting(
+        "", str, "another server for the scratch databases of proofs (else the target's)", **_HIDDEN
     )
     backup_recipients: str = setting(
         "",
@@ -330,6 +339,11 @@ def load(
             values[item.name] = item.read(text)
         except ValueError as error:
             problems.append(f"{source}: {error}")
+    if values.get("verify_url"):
+        try:
+            parse(values["verify_url"])
+        except BadAddress as error:
+            problems.append(f"MIGRATOR_VERIFY_URL is not a database address: {error}")
     target = _find_target(variables, sources, problems)
     if target is None and needs_target and not any("address" in problem for problem in problems):
         empty = [name for name in ADDRESS_VARIABLES if name in environment and not environment[name].strip()]
@@ -486,6 +500,7 @@ def table(settings: Settings) -> list[dict[str, str]]:
         if item.secret:
             set_here = settings.sources.get(item.name, "default") != "default"
             shown = settings.target if item.name.endswith("_url") else "***"
+            shown = parse(value) if item.name == "verify_url" and value else shown
             text = str(shown) if shown is not None and set_here else ""
         else:
             text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
