@@ -308,3 +308,78 @@ def test_objects_that_replace_those_of_an_earlier_revision(project: Project, com
     result = compare.run("downgrade", "-1", cwd=folder, database=compare.database)
     assert result.code == 0, result
     assert compare.database.psql("SELECT a FROM v") == [(1,)]
+
+
+NEEDS_GROUND = """
+import contextlib
+
+ready = False
+
+@contextlib.contextmanager
+def prepare(config):
+    global ready
+    ready = True
+    try:
+        yield
+    finally:
+        ready = False
+"""
+
+
+def test_revisions_that_import_what_must_be_prepared(
+    project: Project, run_migrator: Runner, database: Database
+) -> None:
+    """The way of Superset: they import the application, which does not load outside of its context."""
+    folder = project({**env(), "shop_ground.py": NEEDS_GROUND}, revisions=THREE)
+    file = folder / "migrations" / "versions" / "r002.py"
+    file.write_text(f"import shop_ground\nassert shop_ground.ready, 'not yet'\n{file.read_text()}")
+    result = run_migrator(cwd=folder, database=database)
+    assert result.code == 31, result
+    assert "not yet" in result.logs[-1]["message"], result
+    told = {"MIGRATOR_BOOTSTRAP": "shop_ground:prepare", "MIGRATOR_BACKUP": "off"}
+    for words in ("upgrade", "check", "history", "downgrade -1", "upgrade"):
+        result = run_migrator(*words.split(), cwd=folder, database=database, env=told)
+        assert result.code == 0, result
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r003",)]
+
+
+MIGRATES_ITSELF = """
+import contextlib
+from alembic import command
+from alembic.config import Config
+
+@contextlib.contextmanager
+def prepare(config):
+    command.upgrade(Config("alembic.ini"), "{to}")
+    yield
+"""
+
+
+@pytest.mark.parametrize("to", ["r002", "head"])
+def test_an_application_that_migrates_itself_when_it_is_loaded(
+    to: str, project: Project, run_migrator: Runner, database: Database
+) -> None:
+    """The way of ihatemoney, whose `create_app()` upgrades the database: what is left is done, all is told."""
+    own_engine = env(engine="create_engine(os.environ['DATABASE_URL'])")
+    folder = project({**own_engine, "shop_ground.py": MIGRATES_ITSELF.format(to=to)}, revisions=THREE)
+    told = {"MIGRATOR_BOOTSTRAP": "shop_ground:prepare", "MIGRATOR_BACKUP": "off"}
+    result = run_migrator("--format", "json", cwd=folder, database=database, env=told)
+    assert result.code == 0, result
+    assert [item["revision"] for item in result.answer["revisions"]] == (["r003"] if to == "r002" else [])
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r003",)]
+    warnings = [line["message"] for line in result.logs if line["level"] == "warning"]
+    assert any("migrated the database to " in line and "by itself" in line for line in warnings), result
+    rows = database.psql("SELECT revision, event FROM migrator_ledger WHERE revision <> '' ORDER BY revision")
+    last = "applied" if to == "r002" else "found"
+    assert rows == [("r001", "found"), ("r002", "found"), ("r003", last)]
+
+
+def test_an_ini_that_names_a_wrong_place_beside_its_env(
+    project: Project, run_migrator: Runner, database: Database
+) -> None:
+    """Flask-Migrate takes the ini's own folder, whatever the ini says: many of those are never looked at."""
+    folder = project({**env(), "migrations/alembic.ini": "[alembic]\nscript_location = .\n"}, revisions=THREE)
+    (folder / "alembic.ini").unlink()
+    result = run_migrator("-c", "migrations/alembic.ini", cwd=folder, database=database)
+    assert result.code == 0, result
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r003",)]

@@ -61,6 +61,11 @@ def refuse_other_locations(before: tuple[str | None, ...], config: Config, boots
         )
 
 
+def prepares(env_file: Path, options: ProjectOptions) -> bool:
+    """Whether something goes before ``env.py``: the project's bootstrap, or Flask's context."""
+    return bool(options.bootstrap) or _read_flask_variables(env_file)
+
+
 def shapes_history(name: str) -> bool:
     """Whether the bootstrap also says where the revisions are, as far as its source tells.
 
@@ -171,6 +176,9 @@ def _named(name: str) -> Iterator[None]:
 
 # -- Flask -------------------------------------------------------------------------------------------------
 
+_APPLICATIONS: dict[str, Any] = {}
+"""What FLASK_APP stands for, made once: many an application cannot be made twice in one process."""
+
 
 def _read_flask_variables(env_file: Path) -> bool:
     """Whether ``env.py`` wants Flask's application context, and ``FLASK_APP`` says which application.
@@ -202,7 +210,9 @@ def _flask_context(config: Config) -> Iterator[Config]:
             name = os.environ["FLASK_APP"].strip()
             os.environ["FLASK_RUN_FROM_CLI"] = "true"  # app.run() in a module then does nothing
             try:
-                application = flask_cli.ScriptInfo(name).load_app()
+                if name not in _APPLICATIONS:
+                    _APPLICATIONS[name] = flask_cli.ScriptInfo(name).load_app()
+                application = _APPLICATIONS[name]
             except flask_cli.NoAppException as error:
                 raise SettingsError(
                     [f"FLASK_APP={name}: {' '.join(str(error).split()).rstrip('.')}"],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from migrator import ledger, surroundings
 from migrator.errors import HistoryError, MigratorError
-from migrator.history.bootstrap import ground, shapes_history
+from migrator.history.bootstrap import ground, prepares, shapes_history
 from migrator.history.env_file import version_table
 from migrator.history.environment import Around, Command, Hook, run_env
 from migrator.history.project import ProjectOptions, make_config, sibling_tables, tell_address
@@ -89,15 +89,16 @@ class History:
                 script = ScriptDirectory.from_config(self.config)
                 # A revision file may import the application's settings, which look for the address just once.
                 tell_address(self.config, Path(script.env_py_location), self._target, self._options.export)
-                if bootstrapped:
-                    script = self._bootstrapped(Path(script.env_py_location))
+                env_file = Path(script.env_py_location)
+                script = self._bootstrapped(env_file) if bootstrapped else _loaded(script)
                 heads = script.get_heads()
-                script.revision_map._real_heads  # noqa: B018 - builds the rest of the graph, depends_on too
             except MigratorError:
                 raise
             except CommandError as error:
                 raise HistoryError(f"The history cannot be read: {error}.", next_step=_GRAPH_STEP) from error
             except (Exception, SystemExit) as error:  # a revision file may call sys.exit
+                if not bootstrapped and prepares(env_file, self._options):
+                    return self._read(bootstrapped=True)  # revision files may import what must be prepared
                 raise unreadable(error, [str(item.message) for item in caught]) from error
         for message in (str(item.message) for item in caught):
             if "is present more than once" in message:
@@ -116,11 +117,11 @@ class History:
         return script
 
     def _bootstrapped(self, env_file: Path) -> ScriptDirectory:
-        """Let the bootstrap say where the revisions are."""
+        """Read the revisions as ``env.py`` is run: where the bootstrap says that they are, with all that is prepared."""
         from alembic.script import ScriptDirectory
 
         with surroundings.kept(), ground(self.config, env_file, self._target, self._options) as config:
-            return ScriptDirectory.from_config(config)
+            return _loaded(ScriptDirectory.from_config(config))
 
     @property
     def location(self) -> Path:
@@ -356,6 +357,13 @@ def _revision_of(script: Any) -> Revision:
 _NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
 
 _GRAPH_STEP = "mend the revision files; `alembic branches` and `alembic history` show the graph"
+
+
+def _loaded(script: ScriptDirectory) -> ScriptDirectory:
+    """Import all revisions, and build the whole graph, depends_on too."""
+    script.get_heads()
+    script.revision_map._real_heads  # noqa: B018 - a property that does it
+    return script
 
 
 def _rows_after(steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:

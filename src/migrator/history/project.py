@@ -120,7 +120,7 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
     try:
         config = Config(file_=ini, stdout=sys.stdout, ini_section=options.name, cmd_opts=cmd_opts, **extra)
         found = None if location else config.get_main_option("script_location")
-        if not found and not toml:
+        if not toml and (not found or _is_nowhere(found, folder)):
             location = location or _beside(ini, folder)
         if location:
             config.set_main_option("script_location", location)
@@ -136,6 +136,11 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
     if not found and not toml:
         raise SettingsError([f"{ini} has no script_location in its section [{options.name}]"])
     return config
+
+
+def _is_nowhere(location: str, folder: Path) -> bool:
+    """Whether no ``env.py`` is where the ini says: Flask-Migrate never looks at that, only at the ini's folder."""
+    return ":" not in location and not (folder / location / "env.py").is_file()
 
 
 def _beside(ini: str | None, folder: Path) -> str | None:

@@ -29,7 +29,7 @@ from migrator.recovery import Recovery
 from migrator.settings import Settings
 from migrator.silence import PROBE
 from migrator.steps import Steps
-from migrator.versions import VersionTable
+from migrator.versions import VersionTable, read_version
 from migrator.watch import Watch
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Application:
         connection.refuse_another_database(self.session)
         table = VersionTable(context.version_table, context.version_table_schema or "")
         table = connection.locate(table, self.session)
-        again = self.version_table is not None
+        again = self.version_table is not None or self._moved_meanwhile(heads)
         self.lifeline.refuse_strangers(
             table, frozenset(heads), frozenset(heads) if again else self.plan.before
         )
@@ -251,6 +251,20 @@ class Application:
             )
         self.steps.wrap(revisions)
         return steps
+
+    def _moved_meanwhile(self, heads: tuple[str, ...]) -> bool:
+        """Whether the application, as some do, has migrated the database by itself while it was loaded."""
+        if frozenset(heads) == self.plan.before:
+            return False
+        _, rows = read_version(self.session, self.history, self.settings.version_table)
+        if frozenset(rows) != frozenset(heads):
+            return False
+        log.warning(
+            "the application migrated the database to %s by itself while it was loaded: turn that off, so that it is"
+            " done by migrator, which measures and records it",
+            ", ".join(heads) or "base",
+        )
+        return True
 
     def _steps(self, heads: tuple[str, ...], *, again: bool) -> list[Any]:
         """Return Alembic's steps from ``heads``: to where the plan ends, whatever ``+2`` would mean by now."""
