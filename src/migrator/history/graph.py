@@ -117,7 +117,7 @@ class History:
         return script
 
     def _bootstrapped(self, env_file: Path) -> ScriptDirectory:
-        """Read the revisions as ``env.py`` is run: where the bootstrap says that they are, with all that is prepared."""
+        """Read the revisions as ``env.py`` is run: with all prepared, from where the bootstrap says."""
         from alembic.script import ScriptDirectory
 
         with surroundings.kept(), ground(self.config, env_file, self._target, self._options) as config:
