@@ -29,7 +29,7 @@ from migrator.run import ATTEMPTS, Run, harmless, known, rows_now
 from migrator.schema import catalog
 from migrator.schema.expectations import Expectations, read
 from migrator.stages.apply import Application, apply
-from migrator.stages.backup import back_up, decide
+from migrator.stages.backup import back_up, check_client, decide, reusable, why_reused
 from migrator.stages.guard import guard
 from migrator.stages.inspect import Inspection, inspect
 from migrator.stages.leftovers import clear, clear_after_death
@@ -80,6 +80,8 @@ def _stages(this: Run) -> None:
         stack.enter_context(this.interruption.calling(session.cancel))
         found = _inspect(this, session, history, settled=this.request.kind == "verify")
         if this.request.kind != "verify" and not _nothing_to_do(this, found):
+            if not _why_no_backup(this, found):
+                check_client(session, settings)
             with record.stage("lock") as details:
                 # Another run may have done the work while this one waited.
                 held = stack.enter_context(
@@ -161,9 +163,16 @@ def _nothing_to_do(this: Run, found: Inspection) -> bool:
     return found.plan.empty and this.settings.backup != "always"
 
 
-def _backup(this: Run, session: Session, found: Inspection) -> None:
+def _why_no_backup(this: Run, found: Inspection) -> str:
     pending = not found.plan.empty and this.request.kind != "stamp"
-    reason = decide(this.settings.backup, pending, found.empty)
+    return decide(this.settings.backup, pending, found.empty)
+
+
+def _backup(this: Run, session: Session, found: Inspection) -> None:
+    reason = _why_no_backup(this, found)
+    recent = None if reason else reusable(session, this.settings, found.current)
+    if recent is not None:
+        this.record.backup, reason = summary(recent), why_reused(recent)
     if reason:
         this.record.skip("backup", reason)
         return

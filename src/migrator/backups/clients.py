@@ -7,6 +7,7 @@ before anything starts.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -97,6 +98,7 @@ def _folders(settings: Settings) -> Iterator[Path]:
             yield folder
 
 
+@functools.cache
 def _version_of(program: Path) -> tuple[str, int] | None:
     chunks: list[bytes] = []
     try:

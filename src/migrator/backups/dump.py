@@ -243,6 +243,7 @@ def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:
         "properties": snapshot.properties(session),
         "system_identifier": system_identifier,
         "timeline": timeline,
+        "database_oid": session.facts.database_oid,
         "server_version": session.facts.version,
         "client_version": client.version,
         "migrator_version": migrator.__version__,

@@ -125,6 +125,7 @@ class Backup:
     next_xid: int | None = None
     system_identifier: str = ""
     timeline: int | None = None
+    database_oid: int = 0
     place: str = ""
 
     @property

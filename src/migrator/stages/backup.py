@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from migrator.backups import dump
+from datetime import UTC, datetime
+
+from migrator.backups import dump, reuse
 from migrator.backups.dump import back_up
+from migrator.backups.manifest import Backup
 from migrator.postgres import Session
 from migrator.settings import Settings
 
-__all__ = ["back_up", "decide", "preflight"]
+__all__ = ["back_up", "check_client", "decide", "preflight", "reusable", "why_reused"]
 
 
 def decide(mode: str, pending: bool, empty: bool) -> str:
@@ -25,6 +28,26 @@ def decide(mode: str, pending: bool, empty: bool) -> str:
     return "the database is empty" if empty else ""
 
 
+def check_client(session: Session, settings: Settings) -> None:
+    """Refuse a pg_dump that is too old before anything starts, also before the lock; raises :class:`BackupFailed`.
+
+    Where a recent backup may be reused, another machine makes those, and no pg_dump is needed here.
+    """
+    if settings.backup_max_age is None:
+        dump.check_client(session, settings)
+
+
 def preflight(session: Session, settings: Settings) -> None:
     """Find out, before anything starts, whether a backup could be made; raises :class:`BackupFailed`."""
     dump.preflight(session, settings)
+
+
+def reusable(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Backup | None:
+    """Return a backup that is as good as a new one, where MIGRATOR_BACKUP_MAX_AGE allows for it."""
+    return reuse.find(session, settings, revisions)
+
+
+def why_reused(backup: Backup) -> str:
+    """Say in a few words which backup stands for a new one."""
+    minutes = reuse.age(backup, datetime.now(UTC)) / 60
+    return f"reuses {backup.id}, made {minutes:.0f} min ago"

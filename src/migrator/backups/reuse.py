@@ -1,0 +1,88 @@
+"""Find a backup that is as good as a new one: MIGRATOR_BACKUP_MAX_AGE, and only where that is set.
+
+It must be of this very database (cluster, timeline and oid, and not only the name), at these very revisions, proven
+as a new one would be, leave out no rows that a new one would have, and still be there.  What was written since it was
+made is not in it: that is what whoever sets the age agrees to.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+from migrator.backups import directory, exclusions, snapshot
+from migrator.backups.manifest import Backup
+from migrator.backups.store import open_store
+from migrator.errors import MigratorError
+from migrator.postgres import Session
+from migrator.settings import Settings
+
+LOGGER = logging.getLogger("migrator.backup")
+
+
+def find(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Backup | None:
+    """Return the newest backup that can be reused; None where there is none, or none may be.
+
+    Raises QueryFailed.
+    """
+    if settings.backup_max_age is None:
+        return None
+    try:
+        candidates = open_store(settings.backup_url, settings).backups(session.facts.database)
+    except MigratorError as error:
+        LOGGER.warning("no backup can be reused: %s", error.message)
+        return None
+    now = datetime.now(UTC)
+    recent = [backup for backup in candidates if 0 <= age(backup, now) <= settings.backup_max_age]
+    if not recent:
+        return None
+    identity = (*snapshot.identity(session), session.facts.database_oid)
+    patterns = exclusions.parse(settings.backup_exclude_table_data)
+    found = snapshot.relations(session) if patterns else []
+    left_out = {table.shown for table in exclusions.find(session, patterns, found)}
+    for backup in recent:
+        why = _unfit(backup, revisions, identity, left_out, settings.backup_verify) or _gone(backup)
+        if not why:
+            return backup
+        LOGGER.info("%s is not reused: %s", backup.id, why)
+    return None
+
+
+def age(backup: Backup, now: datetime) -> float:
+    """Return how old a backup is in seconds; less than 0 where its clock was ahead, or is unknown."""
+    try:
+        return (now - datetime.fromisoformat(backup.created_at)).total_seconds()
+    except (TypeError, ValueError):
+        return -1.0
+
+
+def _unfit(
+    backup: Backup,
+    revisions: tuple[str, ...],
+    identity: tuple[str, int | None, int],
+    left_out: set[str],
+    proof: str,
+) -> str:
+    """Return why a backup cannot stand for a new one, or ``""``."""
+    if set(backup.revisions) != set(revisions):
+        return "it is of another revision"
+    if not identity[0] or (backup.system_identifier, backup.timeline, backup.database_oid) != identity:
+        return "it may be of another database of this name"
+    if not backup.verified or (proof == "restore" and backup.verified != "restore"):
+        return f"it was not proven by {proof}"
+    if set(backup.excluded_table_data) - left_out:
+        return "it leaves out rows"
+    return ""
+
+
+def _gone(backup: Backup) -> str:
+    """Return what is wrong with the file, where that is seen at a glance, or ``""``."""
+    place = Path(backup.place)
+    if not place.is_absolute():
+        return ""
+    try:
+        size = directory.size_of(place) if place.is_dir() else place.stat().st_size
+    except OSError as error:
+        return str(error.strerror)
+    return "" if size == backup.stored[1] else f"it has {size} bytes and not {backup.stored[1]}"
