@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from migrator.backups.manifest import Backup
-from migrator.backups.store import new_id
 from migrator.backups.restore import restore
 from migrator.backups.restored import Restored
+from migrator.backups.store import new_id
 from migrator.postgres import connect, quote_identifier
 from migrator.settings import Settings, load
 from migrator.stages.backup import back_up

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import mmap
 import queue
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("migrator.backup")
 PART = 16 * 1024 * 1024
-"""Bytes of a part; up to four are in memory: one that fills, two on their way, one that waits."""
+"""Bytes of a part; up to three are in memory: one that fills, and two on their way."""
 _STEADY = 4000
 _AT_ONCE = 2
 _POLL = 0.2
@@ -46,6 +47,46 @@ def part_size(number: int, first: int) -> int:
     return first << max(0, (number - _STEADY + 999) // 1000)
 
 
+class _Slab:
+    """A part's bytes, in memory that is used again: given back and taken anew, megabytes would pile up in between.
+
+    A file-like object for boto3, which reads in small pieces what it would otherwise copy as a whole.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.filled = 0
+        self._at = 0
+        self._memory = mmap.mmap(-1, size)
+
+    def append(self, view: memoryview) -> int:
+        """Take as many bytes as there is room for; return how many."""
+        taken = min(self.size - self.filled, len(view))
+        self._memory[self.filled : self.filled + taken] = view[:taken]
+        self.filled += taken
+        return taken
+
+    def clear(self) -> None:
+        """Make it empty."""
+        self.filled = self._at = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next ``size`` bytes."""
+        end = self.filled if size < 0 else min(self.filled, self._at + size)
+        content = self._memory[self._at : end]
+        self._at = end
+        return content
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a byte."""
+        self._at = offset + (0, self._at, self.filled)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return where it is."""
+        return self._at
+
+
 class S3Part:
     """An object on its way: hashed as it is written; removed on leaving unless it was kept."""
 
@@ -58,11 +99,12 @@ class S3Part:
         self.kept = False
         self._store = store
         self._first = first_size(expected)
-        self._buffer = bytearray()
+        self._slab = _Slab(self._first)
+        self._free: queue.Queue[_Slab] = queue.Queue()
         self._hash = hashlib.sha256()
         self._number = 0
         self._etags: dict[int, str] = {}
-        self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(1)
+        self._queue: queue.Queue[tuple[int, _Slab] | None] = queue.Queue()
         self._failure: BaseException | None = None
         self._giving_up = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -127,26 +169,31 @@ class S3Part:
         """Append to it; raises OSError."""
         self._hash.update(chunk)
         self.size += len(chunk)
-        self._buffer += chunk
-        while len(self._buffer) >= (wanted := part_size(self._number + 1, self._first)):
-            self._send(wanted)
+        view = memoryview(chunk)
+        while view:
+            view = view[self._slab.append(view) :]
+            if self._slab.filled == self._slab.size:
+                self._send()
+                self._slab = self._next_slab()
 
-    def _send(self, count: int) -> None:
+    def _send(self) -> None:
+        """Hand the slab over to be sent."""
         self._number += 1
-        with memoryview(self._buffer) as view:
-            content = bytes(view[:count])
-        del self._buffer[:count]
         if len(self._threads) < _AT_ONCE:
             name = f"upload {len(self._threads) + 1}"
+            self._free.put(_Slab(self._slab.size))
             self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
             self._threads[-1].start()
-        self._put((self._number, content))
+        self._queue.put((self._number, self._slab))
 
-    def _put(self, item: tuple[int, bytes] | None) -> None:
+    def _next_slab(self) -> _Slab:
+        """Wait for a slab that was sent; raises what sending raised."""
+        size = part_size(self._number + 1, self._first)
         while self._failure is None:
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL)
-                return
+            with contextlib.suppress(queue.Empty):
+                slab = self._free.get(timeout=_POLL)
+                slab.clear()
+                return slab if slab.size == size else _Slab(size)
         raise self._failure
 
     def _work(self) -> None:
@@ -162,9 +209,9 @@ class S3Part:
                 self._send_one(*item)
             except BaseException as error:  # noqa: BLE001 - raised in the thread that writes
                 self._failure = self._failure or error
-            del item
+            self._free.put(item[1])
 
-    def _send_one(self, number: int, content: bytes) -> None:
+    def _send_one(self, number: int, slab: _Slab) -> None:
         store = self._store
         with store.asking(_RIGHTS):
             answer = store.client.upload_part(
@@ -172,7 +219,7 @@ class S3Part:
                 Key=store.key(self.name),
                 UploadId=self._upload,
                 PartNumber=number,
-                Body=content,
+                Body=slab,
             )
         self._etags[number] = answer["ETag"]
 
@@ -180,10 +227,10 @@ class S3Part:
         """Send the rest and have the server put the parts together; raises OSError."""
         if self._complete:
             return
-        if self._buffer or not self._number:
-            self._send(len(self._buffer))
+        if self._slab.filled or not self._number:
+            self._send()
         for _ in self._threads:
-            self._put(None)
+            self._queue.put(None)
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(_POLL)
