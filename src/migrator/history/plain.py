@@ -130,9 +130,17 @@ def _constructs(module: ModuleType) -> frozenset[str]:
     )
 
 
-@functools.cache
 def _refused() -> frozenset[str]:
     """Return the names that lead to the connection, and the operations that are not Alembic's own."""
+    from alembic.operations import BatchOperations, Operations
+
+    return _refused_of(
+        len(vars(Operations)) + len(vars(BatchOperations))
+    )  # one may be registered at any time
+
+
+@functools.lru_cache(maxsize=1)
+def _refused_of(_: int) -> frozenset[str]:
     from alembic.operations import BatchOperations, Operations
 
     return _TO_THE_CONNECTION | (frozenset((*dir(Operations), *dir(BatchOperations))) - OPERATIONS)
