@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+PART = 16 * 1024 * 1024
 PATTERN = bytes(range(256)) * 4096
 """What uploads must consist of, again and again: 1 MiB."""
 
@@ -17,7 +20,8 @@ PATTERN = bytes(range(256)) * 4096
 class Sink:
     """What was uploaded, by name: the sizes of the parts; ``wrong`` are those that were not the pattern."""
 
-    def __init__(self) -> None:
+    def __init__(self, anything: bool) -> None:
+        self.kept = tempfile.TemporaryFile() if anything else None  # noqa: SIM115 - it goes with us
         self.parts: dict[str, dict[int, int]] = {}
         self.small: dict[str, bytes] = {}
         self.wrong: list[str] = []
@@ -49,7 +53,9 @@ class Sink:
         left = length
         while left:
             piece = body.read(min(left, len(PATTERN)))
-            if piece != PATTERN[: len(piece)]:
+            if self.kept is not None:
+                os.pwrite(self.kept.fileno(), piece, (number - 1) * PART + length - left)
+            elif piece != PATTERN[: len(piece)]:
                 self.wrong.append(f"{name} part {number}")
             left -= len(piece)
         self.parts.setdefault(name, {})[number] = length
@@ -88,8 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size))
         self.send_header("ETag", '"e"')
         self.end_headers()
-        for _ in range(size // len(PATTERN)):
-            self.wfile.write(PATTERN)
+        for start in range(0, size, len(PATTERN)):
+            count = min(len(PATTERN), size - start)
+            kept = self.sink.kept
+            self.wfile.write(PATTERN[:count] if kept is None else os.pread(kept.fileno(), count, start))
 
     def do_DELETE(self) -> None:
         self._asked()
@@ -112,9 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def sink() -> Iterator[Sink]:
-    """Run such a server on the loopback."""
-    made = Sink()
+def sink(*, anything: bool = False) -> Iterator[Sink]:
+    """Run such a server on the loopback; with ``anything``, it does not compare, and gives back what it was given."""
+    made = Sink(anything)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"sink": made}))
     server.daemon_threads = True
     made.address = f"http://127.0.0.1:{server.server_port}"

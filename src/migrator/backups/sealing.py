@@ -193,8 +193,7 @@ def seal_all(files: Mapping[str, bytes], recipients: tuple[str, ...]) -> dict[st
     """Return small files by ending, encrypted where there are recipients; their endings then say so."""
     if not recipients:
         return dict(files)
-    import pyrage
-
+    pyrage = _library()
     keys = read_recipients(recipients)
     return {ending + SEALED: bytes(pyrage.encrypt(content, keys)) for ending, content in files.items()}
 
@@ -207,7 +206,8 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
     """
     keys = read_identities(identity)
     source, plain = _Conveyor(), _Conveyor()
-    failure: list[BaseException] = []
+    unread: list[BaseException] = []
+    unopened: list[BaseException] = []
 
     def feed() -> None:
         try:
@@ -215,8 +215,10 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
                 if chunk:
                     source.put(chunk)
             source.put(None)
+        except _Gone:
+            return  # the decryption has failed, or nobody wants to read on
         except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
-            failure.append(error)
+            unread.append(error)
             source.abandoned.set()
 
     def decrypt() -> None:
@@ -225,7 +227,7 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
         try:
             pyrage.decrypt_io(source, plain, keys)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
-            failure.append(error)
+            unopened.append(error)
         finally:
             source.abandoned.set()
             with contextlib.suppress(_Gone):
@@ -237,25 +239,22 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
     try:
         while (chunk := plain.get()) is not None:
             yield chunk
-        _raise_first(failure)
+        if unread:
+            raise unread[0]
+        if unopened:
+            raise _cannot_open(unopened[0])
     finally:
         source.abandoned.set()
         plain.abandoned.set()
 
 
-def _raise_first(failure: list[BaseException]) -> None:
-    import pyrage
-
-    real = [error for error in failure if not isinstance(error, _Gone)]
-    for error in real:
-        if not isinstance(error, pyrage.DecryptError):
-            raise error
-    if real:
-        said = str(real[0])
-        why = "it is damaged or cut off"
-        if "No matching keys" in said:
-            why = "it was encrypted to other keys than those in the identity file"
-        raise CannotOpen(f"{why} ({said})")
+def _cannot_open(error: BaseException) -> CannotOpen:
+    """Say why; pyrage raises its own error for the head of a stream, and an OSError for the rest."""
+    said = str(error)
+    why = "it is damaged or cut off"
+    if "No matching keys" in said:
+        why = "it was encrypted to other keys than those in the identity file"
+    return CannotOpen(f"{why} ({said})")
 
 
 def read_recipients(recipients: Iterable[str]) -> list[Any]:
