@@ -115,6 +115,22 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--to", default="", metavar="NAME", help="restore into a new database of this name"
         )
+        parser.add_argument(
+            "--drop-old",
+            action="store_true",
+            help="drop the database that was replaced, once the restored one is seen in its place",
+        )
+        parser.add_argument(
+            "--table",
+            dest="tables",
+            action="append",
+            default=[],
+            metavar="TABLE",
+            help="restore this table alone, into a schema of its own (may be given several times)",
+        )
+        parser.add_argument(
+            "--into-schema", default="", metavar="SCHEMA", help="the schema for --table [restored_RUN]"
+        )
     if name == "ledger":
         parser.add_argument(
             "--limit", type=int, default=20, metavar="ROWS", help="how many rows to show [20]"

@@ -156,7 +156,15 @@ def backups(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Bring a backup back."""
-    return answers.of_restored(service.restore(arguments.backup_id, to=arguments.to, replace=arguments.yes))
+    restored = service.restore(
+        arguments.backup_id,
+        to=arguments.to,
+        replace=arguments.yes,
+        drop_old=arguments.drop_old,
+        tables=arguments.tables,
+        into_schema=arguments.into_schema,
+    )
+    return answers.of_restored(restored)
 
 
 def ledger(service: MigrationService, arguments: argparse.Namespace) -> Answer:

@@ -283,14 +283,39 @@ class MigrationService:
             summary(backup) for backup in store.open_store(self.settings.backup_url, self.settings).backups()
         ]
 
-    def restore(self, backup_id: str, *, to: str = "", replace: bool = False) -> Restored:
-        """Restore a backup: into a new database ``to``, or (``replace``) in the place of the target."""
+    def restore(
+        self,
+        backup_id: str,
+        *,
+        to: str = "",
+        replace: bool = False,
+        drop_old: bool = False,
+        tables: Sequence[str] = (),
+        into_schema: str = "",
+    ) -> Restored:
+        """Restore a backup: into a new database ``to``, or (``replace``) in the place of the target.
+
+        ``tables`` alone go into a schema of the target (``into_schema``, or one that is named after the run).
+        """
+        from migrator.backups.side_schema import refuse_together, restore_tables
+
+        refuse_together(to, tables, into_schema, drop_old)
+        if tables:
+            return restore_tables(
+                self.settings.required_target,
+                self.settings,
+                backup_id,
+                tables,
+                schema=into_schema,
+                run_id=self.run_id,
+                application_name=self._application_name,
+            )
         if not to and not replace:
             raise SettingsError(
                 ["restore without --to replaces the database: its sessions are ended"],
                 next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
             )
-        from migrator.backups.restore import restore
+        from migrator.backups.restore import Wishes, restore
         from migrator.stages.lock import lock
 
         if to and to == self.settings.required_target.database:
@@ -314,6 +339,7 @@ class MigrationService:
                 run_id=self.run_id,
                 application_name=self._application_name,
                 replace=replace,
+                wishes=Wishes(drop_old=drop_old),
             )
         if not to:
             self._note(restored)

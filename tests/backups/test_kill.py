@@ -25,10 +25,10 @@ ROWS = "CREATE TABLE t AS SELECT g, md5(g::text) AS x FROM generate_series(1, 30
 POINTS = [round(0.55 * (number / 25) ** 1.5, 3) for number in range(26)]
 
 
-def start(bench: Workbench, verb: str) -> subprocess.Popen[bytes]:
+def start(bench: Workbench, verb: str, *more: str) -> subprocess.Popen[bytes]:
     """Start the worker and return when it is about to begin."""
     worker = subprocess.Popen(
-        [sys.executable, "-m", "tests.backups.worker", verb, str(bench.folder.parent)],
+        [sys.executable, "-m", "tests.backups.worker", verb, str(bench.folder.parent), *more],
         cwd=ROOT,
         env={
             "PATH": os.environ["PATH"],

@@ -7,12 +7,14 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg2
 import pytest
 
 from migrator.backups import databases
+from migrator.backups.restore import Wishes
 from migrator.backups.snapshot import Relation
 from migrator.errors import RestoreFailed, SettingsError
 from tests.support import PLANTED, installations, leaks
@@ -226,3 +228,29 @@ def test_shown_names_are_quoted_where_sql_needs_it() -> None:
 
     assert shown("public", "orders_2") == "public.orders_2"
     assert shown("Public", 'o"x') == '"Public"."o""x"'
+
+
+def test_the_old_database_is_dropped_where_that_is_wanted(database: Database, workbench: Bench) -> None:
+    database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
+    bench = workbench(database)
+    bench.back_up()
+    restored = bench.restore(wishes=Wishes(drop_old=True))
+    assert (restored.kept, restored.dropped) == ("", f"{database.name}_before_run2")
+    assert bench.databases() == {database.name}
+    assert "was dropped" in restored.message
+
+
+def test_what_was_kept_longer_than_told_is_dropped(database: Database, workbench: Bench) -> None:
+    database.execute("CREATE TABLE t (a int)")
+    bench = workbench(database, MIGRATOR_KEEP_OLD="2d")
+    bench.back_up()
+    old, new, foreign = (
+        f"{database.name}_before_{moment}"
+        for moment in ("20200101T000000Z-abcdef", f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-abcdef", "christmas")
+    )
+    for name in (old, new, foreign, f"x{old}"):
+        database.server.psql(f'CREATE DATABASE "{name}"')
+    restored = bench.restore()
+    assert bench.databases() == {database.name, restored.kept, new, foreign}
+    assert database.server.has_database(f"x{old}")
+    database.server.drop_database(f"x{old}")

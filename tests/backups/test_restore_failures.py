@@ -136,7 +136,7 @@ def test_a_role_that_may_not_create_databases(app_database: Database, workbench:
     bench = workbench(app_database)
     backup = bench.back_up()
     with pytest.raises(RestoreFailed, match="may not create databases") as caught:
-        bench.restore()
+        bench.restore(to=app_database.name + "_look")
     assert 'ALTER ROLE "app_role" CREATEDB' in caught.value.next_step
     by_hand = caught.value.next_step.partition("as it is: ")[2]
     assert by_hand == archive.by_hand(backup, app_database.name)
@@ -184,8 +184,8 @@ def test_rows_that_did_not_come_back_are_noticed(
     bench.back_up()
     real = module.archive.restore_into
 
-    def lose(client: Any, path: Path, connection: str, environment: dict[str, str], major: int) -> None:
-        real(client, path, connection, environment, major)
+    def lose(client: Any, path: Path, connection: str, *more: Any, **options: Any) -> None:
+        real(client, path, connection, *more, **options)
         name = re.search(r"dbname='([^']*)'", connection)
         assert name is not None
         database.server.psql("DELETE FROM t WHERE a = 1", dbname=name[1])

@@ -1,6 +1,6 @@
 """Back up or restore in a process of its own, with the real handling of signals, for tests that kill it.
 
-python -m tests.backups.worker back_up|restore FOLDER, with the settings in the environment.
+python -m tests.backups.worker back_up|restore FOLDER [BACKUP], with the settings in the environment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from migrator.settings import load
 from migrator.stages.backup import back_up
 
 
-def main(verb: str, folder: str) -> int:
+def main(verb: str, folder: str, wanted: str = "latest") -> int:
     Interruption().install()
     settings = load({}, os.environ, Path(folder))
     target = settings.required_target
@@ -28,7 +28,7 @@ def main(verb: str, folder: str) -> int:
             with connect(target, name, 10) as session:
                 back_up(session, settings, run_id=run_id, revisions=(), application_name=name)
         else:
-            restore(target, settings, "latest", to=None, run_id=run_id, application_name=name, replace=True)
+            restore(target, settings, wanted, to=None, run_id=run_id, application_name=name, replace=True)
     except Interrupt:
         return 23
     return 0

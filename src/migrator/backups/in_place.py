@@ -8,17 +8,18 @@ is compared with the manifest before the COMMIT, in the transaction.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from migrator import process
 from migrator.backups import archive, clients, losses, psql
 from migrator.backups.clients import Client
-from migrator.backups.manifest import Backup
+from migrator.backups.manifest import Backup, Table
 from migrator.backups.restored import Compared, failed
 from migrator.ledger import literal
 from migrator.postgres import Session, connect
@@ -64,7 +65,7 @@ END $migrator$;
 """
 
 _COMPARE = """
-DO $migrator$
+DO $compare$
 DECLARE expected record; actual bigint; wrong text := '';
 BEGIN
   SET LOCAL row_security = off;
@@ -81,7 +82,7 @@ BEGIN
   IF wrong <> '' THEN
     RAISE EXCEPTION 'what came back is not what was backed up: %', wrong;
   END IF;
-END $migrator$;
+END $compare$;
 """
 
 _END_OTHERS = """
@@ -138,7 +139,7 @@ def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compare
             _EMPTY + limit,
         )
     )
-    last = _COMPARE.format(tables=_tables(backup)) + "COMMIT;"
+    last = comparison(backup.tables) + "COMMIT;"
     try:
         with _list_of(client, job.path) as listed:
             psql.run(
@@ -212,11 +213,12 @@ def contents(client: Client, path: Path) -> list[str]:
     return listed.decode("utf-8", "replace").splitlines()
 
 
-def _tables(backup: Backup) -> str:
-    import json
-
-    facts = [{"name": name, "rows": table.rows} for name, table in backup.tables.items()]
-    return literal(json.dumps(facts, ensure_ascii=False)) + "::jsonb"
+def comparison(tables: Mapping[str, Table]) -> str:
+    """Return the statement that fails where a table (by its name in SQL) is missing, or has other rows."""
+    facts = [{"name": name, "rows": table.rows} for name, table in tables.items()]
+    # Within another quotation by dollars, which no name may end.
+    text = json.dumps(facts, ensure_ascii=False).replace("$", "\\u0024")
+    return _COMPARE.format(tables=f"{literal(text)}::jsonb")
 
 
 def _notes(job: Job) -> list[str]:

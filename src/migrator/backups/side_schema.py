@@ -1,0 +1,210 @@
+"""Restore single tables into a schema of their own, beside everything else, in one transaction.
+
+pg_restore writes the table, its rows, and its primary and unique keys as SQL; the names at the head of those
+statements are changed on the way to psql.  What would reach other objects stays out: foreign keys, triggers, policies,
+defaults from sequences, and identity.  A statement that is none of the expected ones ends it all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from migrator.backups import archive, clients, psql
+from migrator.backups.clients import Client
+from migrator.backups.in_place import Job, archive_format, comparison, contents
+from migrator.backups.manifest import Backup, Table
+from migrator.backups.restored import Restored, failed, failing
+from migrator.backups.store import open_store
+from migrator.errors import SettingsError
+from migrator.postgres import quote_identifier
+from migrator.settings import Settings
+from migrator.target import Target
+
+LOGGER = logging.getLogger("migrator.restore")
+
+_PART = r'"(?:[^"]|"")*"|[^".]+'
+_LEFT_OUT = "Foreign keys, triggers, indexes other than keys, policies, grants and sequences are left out."
+_CHANGES = re.compile(rb"(?:ALTER|CREATE|COPY|DROP|INSERT|UPDATE|DELETE|GRANT|REVOKE|COMMENT|TRUNCATE) ")
+_HEAD = rb"((?:CREATE (?:UNLOGGED |FOREIGN )?|ALTER (?:FOREIGN )?)TABLE (?:ONLY )?|COPY )"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """A table: as the manifest shows it, and its two parts without quotes."""
+
+    shown: str
+    schema: str
+    name: str
+
+    def pattern(self) -> re.Pattern[bytes]:
+        """Return what finds it at the head of a statement, quoted or not."""
+        parts = (
+            rb"(?:%s|%s)" % (re.escape(part).encode(), re.escape(quote_identifier(part)).encode())
+            for part in (self.schema, self.name)
+        )
+        return re.compile(rb"^" + _HEAD + rb"\.".join(parts) + rb"(?=[ \n(;])")
+
+    def entry(self, line: str) -> bool:
+        """Whether a line of an archive's table of contents is the table, its rows, or one of its keys."""
+        match = re.match(r"\d+; \d+ \d+ (?:TABLE DATA|TABLE|CONSTRAINT) (.*)", line)
+        return bool(match and f"{match[1]} ".startswith(f"{self.schema} {self.name} "))
+
+
+def restore_tables(
+    target: Target,
+    settings: Settings,
+    backup_id: str,
+    wanted: Sequence[str],
+    *,
+    schema: str,
+    run_id: str,
+    application_name: str,
+) -> Restored:
+    """Restore tables of a backup into a schema of the database, which is made where it is not there.
+
+    Nothing else is touched, and where this raises RestoreFailed, nothing at all.
+    """
+    started = time.monotonic()
+    store = open_store(settings.backup_url, settings)
+    backup = store.get(backup_id, target.database)
+    schema = schema or f"restored_{run_id.lower().replace('-', '_')}"
+    names = _names(backup, wanted)
+    with failing(backup), archive.opened(store, backup, settings) as path:
+        job = Job(target, settings, backup, path, run_id, application_name)
+        notes = _restore(job, names, schema)
+    counts = [backup.tables[name.shown].rows for name in names]
+    counted = [rows for rows in counts if rows is not None]
+    restored = Restored(
+        backup=backup,
+        database=target.database,
+        kept="",
+        tables=len(names),
+        counted=len(counted),
+        rows=sum(counted),
+        seconds=round(time.monotonic() - started, 3),
+        notes=tuple(notes),
+        schema=schema,
+    )
+    LOGGER.info("%s", restored.message)
+    return restored
+
+
+def _names(backup: Backup, wanted: Sequence[str]) -> list[_Name]:
+    """Find what was asked for among the backup's tables; raises RestoreFailed."""
+    found = []
+    for text in dict.fromkeys(wanted):
+        fits = [shown for shown in backup.tables if shown in (text, f"public.{text}")]
+        fits = fits or [shown for shown in backup.tables if shown.endswith(f".{text}")]
+        if len(fits) != 1:
+            which = f"it could be {' or '.join(fits)}" if fits else "it has " + _some(list(backup.tables))
+            raise failed(backup, f"{backup.id} has no one table {text}: {which}.", "name it with its schema")
+        match = re.fullmatch(f"({_PART})\\.({_PART})", fits[0])
+        assert match is not None  # noqa: S101 - as Relation.shown makes it
+        schema, name = (part[1:-1].replace('""', '"') if part[0] == '"' else part for part in match.groups())
+        found.append(_Name(fits[0], schema, name))
+    if len({item.name for item in found}) < len(found):
+        raise failed(
+            backup, "Two of the tables have the same name.", "restore them one by one, with --into-schema"
+        )
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
+    backup, quoted = job.backup, quote_identifier(schema)
+    with job.connect() as session:
+        major = session.facts.major
+    client = clients.for_restore(job.settings, major, backup.client_major)
+    expected = {
+        f"{quoted}.{quote_identifier(name.name)}": Table(backup.tables[name.shown].rows) for name in names
+    }
+    first = f"SET statement_timeout = 0; BEGIN; CREATE SCHEMA IF NOT EXISTS {quoted};"
+    try:
+        with _chosen(client, job.path, names) as listed:
+            psql.run(
+                client,
+                clients.connection_argument(job.target, job.target.database),
+                clients.environment(job.target, job.application_name, job.settings.connect_timeout),
+                [
+                    *archive_format(job.path),
+                    "--no-owner",
+                    "--no-privileges",
+                    f"--use-list={listed}",
+                    job.path,
+                ],
+                first=first,
+                last=comparison(expected) + "COMMIT;",
+                rewrite=lambda lines: _renamed(lines, names, quoted, major),
+            )
+    except archive.RestoreStopped as stopped:
+        raise failed(
+            backup,
+            f"The tables were not restored into schema {schema}: {stopped.said}",
+            "put right what it says, or restore all of it beside: "
+            f"`migrator restore {backup.id} --to {job.target.database}_look`",
+        ) from stopped
+    with job.connect() as session:
+        partitioned = session.query(
+            "SELECT c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = %s AND c.relkind = 'p'",
+            [schema],
+        )
+    empty = [
+        f"{name} is partitioned: its rows are in its partitions, to be named too." for (name,) in partitioned
+    ]
+    return [_LEFT_OUT, *empty]
+
+
+@contextlib.contextmanager
+def _chosen(client: Client, path: Path, names: Sequence[_Name]) -> Iterator[Path]:
+    """Yield a file that lists the archive's entries which are to be restored."""
+    lines = [line for line in contents(client, path) if any(name.entry(line) for name in names)]
+    with tempfile.NamedTemporaryFile("w", prefix="migrator-list-", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        yield Path(file.name)
+
+
+def _renamed(
+    lines: Iterable[bytes], names: Sequence[_Name], schema: str, server_major: int
+) -> Iterator[bytes]:
+    """Put the schema in the place of the tables' own; raises RestoreStopped at what would reach anything else."""
+    known = psql.for_server(server_major)
+    places = [(name.pattern(), f"{schema}.{quote_identifier(name.name)}".encode()) for name in names]
+
+    def change(line: bytes) -> bytes:
+        line = known(line)
+        if line.startswith(b"INHERITS ("):
+            raise archive.RestoreStopped("it inherits from another table, and would be a part of that")
+        for pattern, place in places:
+            changed, count = pattern.subn(lambda match, place=place: match[1] + place, line)  # type: ignore[misc]
+            if count:
+                return changed
+        if _CHANGES.match(line):
+            raise archive.RestoreStopped(f"unexpected: {line[:200].decode('utf-8', 'replace')}")
+        return line
+
+    return psql.without_copied_rows(lines, change)
+
+
+def refuse_together(to: str, tables: Sequence[str], into_schema: str, drop_old: bool) -> None:
+    """Raise :class:`SettingsError` for arguments of `restore` that do not go together."""
+    problems = []
+    if tables and to:
+        problems.append("--table goes into a schema (--into-schema), and --to is for a whole database")
+    if into_schema and not tables:
+        problems.append("--into-schema is for tables: name them with --table")
+    if drop_old and (to or tables):
+        problems.append("--drop-old is for a restore in the place of the database")
+    if problems:
+        raise SettingsError(problems, next_step="migrator restore --help")

@@ -1,0 +1,270 @@
+"""Restored from within, where the role may create no database; and single tables into a schema of their own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from migrator.backups import in_place
+from migrator.backups.side_schema import restore_tables
+from migrator.errors import BackupFailed, RestoreFailed, SettingsError
+from migrator.postgres import quote_identifier
+from migrator.service import MigrationService
+from tests.support.servers import Database, Server
+
+from .conftest import RICH, Workbench
+from .test_kill import POINTS, kill_after, nobody_is_left, start
+
+Bench = Callable[..., Workbench]
+MORE = """
+CREATE FUNCTION twice(a int) RETURNS int LANGUAGE sql AS 'SELECT 2 * a';
+CREATE AGGREGATE multiply(int) (SFUNC = int4mul, STYPE = int, INITCOND = '1');
+CREATE OPERATOR ### (LEFTARG = int, RIGHTARG = int, FUNCTION = int4pl);
+CREATE COLLATION odd (LOCALE = 'C');
+CREATE TEXT SEARCH CONFIGURATION plain (COPY = simple);
+CREATE TYPE pair AS (a int, b int);
+CREATE STATISTICS odd_statistics ON small, number FROM everything;
+CREATE TABLE child_of (id int REFERENCES everything (id), p pair);
+CREATE TRIGGER same BEFORE UPDATE ON child_of FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger();
+ALTER TABLE child_of ENABLE ROW LEVEL SECURITY;
+CREATE POLICY mine ON child_of USING (id > 1);
+INSERT INTO child_of VALUES (1, (1, 2)), (2, NULL);
+CREATE PUBLICATION news FOR TABLE child_of WITH (publish = 'insert');
+ALTER DEFAULT PRIVILEGES IN SCHEMA "Odd ""schema\"\"\" GRANT SELECT ON TABLES TO PUBLIC;
+"""
+BREAK = """
+DROP TABLE everything CASCADE;
+CREATE SCHEMA newer; CREATE TABLE newer.t AS SELECT 1 AS a;
+CREATE TABLE "in the way" AS SELECT 2 AS a; CREATE FUNCTION newer_function() RETURNS int LANGUAGE sql AS 'SELECT 1';
+CREATE TYPE newer_type AS ENUM ('a'); CREATE DOMAIN newer_domain AS int; CREATE SEQUENCE newer_sequence;
+CREATE PUBLICATION newer_publication FOR TABLE "in the way";
+SELECT lo_unlink(4711); SELECT lo_create(4712);
+"""
+
+
+@pytest.fixture
+def app(each_server: Server) -> Iterator[Database]:
+    """A database that belongs to a role that may log in, and no more; it connects as that."""
+    server = each_server
+    server.create_role("app_role")
+    database = server.create_database()
+    name = 'shop\'s "own" ' + database.name
+    server.psql(f"ALTER DATABASE {database.name} RENAME TO {quote_identifier(name)}")
+    server.psql(f"ALTER DATABASE {quote_identifier(name)} OWNER TO app_role")
+    database = Database(server, name)
+    if server.major < 15:
+        database.execute("GRANT ALL ON SCHEMA public TO app_role")
+    database.url = database.url.replace("//postgres:", "//app_role:")
+    yield database
+    for (found,) in server.psql("SELECT datname FROM pg_database WHERE datdba = 'app_role'::regrole"):
+        server.psql(f"DROP DATABASE {quote_identifier(found)} WITH (FORCE)")
+    server.psql("DROP ROLE app_role")
+
+
+def as_app(database: Database, sql: str) -> None:
+    database.execute(f"SET ROLE app_role; {sql}")
+
+
+def test_from_within_it_is_exact(app: Database, workbench: Bench) -> None:
+    as_app(app, RICH + MORE)
+    before = app.dump()
+    bench = workbench(app)
+    backup = bench.back_up()
+    as_app(app, BREAK)
+    broken = app.dump()
+    restored = bench.restore()
+    assert app.dump() == before
+    assert restored.kept == ""
+    assert restored.rows == sum(table.rows or 0 for table in backup.tables.values())
+    assert app.psql("SELECT n FROM totals") == [(501,)]
+    assert restored.safety in restored.message
+    assert restored.safety in restored.next_step
+    bench.restore(restored.safety, run_id="run3")
+    assert app.dump() == broken
+
+
+@pytest.mark.parametrize("each_server", ["debian"], indirect=True)
+def test_from_within_extensions_stay(app: Database, workbench: Bench) -> None:
+    app.execute("CREATE EXTENSION pgcrypto; COMMENT ON EXTENSION pgcrypto IS 'ours'")
+    as_app(app, "CREATE TABLE t AS SELECT digest('a', 'sha256') AS d")
+    before = app.dump()
+    bench = workbench(app)
+    bench.back_up()
+    as_app(app, "DROP TABLE t")
+    restored = bench.restore()
+    assert app.dump() == before
+    assert "Extensions were left as they are: pgcrypto." in restored.notes
+
+
+def test_from_within_nothing_is_changed_where_it_fails(
+    app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
+    bench = workbench(app)
+    bench.back_up()
+    as_app(app, "DELETE FROM t WHERE a > 5; CREATE TABLE newer (a int)")
+    broken = app.dump()
+    real = in_place.comparison
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            in_place, "comparison", lambda tables: "DELETE FROM public.t WHERE a = 1; " + real(tables)
+        )
+        with pytest.raises(RestoreFailed, match=r"public\.t has 9 rows and not 10") as caught:
+            bench.restore()
+    assert "was not changed" in caught.value.state
+    assert app.dump() == broken
+    # Not ours to drop:
+    app.execute(
+        "CREATE SCHEMA admins; CREATE TABLE admins.t (a int);"
+        " GRANT USAGE ON SCHEMA admins TO app_role; GRANT SELECT ON admins.t TO app_role"
+    )
+    with pytest.raises(RestoreFailed, match="must be owner of schema admins"):
+        bench.restore(run_id="run3")
+    app.execute("DROP SCHEMA admins CASCADE")
+    assert app.dump() == broken
+
+
+def test_from_within_who_holds_a_lock_is_ended_or_named(
+    app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
+    bench = workbench(app)
+    bench.back_up()
+    ours = psycopg2.connect(app.url)
+    ours.cursor().execute("DELETE FROM t")
+    bench.restore()
+    with pytest.raises(psycopg2.Error):
+        ours.commit()
+    monkeypatch.setattr(in_place, "_LOCK_TIMEOUT", "300ms")
+    admin = app.connect()
+    admin.cursor().execute("SELECT * FROM t")
+    with pytest.raises(RestoreFailed, match="lock timeout"):
+        bench.restore(run_id="run3")
+    admin.close()
+    assert app.psql("SELECT count(*) FROM t") == [(10,)]
+
+
+def test_from_within_no_backup_no_restore(
+    app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(app)
+    bench.back_up()
+    app.execute("CREATE TABLE secret AS SELECT 1 AS a")  # app_role may not read it
+    with pytest.raises(BackupFailed):
+        bench.restore()
+    assert app.psql("SELECT count(*) FROM secret") == [(1,)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_from_within_killed(number: int, app: Database, workbench: Bench) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT g, md5(g::text) AS x FROM generate_series(1, 30000) g")
+    before = app.dump()
+    bench = workbench(app)
+    backup = bench.back_up()
+    as_app(app, "DELETE FROM t WHERE g % 2 = 0; CREATE TABLE newer (a int)")
+    broken = app.dump()
+    codes = set()
+    for seconds in POINTS[::2]:
+        worker: subprocess.Popen[bytes] = start(bench, "restore", backup.id)
+        codes.add(kill_after(worker, number, seconds * 1.5))
+        nobody_is_left(bench)
+        now = app.dump()
+        assert now in (before, broken)
+        if now == before:
+            break
+    bench.restore(backup.id)
+    assert app.dump() == before
+    assert codes & {23, -9}, "no kill came in time"
+
+
+# -- single tables ----------------------------------------------------------------------------------------
+
+
+def tables(
+    bench: Workbench, *names: str, schema: str = "", run_id: str = "20260101T000000Z-abcdef"
+) -> object:
+    """Restore tables in this process."""
+    return restore_tables(
+        bench.target,
+        bench.settings,
+        "latest",
+        names,
+        schema=schema,
+        run_id=run_id,
+        application_name="migrator/t",
+    )
+
+
+def test_a_table_comes_back_beside(each_database: Database, workbench: Bench) -> None:
+    each_database.execute(RICH + MORE)
+    bench = workbench(each_database)
+    bench.back_up()
+    each_database.execute("DELETE FROM child_of; DELETE FROM everything WHERE id > 3")
+    before = each_database.dump("--schema=public", '--schema="Odd ""schema"""')
+    restored = tables(bench, "everything", '"Odd ""schema"""."T a,b"', "child_of")
+    assert each_database.dump("--schema=public", '--schema="Odd ""schema"""') == before
+    where = "restored_20260101t000000z_abcdef"
+    assert each_database.psql(f"SELECT count(*), min(feeling::text) FROM {where}.everything") == [
+        (501, "happy")
+    ]
+    assert each_database.psql(f"SELECT id, (p).b FROM {where}.child_of ORDER BY id") == [(1, 2), (2, None)]
+    assert each_database.psql(f'SELECT "Ü" FROM {where}."T a,b" WHERE "select" = 2') == [("",)]
+    keys = (
+        "SELECT conname FROM pg_constraint WHERE connamespace = %s::regnamespace AND contype IN ('p', 'u', 'f')"
+        " ORDER BY 1"
+    )
+    assert each_database.psql(keys, [where]) == [("T a,b_pkey",), ("T a,b_Ü_key",), ("everything_pkey",)]
+    assert where in restored.message  # type: ignore[attr-defined]
+    assert "DROP SCHEMA" in restored.next_step  # type: ignore[attr-defined]
+    with pytest.raises(RestoreFailed, match="already exists"):
+        tables(bench, "child_of", schema=where)
+    tables(bench, "parent", "measured", schema="look")
+    assert each_database.psql("SELECT a FROM look.parent") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nothing", "has no one table nothing"), ("child", "inherits from another table")],
+)
+def test_a_table_that_cannot_come_back_alone(
+    database: Database, workbench: Bench, name: str, words: str
+) -> None:
+    database.execute(RICH)
+    bench = workbench(database)
+    bench.back_up()
+    with pytest.raises(RestoreFailed, match=words):
+        tables(bench, name, schema="side")
+    assert database.psql("SELECT to_regnamespace('side')") == [(None,)]
+
+
+def test_rows_that_look_like_statements_are_rows(database: Database, workbench: Bench) -> None:
+    database.execute("CREATE TABLE t (a text)")
+    rows = [
+        "CREATE TABLE public.t (",
+        "COPY public.t (a) FROM stdin;",
+        "DROP TABLE public.t;",
+        "\\.",
+        "x" * 3_000_000,
+    ]
+    for row in rows:
+        database.psql("INSERT INTO t VALUES (%s)", [row])
+    bench = workbench(database)
+    bench.back_up()
+    tables(bench, "t", schema="side")
+    assert sorted(row[0] for row in database.psql("SELECT a FROM side.t")) == sorted(rows)
+
+
+def test_what_does_not_go_together(database: Database, workbench: Bench, tmp_path: Path) -> None:
+    service = MigrationService(workbench(database).settings)
+    with pytest.raises(SettingsError, match="--to is for a whole database"):
+        service.restore("latest", to="a", tables=("t",))
+    with pytest.raises(SettingsError, match="name them with --table"):
+        service.restore("latest", into_schema="a")
+    with pytest.raises(SettingsError, match="--drop-old is for"):
+        service.restore("latest", to="a", drop_old=True)
