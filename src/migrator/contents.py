@@ -1,4 +1,4 @@
-"""Questions to the system catalogs that also a glance asks: what the database holds, and which indexes are invalid."""
+"""Questions to the system catalogs: what the database holds, and (a glance asks that too) which indexes are invalid."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from migrator import layout, quiet
-from migrator.contents import CONTENTS, INVALID_INDEXES, LEDGER
+from migrator.contents import INVALID_INDEXES, LEDGER
 from migrator.errors import Interrupted, MigratorError
 from migrator.interruption import Interrupt, Interruption
 from migrator.manifest import FILE_NAME, Manifest, NoManifest, load, problems
@@ -42,8 +42,6 @@ class _Frozen(NamedTuple):
 class _Found(NamedTuple):
     """The columns of :func:`_question`."""
 
-    tables: int
-    size: int
     rows: list[str] | None
     invalid_indexes: int
     clean: bool | None
@@ -184,7 +182,7 @@ def _look(settings: Settings, files: _Files, record: Record, interruption: Inter
         if not at_head or not found.clean or session.facts.in_recovery or session.facts.read_only:
             return None
         with record.stage("inspect") as details:
-            details.update(current=current, pending=[], tables=found.tables, size_bytes=found.size, edited=[])
+            details.update(current=current, pending=[], edited=[])
         with record.stage("verify") as details:
             described = _as_expected(session, frozen, found)
             if described is None:
@@ -219,7 +217,7 @@ def _as_expected(session: Session, frozen: _Frozen, found: _Found) -> bool | Non
 
 
 def _question(table: VersionTable, digest: str) -> str:
-    """Return the columns, and where they come from, that tell whether there is anything to do.
+    """Return the columns that tell whether there is anything to do.
 
     ``digest`` is what the ledger's last run must have ended with; empty where no ledger is kept.
     """
@@ -234,9 +232,7 @@ def _question(table: VersionTable, digest: str) -> str:
     )
     rows = f"SELECT array_agg(version_num::text ORDER BY version_num::text) FROM {table.quoted}"  # noqa: S608 - quoted
     invalid = f"SELECT count(*) FROM ({INVALID_INDEXES}) AS invalid"  # noqa: S608 - constants only
-    # The server leaves out what is not asked for.
-    columns = f"contents.tables, contents.size, ({rows}), ({invalid}), {last if digest else 'true'}"
-    return f"{columns} FROM ({CONTENTS}) AS contents"
+    return f"({rows}), ({invalid}), {last if digest else 'true'}"
 
 
 def _literal(text: str) -> str:

@@ -128,9 +128,9 @@ def _inspect(
         details.update(
             current=found.current,
             pending=[revision.revision for revision in found.plan.revisions],
-            tables=found.tables,
-            size_bytes=found.size,
         )
+        if not _nothing_to_do(this, found):  # else there is nothing to lose, and a glance need not ask
+            details.update(tables=found.tables, size_bytes=found.size)
         if this.request.kind != "stamp":
             details["edited"] = [edit.entry.revision for edit in found.edits]
             findings = judge(found.edits, this.settings.edited)

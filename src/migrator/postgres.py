@@ -224,7 +224,7 @@ class Session:
         self.close()
 
     def _read_facts(self, timeout: float, also: str) -> tuple[ServerFacts, tuple[Any, ...]]:
-        """Ask for the facts, and in the same query for ``also``: more columns, and the FROM that they come from."""
+        """Ask for the facts, and in the same query for ``also``: more columns."""
         row = self.query(f"SELECT {_FACTS}, {also}" if also else f"SELECT {_FACTS}", timeout=timeout)[0]
         count = len(ServerFacts._fields)
         return ServerFacts(*row[:count]), row[count:]
