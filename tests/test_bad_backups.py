@@ -129,7 +129,11 @@ def test_a_pg_dump_that_fails_or_lies(
             env = {"MIGRATOR_PG_BIN": str(programs)}
             result = run_migrator(cwd=at_first, database=database, env=env)
         refusal(result, ExitCode.BACKUP_FAILED, *words)
-        assert not run_migrator.backups.exists() or list(run_migrator.backups.iterdir()) == []
+        left = (
+            {path.name for path in run_migrator.backups.iterdir()} if run_migrator.backups.exists() else set()
+        )
+        assert {name for name in left if not name.endswith((".dump.bad", ".bad.json"))} == set()
+        assert run_migrator("backups", "--format", "json", cwd=at_first, database=database).answer == []
 
 
 def test_a_role_that_may_not_read_everything(

@@ -25,7 +25,7 @@ ROWS = "CREATE TABLE t AS SELECT g, md5(g::text) AS x FROM generate_series(1, 30
 POINTS = [round(0.55 * (number / 25) ** 1.5, 3) for number in range(26)]
 
 
-def start(bench: Workbench, verb: str, *more: str) -> subprocess.Popen[bytes]:
+def start(bench: Workbench, verb: str, *more: str, **variables: str) -> subprocess.Popen[bytes]:
     """Start the worker and return when it is about to begin."""
     worker = subprocess.Popen(
         [sys.executable, "-m", "tests.backups.worker", verb, str(bench.folder.parent), *more],
@@ -36,6 +36,7 @@ def start(bench: Workbench, verb: str, *more: str) -> subprocess.Popen[bytes]:
             "DATABASE_URL": bench.database.url,
             "MIGRATOR_BACKUP_URL": bench.folder.as_uri(),
             "MIGRATOR_PG_BIN": str(bench.database.server.bin),
+            **variables,
         },
         stdout=subprocess.PIPE,
     )
