@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg2
 import pytest
 
 from migrator.outcome import ExitCode
@@ -195,9 +196,8 @@ def test_who_writes_meanwhile_is_ended_and_has_written_nothing_that_is_lost(
                         connection.commit()
                         committed.append(found[0] if found else 0)
                 connection.close()
-            except Exception:  # noqa: BLE001 - ended by the swap, which is what is tried
-                pass
-            time.sleep(0.002)
+            except psycopg2.Error:
+                time.sleep(0.002)  # ended by the swap, which is what is tried
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -221,7 +221,11 @@ def test_no_backup_no_restore(quiet: Database, project: Project, run_migrator: R
 def test_a_restore_that_fails_says_where_the_backup_is(
     quiet: Database, project: Project, run_migrator: Runner
 ) -> None:
-    body = 'import os\nos.truncate(next(p for p in __import__("pathlib").Path(os.environ["WHERE"]).rglob("*.dump")), 100)\nraise RuntimeError("half way")'
+    body = (
+        "import os\nimport pathlib\n"
+        'for path in pathlib.Path(os.environ["WHERE"]).rglob("*.dump"):\n    os.truncate(path, 100)\n'
+        'raise RuntimeError("half way")'
+    )
     folder = project(each_in_its_own(), revisions=failing(body))
     env = {"MIGRATOR_ON_FAILURE": "restore", "WHERE": str(run_migrator.backups)}
     result = run_migrator(cwd=folder, database=quiet, env=env)

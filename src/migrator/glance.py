@@ -216,6 +216,13 @@ def _as_expected(session: Session, frozen: _Frozen, found: _Found) -> bool | Non
     return None if findings else expected is not None
 
 
+_OPEN = (
+    "NOT EXISTS (SELECT FROM pg_database WHERE datname = current_database()"
+    " AND starts_with(shobj_description(oid, 'pg_database'), 'migrator: maintenance window '))"
+)
+"""Whether no killed run has left its maintenance window; see window.py."""
+
+
 def _question(table: VersionTable, digest: str) -> str:
     """Return the columns that tell whether there is anything to do.
 
@@ -232,7 +239,7 @@ def _question(table: VersionTable, digest: str) -> str:
     )
     rows = f"SELECT array_agg(version_num::text ORDER BY version_num::text) FROM {table.quoted}"  # noqa: S608 - quoted
     invalid = f"SELECT count(*) FROM ({INVALID_INDEXES}) AS invalid"  # noqa: S608 - constants only
-    return f"({rows}), ({invalid}), {last if digest else 'true'}"
+    return f"({rows}), ({invalid}), {last if digest else 'true'} AND {_OPEN}"
 
 
 def _literal(text: str) -> str:

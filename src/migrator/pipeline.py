@@ -29,7 +29,7 @@ from migrator.run import ATTEMPTS, Run, harmless, known, rows_now
 from migrator.schema import catalog
 from migrator.schema.expectations import Expectations, read
 from migrator.stages.apply import Application, apply
-from migrator.stages.backup import back_up, check_client, decide, reusable, why_reused
+from migrator.stages.backup import back_up, check_client, decide, reusable, tidy_up, why_reused
 from migrator.stages.guard import guard
 from migrator.stages.inspect import Inspection, inspect
 from migrator.stages.leftovers import clear, clear_after_death
@@ -38,6 +38,7 @@ from migrator.stages.revert import Reversal
 from migrator.stages.wait import wait
 from migrator.verification import verify_patiently, verify_run
 from migrator.versions import VersionTable
+from migrator.window import reopen_after_death, window
 
 log = logging.getLogger("migrator")
 
@@ -78,6 +79,8 @@ def _stages(this: Run) -> None:
         session = _wait(this)
         stack.callback(session.close)
         stack.enter_context(this.interruption.calling(session.cancel))
+        if this.request.kind != "verify":
+            reopen_after_death(this, session)
         found = _inspect(this, session, history, settled=this.request.kind == "verify")
         if this.request.kind != "verify" and not _nothing_to_do(this, found):
             if not _why_no_backup(this, found):
@@ -93,6 +96,8 @@ def _stages(this: Run) -> None:
                     )
                 )
                 details.update(waited=round(held.waited, 3))
+            if held.seen is None:
+                reopen_after_death(this, session)
             found = _inspect(this, session, history, settled=True, seen=held.seen)
         if this.request.kind == "verify" or _nothing_to_do(this, found):
             verify_run(this, session, found.version_table, expectations, history)
@@ -102,6 +107,7 @@ def _stages(this: Run) -> None:
         stack.enter_context(on_the_books(this, session, history))
         with record.stage("guard"):
             record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
+        stack.enter_context(window(this, session))
         _backup(this, session, found)
         _clear_leftovers(this, session, found, expectations)
         begin(this, session, found)
@@ -109,6 +115,8 @@ def _stages(this: Run) -> None:
         with taking_back(this, history, lambda plan: _apply(this, session, history, found, plan)):
             table = _apply(this, session, history, found, found.plan)
             verify_patiently(this, session, table, expectations, history, not_valid)
+        finding = tidy_up(session, settings)
+        record.findings += (finding,) if finding else ()
 
 
 def _wait(this: Run) -> Session:

@@ -82,8 +82,8 @@ def create(session: Session, name: str, properties: Properties) -> None:
     parts = [
         f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0",
         f"OWNER {quote_identifier(properties.owner)}",
-        f"ENCODING {_literal(properties.encoding)}",
-        f"LC_COLLATE {_literal(properties.collate)} LC_CTYPE {_literal(properties.ctype)}",
+        f"ENCODING {literal(properties.encoding)}",
+        f"LC_COLLATE {literal(properties.collate)} LC_CTYPE {literal(properties.ctype)}",
     ]
     if session.facts.major >= 15:
         parts.append(
@@ -92,11 +92,11 @@ def create(session: Session, name: str, properties: Properties) -> None:
             )
         )
     if properties.provider == "i":
-        parts.append(f"ICU_LOCALE {_literal(properties.locale)}")
+        parts.append(f"ICU_LOCALE {literal(properties.locale)}")
     if properties.provider == "b":
-        parts.append(f"BUILTIN_LOCALE {_literal(properties.locale)}")
+        parts.append(f"BUILTIN_LOCALE {literal(properties.locale)}")
     if properties.icu_rules:
-        parts.append(f"ICU_RULES {_literal(properties.icu_rules)}")
+        parts.append(f"ICU_RULES {literal(properties.icu_rules)}")
     if properties.tablespace:
         parts.append(f"TABLESPACE {quote_identifier(properties.tablespace)}")
     session.query(" ".join(parts))
@@ -113,7 +113,7 @@ def drop(session: Session, name: str) -> None:
 
 def mark(session: Session, name: str, original: str) -> None:
     """Write on a database that it is half restored, so that a later restore knows it for what it is."""
-    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {_literal(_MARK + original)}")
+    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {literal(_MARK + original)}")
 
 
 def unmark(session: Session, name: str) -> None:
@@ -177,7 +177,7 @@ def _setting_statements(session: Session, source: str, copy: str) -> Iterator[tu
         "SELECT shobj_description(oid, 'pg_database'), datconnlimit FROM pg_database WHERE datname = %s",
         [source],
     )[0]
-    text = "NULL" if comment is None else _literal(comment)
+    text = "NULL" if comment is None else literal(comment)
     yield "the comment", f"COMMENT ON DATABASE {name} IS {text}"
     if limit != -1:
         yield "the connection limit", f"ALTER DATABASE {name} CONNECTION LIMIT {limit}"
@@ -198,13 +198,13 @@ def _setting_statements(session: Session, source: str, copy: str) -> Iterator[tu
 
 def _setting_value(key: str, value: str) -> str:
     if key.lower() not in _LISTS:
-        return _literal(value)
+        return literal(value)
     names = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', value)
     listed = [quoted.replace('""', '"') if quoted or not bare else bare for quoted, bare in names]
-    return ", ".join(_literal(item) for item in listed) or "''"
+    return ", ".join(literal(item) for item in listed) or "''"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Quote text for SQL, whatever ``standard_conforming_strings`` is."""
     doubled = text.replace("'", "''")
     return " E'" + doubled.replace("\\", "\\\\") + "'" if "\\" in text else f"'{doubled}'"

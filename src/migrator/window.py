@@ -1,0 +1,186 @@
+"""A maintenance window: no other role gets into the database from before the backup until the run's end.
+
+CONNECT is taken from everyone but our own role, and the sessions that are there are ended.  What it was like before
+stands in the database's comment, written in the same transaction: the one thing that an owner who is no superuser can
+write on a database from outside of it (it may not set an unknown parameter).  A run that was killed leaves it so, and
+the next one, whatever it has to do, puts it back; a restore that swaps databases carries it over.
+Superusers cannot be kept out, nor whoever logs in as our own role: where such a session is found, the run is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+
+from migrator.backups import databases
+from migrator.errors import AccessDenied, MigratorError
+from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
+from migrator.process import uninterrupted
+from migrator.run import Run
+from migrator.stages.lock import lock_if_free
+from migrator.target import Target
+
+log = logging.getLogger("migrator")
+
+MARK = "migrator: maintenance window "
+_PATIENCE = 5.0
+
+_MARKED = """
+SELECT datname::text, shobj_description(oid, 'pg_database') FROM pg_database
+WHERE starts_with(shobj_description(oid, 'pg_database'), %s)
+"""
+_GRANTS = """
+SELECT CASE a.grantee WHEN 0 THEN NULL ELSE pg_get_userbyid(a.grantee)::text END, bool_or(a.is_grantable)
+FROM pg_database d, aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a
+WHERE d.datname = %s AND a.privilege_type = 'CONNECT' GROUP BY a.grantee
+"""
+_STILL_MAY = """
+SELECT string_agg(rolname::text, ', ' ORDER BY rolname) FROM pg_roles
+WHERE rolcanlogin AND NOT rolsuper AND rolname <> current_user AND has_database_privilege(oid, %s, 'CONNECT')
+"""
+
+
+@contextlib.contextmanager
+def window(this: Run, session: Session) -> Iterator[None]:
+    """Keep every other role out within the block, where MIGRATOR_MAINTENANCE_WINDOW says so; raises AccessDenied."""
+    if not this.settings.maintenance_window:
+        yield
+        return
+    _refuse_own_role(session)
+    with uninterrupted():
+        _close_the_door(session, this.record.run_id)
+    try:
+        _end_sessions(session)
+        yield
+    finally:
+        with uninterrupted():
+            reopen(session.target, this.application_name, this.settings.connect_timeout, this.record.run_id)
+
+
+def reopen_after_death(this: Run, session: Session) -> None:
+    """Put back what a killed run's window has left; where another run is at work, it is that one's."""
+    found = session.value(
+        "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = current_database()"
+    )
+    if not str(found or "").startswith(MARK):
+        return
+    with lock_if_free(session) as free:
+        if free:
+            log.warning("a run that was killed has left the database closed to other roles: it is open again")
+            run_id = str(found)[len(MARK) :].split(" ", 1)[0]
+            reopen(session.target, this.application_name, this.settings.connect_timeout, run_id)
+
+
+def reopen(target: Target, application_name: str, timeout: float, run_id: str) -> None:
+    """Open the databases again that the window of a run has closed: the target, and the one that it was before."""
+    try:
+        with databases.maintenance(target, application_name, timeout) as session:
+            for name, comment in session.query(_MARKED, [f"{MARK}{run_id} "]):
+                _open_the_door(session, name, comment)
+    except (QueryFailed, ConnectFailed, MigratorError) as error:
+        log.error(
+            "%s could not be opened to other roles again (%s): the next run does it, or by hand: GRANT CONNECT ON"
+            " DATABASE %s TO PUBLIC",
+            target.database,
+            error,
+            quote_identifier(target.database),
+        )
+
+
+def _refuse_own_role(session: Session) -> None:
+    rows = session.query(
+        "SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database()"
+        " AND usename = current_user AND pid <> pg_backend_pid() AND application_name NOT LIKE 'migrator/%'"
+    )
+    if rows:
+        who = ", ".join(f"{name or 'unnamed'} (pid {pid})" for pid, name in rows[:5])
+        raise AccessDenied(
+            f"A maintenance window cannot keep out who logs in as {session.facts.user}, migrator's own role: {who}.",
+            next_step="let the application log in as another role, or end these sessions and run again",
+        )
+
+
+def _close_the_door(session: Session, run_id: str) -> None:
+    """Take CONNECT from all but ourselves, and write down who had it, in one transaction; raises AccessDenied."""
+    name, user = session.facts.database, session.facts.user
+    database = quote_identifier(name)
+    grants = session.query(_GRANTS, [name])
+    comment = session.value(
+        "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = current_database()"
+    )
+    before = json.dumps({"comment": comment, "connect": [list(row) for row in grants]}, ensure_ascii=True)
+    try:
+        session.query("BEGIN")
+        session.query(f"COMMENT ON DATABASE {database} IS {databases.literal(f'{MARK}{run_id} {before}')}")
+        session.query(f"GRANT CONNECT ON DATABASE {database} TO {quote_identifier(user)}")
+        for grantee, _ in grants:
+            if grantee != user:
+                session.query(f"REVOKE CONNECT ON DATABASE {database} FROM {_role(grantee)} CASCADE")
+        left = session.value(_STILL_MAY, [name])
+        if left:
+            raise AccessDenied(
+                f"A maintenance window cannot keep {left} out of {name}: they keep the right to connect.",
+                next_step=f"REVOKE CONNECT ON DATABASE {database} FROM ..., as who granted it",
+            )
+        session.query("COMMIT")
+    except QueryFailed as error:
+        if error.lost or error.sqlstate != "42501":
+            raise
+        _roll_back(session)
+        raise AccessDenied(
+            f"{user} may not keep others out of {name}: {error.text}.",
+            next_step="migrate as the owner of the database:"
+            f" ALTER DATABASE {database} OWNER TO {quote_identifier(user)}",
+        ) from error
+    except AccessDenied:
+        _roll_back(session)
+        raise
+    log.info("maintenance window: other roles are kept out of %s until the end of this run", name)
+
+
+def _roll_back(session: Session) -> None:
+    with contextlib.suppress(QueryFailed):
+        session.query("ROLLBACK")
+
+
+def _open_the_door(session: Session, name: str, comment: str) -> None:
+    """Give CONNECT back to whom it was taken from, and the database its comment, in one transaction."""
+    before = json.loads(comment[len(MARK) :].split(" ", 1)[1])
+    database, user = quote_identifier(name), session.facts.user
+    session.query("BEGIN")
+    for grantee, grantable in before["connect"]:
+        option = " WITH GRANT OPTION" if grantable and grantee is not None and grantee != user else ""
+        session.query(f"GRANT CONNECT ON DATABASE {database} TO {_role(grantee)}{option}")
+    if user not in [grantee for grantee, _ in before["connect"]]:
+        session.query(f"REVOKE CONNECT ON DATABASE {database} FROM {quote_identifier(user)}")
+    text = "NULL" if before["comment"] is None else databases.literal(before["comment"])
+    session.query(f"COMMENT ON DATABASE {database} IS {text}")
+    session.query("COMMIT")
+
+
+def _end_sessions(session: Session) -> None:
+    """End the sessions that are there; raises AccessDenied where one may not be ended, but for superusers' own."""
+    name, deadline = session.facts.database, time.monotonic() + _PATIENCE
+    while True:
+        left = databases.terminate(session, name)
+        gone = len(databases.others_in(session, name)) <= len(left)
+        if gone or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    superusers = {row[0] for row in session.query("SELECT rolname::text FROM pg_roles WHERE rolsuper")}
+    stay = [item for item in left if item.user not in superusers]
+    if stay:
+        raise AccessDenied(
+            f"A maintenance window cannot begin while others stay: {'; '.join(map(str, stay[:5]))}.",
+            next_step=f"GRANT pg_signal_backend TO {quote_identifier(session.facts.user)},"
+            " or stop the application first",
+        )
+    for item in left:
+        log.warning("maintenance window: %s stays", item)
+
+
+def _role(name: str | None) -> str:
+    return "PUBLIC" if name is None else quote_identifier(name)
