@@ -27,8 +27,9 @@ SELECT p.relid::bigint, p.bytes_processed
  WHERE a.application_name = %s AND p.datname = current_database()
 """
 
-_BEGINS = re.compile(r'^pg_dump: dumping contents of table "(.*)"$')
-_ENDS = re.compile(r"^pg_dump: finished item \d+ TABLE DATA (.*)$")
+# Found anywhere in a line: a message goes out after "pg_dump: ", and that of another worker may come in between.
+_BEGINS = re.compile(r'dumping contents of table "(.*)"$')
+_ENDS = re.compile(r"finished item \d+ TABLE DATA (.*)$")
 
 
 class DumpProgress:
@@ -66,9 +67,9 @@ class DumpProgress:
         self._line = self._line[-8192:]
         for line in lines:
             text = line.decode("utf-8", "replace")
-            if begins := _BEGINS.match(text):
+            if begins := _BEGINS.search(text):
                 self._begin(self._names.get(begins[1], ""))
-            elif self._jobs > 1 and (ends := _ENDS.match(text)):
+            elif self._jobs > 1 and (ends := _ENDS.search(text)):
                 self._end(self._short.get(ends[1], ""))
 
     def on_server(self, rows: Sequence[tuple[int, int]]) -> None:
