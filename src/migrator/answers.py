@@ -10,7 +10,9 @@ from migrator import report, settings
 from migrator.outcome import ExitCode, Outcome
 
 if TYPE_CHECKING:
+    from migrator.backups.manifest import Backup
     from migrator.backups.restored import Restored
+    from migrator.backups.retention import Pruned
     from migrator.books import Repair
     from migrator.history import History, Revision
     from migrator.history.freeze import Frozen
@@ -144,12 +146,41 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
             "DATABASE": str(row["database"]),
             "REVISION": str(row["revision"]),
             "SIZE": human_size(float(row["size"])),
-            "VERIFIED": str(row["verified"]),
+            "VERIFIED": f"{row['verified']} {str(row['verified_at'])[:19]}",
             "PLACE": str(row["place"]),
         }
         for row in rows
     ]
     return Answer(list(rows), _table(shown))
+
+
+def of_backup(backup: Backup, *, proven: bool = False) -> Answer:
+    """Answer with all that is known of a backup, and the command that restores it without migrator."""
+    from migrator.backups import description
+
+    data = description.data(backup)
+    if proven:
+        return Answer(data, f"{backup.id} is proven: {description.proofs(backup)[-1]}")
+    return Answer(data, description.text(backup, _table))
+
+
+def of_pruned(pruned: Pruned) -> Answer:
+    """Answer with what becomes of each backup, and why."""
+    verb = "would go" if pruned.dry_run else "removed"
+    shown = [
+        {
+            "ID": verdict.backup.id,
+            "CREATED": verdict.backup.created_at[:19],
+            "WHAT": ("kept: " if verdict.reasons else verb) + ", ".join(verdict.reasons),
+        }
+        for verdict in pruned.verdicts
+    ]
+    shown += [
+        {"ID": bad.id, "CREATED": bad.at[:19], "WHAT": f"{verb}: it was bad ({bad.why})"}
+        for bad in pruned.bad
+    ]
+    text = pruned.message[0].upper() + pruned.message[1:] + "."
+    return Answer(pruned.data(), f"{_table(shown)}\n{text}" if shown else text)
 
 
 def of_restored(restored: Restored) -> Answer:

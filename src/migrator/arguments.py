@@ -108,6 +108,20 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--yes", action="store_true", help="do what deletes or replaces data")
     if name == "backup":
         parser.add_argument("--name", dest="backup_name", default="", help="a name to find it by")
+    if name == "verify-backup":
+        parser.add_argument(
+            "backup_id", metavar="backup", help="an id or name that `migrator backups` lists, or latest"
+        )
+        parser.add_argument("--how", choices=("read", "restore"), help="instead of MIGRATOR_BACKUP_VERIFY")
+    if name == "backups":
+        parser.add_argument(
+            "backups_action",
+            metavar="show",
+            nargs="?",
+            choices=("show",),
+            help="show one, with how to restore it by hand",
+        )
+        parser.add_argument("backup_id", metavar="backup", nargs="?", help="its id or name, or latest")
     if name == "restore":
         parser.add_argument(
             "backup_id", metavar="backup", help="an id or name that `migrator backups` lists, or latest"
@@ -130,6 +144,17 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         )
         parser.add_argument(
             "--into-schema", default="", metavar="SCHEMA", help="the schema for --table [restored_RUN]"
+        )
+    if name == "prune":
+        parser.add_argument(
+            "--keep",
+            dest="backup_keep",
+            default=argparse.SUPPRESS,
+            metavar="POLICY",
+            help="instead of MIGRATOR_BACKUP_KEEP",
+        )
+        parser.add_argument(
+            "--dry-run", action="store_true", help="only show what would go, and why the rest stays"
         )
     if name == "ledger":
         parser.add_argument(

@@ -47,7 +47,18 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "migrator wait-for-current --wait-timeout 10m",
     ),
     "backup": ("make a verified backup now", "migrator backup --name before-sale"),
-    "backups": ("list the backups", "migrator backups"),
+    "verify-backup": (
+        "prove a backup again: read all of it, or restore it into a scratch database and compare",
+        "migrator verify-backup latest --how restore",
+    ),
+    "backups": (
+        "list the backups, or show one and how to restore it by hand",
+        "migrator backups show latest",
+    ),
+    "prune": (
+        "remove the backups that MIGRATOR_BACKUP_KEEP does not keep",
+        "migrator prune --dry-run --keep last=5,daily=7,weekly=4,monthly=6",
+    ),
     "restore": ("bring a backup back", "migrator restore latest --to shop_look"),
     "verify": ("check the schema against the heads and verify.toml", "migrator verify"),
     "ledger": ("show who changed the schema, when and how, newest first", "migrator ledger --limit 50"),
@@ -60,7 +71,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 
 
-NO_TARGET = frozenset({"settings", "history", "heads", "show", "freeze", "backups", "alembic"})
+NO_TARGET = frozenset(
+    {"settings", "history", "heads", "show", "freeze", "backups", "verify-backup", "alembic"}
+)
 """Commands that work without a database."""
 
 

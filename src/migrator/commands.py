@@ -149,9 +149,21 @@ def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     return Answer(made, f"{made['id']}: {made['place']}")
 
 
+def verify_backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Prove a backup again."""
+    return answers.of_backup(service.verify_backup(arguments.backup_id, arguments.how or ""), proven=True)
+
+
 def backups(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """List the backups."""
+    """List the backups, or show one."""
+    if arguments.backups_action:
+        return answers.of_backup(service.show_backup(arguments.backup_id or "latest"))
     return answers.of_backups(service.backups())
+
+
+def prune(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Remove old backups."""
+    return answers.of_pruned(service.prune(dry_run=arguments.dry_run))
 
 
 def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
@@ -222,7 +234,9 @@ HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]]
         wait,
         wait_for_current,
         backup,
+        verify_backup,
         backups,
+        prune,
         restore,
         ledger,
         repair,

@@ -19,6 +19,8 @@ from migrator.settings import Settings, load
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
     from migrator.backups.restored import Restored
+    from migrator.backups.retention import Pruned
+    from migrator.backups.store import Store
     from migrator.books import Repair
     from migrator.edited import Edit
     from migrator.history import History, Revision
@@ -274,6 +276,32 @@ class MigrationService:
                 name=name,
             )
 
+    def verify_backup(self, backup_id: str, how: str = "") -> Backup:
+        """Prove a backup by ``read`` or ``restore`` (as MIGRATOR_BACKUP_VERIFY says), and note that beside it."""
+        from migrator.backups import verify
+
+        store, backup = self._find_backup(backup_id)
+        return verify.verify(
+            store,
+            backup,
+            self.settings,
+            how or self.settings.backup_verify,
+            run_id=self.run_id,
+            application_name=self._application_name,
+        )
+
+    def show_backup(self, backup_id: str) -> Backup:
+        """Return a backup by id, by name, or ``latest`` of the target's database."""
+        return self._find_backup(backup_id)[1]
+
+    def _find_backup(self, backup_id: str) -> tuple[Store, Backup]:
+        from migrator.backups.store import LATEST, open_store
+
+        settings = self.settings
+        target = settings.required_target if backup_id == LATEST else settings.target
+        store = open_store(settings.backup_url, settings)
+        return store, store.get(backup_id, target.database if target else "")
+
     def backups(self) -> list[dict[str, Any]]:
         """Return the backups in the folder, newest first."""
         from migrator.backups import store
@@ -282,6 +310,13 @@ class MigrationService:
         return [
             summary(backup) for backup in store.open_store(self.settings.backup_url, self.settings).backups()
         ]
+
+    def prune(self, *, dry_run: bool = False) -> Pruned:
+        """Remove the backups of the target's database that MIGRATOR_BACKUP_KEEP does not keep."""
+        from migrator.backups import retention
+
+        with self._session() as session:
+            return retention.prune(session, self.settings, dry_run=dry_run)
 
     def restore(
         self,

@@ -120,6 +120,11 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
     _demand(backup, plain.found, (backup.sha256, backup.size_bytes))
 
 
+def demand_stored(store: Chunks, backup: Backup) -> None:
+    """Compare what is stored with its checksum; raises :class:`DamagedBackup` and OSError."""
+    _demand(backup, checksum(store.chunks(backup)), backup.stored)
+
+
 class Chunks(Protocol):
     """What yields the bytes of a backup as they are stored: a store, for one."""
 
@@ -276,12 +281,15 @@ def _run_psql(client: Client, sql: bytes, connection: str, environment: Mapping[
         raise RestoreStopped(last_words(finished))
 
 
-def by_hand(backup: Backup, database: str, *options: str) -> str:
-    """Return the command that restores a backup without migrator, in place and in one transaction.
+def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) -> str:
+    """Return the command that restores a backup without migrator, in one transaction.
+
+    It does so in place, or (not ``clean``) into an empty database.
 
     What pg_restore writes first is for newer servers only, and is left out; likewise pg_attver (see above).
     """
-    reading = ["pg_restore", "--clean", "--if-exists", *options, "--file=-"]
+    cleaning = ("--clean", "--if-exists") if clean else ()
+    reading = ["pg_restore", *cleaning, *options, "--file=-"]
     place, feeds = backup.place, []
     if place.startswith("s3://"):
         feeds.append(shlex.join(("aws", "s3", "cp", place, "-")))
@@ -297,7 +305,21 @@ def by_hand(backup: Backup, database: str, *options: str) -> str:
             shlex.join(reading),
             shlex.join(("sed", *(word for edit in edits for word in ("-e", edit)))),
             shlex.join(
-                ("psql", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", f"--dbname={database}")
+                (
+                    "psql",
+                    "--quiet",
+                    "--single-transaction",
+                    "--set=ON_ERROR_STOP=1",
+                    f"--dbname={_dbname(database)}",
+                )
             ),
         )
     )
+
+
+def _dbname(database: str) -> str:
+    """Return a database's name so that psql does not read it as a connection string."""
+    if "=" not in database and "://" not in database:
+        return database
+    escaped = database.replace("\\", "\\\\").replace("'", "\\'")
+    return f"dbname='{escaped}'"

@@ -296,6 +296,13 @@ class FolderStore:
             raise
         return part
 
+    def note(self, backup: Backup) -> None:
+        """Write a backup's manifest anew, in one step; raises OSError."""
+        name = f"{backup.id}{MANIFEST}"
+        with self._small(name, backup.id, backup.to_json().encode()) as manifest, uninterrupted():
+            if (self.folder / name).exists():
+                manifest.publish()
+
     def beside(self, backup: Backup, ending: str) -> bytes | None:
         """Return a small file that goes with a backup, as it is stored; raises OSError."""
         path = self.folder / f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}"

@@ -43,10 +43,14 @@ class Failed(Exception):
     """The proof failed: the backup is none."""
 
 
-def place_of(settings: Settings, target: Target, application_name: str) -> Place:
+class CannotRestore(Failed):
+    """It could not be restored here, which may be the server's fault and not the backup's."""
+
+
+def place_of(settings: Settings, target: Target | None, application_name: str) -> Place:
     """Return where scratch databases are made: on the target's server unless another is named."""
     elsewhere = bool(settings.verify_url)
-    where = parse(settings.verify_url) if elsewhere else target
+    where = parse(settings.verify_url) if elsewhere else target or settings.required_target
     return Place(where, elsewhere, application_name, settings.connect_timeout)
 
 
@@ -274,7 +278,7 @@ def _fill(place: Place, client: Client, path: Path, target: Target, server_major
             options=_options(place),
         )
     except archive.RestoreStopped as stopped:
-        raise Failed(f"The backup cannot be restored: {stopped.said}") from stopped
+        raise CannotRestore(f"The backup cannot be restored: {stopped.said}") from stopped
 
 
 def _switch_off_event_triggers(session: Session) -> None:

@@ -282,6 +282,16 @@ class S3Store:
             raise
         return dataclasses.replace(backup, place=self.place(inner.name))
 
+    def note(self, backup: Backup) -> None:
+        """Write a backup's manifest anew, where it still is; raises OSError."""
+        try:
+            self._get(f"{backup.id}{MANIFEST}")
+        except S3Failure as failure:
+            if failure.missing:
+                return
+            raise
+        self._put(f"{backup.id}{MANIFEST}", backup.to_json().encode())
+
     def backups(self, database: str = "") -> list[Backup]:
         """Return the backups (of one database), the newest first; a manifest that cannot be read is logged."""
         try:

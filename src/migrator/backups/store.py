@@ -146,6 +146,13 @@ class Store(Protocol):
         """
         ...
 
+    def note(self, backup: Backup) -> None:
+        """Write a backup's manifest anew, in one step, with what was found out since; raises OSError.
+
+        One that another run has removed meanwhile stays removed.
+        """
+        ...
+
     def beside(self, backup: Backup, ending: str) -> bytes | None:
         """Return a small file that goes with a backup, as it is stored, or None; raises OSError."""
         ...

@@ -1,0 +1,82 @@
+"""A backup for people: what is known of it, what is in it, and how to restore it without this program."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from migrator.backups import archive
+from migrator.backups.manifest import Backup, human_size, summary
+
+Layout = Callable[[Sequence[Mapping[str, str]]], str]
+
+
+def data(backup: Backup) -> dict[str, Any]:
+    """Return the manifest, with the backup's place and the commands that restore it."""
+    document = dataclasses.asdict(backup)
+    return {**document, **summary(backup), "by_hand": list(by_hand(backup))}
+
+
+def by_hand(backup: Backup) -> tuple[str, str]:
+    """Return the commands that make a new database and restore a backup into it; libpq's variables say where."""
+    name, properties = f"{backup.database}_by_hand", backup.properties
+    making = ["createdb", "--template=template0", f"--encoding={properties.encoding}"]
+    if properties.provider == "c":
+        making += [f"--lc-collate={properties.collate}", f"--lc-ctype={properties.ctype}"]
+    return shlex.join([*making, "--", name]), archive.by_hand(backup, name, clean=False)
+
+
+def proofs(backup: Backup) -> list[str]:
+    """Return a sentence for each time that it was proven, or not."""
+    told = []
+    for proof in backup.proofs:
+        where = f" on PostgreSQL {proof.server_version}" if proof.server_version else ""
+        why = f" ({proof.why})" if proof.why else ""
+        verb = {
+            "read": "read whole",
+            "restore": "restored and compared",
+            "checksum": "as it was written",
+        }.get(proof.how, proof.how)
+        verb = verb if proof.ok else f"NOT {verb}"
+        told.append(f"{proof.at[:19]} {verb}{where} in {proof.seconds:.1f} s{why}")
+    return told
+
+
+def text(backup: Backup, table: Layout) -> str:
+    """Return it as text; ``table`` lays out rows in columns."""
+    facts = {
+        "id": backup.id,
+        "name": backup.name,
+        "created": backup.created_at[:19],
+        "database": f"{backup.database} of {backup.target}",
+        "revision": ", ".join(backup.revisions) or "base",
+        "size": f"{human_size(backup.size_bytes)} ({human_size(backup.database_size_bytes)} in the database)",
+        "written by": f"pg_dump {backup.client_version} from PostgreSQL {backup.server_version}, "
+        f"{backup.dump_format} format{', ' + backup.compression if backup.compression else ''}",
+        "encrypted to": ", ".join(backup.encrypted_to),
+        "without rows of": ", ".join(backup.excluded_table_data),
+        "place": backup.place,
+        "sha256": backup.stored[0],
+    }
+    lines = [f"{key + ':':16} {value}" for key, value in facts.items() if value]
+    lines += [f"{'proven:':16} {line}" for line in proofs(backup)]
+    rows = [
+        {"TABLE": name, "ROWS": _rows(item.rows, item.estimated_rows), "SIZE": _size(item.size_bytes)}
+        for name, item in backup.tables.items()
+    ]
+    if rows:
+        lines += ["", table(rows)]
+    create, restore = by_hand(backup)
+    return "\n".join([*lines, "", "without migrator, into a new database:", f"  {create}", f"  {restore}"])
+
+
+def _rows(rows: int | None, estimated: int | None) -> str:
+    if rows is not None:
+        return str(rows)
+    return "not counted" if estimated is None else f"about {estimated}"
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else human_size(size)
