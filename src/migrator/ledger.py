@@ -17,8 +17,9 @@ from datetime import datetime
 from typing import Any
 
 from migrator.contents import LEDGER
+from migrator.errors import AccessDenied
 from migrator.logs import redact
-from migrator.postgres import QueryFailed, Session, quote_identifier
+from migrator.postgres import QueryFailed, Session, as_typed, quote_identifier
 from migrator.versions import VersionTable
 
 NAME = LEDGER
@@ -491,3 +492,9 @@ def read_rows(session: Session, version_table: VersionTable, limit: int) -> list
 
 
 _UNREADABLE = ("42P01", "42501")  # not there, not allowed
+        if error.sqlstate == "42501":
+            user = session.facts.user
+            raise AccessDenied(
+                f"{user} may not read the ledger {ledger}.",
+                next_step=f"GRANT SELECT ON {ledger.typed} TO {as_typed(user)}",
+            ) from None

@@ -416,3 +416,9 @@ def in_transaction_pooling(session: Session, application_name: str, timeout: flo
 def quote_identifier(name: str) -> str:
     """Quote a name for SQL text."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def as_typed(name: str) -> str:
+    """Return a name as a person would type it into SQL: quoted where that is needed, so that no name is a command."""
+    plain = re.fullmatch("[a-z_][a-z0-9_]*", name) is not None
+    return name if plain else quote_identifier(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from migrator.errors import AccessDenied, SettingsError
-from migrator.postgres import QueryFailed, Session, quote_identifier
+from migrator.postgres import QueryFailed, Session, as_typed, quote_identifier
 
 _SYSTEM = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
 
@@ -26,6 +26,11 @@ class VersionTable(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}" if self.schema else self.name
+
+    @property
+    def typed(self) -> str:
+        """Return the name as a person would type it into SQL."""
+        return f"{as_typed(self.schema)}.{as_typed(self.name)}" if self.schema else as_typed(self.name)
 
     @property
     def quoted(self) -> str:
@@ -97,7 +102,23 @@ def _search(
     return [(table, rows) for table, rows in found if known & set(rows)] or found
 
 
+# A schema that the role may not use is left out of its search path, and what is in it seems not to be there.
+_OUT_OF_SIGHT = """
+SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relname = %(name)s AND c.relkind IN ('r', 'p') AND NOT has_schema_privilege(n.oid, 'USAGE')
+  AND (n.nspname = %(schema)s OR (%(schema)s = '' AND current_schema() IS NULL AND n.nspname = ANY(
+       string_to_array(translate(current_setting('search_path'), '" ', ''), ','))))
+"""
+
+
 def _exists(session: Session, table: VersionTable) -> bool:
+    hidden = session.query(_OUT_OF_SIGHT, {"name": table.name, "schema": table.schema})
+    if hidden:
+        schema, user = hidden[0][0], session.facts.user
+        raise AccessDenied(
+            f"{user} may not use the schema {schema}, in which the version table {table.name} is.",
+            next_step=f"GRANT USAGE ON SCHEMA {as_typed(schema)} TO {as_typed(user)}",
+        )
     return bool(session.value("SELECT to_regclass(%s) IS NOT NULL", (table.quoted,)))
 
 
@@ -109,7 +130,8 @@ def read_rows(session: Session, table: VersionTable) -> tuple[str, ...]:
         if error.sqlstate == "42501":
             raise AccessDenied(
                 f"{session.facts.user} may not read the version table {table}.",
-                next_step=f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {session.facts.user}",
+                next_step=f"GRANT SELECT ON {table.typed} TO {as_typed(session.facts.user)}, and for what changes the"
+                " schema INSERT, UPDATE, DELETE as well; USAGE ON SCHEMA too, where it has not even that",
             ) from None
         if error.sqlstate == "42P01":  # dropped since it was listed
             return ()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, wait_random_exponential
 
 from migrator.errors import AccessDenied, NoSuchDatabase, Unreachable
-from migrator.postgres import ConnectFailed, Refusal, Session, connect
+from migrator.postgres import ConnectFailed, Refusal, Session, as_typed, connect
 from migrator.settings import Settings
 from migrator.target import Target
 
@@ -112,7 +112,9 @@ def _denied(target: Target, error: ConnectFailed) -> AccessDenied:
     elif error.sqlstate.startswith("28") or "password" in error.text:
         step = "check user and password, and the server's pg_hba.conf; `migrator settings` shows where they come from"
     elif error.sqlstate == "42501":
-        step = f"GRANT CONNECT ON DATABASE to {target.user or 'the role'}"
+        step = (
+            f"GRANT CONNECT ON DATABASE {as_typed(target.database)} TO {as_typed(target.user or 'the_role')}"
+        )
     elif error.sqlstate:
         step = "correct the connection parameters; `migrator settings` shows where they come from"
     else:
