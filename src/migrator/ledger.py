@@ -114,6 +114,23 @@ FROM {table} WHERE version_table = %s AND event = 'run' AND (code = 0 OR details
 ORDER BY at DESC LIMIT 1
 """
 
+# Of each version table: the backups of the newest run that changed the schema, and of those after it that did not end
+# well (or have not ended yet).
+_NEEDED_BACKUPS = """
+WITH changed AS (
+    SELECT DISTINCT ON (version_table) version_table, run_id, at FROM {table}
+    WHERE event IN ('applied', 'reverted') ORDER BY version_table, at DESC, number DESC
+)
+SELECT DISTINCT l.backup_id FROM {table} l LEFT JOIN changed c ON c.version_table = l.version_table
+WHERE l.backup_id IS NOT NULL AND (
+    l.run_id = c.run_id
+    OR (c.at IS NULL OR l.at > c.at) AND NOT EXISTS (
+        SELECT 1 FROM {table} r WHERE r.run_id = l.run_id AND r.version_table = l.version_table
+                                  AND r.event = 'run' AND r.code = 0
+    )
+)
+"""
+
 _WAYS_BACK = """
 SELECT DISTINCT ON (revision) revision, event, message, parents, depends_on, rows_before, rows_after, way_back,
        no_way_back, at, number, image_version, search_path, role
@@ -421,6 +438,20 @@ def read_dead_run(session: Session, version_table: VersionTable | None) -> DeadR
     return DeadRun(rows[0][0], frozenset(rows[0][3] or ())) if known else None
 
 
+def read_needed_backups(session: Session) -> frozenset[str]:
+    """Return the ids of the backups that lead back from where the database is, by all of its ledgers.
+
+    Raises QueryFailed where one cannot be read: nobody knows then.
+    """
+    ledgers = session.query(
+        "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.relname = %s AND c.relkind = 'r' AND n.nspname !~ '^pg_'",
+        (NAME,),
+    )
+    tables = [VersionTable(NAME, schema) for (schema,) in ledgers]
+    return frozenset(row[0] for table in tables for row in _read(session, table, _NEEDED_BACKUPS, ()))
+
+
 def read_failed(session: Session, version_table: VersionTable | None) -> Failed | None:
     """Return what the newest run whose failure was taken back left to remember; None where one ended well since."""
     if version_table is None:
@@ -486,15 +517,15 @@ def read_rows(session: Session, version_table: VersionTable, limit: int) -> list
     try:
         return [row[0] for row in _read(session, ledger, _NEWEST, (version_table.name, limit))]
     except QueryFailed as error:
-        if error.lost or error.sqlstate != "42P01":
-            raise
-        return []
-
-
-_UNREADABLE = ("42P01", "42501")  # not there, not allowed
         if error.sqlstate == "42501":
             user = session.facts.user
             raise AccessDenied(
                 f"{user} may not read the ledger {ledger}.",
                 next_step=f"GRANT SELECT ON {ledger.typed} TO {as_typed(user)}",
             ) from None
+        if error.lost or error.sqlstate != "42P01":
+            raise
+        return []
+
+
+_UNREADABLE = ("42P01", "42501")  # not there, not allowed

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 
 from migrator.backups import dump, reuse
 from migrator.backups.dump import back_up
 from migrator.backups.manifest import Backup
-from migrator.postgres import Session
+from migrator.errors import MigratorError
+from migrator.interruption import Interrupt
+from migrator.outcome import Finding, Severity
+from migrator.postgres import QueryFailed, Session
 from migrator.settings import Settings
 
-__all__ = ["back_up", "check_client", "decide", "preflight", "reusable", "why_reused"]
+__all__ = ["back_up", "check_client", "decide", "preflight", "reusable", "tidy_up", "why_reused"]
+
+LOGGER = logging.getLogger("migrator.backup")
 
 
 def decide(mode: str, pending: bool, empty: bool) -> str:
@@ -35,6 +41,24 @@ def check_client(session: Session, settings: Settings) -> None:
     """
     if settings.backup_max_age is None:
         dump.check_client(session, settings)
+
+
+def tidy_up(session: Session, settings: Settings) -> Finding | None:
+    """Remove what MIGRATOR_BACKUP_KEEP does not keep, now that all went well; that it cannot be done is a finding."""
+    from migrator.backups.retention import prune
+
+    if not settings.backup_keep:
+        return None
+    try:
+        prune(session, settings)
+        return None
+    except Interrupt as signal:  # the run's own work is done: a signal must not make it look undone
+        why = f"interrupted by {signal.name}"
+    except (MigratorError, QueryFailed) as error:
+        why = str(error)
+    LOGGER.warning("old backups were not removed: %s", why)
+    sentence = f"old backups were not removed: {why}"
+    return Finding("backups-not-pruned", Severity.WARNING, settings.backup_url, sentence, "migrator prune")
 
 
 def preflight(session: Session, settings: Settings) -> None:

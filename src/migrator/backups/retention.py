@@ -1,0 +1,204 @@
+"""Which backups stay: the newest ones, one a day, week or month, and all that something still needs.
+
+Never removed, whatever the policy says: the newest backup of a database; one that a person gave a name; the one that
+leads back from where the database is, by its ledger (see :func:`migrator.ledger.read_needed_backups`); and what is
+not this very database's: one of that name on another server is another database.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from migrator import ledger
+from migrator.backups import snapshot
+from migrator.backups.manifest import Backup, human_size
+from migrator.backups.store import BadDump, Store, open_store
+from migrator.errors import BackupFailed, SettingsError
+from migrator.postgres import QueryFailed, Session
+from migrator.settings import Settings
+
+LOGGER = logging.getLogger("migrator.backup")
+BAD_DAYS = 30
+"""Days for which a dump that failed its proof is kept, where the policy has no ``daily``."""
+
+_PERIODS: Mapping[str, str] = {
+    "hourly": "%Y-%m-%d %H",
+    "daily": "%Y-%m-%d",
+    "weekly": "%G-W%V",
+    "monthly": "%Y-%m",
+    "yearly": "%Y",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a backup: ``reasons`` to keep it, none where it goes."""
+
+    backup: Backup
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed, or would be (``dry_run``)."""
+
+    policy: str
+    verdicts: tuple[Verdict, ...]
+    bad: tuple[BadDump, ...]
+    dry_run: bool
+
+    @property
+    def removed(self) -> tuple[Backup, ...]:
+        """Return the backups that go."""
+        return tuple(verdict.backup for verdict in self.verdicts if not verdict.reasons)
+
+    @property
+    def freed(self) -> int:
+        """Return the bytes of the dumps that go."""
+        return sum(backup.stored[1] for backup in self.removed)
+
+    @property
+    def message(self) -> str:
+        """Say in one sentence what was done."""
+        verb = "would remove" if self.dry_run else "removed"
+        bad = f" and {len(self.bad)} that had failed their proof" if self.bad else ""
+        kept = len(self.verdicts) - len(self.removed)
+        return f"{verb} {len(self.removed)} backups ({human_size(self.freed)}){bad}, keeping {kept} ({self.policy})"
+
+    def data(self) -> dict[str, Any]:
+        """Return it for JSON; sizes are in bytes."""
+        return {
+            "policy": self.policy,
+            "dry_run": self.dry_run,
+            "removed": [
+                {
+                    "id": backup.id,
+                    "created": backup.created_at,
+                    "size": backup.stored[1],
+                    "place": backup.place,
+                }
+                for backup in self.removed
+            ],
+            "kept": [
+                {
+                    "id": verdict.backup.id,
+                    "created": verdict.backup.created_at,
+                    "reasons": list(verdict.reasons),
+                }
+                for verdict in self.verdicts
+                if verdict.reasons
+            ],
+            "removed_bad": [
+                {"id": bad.id, "at": bad.at, "why": bad.why, "place": bad.place} for bad in self.bad
+            ],
+            "freed": self.freed,
+        }
+
+
+def counts_of(policy: str) -> dict[str, int]:
+    """Return ``last=5,daily=7`` as numbers by name."""
+    return {
+        name: int(number) for name, _, number in (part.partition("=") for part in policy.split(",") if part)
+    }
+
+
+def judge(backups: Iterable[Backup], policy: str, needed: frozenset[str]) -> list[Verdict]:
+    """Decide about the backups of one database, the newest first; a period's newest one stands for it."""
+    counts = counts_of(policy)
+    seen: dict[str, set[str]] = {name: set() for name in _PERIODS}
+    verdicts = []
+    for number, backup in enumerate(backups):
+        reasons = ["the newest"] if number == 0 else []
+        reasons += ["the ledger needs it"] if backup.id in needed else []
+        reasons += [f"named {backup.name}"] if backup.name else []
+        reasons += ["last"] if number < counts.get("last", 0) else []
+        made = _moment(backup.created_at)
+        if made is None:
+            reasons.append("nobody knows how old it is")
+        else:
+            for name, pattern in _PERIODS.items():
+                period = made.strftime(pattern)
+                if period not in seen[name] and len(seen[name]) < counts.get(name, 0):
+                    seen[name].add(period)
+                    reasons.append(f"{name} {period}")
+        verdicts.append(Verdict(backup, tuple(reasons)))
+    return verdicts
+
+
+def too_old(bad: Iterable[BadDump], policy: str, now: datetime) -> list[BadDump]:
+    """Return the dumps that failed their proof longer ago than the policy has days."""
+    days = timedelta(days=counts_of(policy).get("daily") or BAD_DAYS)
+    return [item for item in bad if (at := _moment(item.at)) is not None and now - at > days]
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pruned:
+    """Remove what MIGRATOR_BACKUP_KEEP does not keep of the session's database.
+
+    Two at once do no harm: what the other has removed is gone, and each keeps what it saw as the newest.
+    Raises :class:`SettingsError`, :class:`RestoreFailed` for a store that cannot be listed, and
+    :class:`BackupFailed` for what could not be removed, when all else was.
+    """
+    policy = settings.backup_keep
+    if not policy:
+        raise SettingsError(
+            ["prune is not told what to keep"],
+            next_step="migrator prune --dry-run --keep last=5,daily=7,weekly=4, or set MIGRATOR_BACKUP_KEEP",
+        )
+    try:
+        needed = ledger.read_needed_backups(session)
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        raise BackupFailed(
+            f"The ledger cannot be read, so nobody knows which backups it needs: {error.text}.",
+            next_step="grant the role SELECT on migrator_ledger, and prune again",
+        ) from error
+    store = open_store(settings.backup_url, settings)
+    database = session.facts.database
+    identifier, _ = snapshot.identity(session)
+    mine = [item for item in store.backups(database) if _is_ours(item, identifier, str(session.target))]
+    found = Pruned(
+        policy,
+        tuple(judge(mine, policy, needed)),
+        tuple(too_old(store.bad(database), policy, datetime.now(UTC))),
+        dry_run,
+    )
+    if not dry_run:
+        _remove(store, found)
+    LOGGER.info("%s: %s", store, found.message)
+    return found
+
+
+def _is_ours(backup: Backup, identifier: str, target: str) -> bool:
+    """Whether a backup is of this very database: of this cluster, or of this address where that is not known."""
+    if backup.system_identifier and identifier:
+        return backup.system_identifier == identifier
+    return backup.target == target
+
+
+def _remove(store: Store, found: Pruned) -> None:
+    failures: list[str] = []
+    items: list[Backup | BadDump] = [*found.removed, *found.bad]
+    for item in items:
+        try:
+            store.remove(item)
+            LOGGER.info("removed the backup %s", item.id)
+        except OSError as error:
+            failures.append(f"{item.id}: {error}")
+    if failures:
+        raise BackupFailed(
+            f"{len(failures)} backups could not be removed from {store}: {'; '.join(failures[:3])}.",
+            next_step="grant what is denied, and run `migrator prune` again",
+        )
