@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -181,7 +181,7 @@ class _Work:
                 **about,
                 created_at=moment.isoformat(timespec="milliseconds"),
                 database_size_bytes=ready.sizes.database,
-                seconds=round(time.monotonic() - started, 3),
+                seconds=0.0,
                 next_xid=dumped.next_xid,
                 dump_format=how.dump_format,
                 jobs=how.jobs,
@@ -191,6 +191,7 @@ class _Work:
                 globals_note=globals_note,
             )
             backup = proving.prove(ready.store, part, backup)
+            backup = replace(backup, seconds=round(time.monotonic() - started, 3))
             beside = {roles.ENDING: globals_sql} if globals_sql else {}
             return ready.store.add(part, backup, beside)
 
