@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
@@ -37,6 +39,7 @@ from migrator.target import Target, parse
 
 LOGGER = logging.getLogger("migrator.backup")
 READ, RESTORE = "read", "restore"
+_EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ ((COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
 
 
 class Failed(Exception):
@@ -221,7 +224,6 @@ def restored(
         client = clients.for_restore(settings, server.major, backup.client_major)
         _fill(place, client, path, target, server.major)
         with connect(target, place.application_name, place.timeout) as inside:
-            _switch_off_event_triggers(inside)
             inside.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             found = contents.take(inside, rows=True, only=_counted(backup))
         compared = comparison.contents(backup, found)
@@ -269,23 +271,31 @@ def _options(place: Place) -> tuple[str, ...]:
 
 def _fill(place: Place, client: Client, path: Path, target: Target, server_major: int) -> None:
     try:
-        archive.restore_into(
-            client,
-            path,
-            clients.connection_argument(place.target, target.database),
-            clients.environment(place.target, place.application_name, place.timeout),
-            server_major,
-            options=_options(place),
-        )
+        with _without_event_triggers(client, path) as listed:
+            archive.restore_into(
+                client,
+                path,
+                clients.connection_argument(place.target, target.database),
+                clients.environment(place.target, place.application_name, place.timeout),
+                server_major,
+                options=(*_options(place), *listed),
+            )
     except archive.RestoreStopped as stopped:
         raise CannotRestore(f"The backup cannot be restored: {stopped.said}") from stopped
 
 
-def _switch_off_event_triggers(session: Session) -> None:
-    if session.facts.major >= 17 and session.value(
-        "SELECT rolsuper FROM pg_roles WHERE rolname = current_user"
-    ):
-        session.query("SET event_triggers = off")
+@contextlib.contextmanager
+def _without_event_triggers(client: Client, path: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the options that leave event triggers out: refreshing a view would fire them, whatever they do."""
+    listed = archive.script(client, path, "--list")
+    kept = _EVENT_TRIGGER.sub(b"", listed)
+    if kept == listed:
+        yield ()
+        return
+    with tempfile.NamedTemporaryFile(prefix="migrator-") as file:
+        file.write(kept)
+        file.flush()
+        yield (f"--use-list={file.name}",)
 
 
 def _schema_of(client: Client, place: Place, target: Target) -> bytes:
