@@ -83,6 +83,8 @@ def preflight(session: Session, settings: Settings) -> Prepared:
             LOGGER.warning("%s", how.note)
         space.check(store, database, sizes, how.compression)
         proof.preflight(session, settings)
+        if settings.backup_verify == proof.RESTORE and not settings.verify_url:
+            space.check_scratch(session, sizes)
         return Prepared(client, store, sizes, how, tuple(excluded), snapshot.oddities(session))
 
 
