@@ -25,7 +25,9 @@ STRENGTH = (
 
 def shown(statement: str) -> str:
     """Return a statement in one line of at most 500 characters, without what may be a secret."""
-    text = _PASSWORD.sub(rf"\1'{MASK}'", redact(statement[:_LOOKED_AT]))
+    text = redact(statement[:_LOOKED_AT])
+    if "PASSWORD" in text.upper():
+        text = _PASSWORD.sub(rf"\1'{MASK}'", text)
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 

@@ -96,7 +96,8 @@ class Steps:
                 self.failure = error
                 raise
             finally:
-                self._take_back()
+                if not self._plain:  # which has no hand in logging, nor in signals
+                    self._take_back()
             self._check()
             self._own_transaction("BEGIN")
 

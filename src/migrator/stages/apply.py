@@ -19,6 +19,7 @@ from migrator.attempts import Attempts
 from migrator.bookkeeping import Bookkeeper
 from migrator.errors import HistoryError, Internal, RolledBack, SettingsError
 from migrator.history import History, Plan
+from migrator.history.moves import quick_moves
 from migrator.interruption import Interrupt, Interruption
 from migrator.lifeline import Lifeline, revive
 from migrator.logs import Logs
@@ -138,7 +139,8 @@ class Application:
                 connection = MigrationConnection(get_context())
                 connection.refuse_another_database(self.session)
                 connection.assume_role(self.settings.role, self.session)
-            run()
+            with quick_moves():
+                run()
             self.steps.flush()  # env.py may commit in whatever way
 
         self.recovery.around(lambda: self.attempts.run(run_as_role, get_context))
