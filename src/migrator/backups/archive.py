@@ -103,7 +103,8 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
     if not settings.backup_identity_file:
         raise RestoreFailed(
             f"{backup.id} is encrypted to {', '.join(backup.encrypted_to)}, and no private key is at hand.",
-            next_step="name the file with the private key in MIGRATOR_BACKUP_IDENTITY_FILE",
+            next_step="name the file with the private key in MIGRATOR_BACKUP_IDENTITY_FILE; or without migrator, into "
+            f"an empty database: {by_hand(backup, 'NEW_DATABASE', clean=False)}",
         )
     try:
         plain = Tally(sealing.opened(stored, Path(settings.backup_identity_file)))

@@ -24,6 +24,7 @@ from migrator.backups.store import SEALED, Part
 from migrator.errors import SettingsError
 
 _QUEUED = 4
+_GOODBYE = 10.0  # seconds
 _POLL = 0.1  # seconds between two looks whether the other side is still there
 
 
@@ -246,6 +247,8 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
     finally:
         source.abandoned.set()
         plain.abandoned.set()
+        for thread in threads:  # whoever goes on reading ``chunks`` shall be the only one
+            thread.join(_GOODBYE)
 
 
 def _cannot_open(error: BaseException) -> CannotOpen:
