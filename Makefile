@@ -18,11 +18,12 @@ chaos: ## an hour of killed, cut and restarted runs (SECONDS=600 for ten minutes
 	bin/setup
 	.venv/bin/python -m tests.chaos --seconds $(or $(SECONDS),3600)
 
-bench: ## compare with plain Alembic and dbmate: runs in turn, medians, ratios, in bench/results/
+bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians, ratios, in bench/results/
 	bin/setup
 	.venv/bin/python -m bench.compare
 	.venv/bin/python -m bench.applications
 	.venv/bin/python -m bench.race
+	.venv/bin/python -m bench.backup
 
 lint: ## fix what ruff can fix
 	bin/setup
