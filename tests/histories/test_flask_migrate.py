@@ -121,6 +121,23 @@ def test_the_application_is_named_in_flaskenv(shop: Path, migrator: Runner, data
     assert result.code == 0, result
 
 
+def test_revisions_that_import_the_application_within_its_context(
+    shop: Path, migrator: Runner, database: Database, theirs: Database
+) -> None:
+    """The way of Superset: what they import does not load outside of the context, and not twice in one process."""
+    (shop / "shop_models.py").write_text(
+        "from flask import current_app\nfrom shop import db\nassert current_app.name == 'shop'\n"
+        "class Order(db.Model):\n    id = db.Column(db.Integer, primary_key=True)\n"
+    )
+    (file,) = (shop / "migrations" / "versions").glob("*.py")
+    file.write_text(f"{file.read_text()}\nfrom shop_models import Order\n")
+    env = {"FLASK_APP": "shop:create_app", "LOADS": os.devnull, "MIGRATOR_BACKUP": "off"}
+    for words in ("upgrade", "check", "upgrade"):
+        result = migrator(words, cwd=shop, env=env, database=database)
+        assert result.code == 0, result
+    assert difference(theirs.dump(), database.dump(LEDGER)) == ""
+
+
 BAD = {
     "none:create_app": (10, "FLASK_APP=none:create_app"),
     "shop:create_app": (31, "failed to load: KeyError: 'LOADS'"),

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +176,8 @@ def _named(name: str) -> Iterator[None]:
 
 # -- Flask -------------------------------------------------------------------------------------------------
 
+_IMPORTS = re.compile(r"^[ \t]*(?:from|import)[ \t]+(\w+)", re.MULTILINE)
+
 _APPLICATIONS: dict[str, Any] = {}
 """What FLASK_APP stands for, made once: many an application cannot be made twice in one process."""
 
@@ -195,6 +197,22 @@ def _read_flask_variables(env_file: Path) -> bool:
         with contextlib.redirect_stdout(sys.stderr):
             importlib.import_module("flask.cli").load_dotenv()
     return bool(os.environ.get("FLASK_APP", "").strip())
+
+
+def revisions_import_flask_application(env_file: Path, folders: Iterable[str | Path]) -> bool:
+    """Whether revisions in ``folders`` import from the application, which may not load outside of its own context.
+
+    An import that failed cannot be tried again within it: what it has defined until then is defined twice.
+    """
+    if not _read_flask_variables(env_file):
+        return False
+    place = os.environ["FLASK_APP"].strip().partition(":")[0]
+    # As Flask reads it: a file's path, or a module's name.
+    name = Path(place).stem if place.endswith(".py") or "/" in place else place.partition(".")[0]
+    own = {name} | {item.stem for item in Path.cwd().iterdir() if item.suffix == ".py" or item.is_dir()}
+    files = (file for folder in folders for file in Path(folder).rglob("*.py"))
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return any(own.intersection(_IMPORTS.findall(text)) for text in texts)
 
 
 @contextlib.contextmanager

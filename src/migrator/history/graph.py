@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from migrator import ledger, surroundings
 from migrator.errors import HistoryError, MigratorError
-from migrator.history.bootstrap import ground, prepares, shapes_history
+from migrator.history.bootstrap import (
+    ground,
+    prepares,
+    revisions_import_flask_application,
+    shapes_history,
+)
 from migrator.history.env_file import version_table
 from migrator.history.environment import Around, Command, Hook, run_env
 from migrator.history.project import ProjectOptions, make_config, sibling_tables, tell_address
@@ -90,6 +95,8 @@ class History:
                 # A revision file may import the application's settings, which look for the address just once.
                 tell_address(self.config, Path(script.env_py_location), self._target, self._options.export)
                 env_file = Path(script.env_py_location)
+                if not bootstrapped:
+                    bootstrapped = revisions_import_flask_application(env_file, script._version_locations)
                 script = self._bootstrapped(env_file) if bootstrapped else _loaded(script)
                 heads = script.get_heads()
             except MigratorError:
