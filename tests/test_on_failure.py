@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,9 @@ import pytest
 
 from migrator.outcome import ExitCode
 from tests.support import installations
-from tests.support.outcomes import done, refusal
+from tests.support.outcomes import done, left_behind, refusal
 from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
-from tests.support.runner import Result, Runner
+from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database, Server
 
 Project = Callable[..., Path]
@@ -271,14 +272,72 @@ def test_a_downgrade_that_fails_too(quiet: Database, project: Project, run_migra
 
 
 def test_replicas_that_waited_do_not_try_it_either(
-    quiet: Database, project: Project, start_migrator: Callable[..., object]
+    quiet: Database, project: Project, start_migrator: Callable[..., Running]
 ) -> None:
     folder = project(
         each_in_its_own(), revisions=failing('import time\ntime.sleep(2)\nraise RuntimeError("half way")')
     )
     env = {"MIGRATOR_ON_FAILURE": "restore"}
     runs = [start_migrator(cwd=folder, database=quiet, env=env) for _ in range(4)]
-    results: list[Result] = [run.finish() for run in runs]  # type: ignore[attr-defined]
+    results: list[Result] = [run.finish() for run in runs]
     codes = sorted(result.code for result in results)
     assert codes == [35, 35, 35, 42], "\n".join(map(str, results))
     assert len(kept(quiet)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_while_it_restores(
+    number: int,
+    quiet: Database,
+    project: Project,
+    run_migrator: Runner,
+    start_migrator: Callable[..., Running],
+) -> None:
+    """The right name holds a whole database, the failed or the restored one, and a restore by hand finishes."""
+    folder = project(each_in_its_own(), revisions=failing())
+    quiet.execute("CREATE TABLE many AS SELECT g, md5(g::text) FROM generate_series(1, 20000) g")
+    codes = set()
+    for seconds in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7):
+        running = start_migrator("--on-failure", "restore", "--retry", cwd=folder, database=quiet)
+        running.wait_for("Restoring ")
+        time.sleep(seconds)
+        running.send(number)
+        codes.add(running.finish().code)
+        assert left_behind(quiet) == []
+        where = quiet.psql("SELECT version_num FROM alembic_version")
+        assert quiet.psql("SELECT count(*) FROM many") == [(20000,)]
+        rows = quiet.psql("SELECT count(*) FROM t1")
+        assert (where, rows) in (([("r001",)], [(2,)]), ([("r002",)], [(0,)]))
+        if where == [("r002",)]:
+            newest = run_migrator("backups", "--format", "json", cwd=folder, database=quiet).answer
+            first = next(row["id"] for row in newest if row["revision"] == "r001")
+            done(run_migrator("restore", first, "--yes", "--drop-old", cwd=folder, database=quiet))
+        assert quiet.psql("SELECT count(*) FROM t1") == [(2,)]
+        assert not [name for name in kept(quiet) if "_restore_" in name]
+    assert codes & {int(ExitCode.PARTIAL), -9}, "no kill came in time"
+    assert codes <= {int(ExitCode.PARTIAL), int(ExitCode.RESTORED), -9}
+
+
+def test_a_role_without_createdb_restores_from_within(
+    quiet: Database, project: Project, run_migrator: Runner
+) -> None:
+    quiet.server.create_role("modest")
+    quiet.psql(f"ALTER DATABASE {quiet.name} OWNER TO modest")
+    for table in ("t1", "alembic_version"):
+        quiet.psql(f"ALTER TABLE {table} OWNER TO modest")
+    quiet.url = quiet.url.replace("//postgres:", "//modest:")
+    folder = project(each_in_its_own(), revisions=failing())
+    result = run_migrator("--on-failure", "restore", cwd=folder, database=quiet)
+    assert result.code == ExitCode.RESTORED, result
+    assert quiet.psql("SELECT id FROM t1 ORDER BY id") == [(1,), (2,)]
+    assert kept(quiet) == []
+    assert "As the failure left it, it is in backup" in result.stderr
+    refusal(run_migrator(cwd=folder, database=quiet), ExitCode.UNSAFE, "r003 failed in run")
+    lossy = project(each_in_its_own(), revisions=failing(WRITES), name="lossy")
+    env = {"OTHERS": quiet.url, "MIGRATOR_ON_FAILURE": "restore"}
+    refusal(
+        run_migrator(cwd=lossy, database=quiet, env=env),
+        ExitCode.PARTIAL,
+        "It was not restored: 1 transaction",
+    )
+    assert quiet.psql("SELECT id FROM t1") == [(77,)]

@@ -28,6 +28,7 @@ SWAP_PATIENCE = 15.0
 _OBJECT_IN_USE = "55006"
 _LOCK_NOT_AVAILABLE = "55P03"
 _MARK = "migrator: half-restored copy of "
+_SCRATCH_NAME = re.compile(r"_restore_\d{8}T\d{6}Z-[0-9a-f]{6}\Z")
 
 # Settings whose value is a list of names, each quoted by itself: GUC_LIST_QUOTE in PostgreSQL's guc_tables.c.
 _LISTS = frozenset(
@@ -116,23 +117,40 @@ def mark(session: Session, name: str, original: str) -> None:
     session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {literal(_MARK + original)}")
 
 
-def unmark(session: Session, name: str) -> None:
-    """Take the mark away: the database is whole."""
-    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS NULL")
+def unmark(session: Session, name: str, original: str) -> None:
+    """Take the mark away: the database is whole, and gets the comment of the original, where there is one."""
+    comment = session.value(
+        "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = %s", [original]
+    )
+    text = "NULL" if comment is None else literal(comment)
+    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {text}")
 
 
 def rename(session: Session, old: str, new: str) -> None:
-    """Rename a database that nobody is in; raises QueryFailed."""
-    session.query(f"ALTER DATABASE {quote_identifier(old)} RENAME TO {quote_identifier(new)}")
+    """Rename a marked database that nobody is in, and take its mark away; raises QueryFailed."""
+    session.query("BEGIN")
+    try:
+        unmark(session, old, new)
+        session.query(f"ALTER DATABASE {quote_identifier(old)} RENAME TO {quote_identifier(new)}")
+        session.query("COMMIT")
+    except QueryFailed as error:
+        if not error.lost:
+            session.query("ROLLBACK")
+        raise
 
 
 def marked(session: Session, original: str) -> list[str]:
-    """Return the half-restored copies that killed restores of a database have left."""
+    """Return the half-restored copies that killed restores of a database have left: by their mark, or their name."""
     rows = session.query(
-        "SELECT datname::text FROM pg_database WHERE shobj_description(oid, 'pg_database') = %s",
-        [_MARK + original],
+        "SELECT datname::text, coalesce(shobj_description(oid, 'pg_database'), '') FROM pg_database"
+        " WHERE datname <> current_database()"
     )
-    return [row[0] for row in rows]
+    return [
+        name
+        for name, comment in rows
+        if comment == _MARK + original
+        or ((match := _SCRATCH_NAME.search(name)) and name == shorten(original, match[0]))
+    ]
 
 
 def copy_privileges(session: Session, source: str, copy: str) -> None:
@@ -158,7 +176,7 @@ def copy_privileges(session: Session, source: str, copy: str) -> None:
 
 
 def copy_settings(session: Session, source: str, copy: str) -> list[str]:
-    """Give a database the settings, comment and connection limit of another.
+    """Give a database the settings and the connection limit of another.
 
     Returns a sentence for each that this role may not set; the values are not repeated, for they can be secret.
     """
@@ -173,12 +191,7 @@ def copy_settings(session: Session, source: str, copy: str) -> list[str]:
 
 def _setting_statements(session: Session, source: str, copy: str) -> Iterator[tuple[str, str]]:
     name = quote_identifier(copy)
-    comment, limit = session.query(
-        "SELECT shobj_description(oid, 'pg_database'), datconnlimit FROM pg_database WHERE datname = %s",
-        [source],
-    )[0]
-    text = "NULL" if comment is None else literal(comment)
-    yield "the comment", f"COMMENT ON DATABASE {name} IS {text}"
+    limit = session.value("SELECT datconnlimit FROM pg_database WHERE datname = %s", [source])
     if limit != -1:
         yield "the connection limit", f"ALTER DATABASE {name} CONNECTION LIMIT {limit}"
     rows = session.query(
@@ -255,7 +268,7 @@ def swap(
     *,
     last: Session | None = None,
 ) -> None:
-    """Rename ``current`` to ``kept`` and ``replacement`` to ``current``, in one transaction.
+    """Rename ``current`` to ``kept``, and ``replacement``, which loses its mark, to ``current``: in one transaction.
 
     Nothing is set that could outlive us: the first rename locks the database against new connections and
     waits up to 5 s for those in it to go (CountOtherDBBackends in PostgreSQL's procarray.c), while ``helper``
@@ -286,6 +299,7 @@ def _try_swap(
     def rename() -> None:
         try:
             session.query("BEGIN")
+            unmark(session, renames[1][0], renames[0][0])
             for old, new in renames:
                 session.query(f"ALTER DATABASE {quote_identifier(old)} RENAME TO {quote_identifier(new)}")
             session.query("COMMIT")

@@ -142,6 +142,7 @@ class _Restore:
         self._refuse_without_createdb()
         with self._scratch(name) as compared:
             notes = self._finish(name)
+            databases.unmark(self._session, name, self._target.database)
         return self._restored(name, compared, notes, beside=True)
 
     def in_place(self) -> Restored:
@@ -374,11 +375,7 @@ class _Restore:
         return Compared(len(found), len(counted), rows)
 
     def _finish(self, name: str) -> list[str]:
-        """Copy what belongs to the database as a whole; return what could not be.
-
-        The mark goes first: were it left on a whole database, a later restore would drop that.
-        """
-        databases.unmark(self._session, name)
+        """Copy what belongs to the database as a whole; return what could not be."""
         original = self._target.database
         if databases.exists(self._session, original):
             notes = databases.copy_settings(self._session, original, name)
