@@ -72,6 +72,20 @@ def test_nothing_heavy_is_imported(frozen: Callable[..., Glance]) -> None:
     assert "is at r003 (head), verified." in result.stdout
 
 
+def test_no_module_of_the_standard_library_that_takes_long_is_imported(
+    frozen: Callable[..., Glance], tmp_path: Path
+) -> None:
+    glance = frozen()
+    for name in ("dataclasses", "inspect", "logging", "pathlib", "urllib"):
+        (tmp_path / "poison" / name).mkdir()
+        (tmp_path / "poison" / name / "__init__.py").write_text(
+            f"raise RuntimeError('{name} was imported')\n"
+        )
+    result = glance.fast()
+    assert result.code == 0, result
+    assert [line["message"] for line in result.logs] == [result.stdout.strip()]
+
+
 def test_the_poison_works(frozen: Callable[..., Glance]) -> None:
     glance = frozen()
     (glance.folder / "migrations" / "manifest.json").unlink()

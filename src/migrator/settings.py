@@ -8,8 +8,7 @@ Every problem is found before any is reported.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator.errors import SettingsError
@@ -30,28 +29,18 @@ from migrator.readers import (
     whole_number,
     worker_count,
 )
-from migrator.target import BadAddress, Target, from_environment, parse, secrets_in
+from migrator.sources import ADDRESS_VARIABLES as ADDRESS_VARIABLES
+from migrator.sources import ADDRESSES, find_target, pick, read_file, resolve_files, unknown_variables
+from migrator.sources import PASSWORD_VARIABLES as PASSWORD_VARIABLES
+from migrator.sources import SECRET_VARIABLES as SECRET_VARIABLES
+from migrator.sources import Option as Option
+from migrator.sources import default_text as default_text
+from migrator.sources import flag_name as flag_name
+from migrator.sources import variable_name as variable_name
+from migrator.target import BadAddress, Target, parse, secrets_in
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-ADDRESS_VARIABLES = ("MIGRATOR_DATABASE_URL", "DATABASE_URL", "POSTGRES_DB_URL", "SQLALCHEMY_DATABASE_URI")
-_ADDRESSES = (*ADDRESS_VARIABLES, "MIGRATOR_DIRECT_URL", "MIGRATOR_VERIFY_URL")
-PASSWORD_VARIABLES = ("PGPASSWORD", "POSTGRES_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-SECRET_VARIABLES = (*_ADDRESSES, "AWS_ACCESS_KEY_ID", *PASSWORD_VARIABLES)
-
-
-class Option(NamedTuple):
-    """What a setting is declared with; ``name`` is the field's, ``default`` its value where nobody sets it."""
-
-    default: Any
-    read: Callable[[str], Any]
-    help: str
-    flag: str | None = ""
-    variable: str = ""
-    secret: bool = False
-    shown: str = ""
-    name: str = ""
 
 
 def setting(
@@ -294,21 +283,6 @@ def options() -> tuple[Option, ...]:
     return _OPTIONS
 
 
-def variable_name(item: Option) -> str:
-    """Return the environment variable of a setting."""
-    return item.variable or f"MIGRATOR_{item.name.upper()}"
-
-
-def flag_name(item: Option) -> str | None:
-    """Return the flag of a setting, or None: what is secret has none, for arguments can be read by anyone."""
-    return f"--{item.name.replace('_', '-')}" if item.flag == "" else item.flag
-
-
-def default_text(item: Option) -> str:
-    """Return a setting's default as people write it."""
-    return item.shown or ("" if item.default in ("", None) else str(item.default).lower())
-
-
 def load(
     flags: Mapping[str, str],
     environment: Mapping[str, str],
@@ -321,12 +295,12 @@ def load(
     Raises :class:`SettingsError` with every problem.
     """
     problems: list[str] = []
-    variables = _resolve_files(environment, problems)
-    file_values, file_name = _read_file(folder, problems)
+    variables = resolve_files(environment, problems)
+    file_values, file_name = read_file(folder, _OPTIONS, problems)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for item in options():
-        found = _pick(item, flags, variables, file_values, file_name)
+        found = pick(item, flags, variables, file_values, file_name)
         if found is None:
             sources[item.name] = "default"
             continue
@@ -344,152 +318,24 @@ def load(
             parse(values["verify_url"])
         except BadAddress as error:
             problems.append(f"MIGRATOR_VERIFY_URL is not a database address: {error}")
-    target = _find_target(variables, sources, problems)
+    target = find_target(variables, sources, problems)
     if target is None and needs_target and not any("address" in problem for problem in problems):
         empty = [name for name in ADDRESS_VARIABLES if name in environment and not environment[name].strip()]
         hints = [f"{' and '.join(empty)} is empty"] if empty else []
-        hints += [text for text in _unknown_variables(environment) if "_URL" in text]
+        hints += [text for text in unknown_variables(environment, _OPTIONS) if "_URL" in text]
         problems.append("; ".join([_NO_ADDRESS, *hints]))
     if problems:
         raise SettingsError(problems)
     # Also those of addresses that this run does not use: a user's env.py may print them.
-    secrets = {text for name in _ADDRESSES for text in secrets_in(variables.get(name, ""))}
+    secrets = {text for name in ADDRESSES for text in secrets_in(variables.get(name, ""))}
     secrets |= {variables[name] for name in PASSWORD_VARIABLES if variables.get(name)}
     return Settings(
         **values,
         target=target,
         sources=sources,
-        warnings=tuple(_unknown_variables(environment)),
+        warnings=tuple(unknown_variables(environment, _OPTIONS)),
         secrets=tuple(sorted(secrets, key=len, reverse=True)),
     )
-
-
-def _pick(
-    item: Option,
-    flags: Mapping[str, str],
-    variables: Mapping[str, str],
-    file_values: Mapping[str, str],
-    file_name: str,
-) -> tuple[str, str] | None:
-    """Return a setting's text and where it came from, or None where nothing sets it."""
-    name = variable_name(item)
-    if flags.get(item.name) is not None:
-        return str(flags[item.name]), flag_name(item) or name
-    if variables.get(name, "").strip():
-        return variables[name], name
-    if item.name in file_values:
-        return file_values[item.name], f"{file_name} [tool.migrator] {item.name}"
-    return None
-
-
-def _resolve_files(environment: Mapping[str, str], problems: list[str]) -> dict[str, str]:
-    """Return the environment with every secret's ``NAME_FILE`` read; both set is a problem."""
-    variables = dict(environment)
-    for name in SECRET_VARIABLES:
-        place = environment.get(f"{name}_FILE", "")
-        if not place:
-            continue
-        if environment.get(name):
-            problems.append(f"both {name} and {name}_FILE are set: keep one")
-            continue
-        try:
-            with open(place, encoding="utf-8") as file:
-                variables[name] = file.read().rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            problems.append(f"{name}_FILE: cannot read {place}: {reason}")
-            continue
-        if not variables[name]:
-            problems.append(f"{name}_FILE: {place} is empty")
-    return variables
-
-
-def _read_file(folder: str | Path, problems: list[str]) -> tuple[dict[str, str], str]:
-    """Return ``[tool.migrator]`` of the folder's pyproject.toml as text values."""
-    file_name = "pyproject.toml"
-    path = os.path.join(folder, file_name)
-    if not os.path.exists(path):
-        return {}, file_name
-    import tomllib
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            document: Any = tomllib.loads(file.read())
-    except FileNotFoundError:
-        return {}, file_name
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        problems.append(f"{file_name} cannot be read: {error}")
-        return {}, file_name
-    for key in ("tool", "migrator"):
-        document = document.get(key, {})
-        if not isinstance(document, dict):
-            problems.append(f"{file_name}: {key} is not a table: write [tool.migrator]")
-            return {}, file_name
-    known = {item.name: item for item in options()}
-    values: dict[str, str] = {}
-    for key, value in document.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            problems.append(f"{file_name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
-        elif known[name].secret:
-            problems.append(
-                f"{file_name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}"
-            )
-        elif isinstance(value, (dict, list)):
-            problems.append(f"{file_name} [tool.migrator]: {key} is not a single value")
-        else:
-            values[name] = str(value).lower() if isinstance(value, bool) else str(value)
-    return values, file_name
-
-
-def _find_target(variables: Mapping[str, str], sources: dict[str, str], problems: list[str]) -> Target | None:
-    """Find the address in the documented order; the direct one wins, for a pooler cannot hold a session lock."""
-    for name in ("MIGRATOR_DIRECT_URL", *ADDRESS_VARIABLES):
-        if variables.get(name, "").strip():
-            field_name = "direct_url" if name == "MIGRATOR_DIRECT_URL" else "database_url"
-            sources[field_name] = sources["target"] = name
-            try:
-                return parse(variables[name])
-            except BadAddress as error:
-                problems.append(f"{name} is not a database address: {error}")
-                return None
-    for prefix in ("PG", "POSTGRES_"):
-        part = {key: value for key, value in variables.items() if key.startswith(prefix)}
-        try:
-            target = from_environment(part)
-        except BadAddress as error:
-            problems.append(f"the address in {prefix}*: {error}")
-            return None
-        if target is not None:
-            sources["target"] = f"{prefix}*"
-            return target
-    return None
-
-
-def _unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield a warning for each ``MIGRATOR_*`` variable that looks like a misspelt setting.
-
-    A warning and no error: Kubernetes sets ``MIGRATOR_PORT`` and its like for a Service named migrator.
-    """
-    known = {variable_name(item): item for item in options()}
-    known |= {f"{name}_FILE": item for name, item in known.items() if item.secret}
-    for name in sorted(environment):
-        if name.startswith("MIGRATOR_") and name not in known and name not in _OTHER_VARIABLES:
-            suggestion = _suggest(name, known)
-            if suggestion:
-                yield f"{name} is not a setting{suggestion}"
-
-
-_OTHER_VARIABLES = frozenset({"MIGRATOR_IMAGE_VERSION"})
-
-
-def _suggest(name: str, known: Mapping[str, Any]) -> str:
-    import difflib
-
-    # What all variables begin with would make any two of them alike.
-    short = {item.removeprefix("MIGRATOR_"): item for item in known}
-    close = difflib.get_close_matches(name.removeprefix("MIGRATOR_"), short, n=1, cutoff=0.7)
-    return f"; did you mean {short[close[0]]}?" if close else ""
 
 
 def table(settings: Settings) -> list[dict[str, str]]:
