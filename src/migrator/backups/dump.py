@@ -159,7 +159,8 @@ class _Work:
         """Dump, prove, publish; ``started`` is when all of it began (monotonic, seconds)."""
         session, ready = self._session, self._ready
         moment = datetime.now(UTC)
-        with _new_part(ready.store, how, new_id(session.facts.database, moment)) as part:
+        backup_id = new_id(session.facts.database, moment)
+        with _new_part(ready.store, how, backup_id, ready.sizes.data) as part:
             dump = Dump(
                 session,
                 self._settings,
@@ -222,11 +223,11 @@ class _Work:
         LOGGER.warning("the backup's sessions have not left the server yet")
 
 
-def _new_part(store: Store, how: Method, backup_id: str) -> Part:
+def _new_part(store: Store, how: Method, backup_id: str, data: int) -> Part:
     if how.dump_format == DIRECTORY:
         assert isinstance(store, FolderStore)  # noqa: S101 - method.choose was told
         return store.new_directory(backup_id)
-    return store.new_dump(backup_id)
+    return store.new_dump(backup_id, data // 2)  # which of data is left when compressed: seldom more
 
 
 def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:

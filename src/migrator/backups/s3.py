@@ -88,16 +88,19 @@ class S3Store:
     @functools.cached_property
     def client(self) -> Any:
         """boto3's client."""
-        return client(self.access)
+        with translated(str(self), self.bucket, self.access, ""):
+            return client(self.access)
 
     @functools.cached_property
     def quick_client(self) -> Any:
         """One that gives up soon, for cleaning up."""
-        return client(self.access, quick=True)
+        with translated(str(self), self.bucket, self.access, ""):
+            return client(self.access, quick=True)
 
     def asking(self, right: str) -> AbstractContextManager[None]:
-        """Raise what boto3 raises as :class:`S3Failure`."""
-        return translated(str(self), self.bucket, self.access, right)
+        """Raise what boto3 raises as :class:`S3Failure`; ``right`` is what the request needs to be granted."""
+        known = dataclasses.replace(self.access, region=self.client.meta.region_name)
+        return translated(str(self), self.bucket, known, right)
 
     def key(self, name: str) -> str:
         """Return the key of a name."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ def client(access: Access, *, quick: bool = False) -> Any:
             logging.ERROR
         )  # at DEBUG they log headers, at INFO how keys were found
     session = boto3.session.Session()
-    region = access.region or session.region_name
+    region = access.region or os.environ.get("AWS_REGION") or session.region_name
     style = {"on": "path", "off": "virtual"}.get(access.path_style, "path" if access.endpoint else "auto")
     config = Config(
         signature_version="s3v4",
@@ -210,8 +211,13 @@ def _unreached(place: str, access: Access, error: Exception) -> S3Failure:
             "platform's identity",
             kind,
         )
-    if kind in ("ParamValidationError", "InvalidEndpointDiscoveryConfigurationError", "ValueError"):
-        return S3Failure(place, said, "correct MIGRATOR_BACKUP_URL and MIGRATOR_S3_ENDPOINT", kind)
+    if kind in ("ParamValidationError", "ProfileNotFound", "ConfigParseError", "ValueError"):
+        return S3Failure(
+            place,
+            f"it cannot be asked ({said})",
+            "correct MIGRATOR_BACKUP_URL, MIGRATOR_S3_ENDPOINT or the AWS_ variables",
+            kind,
+        )
     return S3Failure(
         place,
         f"{where} cannot be reached, or the connection broke ({kind}: {said})",
