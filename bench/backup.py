@@ -81,7 +81,7 @@ def measure(database: Database, folder: Path, runs: int) -> dict[str, Figures]:
     found: dict[str, list[tuple[float, int, float]]] = {name: [] for name in commands}
     for number in range(runs + 1):
         for name, command in commands.items():
-            seconds, _ = Program(command, folder, prepare).run()
+            seconds = Program(command, folder, prepare).run().seconds
             if number:
                 found[name].append((seconds, *written(out)))
     return {

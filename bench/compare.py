@@ -87,7 +87,9 @@ def main() -> None:
         ours = Program(migrator, folder, fresh(server))
         peer = {"alembic": (Program(alembic, folder, fresh(server)), Limit(1.10))}
         applied = arguments.apply_runs or arguments.runs
-        rows += measure.compare(f"{count} revisions applied, backup off", applied, ours, peer)
+        work = f"{count} revisions applied, backup off"
+        work += f" ({applied} runs)" if applied != arguments.runs else ""
+        rows += measure.compare(work, applied, ours, peer)
     measure.write(
         "compare",
         arguments.runs,
