@@ -13,14 +13,18 @@ from typing import Any
 
 import pytest
 
+from migrator import ledger
 from migrator.backups import retention
 from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
 from migrator.backups.retention import judge, prune, too_old
 from migrator.backups.store import BadDump
 from migrator.errors import BackupFailed, SettingsError
+from migrator.ledger import read_needed_backups
 from migrator.postgres import connect
 from migrator.readers import keep
+from migrator.target import parse
+from migrator.versions import VersionTable
 from tests.support.buckets import Bucket
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
@@ -230,3 +234,42 @@ def test_after_a_run_and_by_command(
     left = {item["id"] for item in run("backups")}
     assert left == set(reasons)
     assert {Path(name).name.partition(".")[0] for name in bucket.names()} == left
+
+
+def test_what_the_ledger_needs(database: Database) -> None:
+    """The backups of the newest run that changed the schema, and of runs after it that did not end well."""
+    database.execute(ledger.creation(VersionTable(ledger.NAME)))
+    runs = [
+        ("old", ("begun", "applied", "run"), 0),
+        ("failed-before", ("begun", "run"), 39),
+        ("changed", ("begun", "applied", "run"), 0),
+        ("nothing-to-do", ("run",), 0),
+        ("failed", ("begun", "run"), 39),
+        ("killed", ("begun",), None),
+    ]
+    rows = [
+        (run_id, number, event, f"backup-{run_id}", code if event == "run" else None)
+        for run_id, events, code in runs
+        for number, event in enumerate(events)
+    ]
+    for minute, (run_id, number, event, backup_id, code) in enumerate(rows):
+        database.execute(
+            f"INSERT INTO {ledger.NAME} (run_id, number, at, event, version_table, backup_id, code) VALUES"
+            f" ('{run_id}', {number}, now() + interval '{minute} min', '{event}', 'alembic_version', '{backup_id}',"
+            f" {'NULL' if code is None else code})"
+        )
+    with connect(parse(database.url), APPLICATION, 10) as session:
+        assert read_needed_backups(session) == {"backup-changed", "backup-failed", "backup-killed"}
+        session.query("CREATE SCHEMA other")
+        session.query(f"CREATE TABLE other.{ledger.NAME} AS SELECT * FROM {ledger.NAME} WHERE run_id = 'old'")
+        needed = {"backup-changed", "backup-failed", "backup-killed", "backup-old"}
+        assert read_needed_backups(session) == needed
+
+
+def test_a_ledger_that_cannot_be_read_keeps_everything(database: Database, workbench: Bench) -> None:
+    bench = workbench(database)
+    copies = backups_of(bench, 3)
+    database.execute(f"CREATE TABLE {ledger.NAME} (something integer)")
+    with pytest.raises(BackupFailed, match="nobody knows which backups it needs"):
+        pruned(bench, "last=1")
+    assert len(FolderStore(bench.folder).backups()) == len(copies)

@@ -14,6 +14,7 @@ from migrator.backups.s3 import S3Store
 from migrator.backups.s3_client import S3Failure
 from migrator.backups.store import checksum, new_id
 from migrator.errors import BackupFailed, RestoreFailed
+from migrator.logs import redact
 from tests.support.buckets import SECRET, Bucket, Fault, FaultyProxy
 
 from .test_s3 import MEGABYTE, add, open_it
@@ -226,3 +227,17 @@ def test_bytes_that_change_on_their_way_are_found_out(store: S3Store, bucket: Bu
         bucket.put(f"pre/fix/{part.id}.dump", bytes(changed))
         assert checksum(part.chunks()) != part.stored
     assert bucket.names() == []
+
+
+def test_the_platforms_keys_are_secrets_too(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that boto3 finds by itself are masked from the first request on."""
+    file = tmp_path / "credentials"
+    secret = "Zq7/platform+secret/of+the+machine/0123456789"
+    file.write_text(f"[default]\naws_access_key_id = AKIA\naws_secret_access_key = {secret}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    store = open_it(bucket, tmp_path, AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
+    assert secret in redact(f"before: {secret}")
+    store.prepare()
+    assert secret not in redact(f"after: {secret}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import os
@@ -155,3 +156,80 @@ def test_a_missing_folder_is_made_and_an_impossible_one_explained(tmp_path: Path
         open_store((tmp_path / "file" / "below").as_uri()).prepare()
     with pytest.raises(RestoreFailed, match="cannot be listed"):
         open_store((tmp_path / "file").as_uri()).backups()
+
+
+def test_a_bad_dump_is_renamed_and_never_taken_for_a_backup(store: FolderStore) -> None:
+    with store.new_dump(new_id("shop")) as part:
+        part.write(b"rotten")
+        part.sync()
+        place = store.mark_bad(part, "it does not parse", "shop")
+    backup = add(store)
+    store.mark_bad(backup, "a bit flipped")
+    assert place == str(store.folder / f"{part.id}.dump.bad")
+    assert sorted(os.listdir(store.folder)) == sorted(
+        f"{item}.{ending}" for item in (part.id, backup.id) for ending in ("dump.bad", "bad.json")
+    )
+    assert store.backups() == []
+    with pytest.raises(RestoreFailed):
+        store.get(backup.id, "shop")
+    assert {(bad.id, bad.why) for bad in store.bad("shop")} == {
+        (part.id, "it does not parse"),
+        (backup.id, "a bit flipped"),
+    }
+    assert store.bad("crm") == []
+    for bad in store.bad():
+        store.remove(bad)
+    assert os.listdir(store.folder) == []
+
+
+def test_killed_while_a_dump_is_marked_as_bad(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever step was the last: what is bad is not listed, and can be removed as such."""
+    for step in range(3):
+        backup = add(store)
+        real, done = Path.rename, [0]
+
+        def die(
+            path: Path, target: Path, real: object = real, done: list[int] = done, step: int = step
+        ) -> Path:
+            if done[0] == step:
+                raise KeyboardInterrupt
+            done[0] += 1
+            return real(path, target)  # type: ignore[operator, no-any-return]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", die)
+            with contextlib.suppress(KeyboardInterrupt):
+                store.mark_bad(backup, "rotten")
+        listed = [item.id for item in store.backups()]
+        assert listed == ([backup.id] if step == 0 else [])
+        assert [bad.id for bad in store.bad("shop")] == ([] if step == 0 else [backup.id])
+        store.remove(backup)
+        assert os.listdir(store.folder) == []
+
+
+def test_small_files_come_and_go_with_a_backup(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> Backup:
+        with store.new_dump(new_id("shop")) as part:
+            part.write(b"abc")
+            part.sync()
+            facts = {"id": part.id, "database": "shop", "sha256": part.sha256, "size_bytes": 3}
+            return store.add(part, dataclasses.replace(BACKUP, **facts), {".globals.sql": b"CREATE ROLE x"})  # type: ignore[arg-type]
+
+    backup = made()
+    assert store.beside(backup, ".globals.sql") == b"CREATE ROLE x"
+    assert store.beside(backup, ".other") is None
+    assert stat.S_IMODE((store.folder / f"{backup.id}.globals.sql").stat().st_mode) == 0o600
+    store.remove(backup)
+    assert os.listdir(store.folder) == []
+    store.remove(backup)  # as a second run that prunes would
+    real = os.rename
+
+    def last_fails(source: Path, target: Path) -> None:
+        if str(target).endswith(".json"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(module.os, "rename", last_fails)
+    with pytest.raises(OSError, match="No space"):
+        made()
+    assert os.listdir(store.folder) == []
