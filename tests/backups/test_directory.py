@@ -269,3 +269,35 @@ def test_a_server_that_goes_away_midway(private_server: Callable[..., Server], w
     assert bench.files() == []
     server.start()
     assert bench.back_up().tables["public.second"].rows == 120
+
+
+def test_somebody_queues_for_the_whole_table_meanwhile(fresh: Database, workbench: Bench) -> None:
+    """Whether the workers have their locks by then or not: there is a backup, and the other gets the table after it."""
+    fresh.execute(ROWS)
+    bench = workbench(fresh, **PARALLEL)
+    locked: list[float] = []
+
+    def queue() -> None:
+        connection = fresh.connect()
+        with connection.cursor() as cursor:
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                cursor.execute(
+                    "SELECT count(DISTINCT pid) FROM pg_locks"
+                    " WHERE relation = 't3'::regclass AND pid <> pg_backend_pid()"
+                )
+                if cursor.fetchall()[0][0] > 1:  # the snapshot's session, and pg_dump's first
+                    break
+            cursor.execute("LOCK TABLE t3 IN ACCESS EXCLUSIVE MODE")
+            locked.append(time.monotonic())
+            connection.commit()
+        connection.close()
+
+    other = threading.Thread(target=queue)
+    other.start()
+    backup = bench.back_up()
+    other.join(60)
+    assert locked
+    assert backup.tables["public.t3"].rows == 8000
+    assert [found.id for found in open_store(bench.settings.backup_url).backups()] == [backup.id]
+    assert not [name for name in bench.files() if name.endswith(".part")]
