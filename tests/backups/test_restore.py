@@ -254,3 +254,19 @@ def test_what_was_kept_longer_than_told_is_dropped(database: Database, workbench
     assert bench.databases() == {database.name, restored.kept, new, foreign}
     assert database.server.has_database(f"x{old}")
     database.server.drop_database(f"x{old}")
+
+
+def test_subscriptions_are_named_and_not_made(database: Database, workbench: Bench) -> None:
+    database.execute("CREATE TABLE t (a int)")
+    where = "CONNECTION 'host=127.0.0.1 port=1 dbname=nowhere'"
+    database.psql(
+        f'CREATE SUBSCRIPTION "from afar" {where} PUBLICATION p WITH (connect = false, slot_name = NONE)'
+    )
+    bench = workbench(database)
+    bench.back_up()
+    restored = bench.restore()
+    assert "Subscriptions are not restored (from afar)" in " ".join(restored.notes)
+    assert database.psql(
+        "SELECT d.datname FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid"
+    ) == [(restored.kept,)]
+    Database(database.server, restored.kept).psql('DROP SUBSCRIPTION "from afar"')

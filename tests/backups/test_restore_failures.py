@@ -265,3 +265,30 @@ def test_two_restores_of_one_database_at_once(
     monkeypatch.setattr(module, "_LOCK_PATIENCE", 0.3)
     monkeypatch.setattr(databases, "mark", meanwhile)
     bench.restore()
+
+
+def test_a_server_that_goes_away_in_the_middle(
+    private_server: Callable[..., Server], workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = private_server()
+    database = server.create_database()
+    database.execute("CREATE TABLE t AS SELECT g, md5(g::text) FROM generate_series(1, 1000) g")
+    bench = workbench(database)
+    bench.back_up()
+    database.execute("DELETE FROM t")
+    real = module.archive.restore_into
+
+    def crash(*arguments: Any, **options: Any) -> None:
+        server.stop("immediate")
+        real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.archive, "restore_into", crash)
+        with pytest.raises(RestoreFailed) as caught:
+            bench.restore(run_id="20260101T000000Z-abcdef")
+    assert "was not changed" in caught.value.state
+    server.start()
+    assert database.psql("SELECT count(*) FROM t") == [(0,)]
+    restored = bench.restore()
+    assert database.psql("SELECT count(*) FROM t") == [(1000,)]
+    assert bench.databases() == {database.name, restored.kept}

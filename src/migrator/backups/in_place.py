@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from migrator.target import Target
 
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_TIMEOUT = "15s"
+_SUBSCRIPTION = re.compile(r"\d+; \d+ \d+ SUBSCRIPTION - (.*) \S+$")
 
 _EMPTY = """
 DO $migrator$
@@ -141,12 +143,13 @@ def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compare
     )
     last = comparison(backup.tables) + "COMMIT;"
     try:
+        left_out = subscriptions(client, job.path)
         with _list_of(client, job.path) as listed:
             psql.run(
                 client,
                 clients.connection_argument(job.target, job.target.database),
                 clients.environment(job.target, job.application_name, job.settings.connect_timeout),
-                [*archive_format(job.path), f"--use-list={listed}", job.path],
+                [*archive_format(job.path), "--no-subscriptions", f"--use-list={listed}", job.path],
                 first=first,
                 last=last,
                 rewrite=lambda lines: psql.without_copied_rows(lines, psql.for_server(major)),
@@ -161,7 +164,7 @@ def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compare
             " and restore again, beside",
         ) from stopped
     counted = [table.rows for table in backup.tables.values() if table.rows is not None]
-    notes = _notes(job)
+    notes = _notes(job) + left_out
     return Compared(len(backup.tables), len(counted), sum(counted)), safety, notes
 
 
@@ -211,6 +214,16 @@ def contents(client: Client, path: Path) -> list[str]:
     if finished.status != 0:
         raise archive.RestoreStopped(clients.last_words(finished))
     return listed.decode("utf-8", "replace").splitlines()
+
+
+def subscriptions(client: Client, path: Path) -> list[str]:
+    """Say which subscriptions an archive has, for they are not restored: two databases cannot follow one slot."""
+    found = [match[1] for line in contents(client, path) if (match := _SUBSCRIPTION.match(line))]
+    if not found:
+        return []
+    return [
+        f"Subscriptions are not restored ({', '.join(found)}): make them again when the old database has lost its own."
+    ]
 
 
 def comparison(tables: Mapping[str, Table]) -> str:

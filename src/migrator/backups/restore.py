@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from migrator.backups import archive, clients, databases, losses, snapshot
+from migrator.backups import archive, clients, databases, in_place, losses, snapshot
 from migrator.backups.manifest import Backup, human_size
 from migrator.backups.restored import Compared, Restored, failed, failing
 from migrator.backups.store import open_store
@@ -110,6 +110,7 @@ class _Restore:
         self._run_id = run_id
         self._application_name = application_name
         self._wishes = wishes
+        self._notes: list[str] = []
         self._session: Session
 
     @contextlib.contextmanager
@@ -191,8 +192,6 @@ class _Restore:
         )
 
     def _from_within(self) -> tuple[Compared, str, list[str]]:
-        from migrator.backups import in_place
-
         LOGGER.info(
             "role %s may not create databases: %s is restored from within, in one transaction",
             self._session.facts.user,
@@ -322,6 +321,7 @@ class _Restore:
         LOGGER.info("restoring %s (%s) into %s ...", backup.id, human_size(backup.size_bytes), name)
         connect_timeout = self._settings.connect_timeout
         try:
+            self._notes = in_place.subscriptions(client, self._path)
             archive.restore_into(
                 client,
                 self._path,
@@ -329,6 +329,7 @@ class _Restore:
                 clients.environment(self._target, self._application_name, connect_timeout),
                 server.major,
                 jobs=jobs(self._settings),
+                options=("--no-subscriptions",),
             )
         except archive.RestoreStopped as stopped:
             next_step = "put right what pg_restore names, and restore again"
@@ -384,6 +385,7 @@ class _Restore:
                 f"{original} is gone, so what was set for it as a whole (ALTER DATABASE ... SET, GRANT, COMMENT) "
                 f"is not restored: `pg_restore --create --schema-only --file=- {self._backup.place}` shows it."
             ]
+        notes += self._notes
         for note in notes:
             LOGGER.warning("%s", note)
         return notes
