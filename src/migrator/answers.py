@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from migrator import report, settings
 from migrator.outcome import ExitCode, Outcome
+from migrator.visible import json_text, visible, visible_lines
 
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
@@ -30,8 +30,8 @@ class Answer(NamedTuple):
         """Return the answer as ``text`` or ``json``."""
         if output_format == "json":
             data = self.data() if callable(self.data) else self.data
-            return json.dumps(data, indent=2, ensure_ascii=False, default=str)
-        return self.text
+            return json_text(data, indent=2)
+        return visible_lines(self.text)
 
 
 def of_outcome(outcome: Outcome) -> Answer:
@@ -112,7 +112,7 @@ def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] 
         ("backup", backup),
     ]
     rows += [("ahead", state.ahead)] if state.ahead else []
-    lines = [f"{name + ':':<10}{value}" for name, value in rows]
+    lines = [f"{name + ':':<10}{visible(value)}" for name, value in rows]
     lines += [f"  {_line(item)}" for item in state.pending]
     lines += [f"edited:   {edit.entry.revision}: {edit.sentence}" for edit in state.edited]
     code = ExitCode.PENDING if exit_code and state.pending else ExitCode.OK
@@ -292,6 +292,7 @@ def _line(item: Revision) -> str:
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
     """Lay out rows in columns; the last one is as wide as it is."""
+    rows = [{name: visible(value) for name, value in row.items()} for row in rows]
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     widths[names[-1]] = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
 import os
 import sys
 import threading
@@ -20,6 +19,7 @@ from migrator import logs, quiet, report, settings, surroundings  # noqa: E402
 from migrator.errors import Interrupted, MigratorError  # noqa: E402
 from migrator.interruption import Interrupt, Interruption  # noqa: E402
 from migrator.outcome import ExitCode  # noqa: E402
+from migrator.visible import json_text  # noqa: E402
 
 if TYPE_CHECKING:
     import argparse
@@ -165,7 +165,7 @@ def _say(error: MigratorError, *, as_json: bool) -> int:
         "message": str(error),
         "next_step": error.next_step,
     }
-    text = logs.redact(json.dumps(document, indent=2, ensure_ascii=False))
+    text = logs.redact(json_text(document, indent=2))
     if as_json:
         print(text, flush=True)
     if os.environ.get("MIGRATOR_REPORT_FILE"):

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from migrator.logs import begin_line, json_line
 from migrator.redaction import redact
+from migrator.visible import visible, visible_lines
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -37,9 +38,11 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        line = f"{time} {record.levelname:<7} {record.getMessage()}"
+        # What others log may have several lines on purpose; ours has names in it that are not ours.
+        show = visible if record.name.partition(".")[0] == "migrator" else visible_lines
+        line = f"{time} {record.levelname:<7} {show(record.getMessage())}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + visible_lines(self.formatException(record.exc_info))
         return redact(line)
 
 

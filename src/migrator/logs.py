@@ -6,7 +6,6 @@ log: it takes longer than all that a run with nothing to do does by itself.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from migrator.redaction import RedactingStream as RedactingStream
 from migrator.redaction import Redactor as Redactor
 from migrator.redaction import protect_streams as protect_streams
 from migrator.redaction import redact as redact
+from migrator.visible import json_text
 
 if TYPE_CHECKING:
     from migrator.handlers import Console
@@ -84,7 +84,7 @@ def json_line(message: str, extra: Mapping[str, Any], created: float, level: str
         "level": level.lower(),
         "logger": logger,
     }
-    return redact(json.dumps(document, default=str, ensure_ascii=False))
+    return redact(json_text(document))
 
 
 def begin_line(stream: TextIO) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 
 from migrator import quiet
 from migrator.logs import Logs, redact
 from migrator.outcome import ExitCode, Outcome
+from migrator.visible import json_text, visible
 
 log = quiet.get_logger("migrator")
 
@@ -24,7 +24,7 @@ def sentence(outcome: Outcome) -> str:
     line = outcome.message
     if outcome.code is not ExitCode.OK:
         line = f"{outcome.code.name} ({int(outcome.code)}): {line}"
-    return redact(line + (f" Next: {outcome.next_step}" if outcome.next_step else ""))
+    return redact(visible(line + (f" Next: {outcome.next_step}" if outcome.next_step else "")))
 
 
 def say(outcome: Outcome, logs: Logs) -> None:
@@ -42,7 +42,7 @@ def say(outcome: Outcome, logs: Logs) -> None:
 
 def document(outcome: Outcome) -> str:
     """Return the outcome as one JSON document."""
-    return redact(json.dumps(outcome.as_dict(), indent=2, ensure_ascii=False, default=str))
+    return redact(json_text(outcome.as_dict(), indent=2))
 
 
 def write_file(outcome: Outcome, place: str) -> None:
@@ -73,7 +73,7 @@ def write_termination_line(line: str, place: str) -> None:
     """Write one line, cut to what Kubernetes keeps."""
     if not place or not os.path.exists(place):
         return
-    message = redact(line).encode()[:TERMINATION_LIMIT].decode(errors="ignore")
+    message = redact(visible(line)).encode()[:TERMINATION_LIMIT].decode(errors="ignore")
     try:
         with open(place, "w", encoding="utf-8") as file:
             file.write(message)

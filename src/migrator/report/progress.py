@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+from migrator.visible import visible
+
 log = logging.getLogger("migrator.apply")
 
 _WIDTH = 24
@@ -61,7 +63,7 @@ class Progress:
         filled = _WIDTH * self._done // self._total
         note = f"({self._note}) " if self._note else ""
         count = f"{self._done} %" if self._percent else f"{self._done}/{self._total}"
-        line = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {count} {note}{self._doing}"
+        line = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {count} {visible(note + self._doing)}"
         self._write(line[: shutil.get_terminal_size().columns - 1])
         self._shown = True
 
