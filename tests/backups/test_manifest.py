@@ -11,11 +11,14 @@ import pytest
 from migrator.backups.manifest import (
     Backup,
     BadManifest,
+    Proof,
     Properties,
+    Sequence,
     Table,
     from_json,
     human_size,
     summary,
+    verified_at,
 )
 
 BACKUP = Backup(
@@ -47,6 +50,47 @@ def test_round_trip() -> None:
     assert BACKUP.client_major == 17
 
 
+def test_what_proved_it_and_what_it_is_compared_with_come_back() -> None:
+    good = Proof("restore", "2026-01-02T00:00:00+00:00", "run2", True, 2.5, "18.1", "")
+    bad = Proof("read", "2026-01-03T00:00:00+00:00", "run3", False, why="flipped")
+    backup = dataclasses.replace(
+        BACKUP,
+        sequences={"public.s": Sequence((1, False), (7, True))},
+        tables={"public.t": Table(12, content_hash="-77")},
+        excluded_table_data=("public.log",),
+        encrypted_to=("age1x",),
+        stored_sha256="1" * 64,
+        stored_bytes=13,
+        next_xid=77,
+    )
+    proven = backup.proven(good).proven(bad)
+    assert (proven.verified, verified_at(proven)) == ("restore", good.at)
+    assert (backup.verified, verified_at(backup)) == ("read", BACKUP.created_at)
+    assert backup.proven(dataclasses.replace(good, ok=False)).verified == "read"
+    assert from_json(proven.to_json()) == proven
+    assert (proven.stored, BACKUP.stored) == (("1" * 64, 13), ("0" * 64, 12))
+
+
+def test_manifests_of_the_first_version_are_read() -> None:
+    document = json.loads(BACKUP.to_json())
+    first = {item.name for item in dataclasses.fields(Backup)} - {
+        *(
+            "sequences",
+            "large_objects",
+            "schema_sha256",
+            "proofs",
+            "encrypted_to",
+            "stored_sha256",
+            "stored_bytes",
+        ),
+        *("compression", "jobs", "excluded_table_data", "globals_note", "oddities", "next_xid"),
+        *("system_identifier", "timeline", "database_oid"),
+    }
+    old = {key: value for key, value in document.items() if key in first | {"format"}}
+    old["tables"] = {"public.t": {"rows": 12, "estimated_rows": None}}
+    assert from_json(json.dumps(old)) == dataclasses.replace(BACKUP, tables={"public.t": Table(12)})
+
+
 def changed(**changes: Any) -> str:
     return json.dumps({**json.loads(BACKUP.to_json()), **changes})
 
@@ -62,6 +106,7 @@ def test_keys_of_a_later_version_are_ignored_and_a_later_format_is_refused() -> 
     "text",
     [
         *("", "{", "[]", "null", '{"format": 1}', '{"a": 1}'),
+        *(changed(proofs=[{}]), changed(sequences={"s": 1}), changed(proofs=7)),
         *(changed(tables=None), changed(properties={}), changed(sha256=None), changed(size_bytes="12")),
     ],
 )
