@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from migrator import process
 from migrator.backups import progress
 from migrator.backups.progress import DumpProgress
 from migrator.backups.snapshot import Relation
@@ -16,6 +18,7 @@ from migrator.report.progress import Progress
 from tests.support.servers import Database
 
 from .conftest import Workbench
+from .test_backup_failures import noise
 
 Bench = Callable[..., Workbench]
 
@@ -132,3 +135,26 @@ def test_the_server_tells_how_far_a_copy_is(database: Database, workbench: Bench
         copying.close()
     assert [row[0] for row in rows] == [oid]
     assert rows[0][1] > 0
+
+
+@pytest.mark.parametrize("how", ["custom", "directory"])
+def test_a_long_backup_says_how_far_it_is(
+    how: str,
+    each_database: Database,
+    workbench: Bench,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "PULSE", 0.02)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    caplog.set_level(logging.INFO, "migrator")
+    noise(each_database, 12)
+    bench = workbench(each_database, MIGRATOR_BACKUP_FORMAT=how, MIGRATOR_BACKUP_JOBS="2")
+    backup = bench.back_up()
+    lines = [record.getMessage() for record in caplog.records if " written after " in record.getMessage()]
+    said = [re.search(r": (\d+) % of 1\d\.\d MB, public\.noise, .*/s, ", line) for line in lines]
+    percents = [int(match[1]) for match in said if match]
+    assert percents == sorted(percents)
+    assert 0 < percents[-1] <= 99
+    assert re.search(r"/s, [\d.]+ (kB|MB) written after", lines[-1])
+    assert backup.tables["public.noise"].rows == 120
