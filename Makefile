@@ -24,6 +24,7 @@ bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians,
 	.venv/bin/python -m bench.applications
 	.venv/bin/python -m bench.race
 	.venv/bin/python -m bench.backup
+	.venv/bin/python -m bench.restore
 
 lint: ## fix what ruff can fix
 	bin/setup
