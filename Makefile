@@ -1,6 +1,6 @@
 # Shorter names for bin/; nothing happens here that a checkout without make could not do.
 
-.PHONY: help demo test fast chaos bench lint lock clean
+.PHONY: help demo test fast chaos bench lint audit lock clean
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
@@ -30,6 +30,10 @@ lint: ## fix what ruff can fix
 	bin/setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+audit: ## ask whether a locked dependency has a known vulnerability
+	bin/setup
+	bin/audit
 
 lock: ## write both lock files
 	bin/lock

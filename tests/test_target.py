@@ -188,7 +188,7 @@ def test_key_value_pairs_mean_what_they_mean_to_libpq(text: str) -> None:
 
 
 def test_key_value_pairs_at_random_mean_what_they_mean_to_libpq() -> None:
-    chance = random.Random(20)  # noqa: S311
+    chance = random.Random(20)  # noqa: S311 - no secret
     compared = 0
     for _ in range(20_000):
         value = "".join(chance.choice("ab'\\ =%@\t") for _ in range(chance.randrange(7)))
@@ -208,7 +208,7 @@ def test_key_value_pairs_at_random_mean_what_they_mean_to_libpq() -> None:
 
 def test_urls_at_random_mean_what_they_mean_to_libpq() -> None:
     """Where a URL is one by RFC 3986; what is not (a raw password) libpq misreads or refuses."""
-    chance = random.Random(21)  # noqa: S311
+    chance = random.Random(21)  # noqa: S311 - no secret
     for _ in range(5_000):
         password = "".join(chance.choice("ab'\\ =%@:/?#&[]\t+ü") for _ in range(chance.randrange(1, 9)))
         hosts = chance.choice(["h", "h:1", "[::1]:2", "a:1,b:2", "%2Fsock"])

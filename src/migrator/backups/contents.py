@@ -17,6 +17,7 @@ All of it is read in one transaction, the snapshot that pg_dump dumps.  Only seq
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 import time
@@ -163,7 +164,9 @@ def take(
             tables[relation.shown] = Table(None)
         wanted = relation.shown not in excluded and (only is None or relation.shown in only)
         if relation.kind == "r" and rows and wanted:
-            tables[relation.shown] = _measure_when_free(session, relation)
+            tables[relation.shown] = _when_free(
+                session, relation, functools.partial(measure, session, relation)
+            )
     return Contents(
         tables if rows else {},
         sequences(session, found),
@@ -172,12 +175,13 @@ def take(
     )
 
 
-def _measure_when_free(session: Session, relation: Relation) -> Table:
+def _when_free(session: Session, relation: Relation, work: Callable[[], Result]) -> Result:
+    """Do what needs a lock, again and again while another session has it; a signal is answered in between."""
     deadline = time.monotonic() + snapshot.LOCK_WAIT
     while True:
         session.query("SAVEPOINT one_table")
         try:
-            table = measure(session, relation)
+            found = work()
         except QueryFailed as error:
             if error.sqlstate != _LOCK_NOT_AVAILABLE:
                 raise
@@ -186,7 +190,7 @@ def _measure_when_free(session: Session, relation: Relation) -> Table:
                 raise snapshot.LockedOut(relation.shown) from error
             continue
         session.query("RELEASE SAVEPOINT one_table")
-        return table
+        return found
 
 
 def measure(session: Session, relation: Relation) -> Table:
@@ -216,13 +220,31 @@ def _hash(session: Session, relation: Relation) -> tuple[int, str]:
 
 
 def sequences(session: Session, found: Iterable[Relation]) -> dict[str, Value]:
-    """Read what the sequences are at now; no transaction has a view of its own of them.  Raises QueryFailed."""
-    values = {}
-    for relation in found:
-        if relation.kind == "S":
-            row = session.query(f"SELECT last_value, is_called FROM {relation.qualified}")[0]  # noqa: S608
-            values[relation.shown] = (row[0], row[1])
-    return values
+    """Read what the sequences are at now, in the session's transaction, though that has no view of its own of them.
+
+    Raises QueryFailed and LockedOut.
+    """
+
+    def read(relation: Relation) -> Value:
+        row = session.query(f"SELECT last_value, is_called FROM {relation.qualified}")[0]  # noqa: S608 - quoted
+        return row[0], row[1]
+
+    return {
+        relation.shown: _when_free(session, relation, functools.partial(read, relation))
+        for relation in found
+        if relation.kind == "S"
+    }
+
+
+def sequences_now(session: Session) -> dict[str, Value]:
+    """Read what the sequences are at now, in a transaction of its own; raises QueryFailed and LockedOut."""
+    session.query("BEGIN READ ONLY")
+    try:
+        session.query("SET LOCAL lock_timeout = '1s'")
+        return sequences(session, snapshot.relations(session))
+    finally:
+        if not session.closed:
+            session.query("ROLLBACK")
 
 
 def large_objects(session: Session) -> str:
