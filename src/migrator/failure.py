@@ -40,8 +40,11 @@ def taking_back(this: Run, history: History, run_plan: Callable[[Plan], object])
             raise told from error
         this.interruption.expose()
         if this.settings.on_failure == "downgrade":
-            raise _downgraded(this, history, told, run_plan) from error
-        raise _restored(this, told, _memory(this, history)) from error
+            outcome = _downgraded(this, history, told, run_plan)
+        else:
+            outcome = _restored(this, told, _memory(this, history))
+        this.interruption.shield()  # what remains is to say it
+        raise outcome from error
 
 
 def _untouched(this: Run) -> bool:

@@ -77,10 +77,21 @@ def _verify_failed(errors: list[Finding], this: Run, *, changed: bool) -> Verify
     record = this.record
     count = "a check" if len(errors) == 1 else f"{len(errors)} checks"
     more = f"; and {len(errors) - 5} more in the report" if len(errors) > 5 else ""
-    back = f"; to go back: `migrator restore {record.backup_id} --yes`" if record.backup_id else ""
+    before = ", ".join(record.before or ()) or "base"
+    ways = []
+    if changed and this.request.kind == "upgrade" and len(record.before or ()) <= 1 and not _adopted(this):
+        ways.append(f"`migrator downgrade {before}{' --yes' if before == 'base' else ''}`")
+    if record.backup_id:
+        ways.append(f"`migrator restore {record.backup_id} --yes`")
+    back = "; to go back: " + " or ".join(ways) if ways else ""
     return VerifyFailed(
         f"Verify failed {count}: " + "; ".join(str(error) for error in errors[:5]) + more + ".",
         state=f"The database is at {', '.join(record.after or ()) or 'base'}"
         + ("." if changed else "; this run changed nothing."),
         next_step="mend what the findings say, then run `migrator verify`" + back,
     )
+
+
+def _adopted(this: Run) -> bool:
+    """Whether the run adopted a schema that was there: a downgrade would delete it."""
+    return this.record.plan is not None and bool(this.record.plan.baseline)
