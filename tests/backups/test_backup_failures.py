@@ -43,9 +43,10 @@ def test_a_disk_that_lies_is_found_out(
                 file.write(bytes([byte[0] ^ 1]))
 
     monkeypatch.setattr(folder.FolderPart, "sync", corrupt)
-    with pytest.raises(BackupFailed, match="faulty"):
+    with pytest.raises(BackupFailed, match=r"faulty.*kept for a look") as caught:
         bench.back_up()
-    assert bench.files() == []
+    assert "MIGRATOR_BACKUP_URL" in caught.value.next_step
+    assert [name.partition(".")[2] for name in bench.files()] == ["bad.json", "dump.bad"]
 
 
 def test_an_archive_that_does_not_parse_is_no_backup(

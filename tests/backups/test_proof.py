@@ -298,3 +298,32 @@ def test_ended_in_the_middle(
         assert time.monotonic() < deadline
         assert run_migrator("backup", cwd=folder, database=database, env=env).code == 0
     assert not list(run_migrator.backups.glob("*.part"))
+
+
+def test_a_sequence_that_another_session_has_locked_is_waited_for(
+    database: Database, workbench: Bench
+) -> None:
+    """For longer than the second after which one attempt ends, to answer signals."""
+    database.execute("CREATE SEQUENCE s")
+    connection = database.connect()
+    connection.cursor().execute("DROP SEQUENCE s")
+    seen: list[float] = []
+
+    def release() -> None:
+        deadline = time.monotonic() + 60
+        waiting = "SELECT 1 FROM pg_locks WHERE relation = 's'::regclass AND NOT granted"
+        while time.monotonic() < deadline and not (seen and seen[-1] - seen[0] > 1.5):
+            if database.psql(waiting):
+                seen.append(time.monotonic())
+            time.sleep(0.05)
+        connection.rollback()
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
+    try:
+        backup = workbench(database).back_up()
+    finally:
+        releasing.join()
+        connection.close()
+    assert seen[-1] - seen[0] > 1.5
+    assert backup.sequences["public.s"].after == (1, False)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator import process
-from migrator.backups import archive, clients, comparison, contents, scratch, snapshot
+from migrator.backups import archive, clients, comparison, contents, scratch
 from migrator.backups.clients import Client
 from migrator.backups.comparison import Compared
 from migrator.backups.contents import Contents
@@ -44,6 +44,10 @@ _EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ ((COMMENT|SECURITY LABEL) - )?EVENT
 
 class Failed(Exception):
     """The proof failed: the backup is none."""
+
+    def __init__(self, why: str, next_step: str = "") -> None:
+        super().__init__(why)
+        self.next_step = next_step or "run again; if it happens again, have the volume and the memory checked"
 
 
 class CannotRestore(Failed):
@@ -119,7 +123,7 @@ class Proving:
         """Return what the manifest says of the contents; asked once pg_dump has ended."""
         original = self._original
         assert original is not None  # noqa: S101 - in_snapshot came first
-        after = contents.sequences(self._session, snapshot.relations(self._session))
+        after = contents.sequences_now(self._session)
         return {
             "tables": {
                 name: dataclasses.replace(
@@ -152,8 +156,7 @@ class Proving:
         except Failed as failure:
             kept = store.mark_bad(part, str(failure), backup.database)
             raise BackupFailed(
-                f"{failure} It is no backup, and kept for a look as {kept}.",
-                next_step="run again; if it happens again, have the volume and the memory checked",
+                f"{failure} It is no backup, and kept for a look as {kept}.", next_step=failure.next_step
             ) from failure
         return backup
 
@@ -161,7 +164,7 @@ class Proving:
         started = time.monotonic()
         found, parsed = _read_back(self._client, part)
         if found != part.stored:
-            raise BackupFailed(
+            raise Failed(
                 f"The backup was written as {part.stored[1]} bytes with sha256 {part.stored[0]}, "
                 f"but reads back as {found[1]} bytes with {found[0]}: the disk or the volume is faulty.",
                 next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
