@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
-IDLE = timedelta(minutes=15)
+IDLE = timedelta(hours=1)
 """After which an upload of this database that gets no parts is taken for dead; those of others after `OLD`."""
 OLD = timedelta(days=1)
 """After which a dump without manifest is taken for one whose run died: reading back and proving may take hours."""
