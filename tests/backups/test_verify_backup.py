@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import pyrage
 import pytest
 
-from migrator.backups import verify
+from migrator.backups import description, verify
 from migrator.backups.manifest import Backup
 from migrator.backups.store import open_store
 from migrator.errors import BackupFailed, RestoreFailed
@@ -23,6 +26,7 @@ from tests.support.runner import Runner
 from tests.support.servers import Database
 
 from .conftest import APPLICATION, RICH, Workbench
+from .test_manifest import BACKUP
 
 Bench = Callable[..., Workbench]
 RUN = "20260101T000000Z-abcdef"
@@ -309,3 +313,36 @@ def test_the_commands_by_hand_are_right(
         assert server.dump(name) == before
     finally:
         server.drop_database(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "start"),
+    [
+        (
+            {"place": "s3://bucket/pre fix/a.dump"},
+            "aws s3 cp 's3://bucket/pre fix/a.dump' - | pg_restore --file=- | sed",
+        ),
+        (
+            {"place": "s3://b/a.dump.age", "encrypted_to": ("age1x",)},
+            "aws s3 cp s3://b/a.dump.age - | age -d -i KEY_FILE | pg_restore --file=- | sed",
+        ),
+        (
+            {"place": "/b/a.dump.age", "encrypted_to": ("age1x",)},
+            "age -d -i KEY_FILE /b/a.dump.age | pg_restore --file=- | sed",
+        ),
+        ({"place": "/b/a.dir", "database": "a=b'"}, "pg_restore --file=- /b/a.dir | sed"),
+    ],
+)
+def test_by_hand_from_elsewhere(change: dict[str, Any], start: str) -> None:
+    create, restore = description.by_hand(dataclasses.replace(BACKUP, **{"database": "shop", **change}))
+    assert create.startswith("createdb --template=template0 --encoding=UTF8 --lc-collate=C --lc-ctype=C -- ")
+    assert restore.startswith(start)
+    name = "shop_by_hand" if "database" not in change else "dbname='a=b\\'_by_hand'"
+    assert shlex.split(restore)[-1] == f"--dbname={name}"
+
+
+def test_proven_by_restoring_from_a_bucket(database: Database, workbench: Bench, bucket: Bucket) -> None:
+    database.execute(RICH)
+    backup = workbench(database, **bucket.variables(), MIGRATOR_BACKUP_VERIFY="restore").back_up()
+    assert [found.how for found in backup.proofs] == ["read", "restore"]
+    assert not list(Path(tempfile.gettempdir()).glob(f"*{backup.id}*"))
