@@ -166,7 +166,7 @@ def from_json(text: str, *, place: str = "") -> Backup:
     """Read a manifest; raises :class:`BadManifest`."""
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadManifest(f"it is not JSON: {error}") from None
     if not isinstance(document, dict) or not isinstance(document.get("format"), int):
         raise BadManifest("it is not a backup's manifest")
@@ -183,9 +183,18 @@ def from_json(text: str, *, place: str = "") -> Backup:
         backup = Backup(**{**values, "place": place})
     except (TypeError, KeyError, AttributeError) as error:
         raise BadManifest(f"something is missing in it: {error}") from None
-    if not isinstance(backup.size_bytes, int) or not isinstance(backup.sha256, str):
-        raise BadManifest("its size or checksum cannot be read")
+    wrong = [
+        item.name for item in dataclasses.fields(Backup) if not _fits(item.type, getattr(backup, item.name))
+    ]
+    if wrong:
+        raise BadManifest(f"its {', '.join(wrong)} cannot be read")
     return backup
+
+
+def _fits(declared: object, value: object) -> bool:
+    """Whether a text is one, and a number: whoever can write to a store can put anything in a manifest."""
+    wanted = {"str": str, "int": int}.get(str(declared))
+    return wanted is None or (isinstance(value, wanted) and (wanted is str or value >= 0))  # type: ignore[operator]
 
 
 def _optional(document: Mapping[str, Any]) -> dict[str, Any]:
