@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import s3, s3_upload
+from migrator.backups import s3_stale, s3_upload
 from migrator.backups.manifest import Backup
 from migrator.backups.s3 import S3Store
 from migrator.backups.s3_upload import first_size, part_size
@@ -209,11 +209,11 @@ def test_what_dead_runs_left_is_removed_and_what_lives_is_not(
     before = bucket.names()
     store.remove_stale("shop")
     assert (len(bucket.uploads()), bucket.names()) == (4, before)
-    monkeypatch.setattr(s3, "IDLE", timedelta(seconds=-5))
+    monkeypatch.setattr(s3_stale, "IDLE", timedelta(seconds=-5))
     store.remove_stale("shop")
     assert ours not in bucket.uploads()
     assert others in bucket.uploads()
-    monkeypatch.setattr(s3, "OLD", timedelta(seconds=-5))
+    monkeypatch.setattr(s3_stale, "OLD", timedelta(seconds=-5))
     store.remove_stale("shop")
     assert sorted(name.partition("/")[0] for name in bucket.uploads()) == ["elsewhere", "pre"]
     assert "pre/fix/mine.tar" in bucket.uploads()
@@ -241,8 +241,8 @@ def test_a_killed_upload_is_no_backup_and_goes_away(
         assert store.backups() == []
         left = bucket.uploads() + bucket.names()
         assert len(left) == (0 if number == signal.SIGTERM else killed)
-    monkeypatch.setattr(s3, "IDLE", timedelta(seconds=-5))
-    monkeypatch.setattr(s3, "OLD", timedelta(seconds=-5))
+    monkeypatch.setattr(s3_stale, "IDLE", timedelta(seconds=-5))
+    monkeypatch.setattr(s3_stale, "OLD", timedelta(seconds=-5))
     store.remove_stale("shop")
     assert bucket.uploads() + bucket.names() == []
 

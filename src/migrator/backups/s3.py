@@ -11,16 +11,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from migrator.backups import sealing
+from migrator.backups import s3_stale, sealing
 from migrator.backups.manifest import Backup, BadManifest
 from migrator.backups.s3_client import ATTEMPTS, Access, S3Failure, client, translated
 from migrator.backups.s3_upload import S3Part, downloaded
@@ -39,7 +36,6 @@ from migrator.backups.store import (
     pick,
     read_bad,
     read_manifest,
-    slug,
 )
 from migrator.errors import BackupFailed, RestoreFailed
 
@@ -47,12 +43,7 @@ if TYPE_CHECKING:
     from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
-IDLE = timedelta(hours=1)
-"""After which an upload of this database that gets no parts is taken for dead; those of others after `OLD`."""
-OLD = timedelta(days=1)
-"""After which a dump without manifest is taken for one whose run died: reading back and proving may take hours."""
 _CHUNK = 1024 * 1024
-_OURS = re.compile(r"(?P<id>(?P<slug>.+)-\d{8}T\d{6}Z-[0-9a-f]{6})\.[a-z.]+")
 
 
 class S3Store:
@@ -163,7 +154,7 @@ class S3Store:
     def _get(self, name: str) -> bytes:
         return b"".join(self.read(name))
 
-    def _listed(self, start: str = "") -> dict[str, Mapping[str, Any]]:
+    def listed(self, start: str = "") -> dict[str, Mapping[str, Any]]:
         """Return what is directly under the prefix, by name; raises OSError."""
         found = {}
         with self.asking("s3:ListBucket"):
@@ -206,53 +197,10 @@ class S3Store:
         What may not be listed or removed is warned of: a backup does not fail for want of it.
         """
         try:
-            self._remove_uploads(database)
-            self._remove_orphans()
+            s3_stale.abort_uploads(self, database)
+            s3_stale.remove_orphans(self)
         except S3Failure as failure:
             LOGGER.warning("what interrupted runs left in %s cannot be removed: %s", self, failure.why)
-
-    def _remove_uploads(self, database: str) -> None:
-        with self.asking("s3:ListBucketMultipartUploads"):
-            pages = self.client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=self.key("")
-            )
-            for page in pages:
-                now = _now(page)
-                for upload in page.get("Uploads", ()):
-                    ours = _OURS.fullmatch(upload["Key"].removeprefix(self.key("")))
-                    patience = IDLE if ours and ours["slug"] == slug(database) else OLD
-                    if ours and now - upload["Initiated"] > patience and now - self._last(upload) > patience:
-                        self._abort(upload)
-
-    def _last(self, upload: Mapping[str, Any]) -> datetime:
-        """Return when an upload got its last part."""
-        last: datetime = upload["Initiated"]
-        with self.asking("s3:ListMultipartUploadParts"):
-            pages = self.client.get_paginator("list_parts").paginate(
-                Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-            )
-            for page in pages:
-                last = max([last, *(part["LastModified"] for part in page.get("Parts", ()))])
-        return last
-
-    def _abort(self, upload: Mapping[str, Any]) -> None:
-        with self.asking("s3:AbortMultipartUpload"):
-            self.client.abort_multipart_upload(
-                Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-            )
-        LOGGER.info(
-            "gave up the upload of s3://%s/%s, which an interrupted run left", self.bucket, upload["Key"]
-        )
-
-    def _remove_orphans(self) -> None:
-        listed = self._listed()
-        now = datetime.now(UTC)
-        for name, item in listed.items():
-            ours = _OURS.fullmatch(name)
-            known = ours and {f"{ours['id']}{ending}" for ending in (MANIFEST, BAD_MANIFEST)} & listed.keys()
-            if ours and not known and now - item["LastModified"] > OLD:
-                self.delete(name)
-                LOGGER.info("removed %s, which an interrupted run left", self.place(name))
 
     # -- backups ---------------------------------------------------------------------------------------
 
@@ -298,7 +246,7 @@ class S3Store:
     def backups(self, database: str = "") -> list[Backup]:
         """Return the backups (of one database), the newest first; a manifest that cannot be read is logged."""
         try:
-            listed = self._listed()
+            listed = self.listed()
             found = []
             for name in listed:
                 if not name.endswith(MANIFEST) or name.endswith(BAD_MANIFEST):
@@ -343,7 +291,7 @@ class S3Store:
         name = f"{wanted}{MANIFEST}"
         if wanted and wanted != LATEST and "/" not in wanted:
             try:
-                listed = self._listed(f"{wanted}.")
+                listed = self.listed(f"{wanted}.")
                 backup = self._read(name, listed) if name in listed else None
             except S3Failure as failure:
                 raise self._cannot_read(failure) from failure
@@ -374,7 +322,7 @@ class S3Store:
         """Remove a backup and all that is beside it, its manifest first; raises OSError."""
         for ending in (MANIFEST, BAD_MANIFEST):
             self.delete(f"{found.id}{ending}")
-        for name in self._listed(f"{found.id}."):
+        for name in self.listed(f"{found.id}."):
             self.delete(name)
 
     def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
@@ -411,7 +359,7 @@ class S3Store:
         """Return what was marked as bad (of one database); raises :class:`RestoreFailed`."""
         found = []
         try:
-            listed = self._listed()
+            listed = self.listed()
             for name in (item for item in listed if item.endswith(BAD_MANIFEST)):
                 stem = name.removesuffix(BAD_MANIFEST)
                 dumps = [item for item in listed if item.startswith(f"{stem}.") and item.endswith(BAD)]
@@ -430,11 +378,3 @@ def _inner(part: Part) -> S3Part:
         part = part.inner
     assert isinstance(part, S3Part)  # noqa: S101 - one that new_dump made
     return part
-
-
-def _now(answer: Mapping[str, Any]) -> datetime:
-    """Return the server's time: its clock is the one that says how old something is."""
-    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
-    with contextlib.suppress(TypeError, ValueError):
-        return parsedate_to_datetime(date).astimezone(UTC)
-    return datetime.now(UTC)
