@@ -81,6 +81,13 @@ for section in sys.argv[2:]:
 """
 SECTIONS = ("state_db", "spot_jobs_db", "serve_db", "sky_config_db", "kv_cache_db", "recipes_db")
 
+MLFLOW_BACK = """
+import sys
+from alembic import command
+from mlflow.store.db.utils import _get_alembic_config
+command.downgrade(_get_alembic_config(sys.argv[1]), "-1")
+"""
+
 FIRST_TABLES = """
 import sys
 from mlflow.store.tracking.dbmodels.initial_models import Base
@@ -165,6 +172,7 @@ APPLICATIONS = (
     Application(
         History("mlflow", "mlflow/store/db_migrations/alembic.ini", head="dc11669786a5", revisions=67),
         ("mlflow", "db", "upgrade", "{url}"),
+        ("python", "-c", MLFLOW_BACK, "{url}"),
         inside=2,
         options=("--baseline", "base"),
         first=FIRST_TABLES,

@@ -91,6 +91,7 @@ def test_it_ends_where_its_own_command_ends(
 
     if application.back:
         application.run(application.back, installed, theirs, tmp_path)
-        each("downgrade", "-1")
+        each("downgrade", "-1", "--yes")
         assert difference(theirs.dump(), database.dump(LEDGER)) == ""
         each("check", code=3)
+        each(*application.options, "upgrade", application.destination)
