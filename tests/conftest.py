@@ -29,6 +29,21 @@ MAJORS = ("debian", "embedded")
 OURS = ("MIGRATOR_", "POSTGRES_", "PG", "SQLALCHEMY_")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the servers installed before workers start, none of which is to see a half installed package."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        installations.debian()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what shares something with one worker: a file, the container engine, the real projects' installations."""
+    folder = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(folder)
+        group = "histories" if item.get_closest_marker("histories") else str(place)
+        item.add_marker(pytest.mark.xdist_group("engine" if place.parts[0] == "engine" else group))
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away every variable that could name a database or change a setting."""

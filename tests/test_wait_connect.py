@@ -35,10 +35,19 @@ def make_french() -> None:
     binaries = installations.debian()
     if not list(messages.glob(f"postgres-{binaries.parent.name}.mo")):
         # Slim images keep the translations of packages out (/etc/dpkg/dpkg.cfg.d).
-        installations.as_root(
-            *("apt-get", "install", "-q", "-y", "--reinstall", "-o", "Dpkg::Options::=--path-include=*.mo"),
-            f"postgresql-{binaries.parent.name}",
-        )
+        with installations.apt_lock():
+            installations.as_root(
+                *(
+                    "apt-get",
+                    "install",
+                    "-q",
+                    "-y",
+                    "--reinstall",
+                    "-o",
+                    "Dpkg::Options::=--path-include=*.mo",
+                ),
+                f"postgresql-{binaries.parent.name}",
+            )
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support import installations
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "engine"
 SEARCH_PATH = "/usr/bin:/usr/sbin:/bin:/sbin:/usr/local/bin:/usr/local/sbin"
@@ -82,6 +84,11 @@ def install(*packages: str, recommends: bool = False) -> None:
     missing = [package for package in packages if f"{package} installed" not in listed]
     if not missing:
         return
+    with installations.apt_lock():
+        _apt_install(missing, recommends=recommends)
+
+
+def _apt_install(missing: list[str], *, recommends: bool) -> None:
     sudo("apt-get", "-o", "DPkg::Lock::Timeout=300", "update", "-qq", timeout=300)
     known = [name for name in missing if call("apt-cache", "show", name, expect=None).returncode == 0]
     options = [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 DEBIAN = Path("/usr/lib/postgresql")
@@ -46,10 +49,21 @@ def _install() -> None:
 
 
 def apt_install(*packages: str) -> None:
-    """Install Debian packages, as root or through sudo."""
+    """Install Debian packages, as root or through sudo, one worker of the tests after another."""
     apt_get = ("apt-get", "-o", "DPkg::Lock::Timeout=300", "-q")
-    as_root(*apt_get, "update")
-    as_root(*apt_get, "install", "-y", "--no-install-recommends", *packages)
+    with apt_lock():
+        as_root(*apt_get, "update")
+        as_root(*apt_get, "install", "-y", "--no-install-recommends", *packages)
+
+
+@contextlib.contextmanager
+def apt_lock() -> Iterator[None]:
+    """Keep other workers from apt-get: `update` fails at once, and does not wait, while another one runs."""
+    place = Path(__file__).parents[2] / ".cache" / "apt.lock"
+    place.parent.mkdir(exist_ok=True)
+    with place.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def as_root(*command: str) -> None:
