@@ -174,6 +174,24 @@ def test_alembics_own_options(layout: str, project: Project, compare: Comparison
     compare(folder, *options, environment=environment)
 
 
+@pytest.mark.parametrize("kind", ["sync", "asyncpg"])
+def test_a_database_whose_name_has_every_kind_of_character(
+    kind: str, project: Project, run_migrator: Runner, server: Server
+) -> None:
+    """SQLAlchemy takes the path of an address as it stands, and does not decode it."""
+    folder = project(async_env() if kind == "asyncpg" else None, revisions=THREE)
+    database = server.create_database("it's a 50% ?sh#op/%41 & näh")
+    try:
+        for _ in range(2):
+            assert run_migrator("upgrade", cwd=folder, database=database).code == 0
+        assert run_migrator("downgrade", "-1", cwd=folder, database=database).code == 0
+        assert len(database.psql("SELECT 1 FROM alembic_version")) == 1
+        assert run_migrator("restore", "latest", "--yes", cwd=folder, database=database).code == 0
+    finally:
+        for (name,) in server.psql("SELECT datname FROM pg_database WHERE datname LIKE 'it''s a 50%'"):
+            server.drop_database(name)
+
+
 def test_a_bare_migrations_folder(project: Project, run_migrator: Runner, database: Database) -> None:
     result = run_migrator(cwd=project(env(), config=None, revisions=THREE), database=database)
     assert result.code == 0, result

@@ -84,7 +84,9 @@ def test_a_password_of_any_characters_survives_every_way(password: str) -> None:
             "app/db",
         )
     for driver in ("psycopg2", "psycopg", "asyncpg"):
-        assert sqlalchemy(target, driver)["password"] == password
+        arguments = sqlalchemy(target, driver)
+        assert arguments["password"] == password
+        assert arguments.get("dbname", arguments.get("database")) == "app/db"
     assert target.libpq()["password"] == target.environment()["PGPASSWORD"] == password
     assert target.secrets == (password,)
     assert str(target) == "postgresql://o%40wner@db.example:5433/app%2Fdb"
@@ -355,7 +357,7 @@ def test_every_password_is_a_secret() -> None:
 
 def test_another_database_of_the_same_server() -> None:
     target = parse("postgresql+psycopg://u:p@h:1/db?sslmode=require").with_database("a/b c")
-    assert target.sqlalchemy_url() == "postgresql+psycopg://u:p@h:1/a%2Fb%20c?sslmode=require"
+    assert target.sqlalchemy_url() == "postgresql+psycopg://u:p@h:1/?sslmode=require&dbname=a%2Fb%20c"
 
 
 def test_defaults_give_way_to_the_address_except_where_it_says_nothing() -> None:

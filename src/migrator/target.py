@@ -189,13 +189,19 @@ class Target(NamedTuple):
             netloc = host + (f":{ports[0]}" if ports[0] else "")
         if driver == "asyncpg":
             parameters = _for_asyncpg(parameters)
+        path = self.database
+        if (
+            _quoted(path) != path
+        ):  # SQLAlchemy takes the path as it stands, and libpq decodes it; both decode the query
+            parameters["database" if driver == "asyncpg" else "dbname"] = path
+            path = ""
         at = "@" if userinfo else ""
         query = ""
         if parameters:
             from urllib.parse import quote, urlencode
 
             query = "?" + urlencode(parameters, quote_via=quote)
-        return f"{scheme}://{userinfo}{at}{netloc}/{_quoted(self.database)}{query}"
+        return f"{scheme}://{userinfo}{at}{netloc}/{path}{query}"
 
 
 def parse(address: str) -> Target:
@@ -236,7 +242,8 @@ def parse(address: str) -> Target:
             host=hosts,
             port=parameters.pop("port", "") or ports,
             # As in libpq and SQLAlchemy, what the query says counts for more.
-            database=parameters.pop("dbname", "") or _unquoted(match["database"] or ""),
+            database=parameters.pop("dbname", parameters.pop("database", ""))
+            or _unquoted(match["database"] or ""),
             user=parameters.pop("user", "") or _unquoted(user),
             password=parameters.pop("password", "") or _unquoted(password),
             driver=(scheme[2] or "").lower(),

@@ -105,7 +105,9 @@ def supports(client: Client, method: str) -> bool:
         return False
     probe = ["--format=custom", f"--compress={method}", "--dbname=host=/nonexistent"]
     try:
-        done = process.run([client.pg_dump, *probe], environment=process.base_environment(), timeout=_PROBE_TIMEOUT)
+        done = process.run(
+            [client.pg_dump, *probe], environment=process.base_environment(), timeout=_PROBE_TIMEOUT
+        )
     except (OSError, process.TimedOut):
         return False
     return "connection to server" in done.stderr
