@@ -10,8 +10,9 @@ from migrator import bookkeeping
 from migrator.edited import EDITED
 from migrator.history import History
 from migrator.interruption import Interrupt
-from migrator.ledger import FOUND, GONE, Standing, read_standing
+from migrator.ledger import FOUND, GONE
 from migrator.outcome import Outcome
+from migrator.past import Standing, read_standing
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.run import Run, alive, harmless, known
 from migrator.stages.inspect import Inspection

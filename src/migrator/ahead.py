@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from migrator.errors import DatabaseAhead, HistoryError
-from migrator.ledger import Standing
+from migrator.past import Standing
 from migrator.target import Target
 from migrator.versions import VersionTable
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from migrator import ledger
+from migrator import ledger, past
 from migrator.errors import AccessDenied
 from migrator.ledger import Author
 from migrator.logs import redact
@@ -122,7 +122,7 @@ class Bookkeeper:
             _refuse_unless(
                 connection, _MAY_WRITE, self._ledger, "write", "GRANT SELECT, INSERT ON {ledger} TO {role}"
             )
-            names = ledger.STANDING_NAMES.format(
+            names = past.STANDING_NAMES.format(
                 table=self._ledger.quoted, version_table=_inside_quotes(table.name)
             )
             self._standing = set(json.loads(connection.ask(names) or "[]"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from migrator import ledger
+from migrator import ledger, past
 from migrator.bookkeeping import about
 from migrator.edited import Edit, find_edits
 from migrator.errors import HistoryError
@@ -35,7 +35,7 @@ class Repair:
 def read_ledger(session: Session, history: History, settings: Settings, limit: int) -> list[dict[str, Any]]:
     """Return the newest ``limit`` rows, the newest first; none where there is no ledger."""
     table, _ = read_version(session, history, settings.version_table)
-    return ledger.read_rows(session, table, limit) if table else []
+    return past.read_rows(session, table, limit) if table else []
 
 
 def accept_edits(
@@ -46,7 +46,7 @@ def accept_edits(
     Raises :class:`HistoryError` for a revision that is not in the ledger, before anything is recorded.
     """
     table, _ = read_version(session, history, settings.version_table)
-    standing = ledger.read_standing(session, table)
+    standing = past.read_standing(session, table)
     wanted = list(dict.fromkeys(item.revision for name in names for item in history.find(name)))
     strangers = [name for name in wanted if name not in standing.entries]
     if table is None or strangers:

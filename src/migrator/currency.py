@@ -10,7 +10,7 @@ from collections.abc import Callable
 from migrator.ahead import refuse_or_allow
 from migrator.errors import NotCurrent
 from migrator.history import History
-from migrator.ledger import Standing, read_standing
+from migrator.past import Standing, read_standing
 from migrator.postgres import QueryFailed, Session
 from migrator.settings import Settings
 from migrator.stages.wait import wait

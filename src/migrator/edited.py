@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migrator.errors import Tampered
-from migrator.ledger import Entry, Standing
 from migrator.manifest import FileSums
 from migrator.outcome import Finding, Severity
+from migrator.past import Entry, Standing
 
 if TYPE_CHECKING:
     from migrator.history import History

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 
-from migrator import ledger
+from migrator import ledger, past
 from migrator.errors import MigratorError, Partial, RestoreFailed, Unsafe, VerifyFailed, WasRestored
 from migrator.history import History, Plan
 from migrator.interruption import Interrupt
@@ -76,7 +76,7 @@ def refuse_again(this: Run, session: Session, history: History, found: Inspectio
     """
     if this.settings.retry or not this.settings.ledger or this.request.kind != "upgrade":
         return
-    before = ledger.read_failed(session, found.version_table)
+    before = past.read_failed(session, found.version_table)
     if before is None or (before.digest, before.image) != (
         history.digest,
         os.environ.get("MIGRATOR_IMAGE_VERSION", ""),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from migrator.errors import HistoryError
-from migrator.ledger import WayBack
+from migrator.past import WayBack
 
 
 def choose(

@@ -22,8 +22,8 @@ from migrator.errors import BackupFailed, Internal
 from migrator.failure import refuse_again, taking_back
 from migrator.history import History, Plan
 from migrator.interruption import Interrupt
-from migrator.ledger import read_dead_run
 from migrator.outcome import Finding, Outcome
+from migrator.past import read_dead_run
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.run import ATTEMPTS, Run, harmless, known, rows_now
 from migrator.schema import catalog

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from migrator.edited import Edit
     from migrator.history import History, Revision
     from migrator.history.freeze import Frozen
-    from migrator.ledger import LastRun
     from migrator.outcome import Outcome
+    from migrator.past import LastRun
     from migrator.postgres import Session
 
 log = quiet.get_logger("migrator")

@@ -20,7 +20,7 @@ from migrator.backups.manifest import Backup
 from migrator.backups.retention import judge, prune, too_old
 from migrator.backups.store import BadDump
 from migrator.errors import BackupFailed, SettingsError
-from migrator.ledger import read_needed_backups
+from migrator.past import read_needed_backups
 from migrator.postgres import connect
 from migrator.readers import keep
 from migrator.target import parse

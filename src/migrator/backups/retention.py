@@ -1,7 +1,7 @@
 """Which backups stay: the newest ones, one a day, week or month, and all that something still needs.
 
 Never removed, whatever the policy says: the newest backup of a database; one that a person gave a name; the one that
-leads back from where the database is, by its ledger (see :func:`migrator.ledger.read_needed_backups`); and what is
+leads back from where the database is, by its ledger (see :func:`migrator.past.read_needed_backups`); and what is
 not this very database's: one of that name on another server is another database.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from migrator import ledger
+from migrator import past
 from migrator.backups import snapshot
 from migrator.backups.manifest import Backup, human_size
 from migrator.backups.store import BadDump, Store, open_store
@@ -157,7 +157,7 @@ def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pru
             next_step="migrator prune --dry-run --keep last=5,daily=7,weekly=4, or set MIGRATOR_BACKUP_KEEP",
         )
     try:
-        needed = ledger.read_needed_backups(session)
+        needed = past.read_needed_backups(session)
     except QueryFailed as error:
         if error.lost:
             raise

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from migrator import ledger, surroundings
+from migrator import past, surroundings
 from migrator.errors import HistoryError, MigratorError
 from migrator.history.bootstrap import (
     ground,
@@ -62,7 +62,7 @@ class Plan:
     before: frozenset[str]
     after: frozenset[str]
     baseline: str = ""
-    kept: tuple[tuple[ledger.WayBack, frozenset[str]], ...] = ()
+    kept: tuple[tuple[past.WayBack, frozenset[str]], ...] = ()
 
     @property
     def empty(self) -> bool:

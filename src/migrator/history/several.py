@@ -1,4 +1,4 @@
-"""An ``env.py`` that migrates several databases, as Alembic's and Flask-Migrate's ``multidb`` templates do.
+"""An ``env.py`` that migrates several databases, as Alembic's ``multidb`` template does.
 
 Both hand the engine's name to ``context.run_migrations(engine_name=...)``, which hands it on to ``upgrade()`` of each
 revision.  Which databases these are only ``env.py`` knows: it is asked by letting it do all but run migrations.

@@ -14,7 +14,7 @@ from migrator.edited import Edit, find_edits
 from migrator.errors import AccessDenied, Unversioned
 from migrator.history import History, Plan, Revision
 from migrator.kept import choose, rows_after
-from migrator.ledger import Standing, read_standing, read_ways_back
+from migrator.past import Standing, read_standing, read_ways_back
 from migrator.postgres import QueryFailed, ServerFacts, Session, quote_identifier
 from migrator.settings import Settings
 from migrator.versions import VersionTable, read_version

@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from migrator.history import Plan, Revision
-from migrator.ledger import DeadRun
 from migrator.outcome import Finding, Severity
+from migrator.past import DeadRun
 from migrator.postgres import QueryFailed, Session, quote_identifier
 from migrator.schema import catalog
 

@@ -17,8 +17,9 @@ from migrator import ledger
 from migrator.aftermath import RETRYABLE
 from migrator.errors import Internal, MigratorError, Partial, RolledBack
 from migrator.interruption import Interruption
-from migrator.ledger import Author, WayBack
+from migrator.ledger import Author
 from migrator.outcome import RevisionResult
+from migrator.past import WayBack
 from migrator.postgres import QueryFailed, Session, connect
 from migrator.settings import Settings
 from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS
