@@ -1,20 +1,22 @@
-"""The stage ``backup``: no apply without a verified backup, unless it is switched off by name."""
+"""The stage ``backup``: no apply without a verified backup, unless it is switched off by name.
+
+What makes one is imported when one is made: it is a good part of a small run's start.
+"""
 
 from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from migrator.backups import dump, reuse
-from migrator.backups.dump import back_up
-from migrator.backups.manifest import Backup
 from migrator.errors import MigratorError
 from migrator.interruption import Interrupt
 from migrator.outcome import Finding, Severity
 from migrator.postgres import QueryFailed, Session
 from migrator.settings import Settings
 
-__all__ = ["back_up", "check_client", "decide", "preflight", "reusable", "tidy_up", "why_reused"]
+if TYPE_CHECKING:
+    from migrator.backups.manifest import Backup
 
 LOGGER = logging.getLogger("migrator.backup")
 
@@ -34,21 +36,40 @@ def decide(mode: str, pending: bool, empty: bool) -> str:
     return "the database is empty" if empty else ""
 
 
+def back_up(
+    session: Session,
+    settings: Settings,
+    *,
+    run_id: str,
+    revisions: tuple[str, ...],
+    application_name: str,
+    name: str = "",
+) -> Backup:
+    """Back the session's database up and return the proven backup; raises :class:`BackupFailed`."""
+    from migrator.backups import dump
+
+    return dump.back_up(
+        session, settings, run_id=run_id, revisions=revisions, application_name=application_name, name=name
+    )
+
+
 def check_client(session: Session, settings: Settings) -> None:
     """Refuse a pg_dump that is too old before anything starts, also before the lock; raises :class:`BackupFailed`.
 
     Where a recent backup may be reused, another machine makes those, and no pg_dump is needed here.
     """
     if settings.backup_max_age is None:
+        from migrator.backups import dump
+
         dump.check_client(session, settings)
 
 
 def tidy_up(session: Session, settings: Settings) -> Finding | None:
     """Remove what MIGRATOR_BACKUP_KEEP does not keep, now that all went well; that it cannot be done is a finding."""
-    from migrator.backups.retention import prune
-
     if not settings.backup_keep:
         return None
+    from migrator.backups.retention import prune
+
     try:
         prune(session, settings)
         return None
@@ -63,15 +84,23 @@ def tidy_up(session: Session, settings: Settings) -> Finding | None:
 
 def preflight(session: Session, settings: Settings) -> None:
     """Find out, before anything starts, whether a backup could be made; raises :class:`BackupFailed`."""
+    from migrator.backups import dump
+
     dump.preflight(session, settings)
 
 
 def reusable(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Backup | None:
     """Return a backup that is as good as a new one, where MIGRATOR_BACKUP_MAX_AGE allows for it."""
+    if settings.backup_max_age is None:
+        return None
+    from migrator.backups import reuse
+
     return reuse.find(session, settings, revisions)
 
 
 def why_reused(backup: Backup) -> str:
     """Say in a few words which backup stands for a new one."""
+    from migrator.backups import reuse
+
     minutes = reuse.age(backup, datetime.now(UTC)) / 60
     return f"reuses {backup.id}, made {minutes:.0f} min ago"
