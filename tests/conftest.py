@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         installations.debian()
 
 
+@pytest.hookimpl(tryfirst=True)  # ahead of xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep what shares something with one worker: a file, the container engine, the real projects' installations."""
     folder = Path(__file__).parent

@@ -101,6 +101,23 @@ def test_an_ended_migration_is_run_again(
     once_each(run.finish(60), database)
 
 
+@each_env
+@pytest.mark.parametrize("slow", [2, 3])
+def test_ended_between_a_statement_and_the_commit(
+    database: Database, project: Project, start: Start, files: dict[str, str], slow: int
+) -> None:
+    """What finds out is then what migrator asks by itself; SQLAlchemy is not to trip over it with a traceback."""
+    body = "{insert}\nimport time\nopen('here', 'w').close()\ntime.sleep(2)"
+    folder = project(files, revisions=history(slow, body=body))
+    run = start(folder, database)
+    run.wait_for((folder / "here").exists)
+    database.psql(ENDED.format(APPLYING))
+    result = run.finish(60)
+    once_each(result, database)
+    assert "Traceback" not in result.stderr, result
+    assert "during reset" not in result.stderr, result
+
+
 @pytest.mark.parametrize("slow", [1, 3])
 def test_in_the_first_and_in_the_last_revision_too(
     database: Database, project: Project, start: Start, slow: int

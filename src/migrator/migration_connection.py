@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from migrator.contents import LEDGER
 from migrator.errors import HistoryError, SettingsError
 from migrator.history.commits import watch_commits, watch_ends, watch_statements
-from migrator.history.driver_calls import DriverCalls
+from migrator.history.driver_calls import DriverCalls, gone
 from migrator.history.statements import lift_timeouts_for_concurrent_builds
 from migrator.observation import Observation
 from migrator.postgres import ServerFacts, Session, dead_client_settings
@@ -83,7 +83,15 @@ class MigrationConnection:
 
     def ask_driver(self, sql: str) -> Any:
         """Return the first column of the first row, past SQLAlchemy: for what is asked with each revision."""
-        return self.calls.ask(sql) if self.calls else self.ask(sql)
+        if not self.calls:
+            return self.ask(sql)
+        try:
+            return self.calls.ask(sql)
+        except Exception as error:
+            # As SQLAlchemy does at the end of a connection: or it would try a rollback there, and log a traceback.
+            if gone(self._connection):
+                self._connection.invalidate(error)
+            raise
 
     def tell(self, sql: str, **values: str) -> Any:
         """Run a statement and return its first value, if it has one; parameters are ``:name``, whatever the driver."""

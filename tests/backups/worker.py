@@ -22,8 +22,8 @@ def main(verb: str, folder: str, wanted: str = "latest") -> int:
     target = settings.required_target
     run_id = f"worker{os.getpid()}"
     name = f"migrator/test-host {run_id}"
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         if verb == "back_up":
             with connect(target, name, 10) as session:
                 back_up(session, settings, run_id=run_id, revisions=(), application_name=name)
