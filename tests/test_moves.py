@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alembic.runtime.migration import HeadMaintainer
 
+from migrator.history.moves import quick_moves
 from migrator.outcome import ExitCode
 from tests.support import plain_alembic
 from tests.support.env_text import async_env, env
@@ -75,3 +77,11 @@ def test_a_row_that_is_gone_is_noticed(database: Database, project: Project, run
     gone = Revision("r003", "r002", "DELETE FROM alembic_version")
     result = run_migrator(cwd=project(revisions=[*linear_history(2), gone]), database=database, env=OFF)
     refusal(result, ExitCode.ROLLED_BACK, "expected to match one row when updating 'r002' to 'r003'")
+
+
+def test_an_alembic_without_that_method_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project may bring an Alembic of its own."""
+    monkeypatch.delattr(HeadMaintainer, "_update_version")
+    with quick_moves():
+        assert not hasattr(HeadMaintainer, "_update_version")
+    assert not hasattr(HeadMaintainer, "_update_version")
