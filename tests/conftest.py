@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.support import installations, leaks
 from tests.support.projects import Revision, write_project
@@ -35,14 +36,23 @@ def pytest_configure(config: pytest.Config) -> None:
         installations.debian()
 
 
-@pytest.hookimpl(tryfirst=True)  # ahead of xdist, which reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares something with one worker: a file, the container engine, the real projects' installations."""
-    folder = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(folder)
-        group = "histories" if item.get_closest_marker("histories") else str(place)
-        item.add_marker(pytest.mark.xdist_group("engine" if place.parts[0] == "engine" else group))
+class ByPlace(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
+    """Keep with one worker what shares something: a file, the container engine, the real projects' installations.
+
+    xdist's own groups do not reach its scheduler: they are written into ids that pytest 9 has cached by then.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return what a test shares with others."""
+        place = nodeid.partition("::")[0]
+        shared = ("tests/engine/", "tests/histories/")
+        return next((folder for folder in shared if place.startswith(folder)), place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByPlace:
+    """Hand the tests out by what they share."""
+    return ByPlace(config, log)
 
 
 @pytest.fixture(autouse=True)
