@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Protocol
 
 from migrator import process
-from migrator.backups import directory
+from migrator.backups import directory, temporary
 from migrator.backups.clients import Client, last_words
-from migrator.backups.manifest import Backup, human_size
+from migrator.backups.manifest import Backup
 from migrator.backups.store import checksum, file_chunks
 from migrator.errors import DamagedBackup, RestoreFailed, SettingsError
 from migrator.logs import redact
@@ -73,14 +73,11 @@ def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
         _demand(backup, checksum_of(place), (backup.sha256, backup.size_bytes))
         yield place
         return
-    with tempfile.TemporaryFile(prefix="migrator-") as file:
-        free = os.fstatvfs(file.fileno())
-        if free.f_bavail * free.f_frsize < backup.size_bytes:
-            raise RestoreFailed(
-                f"{backup.id} has {human_size(backup.size_bytes)}, and {tempfile.gettempdir()}, where it is opened, "
-                f"has {human_size(free.f_bavail * free.f_frsize)} free.",
-                next_step="make room there, or name another folder in TMPDIR",
-            )
+    try:
+        folder = temporary.folder(backup.size_bytes, backup.id)
+    except temporary.NoRoom as error:
+        raise RestoreFailed(str(error), next_step=error.next_step) from error
+    with tempfile.TemporaryFile(prefix="migrator-", dir=folder) as file:
         for chunk in plain_chunks(store, backup, settings):
             file.write(chunk)
         file.flush()

@@ -10,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from migrator import process
-from migrator.backups import archive, clients, losses, psql
+from migrator.backups import archive, clients, losses, psql, temporary
 from migrator.backups.clients import Client
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restored import Compared, failed
@@ -144,7 +142,7 @@ def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compare
     last = comparison(backup.tables) + "COMMIT;"
     try:
         left_out = subscriptions(client, job.path)
-        with _list_of(client, job.path) as listed:
+        with chosen(client, job.path, _restorable) as listed:
             psql.run(
                 client,
                 clients.connection_argument(job.target, job.target.database),
@@ -188,19 +186,19 @@ def archive_format(path: Path) -> list[str]:
     return [f"--format={'directory' if path.is_dir() else 'custom'}"]
 
 
-@contextlib.contextmanager
-def _list_of(client: Client, path: Path) -> Iterator[Path]:
-    """Yield a file with the archive's table of contents, without comments on extensions.
-
-    Those may be set by an extension's owner only, who is seldom the role that owns the database; the extensions
-    themselves stay where they are.
+def _restorable(line: str) -> bool:
+    """Whether an entry can come back: comments on extensions may be set by an extension's owner only, who is seldom
+    the role that owns the database; the extensions themselves stay where they are.
     """
-    lines = [line for line in contents(client, path) if " COMMENT - EXTENSION " not in line]
-    with tempfile.NamedTemporaryFile("w", prefix="migrator-list-", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        os.fchmod(file.fileno(), 0o600)
-        yield Path(file.name)
+    return " COMMENT - EXTENSION " not in line
+
+
+@contextlib.contextmanager
+def chosen(client: Client, path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield a file that lists those of the archive's entries which are wanted, for ``pg_restore --use-list``."""
+    lines = [line for line in contents(client, path) if wanted(line)]
+    with temporary.in_memory("".join(f"{line}\n" for line in lines).encode()) as listed:
+        yield listed
 
 
 def contents(client: Client, path: Path) -> list[str]:

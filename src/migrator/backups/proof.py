@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import logging
 import re
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator import process
-from migrator.backups import archive, clients, comparison, contents, scratch
+from migrator.backups import archive, clients, comparison, contents, scratch, temporary
 from migrator.backups.clients import Client
 from migrator.backups.comparison import Compared
 from migrator.backups.contents import Contents
@@ -295,10 +294,8 @@ def _without_event_triggers(client: Client, path: Path) -> Iterator[tuple[str, .
     if kept == listed:
         yield ()
         return
-    with tempfile.NamedTemporaryFile(prefix="migrator-") as file:
-        file.write(kept)
-        file.flush()
-        yield (f"--use-list={file.name}",)
+    with temporary.in_memory(kept) as path_of_list:
+        yield (f"--use-list={path_of_list}",)
 
 
 def _schema_of(client: Client, place: Place, target: Target) -> bytes:

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import mmap
 import queue
-import shutil
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from migrator.backups import temporary
 from migrator.backups.s3_client import S3Failure
 
 if TYPE_CHECKING:
@@ -269,15 +269,11 @@ class S3Part:
 @contextlib.contextmanager
 def downloaded(store: S3Store, name: str, size: int) -> Iterator[Path]:
     """Yield a file that only we can read, with what is stored; removed on leaving.  Raises OSError."""
-    folder = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise S3Failure(
-            str(store),
-            f"{name} has {size} bytes, and {folder} has {free} bytes free for a copy",
-            "name a folder with room in TMPDIR, and run again",
-        )
-    with tempfile.NamedTemporaryFile(prefix="migrator-", suffix=f"-{name}") as file:
+    try:
+        folder = temporary.folder(size, name)
+    except temporary.NoRoom as error:
+        raise S3Failure(str(store), str(error), error.next_step) from error
+    with tempfile.NamedTemporaryFile(prefix="migrator-", suffix=f"-{name}", dir=folder) as file:
         for chunk in store.read(name):
             file.write(chunk)
         file.flush()

@@ -7,18 +7,14 @@ defaults from sequences, and identity.  A statement that is none of the expected
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from migrator.backups import archive, clients, psql
-from migrator.backups.clients import Client
-from migrator.backups.in_place import Job, archive_format, comparison, contents
+from migrator.backups.in_place import Job, archive_format, chosen, comparison
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restored import Restored, failed, failing
 from migrator.backups.store import open_store
@@ -130,7 +126,7 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
     }
     first = f"SET statement_timeout = 0; BEGIN; CREATE SCHEMA IF NOT EXISTS {quoted};"
     try:
-        with _chosen(client, job.path, names) as listed:
+        with chosen(client, job.path, lambda line: any(name.entry(line) for name in names)) as listed:
             psql.run(
                 client,
                 clients.connection_argument(job.target, job.target.database),
@@ -163,16 +159,6 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
         f"{name} is partitioned: its rows are in its partitions, to be named too." for (name,) in partitioned
     ]
     return [_LEFT_OUT, *empty]
-
-
-@contextlib.contextmanager
-def _chosen(client: Client, path: Path, names: Sequence[_Name]) -> Iterator[Path]:
-    """Yield a file that lists the archive's entries which are to be restored."""
-    lines = [line for line in contents(client, path) if any(name.entry(line) for name in names)]
-    with tempfile.NamedTemporaryFile("w", prefix="migrator-list-", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        yield Path(file.name)
 
 
 def _renamed(

@@ -1,0 +1,52 @@
+"""What is kept for a moment on this machine: small lists in memory, copies of archives where there is room.
+
+An image with a read-only root has no /tmp unless one is mounted, so nothing that is small may need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from migrator.backups.manifest import human_size
+
+
+class NoRoom(Exception):
+    """There is no folder on this machine that a copy fits into; carries a sentence and what to do."""
+
+    def __init__(self, sentence: str, next_step: str) -> None:
+        super().__init__(sentence)
+        self.next_step = next_step
+
+
+@contextlib.contextmanager
+def in_memory(content: bytes) -> Iterator[Path]:
+    """Yield a path, for our children too, of a file with some content; it is in memory and gone with this process."""
+    number = os.memfd_create("migrator")
+    with os.fdopen(number, "wb") as file:
+        file.write(content)
+        file.flush()
+        yield Path(f"/proc/{os.getpid()}/fd/{number}")
+
+
+def folder(size: int, what: str) -> Path:
+    """Return the folder for temporary files (TMPDIR, else /tmp) if it has room for ``size`` bytes; raises NoRoom."""
+    try:
+        found = Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        raise NoRoom(
+            f"{what} has {human_size(size)}, and there is no folder on this machine that a copy can be written to.",
+            f"mount a volume or a tmpfs with {human_size(size)} at /tmp (docker run --tmpfs /tmp; an emptyDir), or "
+            "name a folder in TMPDIR",
+        ) from None
+    free = shutil.disk_usage(found).free
+    if free < size:
+        raise NoRoom(
+            f"{what} has {human_size(size)}, and {found}, where it is opened, has {human_size(free)} free.",
+            "make room there, or name another folder in TMPDIR",
+        )
+    return found
