@@ -1,0 +1,26 @@
+{{/* What values.schema.json cannot say: values that do not go together. */}}
+
+{{- define "migrator.check" -}}
+{{- $hooks := has .Values.mode (list "hook" "argocd") -}}
+{{- $claim := and (eq .Values.backups.to "claim") (not .Values.backups.claim.existingClaim) -}}
+{{- if and $hooks $claim -}}
+{{- fail (printf "mode: %s runs before the release makes a volume, so backups.claim.existingClaim must name one that is there (kubectl apply it once), or backups.to be s3 or none" .Values.mode) -}}
+{{- end -}}
+{{- if and (eq .Values.backups.to "s3") (not .Values.backups.s3.url) -}}
+{{- fail "backups.to: s3 needs backups.s3.url, such as s3://bucket/shop" -}}
+{{- end -}}
+{{- if and (eq .Values.backups.to "none") .Values.verifyBackup.enabled -}}
+{{- fail "verifyBackup.enabled needs backups: backups.to is none" -}}
+{{- end -}}
+{{- if and (eq .Values.backups.to "none") (hasKey .Values.settings "MIGRATOR_BACKUP") -}}
+{{- fail "backups.to: none sets MIGRATOR_BACKUP=off; take MIGRATOR_BACKUP out of settings" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Pods that wait for, or go to, the heads are never ready while the contracting revision waits for them. */}}
+{{- define "migrator.checkPhases" -}}
+{{- $values := index . 0 -}}
+{{- if and (eq $values.Values.mode "argocd") $values.Values.argocd.postSync.args -}}
+{{- fail (printf "%s goes to the heads of the history, but argocd.postSync runs the last revisions only after the pods are healthy: take one of the two away" (index . 1)) -}}
+{{- end -}}
+{{- end -}}
