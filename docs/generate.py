@@ -7,6 +7,7 @@ fails while a page is not current.
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from migrator import cli, errors, settings
 from migrator.outcome import ExitCode
 
 DOCS = Path(__file__).parent
+CHART = DOCS.parent / "k8s" / "chart" / "generate.py"
+"""The chart has pages of its own, with migrator's settings in the schema of its values."""
 
 
 def settings_table() -> str:
@@ -86,6 +89,7 @@ def main() -> None:
     for name, (page, table) in TABLES.items():
         path = DOCS / page
         path.write_text(fill(path.read_text(encoding="utf-8"), name, table()), encoding="utf-8")
+    runpy.run_path(str(CHART), run_name="__main__")
 
 
 if __name__ == "__main__":

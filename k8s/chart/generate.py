@@ -1,7 +1,8 @@
 """Write what is made from the chart's values.yaml: values.schema.json, and the table in README.md.
 
 Run it as `python k8s/chart/generate.py` (`python docs/generate.py` does so too) after a change of values.yaml or of
-migrator's settings; tests/test_chart.py fails while either is not current. A comment `# --` above a key describes it.
+migrator's settings; tests/chart/test_package.py fails while either is not current. In values.yaml, a comment `# --`
+above a key describes it.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _setting(read: Any) -> dict[str, Any]:
     if read is boolean:
         return {"enum": [True, False, "true", "false"]}
     if read is whole_number:
-        return {"type": ["integer", "string"], "minimum": 0, "pattern": "^[0-9]+$"}
+        return {"type": ["integer", "string"], "minimum": 0, "maximum": 1000, "pattern": "^[0-9]{1,4}$"}
     if read in (duration, optional_duration):
         ends = "|none" if read is optional_duration else ""
         return {"type": ["integer", "string"], "minimum": 0, "pattern": f"^([0-9.]+ *(ms|s|m|h|d)?{ends})$"}

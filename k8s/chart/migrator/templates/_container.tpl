@@ -44,6 +44,7 @@ migrator.readerVolumes   the volumes that migrator.waitForCurrent mounts
       port: migrator
     periodSeconds: 10
     timeoutSeconds: 5
+    failureThreshold: 6
 {{- end -}}
 
 {{- define "migrator.waitForCurrent" -}}

@@ -7,6 +7,7 @@ backoffLimit: {{ int $values.backoffLimit }}
 activeDeadlineSeconds: {{ int64 . }}
 {{- end }}
 ttlSecondsAfterFinished: {{ int64 $values.ttlSecondsAfterFinished }}
+podReplacementPolicy: Failed
 podFailurePolicy:
   rules:
     # A pod that was evicted or preempted has failed for no reason of its own: it is not counted.
