@@ -17,6 +17,7 @@
      ├─ Tampered             34  TAMPERED
      ├─ Unsafe               35  UNSAFE
      ├─ BackupFailed         36  BACKUP_FAILED
+     │   └─ NoSuchBackup     36
      ├─ RolledBack           39  ROLLED_BACK
      ├─ Partial              40  PARTIAL
      ├─ VerifyFailed         41  VERIFY_FAILED
@@ -153,6 +154,10 @@ class BackupFailed(MigratorError):
     """There is no verified backup, so nothing was applied."""
 
     code = ExitCode.BACKUP_FAILED
+
+
+class NoSuchBackup(BackupFailed):
+    """There is no backup of that name, or none at all; nothing was begun."""
 
 
 class RolledBack(MigratorError):

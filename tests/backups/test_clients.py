@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator import process
+from migrator import __version__, process
 from migrator.backups import clients
 from migrator.backups.clients import Client
 from migrator.errors import BackupFailed, RestoreFailed
@@ -75,7 +75,8 @@ def test_an_older_client_is_refused_by_name_and_with_the_fix(tmp_path: Path) -> 
     assert caught.value.code == 36
     assert "PostgreSQL 16.2" in str(caught.value)
     assert "13.14" in str(caught.value)
-    for remedy in ("client", "postgresql-client-16", "MIGRATOR_PG_BIN", "MIGRATOR_BACKUP=off"):
+    image = f"migrator:{__version__}-pg16"
+    for remedy in (image, "postgresql-client-16", "MIGRATOR_PG_BIN", "MIGRATOR_BACKUP=off"):
         assert remedy in caught.value.next_step
 
 

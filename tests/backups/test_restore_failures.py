@@ -14,7 +14,7 @@ import pytest
 from migrator import process
 from migrator.backups import archive, databases
 from migrator.backups import restore as module
-from migrator.errors import LockBusy, RestoreFailed
+from migrator.errors import LockBusy, NoSuchBackup, RestoreFailed
 from tests.support.servers import Database, Server
 
 from .conftest import Workbench
@@ -72,9 +72,9 @@ def test_a_damaged_dump_is_refused(damage: str, database: Database, workbench: B
         place.unlink()
     else:
         flip(place, {"first": 0, "middle": size // 2, "last": size - 1}[damage])
-    with pytest.raises(RestoreFailed) as caught:
+    with pytest.raises((RestoreFailed, NoSuchBackup)) as caught:
         bench.restore()
-    assert caught.value.code == 43
+    assert caught.value.code == (36 if damage == "gone" else 43)
     if damage != "gone":
         assert "is not what was written" in str(caught.value)
         assert str(place) in str(caught.value)
@@ -85,7 +85,7 @@ def test_the_backup_of_another_database_is_not_put_in_its_place(database: Databa
     other = database.server.create_database(database.name + "_other")
     backup = workbench(other).back_up()
     bench = workbench(database)
-    with pytest.raises(RestoreFailed, match="There is no backup of database"):
+    with pytest.raises(NoSuchBackup, match="There is no backup of database"):
         bench.restore()
     with pytest.raises(RestoreFailed, match=f"is of database {other.name}") as caught:
         bench.restore(backup.id)

@@ -19,7 +19,7 @@ from migrator.backups.manifest import Backup
 from migrator.backups.s3 import S3Store
 from migrator.backups.s3_upload import first_size, part_size
 from migrator.backups.store import checksum, new_id, open_store
-from migrator.errors import RestoreFailed
+from migrator.errors import NoSuchBackup, RestoreFailed
 from migrator.settings import load
 from tests.support.buckets import Bucket
 from tests.support.sink import sink
@@ -118,7 +118,7 @@ def test_names_and_other_databases(store: S3Store) -> None:
     assert [backup.id for backup in store.backups()] == [other.id, second.id, first.id]
     assert store.backups("crm") == [other]
     for wanted in ("nothing", "../" + first.id, ""):
-        with pytest.raises(RestoreFailed, match="There is no backup"):
+        with pytest.raises(NoSuchBackup, match="There is no backup"):
             store.get(wanted, "shop")
 
 

@@ -16,7 +16,7 @@ from migrator.backups import folder as module
 from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
 from migrator.backups.store import checksum, file_chunks, new_id, open_store
-from migrator.errors import BackupFailed, RestoreFailed
+from migrator.errors import BackupFailed, NoSuchBackup, RestoreFailed
 
 from .test_manifest import BACKUP
 
@@ -69,7 +69,7 @@ def test_names(store: FolderStore) -> None:
     assert [backup.id for backup in store.backups()] == [other.id, second.id, first.id]
     assert store.backups("crm") == [other]
     for wanted in ("nothing", "../backups/" + first.id, ""):
-        with pytest.raises(RestoreFailed, match="There is no backup"):
+        with pytest.raises(NoSuchBackup, match="There is no backup"):
             store.get(wanted, "shop")
 
 
@@ -170,7 +170,7 @@ def test_a_bad_dump_is_renamed_and_never_taken_for_a_backup(store: FolderStore) 
         f"{item}.{ending}" for item in (part.id, backup.id) for ending in ("dump.bad", "bad.json")
     )
     assert store.backups() == []
-    with pytest.raises(RestoreFailed):
+    with pytest.raises(NoSuchBackup):
         store.get(backup.id, "shop")
     assert {(bad.id, bad.why) for bad in store.bad("shop")} == {
         (part.id, "it does not parse"),

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator import process
+from migrator import process, tags
 from migrator.errors import BackupFailed, RestoreFailed
 from migrator.logs import redact
 from migrator.settings import Settings
@@ -157,7 +157,7 @@ def _explain(settings: Settings, clients: Sequence[Client], fact: str, verb: str
 
 def _remedy(major: int) -> str:
     return (
-        f"use the migrator image with the PostgreSQL {major} client (or a newer one), install "
+        f"use (or build on) {tags.with_client(major)}, the image with the PostgreSQL {major} client, install "
         f"postgresql-client-{major}, or name a folder that has it in MIGRATOR_PG_BIN"
     )
 

@@ -38,7 +38,7 @@ def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
     if others:
         raise WouldLose(
             f"{others} transaction{'' if others == 1 else 's'} that this run cannot account for wrote to the server"
-            f" since {backup.id} ({ours} were its own)"
+            f" since {backup.id} ({ours} were its own; what a revision does outside of transactions is not known to be)"
         )
     return now
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from migrator import tags
 from migrator.errors import SettingsError
 from migrator.logs import redact
 
@@ -24,6 +25,7 @@ ATTEMPTS = 5
 """How often a request is made that fails for a reason that passes (503, SlowDown, a lost connection, no answer)."""
 _QUICK_TIMEOUT, _QUICK_ATTEMPTS = 5.0, 2
 _DEFAULT_REGION = "us-east-1"
+_REMEDY = "use {}, the image that is not slim, or pip install 'migrator[s3]'"
 
 _NO_ROOM = frozenset({"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "InsufficientCapacity"})
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"})
@@ -90,7 +92,7 @@ def client(access: Access, *, quick: bool = False) -> Any:
         from botocore.config import Config
     except ImportError as error:
         problem = "MIGRATOR_BACKUP_URL: a bucket is reached by boto3, which is not installed"
-        raise SettingsError([problem], next_step="pip install 'migrator[s3]'") from error
+        raise SettingsError([problem], next_step=_REMEDY.format(tags.full())) from error
     for name in ("boto3", "botocore", "s3transfer", "urllib3"):
         logging.getLogger(name).setLevel(
             logging.ERROR

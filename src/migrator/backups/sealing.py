@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from migrator import tags
 from migrator.backups.store import SEALED, Part
 from migrator.errors import SettingsError
 
@@ -304,5 +305,6 @@ def _library() -> Any:
         import pyrage
     except ImportError as error:
         problem = "MIGRATOR_BACKUP_RECIPIENTS: backups are encrypted by pyrage, which is not installed"
-        raise SettingsError([problem], next_step="pip install 'migrator[encryption]'") from error
+        remedy = f"use {tags.full()}, the image that is not slim, or pip install 'migrator[encryption]'"
+        raise SettingsError([problem], next_step=remedy) from error
     return pyrage

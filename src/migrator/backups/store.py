@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlparse
 
 from migrator.backups.manifest import FORMAT, Backup, BadManifest, from_json
-from migrator.errors import BackupFailed, RestoreFailed
+from migrator.errors import BackupFailed, NoSuchBackup
 
 if TYPE_CHECKING:
     from migrator.settings import Settings
@@ -113,7 +113,7 @@ class Store(Protocol):
         ...
 
     def get(self, wanted: str, database: str) -> Backup:
-        """Return a backup by id, by name, or ``latest`` of a database; raises RestoreFailed."""
+        """Return a backup by id, by name, or ``latest`` of a database; raises NoSuchBackup, RestoreFailed."""
         ...
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
@@ -187,12 +187,12 @@ def open_store(url: str, settings: Settings | None = None) -> Store:
 
 
 def pick(store: Store, wanted: str, database: str) -> Backup:
-    """Return a backup by name, or ``latest`` of a database; raises :class:`RestoreFailed`."""
+    """Return a backup by name, or ``latest`` of a database; raises NoSuchBackup, RestoreFailed."""
     for backup in store.backups(database):
         if wanted and wanted in (LATEST, backup.name):
             return backup
     what = f"of database {database}" if wanted == LATEST else f"{wanted!r} of database {database}"
-    raise RestoreFailed(f"There is no backup {what} in {store}.", next_step="see `migrator backups`")
+    raise NoSuchBackup(f"There is no backup {what} in {store}.", next_step="see `migrator backups`")
 
 
 def read_manifest(text: str, stem: str) -> Backup:

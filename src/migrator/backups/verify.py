@@ -17,7 +17,7 @@ from migrator.backups import archive, clients, proof
 from migrator.backups.manifest import Backup, Proof
 from migrator.backups.proof import READ, RESTORE, CannotRestore, Failed
 from migrator.backups.store import Store
-from migrator.errors import BackupFailed, DamagedBackup, MigratorError
+from migrator.errors import BackupFailed, DamagedBackup, MigratorError, RestoreFailed
 from migrator.postgres import ConnectFailed, QueryFailed
 from migrator.settings import Settings
 
@@ -89,9 +89,13 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
 
 @contextlib.contextmanager
 def _failing(backup: Backup) -> Iterator[None]:
-    """Turn what the disk and the server can raise into :class:`BackupFailed`."""
+    """Turn what the disk, the server and opening it can raise into :class:`BackupFailed`."""
     try:
         yield
+    except RestoreFailed as error:
+        raise BackupFailed(
+            f"The proof of {backup.id} was not finished: {error.message}", next_step=error.next_step
+        ) from error
     except (ConnectFailed, QueryFailed) as error:
         raise BackupFailed(
             f"The proof of {backup.id} was not finished: {error.text}.", next_step="run verify-backup again"
