@@ -66,12 +66,12 @@ class Bucket:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """Run moto's server on a free port of the loopback; yields its address."""
+def server(ip_address: str = "127.0.0.1") -> Iterator[str]:
+    """Run moto's server on a free port of an address of this machine; yields its URL."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running = ThreadedMotoServer(ip_address=ip_address, port=0, verbose=False)
     running.start()
     try:
         host, port = running.get_host_and_port()
