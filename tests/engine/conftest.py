@@ -12,6 +12,8 @@ import pytest
 from tests.engine import standins
 from tests.engine.containers import Migrator, Postgres, running_postgres
 from tests.engine.engine import ROOT, Engine, tls_roots
+from tests.engine.podman import Podman
+from tests.engine.pods import Pods
 
 IMAGE = "migrator:latest"
 BACKEND_IMAGE = "migrator-example-backend:latest"
@@ -66,3 +68,26 @@ def migrator(engine: Engine, image: str, postgres: Postgres, tmp_path: Path) -> 
     migrator = Migrator(engine, image, postgres, postgres.create_database(), tmp_path)
     yield migrator
     migrator.close()
+
+
+@pytest.fixture(scope="session")
+def podman(engine: Engine) -> Iterator[Podman]:
+    """Podman, with Postgres's image."""
+    with Podman.provision() as podman:
+        podman.load(engine, standins.POSTGRES_IMAGE)
+        yield podman
+
+
+@pytest.fixture(scope="session")
+def playground(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Pods:
+    """A network for pods, and Postgres on it; all of it goes with podman's state."""
+    pods = Pods(podman, "shop", tmp_path_factory.mktemp("pods"))
+    pods.start_postgres()
+    return pods
+
+
+@pytest.fixture
+def pods(playground: Pods) -> Iterator[Pods]:
+    """The network for pods; a test's own are removed after it, their logs searched for the password."""
+    yield playground
+    playground.remove_all()
