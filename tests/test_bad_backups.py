@@ -95,13 +95,14 @@ def test_a_client_that_is_older_than_the_server(
     folder = project(revisions=linear_history(2))
     bring_to(database, 1)
     with unchanged(database):
-        env = {"MIGRATOR_PG_BIN": str(old.bin)}
+        env = {"MIGRATOR_PG_BIN": str(old.bin), "MIGRATOR_IMAGE_VERSION": "1.4.2"}
         result = run_migrator(cwd=folder, database=database, env=env)
     refusal(
         result,
         ExitCode.BACKUP_FAILED,
         f"PostgreSQL {new.major}",
         f"pg_dump is {old.major}",
+        f"migrator:1.4.2-pg{new.major}",
         f"postgresql-client-{new.major}",
     )
     done(run_migrator(cwd=folder, database=database, env={"MIGRATOR_BACKUP": "off"}))

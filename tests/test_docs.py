@@ -37,7 +37,15 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 
 # Settings aside, what the image, the build and Kubernetes' examples set.
-OTHER_VARIABLES = {"MIGRATOR_IMAGE_VERSION", "MIGRATOR_VERSION", "MIGRATOR_REVISION", "MIGRATOR_CREATED"}
+OTHER_VARIABLES = {
+    "MIGRATOR_IMAGE_VERSION",
+    *(
+        "MIGRATOR_VERSION",
+        "MIGRATOR_REVISION",
+        "MIGRATOR_CREATED",
+        "MIGRATOR_SOURCE",
+    ),  # the build's arguments
+}
 
 # What Postgres and Alembic say, in messages that the troubleshooting page is arranged by.
 NOT_OURS = (

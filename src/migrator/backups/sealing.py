@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from migrator import tags
-from migrator.backups.store import SEALED, Part
+from migrator.backups.store import SEALED, WritablePart
 from migrator.errors import SettingsError
 
 _QUEUED = 4
@@ -84,7 +84,7 @@ class _Conveyor:
 class SealedPart:
     """A part that is encrypted as it is written; ``size`` and ``sha256`` are of what went in."""
 
-    def __init__(self, inner: Part, recipients: tuple[str, ...]) -> None:
+    def __init__(self, inner: WritablePart, recipients: tuple[str, ...]) -> None:
         self.inner = inner
         self.id = inner.id
         self.size = 0
@@ -182,7 +182,7 @@ class SealedPart:
         return self.inner.local()
 
 
-def sealed(part: Part, recipients: tuple[str, ...]) -> SealedPart:
+def sealed(part: WritablePart, recipients: tuple[str, ...]) -> SealedPart:
     """Return a part that encrypts what is written to it on its way to ``part``; that is gone where this fails."""
     try:
         return SealedPart(part, recipients)

@@ -1,0 +1,18 @@
+"""Name the image's tags (docs/image.md) in messages that lead to another image."""
+
+from __future__ import annotations
+
+import os
+
+from migrator import __version__
+
+
+def full() -> str:
+    """Return the image of this version that has all there is."""
+    version = os.environ.get("MIGRATOR_IMAGE_VERSION") or __version__
+    return f"migrator:{version.replace('+', '-')}"  # a tag has no plus
+
+
+def with_client(major: int) -> str:
+    """Return the image of this version that has the client programs of a PostgreSQL major."""
+    return f"{full()}-pg{major}"
