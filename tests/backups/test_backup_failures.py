@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import folder, pg_dump, snapshot
+from migrator.backups import parts, pg_dump, snapshot
 from migrator.errors import BackupFailed
 from migrator.postgres import connect
 from migrator.stages.backup import preflight
@@ -31,7 +31,7 @@ def test_a_disk_that_lies_is_found_out(
     """Bytes that changed between the writing and the reading back end the backup, wherever they are."""
     database.execute("CREATE TABLE t AS SELECT g, md5(g::text) FROM generate_series(1, 2000) g")
     bench = workbench(database)
-    real = folder.FolderPart.sync
+    real = parts.FilePart.sync
 
     def corrupt(part: Any) -> None:
         real(part)
@@ -42,7 +42,7 @@ def test_a_disk_that_lies_is_found_out(
                 file.seek(part.size // 2)
                 file.write(bytes([byte[0] ^ 1]))
 
-    monkeypatch.setattr(folder.FolderPart, "sync", corrupt)
+    monkeypatch.setattr(parts.FilePart, "sync", corrupt)
     with pytest.raises(BackupFailed, match=r"faulty.*kept for a look") as caught:
         bench.back_up()
     assert "MIGRATOR_BACKUP_URL" in caught.value.next_step

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from migrator.backups import directory, folder, pg_dump
-from migrator.backups.directory import DirectoryPart
 from migrator.backups.folder import FolderStore
+from migrator.backups.parts import DirectoryPart
 from migrator.backups.store import open_store
 from migrator.errors import BackupFailed
 from tests.support.servers import Database, Server

@@ -12,8 +12,9 @@ import pyrage
 import pytest
 
 from migrator.backups import sealing
-from migrator.backups.folder import FolderPart, FolderStore
+from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
+from migrator.backups.parts import FilePart
 from migrator.backups.sealing import CannotOpen, opened, seal_all
 from migrator.backups.store import checksum, new_id, open_store
 from migrator.errors import SettingsError
@@ -174,10 +175,10 @@ def test_a_failure_leaves_nothing(store: FolderStore, monkeypatch: pytest.Monkey
         fail()
     assert os.listdir(store.folder) == []
 
-    def full(part: FolderPart, chunk: bytes) -> None:
+    def full(part: FilePart, chunk: bytes) -> None:
         raise OSError(28, "No space left on device", str(part.path))
 
-    monkeypatch.setattr(FolderPart, "write", full)
+    monkeypatch.setattr(FilePart, "write", full)
     with pytest.raises(OSError, match="No space left") as caught:
         add(store, CONTENT * 10)
     assert caught.value.errno == 28

@@ -27,10 +27,11 @@ from migrator.backups.clients import Client
 from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup, human_size
 from migrator.backups.method import DIRECTORY, Method
+from migrator.backups.parts import DirectoryPart
 from migrator.backups.pg_dump import Dump, WorkerLockedOut
 from migrator.backups.proof import Proving
 from migrator.backups.snapshot import LockedOut, Relation, Sizes
-from migrator.backups.store import Part, Store, new_id, open_store
+from migrator.backups.store import Part, Store, WritablePart, new_id, open_store
 from migrator.errors import BackupFailed, MigratorError
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.settings import Settings
@@ -223,7 +224,7 @@ class _Work:
         LOGGER.warning("the backup's sessions have not left the server yet")
 
 
-def _new_part(store: Store, how: Method, backup_id: str, data: int) -> Part:
+def _new_part(store: Store, how: Method, backup_id: str, data: int) -> WritablePart | DirectoryPart:
     if how.dump_format == DIRECTORY:
         assert isinstance(store, FolderStore)  # noqa: S101 - method.choose was told
         return store.new_directory(backup_id)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import re
@@ -22,11 +21,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 
 from migrator.backups import sealing
-from migrator.backups.directory import DIRECTORY, DirectoryPart
+from migrator.backups.directory import DIRECTORY
 from migrator.backups.manifest import Backup, BadManifest
+from migrator.backups.parts import PART, DirectoryPart, FilePart, sync_folder
 from migrator.backups.store import (
     BAD,
     BAD_MANIFEST,
@@ -35,6 +34,7 @@ from migrator.backups.store import (
     SEALED,
     BadDump,
     Part,
+    WritablePart,
     bad_manifest,
     dump_name,
     file_chunks,
@@ -53,7 +53,6 @@ STALE_AFTER = 3600.0
 """Seconds after which a ``.part`` file of *another* database is taken for dead, where flock says it is free."""
 
 _PROBE = ".migrator-"
-_PART = ".part"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -82,7 +81,7 @@ class FolderStore:
 
     def prepare(self) -> None:
         """Create the folder if need be and try that files can be made in it; raises :class:`BackupFailed`."""
-        probe = self.folder / f"{_PROBE}{secrets.token_hex(6)}{_PART}"
+        probe = self.folder / f"{_PROBE}{secrets.token_hex(6)}{PART}"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
@@ -196,7 +195,7 @@ class FolderStore:
         not every network file system carries locks from host to host.
         """
         ours = re.compile(re.escape(slug(database)) + r"-\d{8}T\d{6}Z-[0-9a-f]{6}\.[a-z.]+\.part")
-        for path in self._names(_PART):
+        for path in self._names(PART):
             try:
                 if path.name.startswith(_PROBE):  # only making it mattered, to whichever run
                     path.unlink(missing_ok=True)
@@ -215,7 +214,7 @@ class FolderStore:
         for path in self._names(""):
             if path.name.startswith(f"{found.id}."):
                 _delete(path)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
         """Rename what failed its proof to ``ID.dump.bad``; return its place.  Raises OSError.
@@ -234,7 +233,7 @@ class FolderStore:
                 part = _inner(found)
                 bad = part.path.with_name(part.path.name + BAD)
                 part.publish(bad)
-            with FolderPart(manifest, found.id) as text:
+            with FilePart(manifest, found.id) as text:
                 text.write(bad_manifest(found, why, database).encode())
                 text.sync()
                 text.publish()
@@ -253,9 +252,9 @@ class FolderStore:
                     found.append(bad)
         return found
 
-    def new_dump(self, backup_id: str, expected: int = 0) -> Part:
+    def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
         """Open the file that a dump is written to; raises OSError."""
-        part = FolderPart(self.dump_path(backup_id), backup_id)
+        part = FilePart(self.dump_path(backup_id), backup_id)
         return sealing.sealed(part, self.recipients) if self.recipients else part
 
     def new_directory(self, backup_id: str) -> DirectoryPart:
@@ -269,7 +268,7 @@ class FolderStore:
         """
         inner = _inner(part)
         with contextlib.ExitStack() as stack:
-            files: list[FolderPart | DirectoryPart] = [
+            files: list[FilePart | DirectoryPart] = [
                 stack.enter_context(self._small(f"{backup.id}{ending}", backup.id, content))
                 for ending, content in sealing.seal_all(beside or {}, self.recipients).items()
             ]
@@ -286,8 +285,8 @@ class FolderStore:
                     raise
         return dataclasses.replace(backup, place=str(inner.path))
 
-    def _small(self, name: str, backup_id: str, content: bytes) -> FolderPart:
-        part = FolderPart(self.folder / name, backup_id)
+    def _small(self, name: str, backup_id: str, content: bytes) -> FilePart:
+        part = FilePart(self.folder / name, backup_id)
         try:
             part.write(content)
             part.sync()
@@ -309,10 +308,10 @@ class FolderStore:
         return path.read_bytes() if path.exists() else None
 
 
-def _inner(part: Part) -> FolderPart | DirectoryPart:
+def _inner(part: Part) -> FilePart | DirectoryPart:
     if isinstance(part, sealing.SealedPart):
         part = part.inner
-    assert isinstance(part, FolderPart | DirectoryPart)  # noqa: S101 - one that new_dump made
+    assert isinstance(part, FilePart | DirectoryPart)  # noqa: S101 - one that new_dump made
     return part
 
 
@@ -339,92 +338,3 @@ def _nobody_holds(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-class FolderPart:
-    """A file on its way: under a temporary name, locked, hashed; removed unless it was published."""
-
-    encrypted_to: tuple[str, ...] = ()
-
-    def __init__(self, path: Path, backup_id: str) -> None:
-        self.id = backup_id
-        self.path = path
-        self.temporary = path.with_name(path.name + _PART)
-        self.size = 0
-        self._hash = hashlib.sha256()
-        self._published = False
-        self._descriptor = -1
-        try:
-            with uninterrupted():
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                self._descriptor = os.open(self.temporary, flags, 0o600)
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (
-            BaseException
-        ):  # a signal that was held back until here: no one will leave what was not entered
-            if self._descriptor >= 0:
-                self.temporary.unlink(missing_ok=True)
-                os.close(self._descriptor)
-            raise
-
-    def __enter__(self) -> FolderPart:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with uninterrupted():
-            if not self._published:
-                self.temporary.unlink(missing_ok=True)
-            os.close(self._descriptor)
-
-    @property
-    def sha256(self) -> str:
-        """Return the checksum of what was written."""
-        return self._hash.hexdigest()
-
-    @property
-    def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of what is stored, which is what was written."""
-        return self.sha256, self.size
-
-    def write(self, chunk: bytes) -> None:
-        """Append to the file; raises OSError."""
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
-        self._hash.update(chunk)
-        self.size += len(chunk)
-
-    def sync(self) -> None:
-        """Have the bytes on the disk, and forget the kernel's copies, so that reading back reads the disk."""
-        os.fsync(self._descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield what was written, read back from the disk; raises OSError."""
-        return file_chunks(self.temporary)
-
-    @contextlib.contextmanager
-    def local(self) -> Iterator[Path]:
-        """Yield the path of what was written."""
-        yield self.temporary
-
-    def publish(self, path: Path | None = None) -> None:
-        """Give the file its name (or another), and have that on the disk too."""
-        os.rename(self.temporary, path or self.path)
-        self._published = True
-        _sync_folder(self.path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)

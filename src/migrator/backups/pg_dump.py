@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from migrator import process
 from migrator.backups import clients, method, progress, snapshot
 from migrator.backups.clients import Client
-from migrator.backups.directory import DirectoryPart
 from migrator.backups.manifest import Table
 from migrator.backups.method import Method
+from migrator.backups.parts import DirectoryPart
 from migrator.backups.progress import DumpProgress
 from migrator.backups.snapshot import LOCK_WAIT, Relation
 from migrator.backups.store import Part
@@ -67,14 +67,14 @@ class Dump:
         self,
         part: Part,
         *,
-        sink: Callable[[bytes], object] | None = None,
+        sink: Callable[[bytes], object] | None,
         in_snapshot: Callable[[Session], object] = lambda _: None,
     ) -> Dumped:
         """Write the archive; return what the tables held in its snapshot.
 
-        A single file goes through ``sink``, by default into the part.  ``in_snapshot`` is called with the session
-        that holds the snapshot, before pg_dump starts.  Raises :class:`WorkerLockedOut`, :class:`LockedOut`,
-        :class:`BackupFailed`, OSError.
+        A single file goes through ``sink``; where that is None, pg_dump writes into the part's folder itself.
+        ``in_snapshot`` is called with the session that holds the snapshot, before pg_dump starts.
+        Raises :class:`WorkerLockedOut`, :class:`LockedOut`, :class:`BackupFailed`, OSError.
         """
         holder = snapshot.exported(self._target, self._application_name, self._timeout)
         with holder as (session, snapshot_id):
@@ -89,7 +89,7 @@ class Dump:
                 if table.size_bytes is not None and name not in left_out
             }
             told = self._progress(found, sizes, part)
-            finished = _without_chatter(self._run(snapshot_id, part, sink or part.write, told))
+            finished = _without_chatter(self._run(snapshot_id, part, sink, told))
         if finished.status != 0:
             if self._how.jobs > 1 and _WORKER_LOCKED_OUT in finished.stderr:
                 raise WorkerLockedOut
@@ -103,7 +103,7 @@ class Dump:
         return DumpProgress(self._database, found, sizes, lambda: part.size, bar, jobs=self._how.jobs)
 
     def _run(
-        self, snapshot_id: str, part: Part, sink: Callable[[bytes], object], told: DumpProgress
+        self, snapshot_id: str, part: Part, sink: Callable[[bytes], object] | None, told: DumpProgress
     ) -> process.Finished:
         folder = part.temporary if isinstance(part, DirectoryPart) else None
         try:
@@ -121,7 +121,7 @@ class Dump:
                     clients.connection_argument(self._target, self._database),
                 ],
                 environment=clients.environment(self._target, self._application_name, self._timeout),
-                on_output=None if folder else sink,
+                on_output=sink,
                 on_stderr=told.on_stderr,
                 # pg_dump itself waits for ever where a network is cut that acknowledges everything.
                 pulse=lambda: self._pulse(told),

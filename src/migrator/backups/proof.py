@@ -26,11 +26,11 @@ from migrator.backups import archive, clients, comparison, contents, scratch, te
 from migrator.backups.clients import Client
 from migrator.backups.comparison import Compared
 from migrator.backups.contents import Contents
-from migrator.backups.directory import DirectoryPart
 from migrator.backups.manifest import Backup, Proof, Sequence, Table
+from migrator.backups.parts import DirectoryPart
 from migrator.backups.reader import Reader
 from migrator.backups.scratch import Place
-from migrator.backups.store import Part, Store
+from migrator.backups.store import Part, Store, WritablePart
 from migrator.errors import BackupFailed
 from migrator.postgres import Session, connect
 from migrator.settings import Settings
@@ -95,8 +95,14 @@ class Proving:
         self._reading: process.Finished | None = None
 
     @contextlib.contextmanager
-    def reading(self, part: Part) -> Iterator[Callable[[bytes], object]]:
-        """Yield what the dump is to be written to: the part; and a pg_restore, where nobody can read it later."""
+    def reading(self, part: WritablePart | DirectoryPart) -> Iterator[Callable[[bytes], object] | None]:
+        """Yield what the dump is to be written to: the part; and a pg_restore, where nobody can read it later.
+
+        None where pg_dump writes into a folder itself.
+        """
+        if isinstance(part, DirectoryPart):
+            yield None
+            return
         if not part.encrypted_to:
             yield part.write
             return

@@ -29,6 +29,7 @@ from migrator.backups.store import (
     SEALED,
     BadDump,
     Part,
+    WritablePart,
     bad_manifest,
     dump_name,
     newest_first,
@@ -204,7 +205,7 @@ class S3Store:
 
     # -- backups ---------------------------------------------------------------------------------------
 
-    def new_dump(self, backup_id: str, expected: int = 0) -> Part:
+    def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
         """Begin an upload; raises OSError."""
         part = S3Part(self, dump_name(backup_id, self.recipients), backup_id, expected)
         return sealing.sealed(part, self.recipients) if self.recipients else part

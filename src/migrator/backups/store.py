@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import unquote, urlparse
 
 from migrator.backups.manifest import FORMAT, Backup, BadManifest, from_json
@@ -45,7 +45,7 @@ class Part(Protocol):
         """Return how many bytes were written so far."""
         ...
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> Self:
         """Return it."""
         ...
 
@@ -65,10 +65,6 @@ class Part(Protocol):
         """Return the checksum and the size of what is stored; known after :meth:`sync`."""
         ...
 
-    def write(self, chunk: bytes) -> None:
-        """Append to it; raises OSError."""
-        ...
-
     def sync(self) -> None:
         """Have all of it where it will be read back from; raises OSError."""
         ...
@@ -79,6 +75,14 @@ class Part(Protocol):
 
     def local(self) -> AbstractContextManager[Path]:
         """Yield a path on this machine with what is stored; raises OSError."""
+        ...
+
+
+class WritablePart(Part, Protocol):
+    """A part that its maker writes to; into a folder, pg_dump writes itself."""
+
+    def write(self, chunk: bytes) -> None:
+        """Append to it; raises OSError."""
         ...
 
 
@@ -135,7 +139,7 @@ class Store(Protocol):
         """
         ...
 
-    def new_dump(self, backup_id: str, expected: int = 0) -> Part:
+    def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
         """Begin a dump of about ``expected`` bytes (0: nobody knows); raises OSError."""
         ...
 

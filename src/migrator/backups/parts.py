@@ -1,0 +1,181 @@
+"""Dumps on their way into a folder: under a temporary name, locked, and removed unless they were published."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from migrator.backups import directory
+from migrator.backups.store import file_chunks
+from migrator.process import uninterrupted
+
+PART = ".part"
+_NOT_EVERYWHERE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
+
+
+class LocalPart:
+    """What a file and a folder have in common: the name, the lock, and how they go or get their name."""
+
+    encrypted_to: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, backup_id: str) -> None:
+        self.id = backup_id
+        self.path = path
+        self.temporary = path.with_name(path.name + PART)
+        self._published = False
+        self._made = False
+        self._descriptor = -1
+        try:
+            with uninterrupted():
+                self._make()
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (
+            BaseException
+        ):  # also a signal that was held back until here: nobody will leave what was not entered
+            self._discard()
+            raise
+
+    def _make(self) -> None:
+        """Make what is written to, and open it: sets ``_made`` and ``_descriptor``; raises OSError."""
+        self._descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._made = True
+
+    def _remove(self) -> None:
+        """Remove it."""
+        self.temporary.unlink(missing_ok=True)
+
+    def _discard(self) -> None:
+        if self._made and not self._published:
+            self._remove()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with uninterrupted():
+            self._discard()
+
+    @contextlib.contextmanager
+    def local(self) -> Iterator[Path]:
+        """Yield the path of what was written."""
+        yield self.temporary
+
+    def publish(self, path: Path | None = None) -> None:
+        """Give it its name (or another), and have that on the disk too."""
+        os.rename(self.temporary, path or self.path)
+        self._published = True
+        sync_folder(self.path.parent)
+
+
+class FilePart(LocalPart):
+    """A file that is written to, and hashed on the way."""
+
+    def __init__(self, path: Path, backup_id: str) -> None:
+        self.size = 0
+        self._hash = hashlib.sha256()
+        super().__init__(path, backup_id)
+
+    @property
+    def sha256(self) -> str:
+        """Return the checksum of what was written."""
+        return self._hash.hexdigest()
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Return the checksum and the size of what is stored, which is what was written."""
+        return self.sha256, self.size
+
+    def write(self, chunk: bytes) -> None:
+        """Append to the file; raises OSError."""
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        self._hash.update(chunk)
+        self.size += len(chunk)
+
+    def sync(self) -> None:
+        """Have the bytes on the disk, and forget the kernel's copies, so that reading back reads the disk."""
+        _sync_file(self._descriptor)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield what was written, read back from the disk; raises OSError."""
+        return file_chunks(self.temporary)
+
+
+class DirectoryPart(LocalPart):
+    """A folder that pg_dump writes into itself, with several workers."""
+
+    _found: tuple[str, int] | None = None
+
+    def _make(self) -> None:
+        self.temporary.mkdir(mode=0o700)
+        self._made = True
+        self._descriptor = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes were written so far."""
+        return self._found[1] if self._found else directory.size_of(self.temporary)
+
+    @property
+    def sha256(self) -> str:
+        """Return the checksum of what pg_dump wrote; known after :meth:`sync`."""
+        return self.stored[0]
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        """Return the checksum and the size of what is stored, which is what was written."""
+        assert self._found is not None  # noqa: S101 - sync comes first
+        return self._found
+
+    def sync(self) -> None:
+        """Hash what pg_dump wrote, and have it on the disk, for nobody else to read; raises OSError."""
+        self._found = directory.checksum(self.temporary)
+        for path in directory.files(self.temporary):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fchmod(descriptor, 0o600)
+                _sync_file(descriptor)
+            finally:
+                os.close(descriptor)
+        os.fsync(self._descriptor)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield what is stored, file after file; raises OSError."""
+        for path in directory.files(self.temporary):
+            yield from file_chunks(path)
+
+
+def _sync_file(descriptor: int) -> None:
+    os.fsync(descriptor)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_EVERYWHERE:
+            raise
+    finally:
+        os.close(descriptor)
