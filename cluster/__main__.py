@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import threading
 
 from cluster.cluster import cluster
+from cluster.services import end_on_sigterm
 
 if __name__ == "__main__":
-    with cluster() as it:
+    end_on_sigterm()
+    with contextlib.suppress(KeyboardInterrupt), cluster() as it:
         print(f"export KUBECONFIG={it.kubectl.access}")
         print(f"alias kubectl={it.kubectl.program}", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        threading.Event().wait()

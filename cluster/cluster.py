@@ -21,6 +21,7 @@ from cluster.node import Node, address, node
 PREFIX = "migrator-k8s-cluster"
 IMAGES = ("migrator:latest", "shop-migrations:latest", "migrator-example-backend:latest")
 POSTGRES_SECONDS = 120
+UNREACHABLE = "10.244.255.254"  # a pod's address that no pod has
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Cluster:
         postgres = self.kubectl.within("database")
         return postgres.run("exec", "-i", "postgres", "--", *command, stdin=sql).stdout.splitlines()
 
-    def address_of(self, database: str, password: str = "") -> str:
-        """Return a database's address as a pod reaches it."""
-        return f"postgresql://shop:{password or self.password}@{self.host}:5432/{database}"
+    def address_of(self, database: str, password: str = "", host: str = "") -> str:
+        """Return a database's address as a pod reaches it, or with something wrong in it."""
+        return f"postgresql://shop:{password or self.password}@{host or self.host}:5432/{database}"
 
 
 @contextlib.contextmanager
@@ -61,7 +62,8 @@ def cluster() -> Iterator[Cluster]:
             yield _with_postgres(machine, plane.kubectl, state / "volumes")
     finally:
         shutil.rmtree(run, ignore_errors=True)
-        shutil.rmtree(state / "containerd", ignore_errors=True)
+        for folder in ("containerd", "etcd", "volumes"):  # the logs stay
+            shutil.rmtree(state / folder, ignore_errors=True)
 
 
 def _load_images(node: Node, engine: Engine) -> None:

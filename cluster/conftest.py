@@ -9,12 +9,14 @@ import pytest
 
 from cluster.cluster import Cluster
 from cluster.cluster import cluster as running_cluster
+from cluster.services import end_on_sigterm
 from cluster.shop import Shop
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """The cluster."""
+    end_on_sigterm()
     with running_cluster() as it:
         yield it
 

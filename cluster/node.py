@@ -34,6 +34,8 @@ state = "{run}/containerd"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{pause}"
   netns_mounts_under_state_dir = true
+  # Without CAP_SYS_RESOURCE, as in some virtual machines, nobody may lower it.
+  restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{state}/cni"

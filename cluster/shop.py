@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from cluster.control_plane import NODE
 from cluster.kubectl import Kubectl, Object, state, terminated, wait_for
 
 K8S = ROOT / "k8s"
+OVERLAYS = ROOT / "cluster" / "overlays"
+HEADS = set(json.loads((ROOT / "migrations" / "manifest.json").read_text())["heads"])
 SECURITY = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
 
 
@@ -105,6 +108,11 @@ class Shop:
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         )
         return int(rows[0])
+
+    def ready(self, deployment: str, replicas: int = 1) -> bool:
+        """Tell whether so many of a Deployment's pods are ready."""
+        status = self.kubectl.get("deployment", deployment)["status"]
+        return bool(status.get("readyReplicas", 0) == replicas)
 
     def pods(self, selector: str = "") -> list[Object]:
         """Return the namespace's pods, oldest first."""

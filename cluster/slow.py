@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.build import ROOT
 from cluster.kubectl import Object
 
@@ -27,12 +29,13 @@ def downgrade():
 _SLEEP = "SELECT pg_sleep(coalesce(nullif(current_setting('shop.hold', true), ''), '0')::int)"
 
 
-def history() -> Object:
-    """Return the history as a ConfigMap."""
+def history(*, failing: bool = False) -> Object:
+    """Return the history as a ConfigMap; its second revision sleeps, or fails."""
+    second = "SELECT no_such_column" if failing else _SLEEP
     files = {
         "env.py": (ROOT / "migrations" / "env.py").read_text(),
         "r001.py": _REVISION.format(revision="r001", parent=None, statement="SELECT 1"),
-        "r002.py": _REVISION.format(revision="r002", parent='"r001"', statement=_SLEEP),
+        "r002.py": _REVISION.format(revision="r002", parent='"r001"', statement=second),
     }
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NAME}, "data": files}
 
@@ -47,6 +50,12 @@ def mounted(pod: Object) -> Object:
         if container["name"] == "migrator":
             container["volumeMounts"].append({"name": NAME, "mountPath": "/app/migrations"})
     return pod
+
+
+def sleeping(psql: Callable[[str], list[str]], database: str) -> bool:
+    """Tell whether a session is in the revision that sleeps."""
+    sessions = "SELECT datname, state FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(coalesce%'"
+    return f"{database}|active" in psql(sessions)
 
 
 def hold(database: str, seconds: int) -> str:

@@ -6,22 +6,10 @@ import json
 from typing import Any
 
 from cluster.kubectl import is_true, terminated, wait_for
-from cluster.shop import Shop, encoded, of_kind
+from cluster.shop import HEADS, Shop, encoded, of_kind
 
 DEPLOYMENT = "shop-backend"
 REPLICAS = 20
-
-
-def heads() -> set[str]:
-    """Return the heads of the example's history."""
-    from cluster.build import ROOT
-
-    return set(json.loads((ROOT / "migrations" / "manifest.json").read_text())["heads"])
-
-
-def available(shop: Shop, replicas: int = 1) -> bool:
-    """Tell whether so many of the Deployment's pods are ready."""
-    return bool(shop.kubectl.get("deployment", DEPLOYMENT)["status"].get("readyReplicas", 0) == replicas)
 
 
 def message(ended: dict[str, Any]) -> str:
@@ -31,13 +19,13 @@ def message(ended: dict[str, Any]) -> str:
 
 def test_the_backend_starts_once_migrator_is_done(shop: Shop) -> None:
     shop.apply(*shop.rendered())
-    wait_for(lambda: available(shop), 120, shop.explain)
+    wait_for(lambda: shop.ready(DEPLOYMENT), 120, shop.explain)
 
     (pod,) = shop.pods()
     ended = terminated(pod, "migrator")
     assert (ended["exitCode"], ended["reason"]) == (0, "Completed")
     assert is_true(pod, "Ready")
-    assert shop.versions() == heads()
+    assert shop.versions() == HEADS
     started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
     assert ended["finishedAt"] <= started
     assert message(ended)
@@ -47,6 +35,7 @@ def test_the_backend_starts_once_migrator_is_done(shop: Shop) -> None:
 
 def test_a_pod_that_may_do_more_is_refused(shop: Shop) -> None:
     objects = shop.rendered()
+    shop.apply(of_kind(objects, "ServiceAccount"))
     template = of_kind(objects, "Deployment")["spec"]["template"]
     template["spec"]["initContainers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
     pod = {"apiVersion": "v1", "kind": "Pod", **template}
@@ -76,25 +65,25 @@ def test_describe_says_why_and_a_corrected_secret_is_picked_up(shop: Shop) -> No
     secret = of_kind(objects, "Secret")
     secret["data"] = {"url": encoded(shop.cluster.address_of(shop.database))}
     shop.kubectl.apply(secret)
-    wait_for(lambda: available(shop), 240, shop.explain)
+    wait_for(lambda: shop.ready(DEPLOYMENT), 240, shop.explain)
     assert [pod["metadata"]["name"] for pod in shop.pods()] == [name]
-    assert shop.versions() == heads()
+    assert shop.versions() == HEADS
 
 
 def test_twenty_replicas_start_at_once(shop: Shop) -> None:
     objects = shop.rendered()
     of_kind(objects, "Deployment")["spec"]["replicas"] = REPLICAS
     shop.apply(*objects)
-    wait_for(lambda: available(shop, REPLICAS), 300, shop.explain)
+    wait_for(lambda: shop.ready(DEPLOYMENT, REPLICAS), 300, shop.explain)
 
     ends = [terminated(pod, "migrator") for pod in shop.pods()]
     assert [ended["exitCode"] for ended in ends] == [0] * REPLICAS
     assert [pod["status"]["initContainerStatuses"][0]["restartCount"] for pod in shop.pods()] == [
         0
     ] * REPLICAS
-    assert shop.versions() == heads()
+    assert shop.versions() == HEADS
     applied = shop.psql("SELECT run_id, count(*) FROM migrator_ledger WHERE event = 'applied' GROUP BY 1")
     assert len(applied) == 1, applied
-    assert shop.standing() >= heads()
+    assert shop.standing() >= HEADS
     assert shop.locks() == 0
     print("\n".join(sorted({message(ended) for ended in ends})))

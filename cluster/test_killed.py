@@ -28,14 +28,8 @@ def pod_in_the_middle(shop: Shop, *finalizers: str) -> tuple[Object, str]:
     slow.mounted(pod)
     others = [item for item in objects if item["kind"] not in ("Deployment", "Service")]
     shop.apply(*others, slow.history(), pod)
-    wait_for(lambda: sleeping(shop), 90, shop.explain)
+    wait_for(lambda: slow.sleeping(shop.psql, shop.database), 90, shop.explain)
     return pod, "shop-backend"
-
-
-def sleeping(shop: Shop) -> bool:
-    """Tell whether a session is in the revision that sleeps."""
-    query = "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(coalesce%' AND datname = '{}'"
-    return bool(shop.psql(query.format(shop.database)))
 
 
 def test_a_deleted_pod_rolls_back_and_says_so(shop: Shop) -> None:
@@ -48,7 +42,7 @@ def test_a_deleted_pod_rolls_back_and_says_so(shop: Shop) -> None:
     assert ended["exitCode"] == 23
     assert shop.versions() == shop.standing() == {"r001"}
     assert shop.psql("SELECT to_regclass('made_by_r002') IS NULL") == ["t"]
-    wait_for(lambda: not sleeping(shop), 30, shop.explain)
+    wait_for(lambda: not slow.sleeping(shop.psql, shop.database), 30, shop.explain)
     assert shop.locks() == 0
 
     shop.kubectl.run("patch", "pod", name, "--type=merge", "-p", '{"metadata":{"finalizers":null}}')

@@ -1,0 +1,106 @@
+"""The shipped Job: which exit codes its controller tries again, which fail it at once, and who waits for it."""
+
+from __future__ import annotations
+
+from cluster import slow
+from cluster.cluster import UNREACHABLE
+from cluster.kubectl import Object, is_true, terminated, wait_for
+from cluster.shop import HEADS, OVERLAYS, Shop, encoded, of_kind
+
+JOB = "shop-migrate"
+PODS = f"job-name={JOB}"
+
+
+def codes(shop: Shop) -> list[int]:
+    """Return the exit codes of the Job's pods that have ended, oldest first."""
+    ends = [terminated(pod, "migrator") for pod in shop.pods(PODS)]
+    return [ended["exitCode"] for ended in ends if ended]
+
+
+def condition(shop: Shop, kind: str) -> Object:
+    """Return a condition of the Job once it is true; empty before."""
+    job = shop.kubectl.get("job", JOB)
+    if not is_true(job, kind):
+        return {}
+    return next(entry for entry in job["status"]["conditions"] if entry["type"] == kind)
+
+
+def test_the_backend_waits_until_the_job_is_complete(shop: Shop) -> None:
+    shop.apply(*shop.rendered(OVERLAYS / "job"))
+    wait_for(lambda: condition(shop, "Complete"), 120, shop.explain)
+    wait_for(lambda: shop.ready("shop-backend"), 120, shop.explain)
+
+    assert codes(shop) == [0]
+    assert shop.versions() == HEADS
+    (backend,) = shop.pods("app.kubernetes.io/name=shop-backend")
+    ended, migrated = terminated(backend, "migrator"), terminated(shop.pods(PODS)[0], "migrator")
+    assert ended["exitCode"] == 0
+    assert ended["finishedAt"] >= migrated["finishedAt"]
+    job = shop.kubectl.get("job", JOB)
+    assert job["spec"]["ttlSecondsAfterFinished"] == 86400
+    print(shop.kubectl.run("get", "jobs,pods").stdout)
+
+
+def test_a_twenty_is_tried_again_until_postgres_is_there(shop: Shop) -> None:
+    objects = shop.rendered(
+        OVERLAYS / "job", address=shop.cluster.address_of(shop.database, host=UNREACHABLE)
+    )
+    of_kind(objects, "ConfigMap")["data"]["MIGRATOR_WAIT_TIMEOUT"] = "3s"
+    shop.apply(*objects)
+    wait_for(lambda: codes(shop) == [20, 20], 180, shop.explain)
+
+    secret = of_kind(objects, "Secret")
+    secret["data"] = {"url": encoded(shop.cluster.address_of(shop.database))}
+    shop.kubectl.apply(secret)
+    wait_for(lambda: condition(shop, "Complete"), 180, shop.explain)
+
+    tried = codes(shop)
+    assert set(tried[:-1]) == {20}
+    assert tried[-1] == 0
+    assert shop.versions() == HEADS
+    print(shop.kubectl.run("get", "jobs,pods").stdout, tried)
+
+
+def test_a_thirty_fails_the_job_at_once(shop: Shop) -> None:
+    shop.apply(*shop.rendered(OVERLAYS / "job", address=shop.cluster.address_of(shop.database, "wrong")))
+    failed = wait_for(lambda: condition(shop, "Failed"), 120, shop.explain)
+
+    assert failed["reason"] == "PodFailurePolicy"
+    assert "exit code 30" in failed["message"]
+    assert codes(shop) == [30]
+    print(shop.kubectl.describe("job", JOB))
+
+
+def test_a_revision_that_fails_fails_the_job_at_once(shop: Shop) -> None:
+    objects = shop.rendered(OVERLAYS / "job")
+    slow.mounted(of_kind(objects, "Job")["spec"]["template"])
+    shop.apply(slow.history(failing=True), *objects)
+    failed = wait_for(lambda: condition(shop, "Failed"), 120, shop.explain)
+
+    assert failed["reason"] == "PodFailurePolicy"
+    assert "exit code 40" in failed["message"]  # its first revision was committed
+    assert codes(shop) == [40]
+    assert shop.versions() == shop.standing() == {"r001"}
+    assert shop.locks() == 0
+    print(failed["message"])
+    print(terminated(shop.pods(PODS)[0], "migrator")["message"])
+
+
+def test_a_job_whose_pod_is_deleted_gets_another_that_finishes(shop: Shop) -> None:
+    shop.cluster.psql(slow.hold(shop.database, 300))
+    objects = shop.rendered(OVERLAYS / "job")
+    slow.mounted(of_kind(objects, "Job")["spec"]["template"])
+    shop.apply(slow.history(), *objects)
+    wait_for(lambda: slow.sleeping(shop.psql, shop.database), 90, shop.explain)
+    shop.cluster.psql(slow.hold(shop.database, 0))
+    (pod,) = shop.pods(PODS)
+
+    shop.kubectl.delete("pod", pod["metadata"]["name"])
+    wait_for(lambda: condition(shop, "Complete"), 180, shop.explain)
+
+    assert shop.versions() == {slow.HEAD}
+    assert shop.standing() == {"r001", slow.HEAD}
+    assert shop.locks() == 0
+    assert shop.kubectl.get("job", JOB)["status"]["succeeded"] == 1
+    outcomes = shop.psql("SELECT code FROM migrator_ledger WHERE event = 'run' ORDER BY at")
+    assert outcomes == ["23", "0"], outcomes
