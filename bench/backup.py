@@ -2,31 +2,24 @@
 
     bin/setup && .venv/bin/python -m bench.backup [--runs 5] [--scale 135]
 
-Scale 135 is 2 GB.  pgbench's data are one big table, which pg_dump reads through one session however many workers it
-has; with ``--partitions`` they are eight, as the tables of most databases are several.  All run on the same machine as
-the server, in turn.  Writes ``bench/results/backup.md``.
+All run on the same machine as the server, in turn.  Writes ``bench/results/backup.md``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.installations import binaries
-from tests.support.projects import linear_history, write_project
-from tests.support.servers import Database, Server, running
+from tests.support.servers import Database
 
-from bench.measure import RESULTS, Program, clean_environment, compile_sources
+from bench import pgbench
+from bench.measure import RESULTS, Program, compile_sources
+from bench.pgbench import MIGRATOR
 
-MIGRATOR = [str(Path(sys.executable).with_name("migrator")), "backup"]
 FASTER, OF_THE_BEST = 2.5, 1.15
 HEADER = (
     "| database | with | s | MB | migrator s | MB | times as fast | its backup s | times as fast | at least |",
@@ -39,6 +32,7 @@ BY_HAND = {
     "directory, 2 workers, zstd:1": "pg_dump -Fd -j2 --compress=zstd:1 -f $OUT/dump",
 }
 PLAIN = "pg_dump, gzip"
+FLOOR = "COPY alone, thrown away"
 
 
 @dataclass(frozen=True)
@@ -48,15 +42,6 @@ class Figures:
     seconds: float
     size: float
     inside: float
-
-
-def fill(server: Server, name: str, scale: int, *options: str) -> Database:
-    """Make a pgbench database."""
-    database = server.create_database(name)
-    command = [server.bin / "pgbench", "-i", "-q", "-s", str(scale), *options]
-    environment = clean_environment() | database.environment()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    return database
 
 
 def measure(database: Database, folder: Path, runs: int) -> dict[str, Figures]:
@@ -76,8 +61,9 @@ def measure(database: Database, folder: Path, runs: int) -> dict[str, Figures]:
         out.mkdir()
         return environment
 
-    commands = {"migrator": MIGRATOR, PLAIN: ["sh", "-c", "pg_dump | gzip > $OUT/dump"]}
+    commands = {"migrator": [MIGRATOR, "backup"], PLAIN: ["sh", "-c", "pg_dump | gzip > $OUT/dump"]}
     commands |= {name: ["sh", "-c", line] for name, line in BY_HAND.items()}
+    commands[FLOOR] = ["sh", "-c", "psql -qc 'COPY (TABLE pgbench_accounts) TO STDOUT' > /dev/null"]
     found: dict[str, list[tuple[float, int, float]]] = {name: [] for name in commands}
     for number in range(runs + 1):
         for name, command in commands.items():
@@ -128,28 +114,19 @@ def rows_of(database: str, figures: dict[str, Figures]) -> list[str]:
 
 def main() -> None:
     """Run every comparison and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--scale", type=int, default=135)
-    arguments = parser.parse_args()
+    arguments = pgbench.arguments(__doc__)
     compile_sources()
     lines = []
-    settings = {"shared_buffers": "256MB", "max_wal_size": "4GB"}
-    with tempfile.TemporaryDirectory() as place, running(binaries("zstd"), settings=settings) as server:
-        folder = write_project(Path(place) / "project", revisions=linear_history(1))
-        for title, options in {"one table": (), "8 partitions": ("--partitions=8",)}.items():
-            database = fill(server, "bench", arguments.scale, *options)
-            lines += rows_of(
-                f"pgbench, scale {arguments.scale}, {title}", measure(database, folder, arguments.runs)
-            )
-            server.drop_database("bench")
-            print("\n".join(lines), flush=True)
+    for title, database, folder in pgbench.databases(arguments.scale):
+        lines += rows_of(title, measure(database, folder, arguments.runs))
+        print("\n".join(lines), flush=True)
     note = (
         f"Medians of {arguments.runs} interleaved runs, after one warm-up; {os.cpu_count()} cores that the server "
         f"shares, load average {os.getloadavg()[0]:.1f} at the end. migrator's time is that of the whole command: "
         "Python's start, Alembic's import (for the revision), the lock, the dump, reading it back (checksum and "
         "pg_restore), and publishing it; its backup is that without what comes before the dump. In bold: the fastest "
-        "line by hand whose dump is no bigger than gzip's.\n\n"
+        "line by hand whose dump is no bigger than gzip's. COPY alone is what one session takes to send the biggest table's "
+        "rows to a client that throws them away: no dump of it through one session is faster.\n\n"
     )
     (RESULTS / "backup.md").write_text(note + "\n".join((*HEADER, *lines)) + "\n", encoding="utf-8")
 

@@ -2,28 +2,23 @@
 
     bin/setup && .venv/bin/python -m bench.restore [--runs 5] [--scale 135]
 
-Scale 135 is 2 GB.  Both read the same backup, with as many workers, on the same machine as the server, in turn.
+Both read the same backup, with as many workers, on the same machine as the server, in turn.
 pg_restore by hand makes a database, restores, and analyses it, as migrator does; it checks and compares nothing.
 Writes ``bench/results/restore.md``.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
-import tempfile
 from pathlib import Path
 
-from tests.support.installations import binaries
-from tests.support.projects import linear_history, write_project
-from tests.support.servers import Database, running
+from tests.support.servers import Database
 
-from bench.backup import fill
+from bench import pgbench
 from bench.measure import RESULTS, Program, clean_environment, compile_sources
+from bench.pgbench import MIGRATOR
 
-MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 AT_MOST = 1.15
 BY_HAND = (
     'createdb -T template0 by_hand && pg_restore -j "$JOBS" --exit-on-error -d by_hand "$DUMP"'
@@ -69,25 +64,14 @@ def measure(database: Database, folder: Path, runs: int) -> tuple[float, float, 
 
 def main() -> None:
     """Run the comparison and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--scale", type=int, default=135)
-    arguments = parser.parse_args()
+    arguments = pgbench.arguments(__doc__)
     compile_sources()
     lines = []
-    settings = {"shared_buffers": "256MB", "max_wal_size": "4GB"}
-    with tempfile.TemporaryDirectory() as place, running(binaries("zstd"), settings=settings) as server:
-        folder = write_project(Path(place) / "project", revisions=linear_history(1))
-        for title, options in {"one table": (), "8 partitions": ("--partitions=8",)}.items():
-            database = fill(server, "bench", arguments.scale, *options)
-            by_hand, ours, jobs = measure(database, folder, arguments.runs)
-            cells = [f"pgbench, scale {arguments.scale}, {title}", str(jobs), f"{by_hand:.2f}", f"{ours:.2f}"]
-            lines.append(f"| {' | '.join((*cells, f'{ours / by_hand:.2f}', str(AT_MOST)))} |")
-            print(lines[-1], flush=True)
-            for (name,) in server.psql("SELECT datname::text FROM pg_database WHERE datname LIKE 'b%%'"):
-                server.drop_database(name)
-            for path in (folder / "backups").iterdir():
-                path.rename(Path(place) / path.name)
+    for title, database, folder in pgbench.databases(arguments.scale):
+        by_hand, ours, jobs = measure(database, folder, arguments.runs)
+        cells = [title, str(jobs), f"{by_hand:.2f}", f"{ours:.2f}", f"{ours / by_hand:.2f}", str(AT_MOST)]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
     note = (
         f"Medians of {arguments.runs} interleaved runs, after one warm-up; {os.cpu_count()} cores that the server "
         f"shares, load average {os.getloadavg()[0]:.1f} at the end. migrator's time is that of the whole command: "
