@@ -25,6 +25,7 @@ bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians,
 	.venv/bin/python -m bench.race
 	.venv/bin/python -m bench.backup
 	.venv/bin/python -m bench.restore
+	.venv/bin/python -m bench.sidecar
 
 lint: ## fix what ruff can fix
 	bin/setup

@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
     data: Any
     text: str
-    code: ExitCode = ExitCode.OK
+    code: int = ExitCode.OK
 
     def render(self, output_format: str) -> str:
         """Return the answer as ``text`` or ``json``."""

@@ -96,6 +96,14 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "revision", nargs="?", default="head", help="head, heads, +2, an id or its prefix"
         )
+    elif name == "sidecar":
+        parser.add_argument(
+            "revision",
+            nargs="?",
+            default="head",
+            choices=("head", "heads"),
+            help="heads, where there are several",
+        )
     elif name in {"downgrade", "stamp", "show"}:
         parser.add_argument(
             "revision", help="an id or its prefix, head" + (", -1, base" * (name == "downgrade"))

@@ -46,6 +46,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "wait until nothing is pending, reading only: for pods that must not migrate",
         "migrator wait-for-current --wait-timeout 10m",
     ),
+    "sidecar": (
+        "upgrade, then stay: /livez, /readyz, /metrics and / say whether the database is at this image's heads",
+        "migrator sidecar --sidecar-listen 0.0.0.0:8086",
+    ),
     "backup": ("make a verified backup now", "migrator backup --name before-sale"),
     "verify-backup": (
         "prove a backup again: read all of it, or restore it into a scratch database and compare",

@@ -141,6 +141,13 @@ def wait_for_current(service: MigrationService, arguments: argparse.Namespace) -
     return Answer({"target": str(service.settings.target), "current": list(found)}, text)
 
 
+def sidecar(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Run the pipeline, then stay and watch."""
+    from migrator.sidecar.stay import stay
+
+    return stay(service, arguments)
+
+
 def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Make a backup."""
     from migrator.backups.manifest import summary
@@ -233,6 +240,7 @@ HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]]
         status,
         wait,
         wait_for_current,
+        sidecar,
         backup,
         verify_backup,
         backups,

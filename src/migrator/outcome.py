@@ -135,6 +135,7 @@ class Outcome(NamedTuple):
     findings: tuple[Finding, ...] = ()
     stages: tuple[StageResult, ...] = ()
     others: tuple[Mapping[str, Any], ...] = ()
+    version_table: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON-ready data; ``code`` is the number and ``outcome`` its name."""

@@ -75,15 +75,16 @@ def run(
     on_output: Callable[[bytes], object] | None = None,
     on_stderr: Callable[[bytes], object] | None = None,
     pulse: Callable[[], object] | None = None,
+    on_start: Callable[[int], object] | None = None,
     timeout: float | None = None,
 ) -> Finished:
     """Run a program to its end, handing its stdout in chunks to ``on_output`` (thrown away where None).
 
     ``feed`` yields what goes to its stdin, no faster than the program reads; one that ends, or closes its stdin,
     before it has read everything is no error, and what it did not read stays in ``feed``.
-    ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case; ``pulse`` is called every
-    :data:`PULSE` seconds.  Whatever is raised meanwhile (by one of the three, or by a signal handler) ends the child,
-    reaps it and goes on.
+    ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case; ``on_start`` gets the child's
+    process id; ``pulse`` is called every :data:`PULSE` seconds.  Whatever is raised meanwhile (by one of these, or
+    by a signal handler) ends the child, reaps it and goes on.
     Raises :class:`TimedOut` after ``timeout`` seconds, OSError where the program cannot be started.
     """
     started = time.monotonic()
@@ -99,6 +100,8 @@ def run(
     try:
         with uninterrupted():
             child = _start(arguments, environment, discard=on_output is None, fed=feed is not None)
+        if on_start is not None:
+            on_start(child.pid)
         deadline = None if timeout is None else started + timeout
         if not _pump(child, _Feed(feed), on_output or (lambda _: None), read_stderr, pulse, deadline):
             raise TimedOut(Path(arguments[0]).name, timeout or 0.0)

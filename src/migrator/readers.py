@@ -27,6 +27,27 @@ def optional_duration(text: str) -> float | None:
     return duration(text) or None
 
 
+def interval(text: str) -> float:
+    """Read a duration of a tenth of a second at least."""
+    seconds = duration(text)
+    if seconds < 0.1:
+        raise ValueError(f"{text!r} is too short: the least is 100ms")
+    return seconds
+
+
+def optional_interval(text: str) -> float | None:
+    """Read an interval, or ``none`` for never."""
+    return None if text.strip().lower() in {"none", "off", "0"} else interval(text)
+
+
+def listen_address(text: str) -> str:
+    """Read ``HOST:PORT``, such as ``127.0.0.1:8086`` or ``[::1]:8086``; port 0 is any that is free."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[\w.-]+):(\d{1,5})", text.strip())
+    if match is None or int(match[2]) > 65535:
+        raise ValueError(f"{text!r} is not an address to listen on such as 127.0.0.1:8086 or [::]:8086")
+    return text.strip()
+
+
 def whole_number(text: str) -> int:
     """Read a number from 0 to 1000."""
     if not re.fullmatch(r"\d{1,3}|1000", text.strip()):

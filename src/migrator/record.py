@@ -123,6 +123,7 @@ class Record:
             backup=self.backup,
             findings=self.findings,
             stages=tuple(self.stages),
+            version_table=str(self.version_table or ""),
         )
 
     def _success(self) -> str:

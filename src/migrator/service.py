@@ -197,13 +197,13 @@ class MigrationService:
         """Wait for Postgres; returns a session, which the caller closes, and the number of attempts."""
         from migrator.stages.wait import wait
 
-        return wait(self.settings.required_target, self.settings, self._application_name)
+        return wait(self.settings.required_target, self.settings, self.application_name)
 
     def wait_for_current(self) -> tuple[str, ...]:
         """Wait until nothing is pending, reading only; returns the revisions that the database is at."""
         from migrator.currency import wait_for_current
 
-        found = [wait_for_current(one.history(), one.settings, self._application_name) for one in self.all()]
+        found = [wait_for_current(one.history(), one.settings, self.application_name) for one in self.all()]
         return found[0]
 
     def state(self) -> State:
@@ -272,7 +272,7 @@ class MigrationService:
                 self.settings,
                 run_id=self.run_id,
                 revisions=current,
-                application_name=self._application_name,
+                application_name=self.application_name,
                 name=name,
             )
 
@@ -287,7 +287,7 @@ class MigrationService:
             self.settings,
             how or self.settings.backup_verify,
             run_id=self.run_id,
-            application_name=self._application_name,
+            application_name=self.application_name,
         )
 
     def show_backup(self, backup_id: str) -> Backup:
@@ -343,7 +343,7 @@ class MigrationService:
                 tables,
                 schema=into_schema,
                 run_id=self.run_id,
-                application_name=self._application_name,
+                application_name=self.application_name,
             )
         if not to and not replace:
             raise SettingsError(
@@ -372,7 +372,7 @@ class MigrationService:
                 backup_id,
                 to=to or None,
                 run_id=self.run_id,
-                application_name=self._application_name,
+                application_name=self.application_name,
                 replace=replace,
                 wishes=Wishes(drop_old=drop_old),
             )
@@ -395,7 +395,8 @@ class MigrationService:
             log.warning("the ledger does not say that this was restored: %s", error)
 
     @property
-    def _application_name(self) -> str:
+    def application_name(self) -> str:
+        """Return the name under which sessions are seen in pg_stat_activity."""
         return Record("", self.settings.target, self.run_id).application_name
 
     @contextlib.contextmanager

@@ -19,8 +19,11 @@ from migrator.readers import (
     choice,
     compression,
     duration,
+    interval,
     keep,
+    listen_address,
     optional_duration,
+    optional_interval,
     public_keys,
     relation,
     role_name,
@@ -235,6 +238,20 @@ class Settings(NamedTuple):
     report_file: str = setting("", str, "where the JSON outcome is also written")
     termination_log: str = setting(
         "/dev/termination-log", str, "where the line for kubectl describe pod goes, if it is there"
+    )
+    sidecar_listen: str = setting(
+        "127.0.0.1:8086",
+        listen_address,
+        "sidecar: the address that /livez, /readyz, /metrics and / are served on",
+    )
+    sidecar_interval: float = setting(
+        30.0, interval, "sidecar: how often it looks whether the database is at the heads", shown="30s"
+    )
+    sidecar_verify_interval: float | None = setting(
+        3600.0,
+        optional_interval,
+        "sidecar: how often it verifies the schema, as `migrator verify` does",
+        shown="1h",
     )
     log_format: str = setting(
         "auto", choice("auto", "json", "text"), "auto is text on a terminal and JSON elsewhere"

@@ -1,0 +1,122 @@
+"""What the sidecar knows: how the run ended, what the last check and the last verification said; and what follows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from migrator.outcome import ExitCode
+
+RETRIED = frozenset({ExitCode.UNREACHABLE, ExitCode.LOCK_BUSY, ExitCode.BLOCKED, ExitCode.INTERRUPTED})
+"""Codes that tell of the moment and not of the revisions."""
+NO_ANSWER = frozenset({ExitCode.UNREACHABLE, ExitCode.ACCESS_DENIED})
+"""Codes of a database that was not looked into."""
+
+
+class Check(NamedTuple):
+    """One look at the version rows.
+
+    ``code`` is 0 where the database is current for this image, else that of the reason; ``at`` is seconds since 1970,
+    ``pending`` None where nobody counted.
+    """
+
+    at: float
+    seconds: float
+    code: int
+    outcome: str
+    reason: str
+    rows: tuple[str, ...] | None = None
+    pending: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a backend of this image's revisions may work."""
+        return self.code == ExitCode.OK
+
+    @property
+    def reached(self) -> bool:
+        """Whether the database answered."""
+        return self.code not in NO_ANSWER
+
+
+class Verification(NamedTuple):
+    """One ``migrator verify``: when (seconds since 1970), and its outcome as JSON-ready data."""
+
+    at: float
+    report: Mapping[str, Any]
+
+    @property
+    def made(self) -> bool:
+        """Whether it came to a result, good or bad."""
+        return self.report["code"] in (ExitCode.OK, ExitCode.VERIFY_FAILED, ExitCode.DRIFTED)
+
+
+class Readiness(NamedTuple):
+    """The answer to ``/readyz``: whether, and if not, why (``code`` and ``outcome`` are those of an exit code)."""
+
+    ready: bool
+    reason: str
+    code: int | None = None
+    outcome: str = ""
+
+
+class Snapshot(NamedTuple):
+    """All that is known at one moment; ``report`` is that of the run, None as long as it goes on."""
+
+    report: Mapping[str, Any] | None = None
+    ended_at: float = 0.0
+    check: Check | None = None
+    verification: Verification | None = None
+    checks: int = 0
+    check_failures: int = 0
+    verify_failures: int = 0
+
+
+class Board:
+    """The snapshot that everybody reads and that each finding replaces; safe to share between threads.
+
+    ``patience`` is how many seconds a check counts: older than that, nobody knows.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._lock = threading.Lock()
+        self._patience = patience
+        self._checked = 0.0
+        self.now = Snapshot()
+
+    def ran(self, report: Mapping[str, Any]) -> None:
+        """Note how the run ended."""
+        with self._lock:
+            self.now = self.now._replace(report=report, ended_at=time.time())
+
+    def checked(self, check: Check) -> None:
+        """Note a check; one of a database that was not looked into counts as a failure."""
+        failed = not check.reached or check.code == ExitCode.INTERNAL
+        with self._lock:
+            self._checked = time.monotonic()
+            now = self.now
+            self.now = now._replace(
+                check=check, checks=now.checks + 1, check_failures=now.check_failures + failed
+            )
+
+    def verified(self, verification: Verification) -> None:
+        """Note a verification; one that came to no result counts as a failure, and the one before it stays."""
+        with self._lock:
+            now = self.now
+            if verification.made:
+                self.now = now._replace(verification=verification)
+            else:
+                self.now = now._replace(verify_failures=now.verify_failures + 1)
+
+    def readiness(self) -> Readiness:
+        """Decide whether a backend may work now."""
+        with self._lock:
+            now, age = self.now, time.monotonic() - self._checked
+        if now.report is None or now.check is None:
+            return Readiness(False, "the run has not ended yet")
+        check = now.check
+        if age > self._patience:
+            return Readiness(False, f"the last check was {age:.0f} s ago")
+        return Readiness(check.ready, check.reason, check.code, check.outcome)

@@ -1,0 +1,217 @@
+"""Look, on a schedule and only reading, whether the database is current for this image, and whether it verifies.
+
+The look itself is one small query for the version rows: as long as they are those that were found good, nothing has to
+be thought about.  Where they are others, ``migrator check`` judges them, in a process of its own, and its judgement
+holds until they change again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from migrator import quiet, tls
+from migrator.errors import SettingsError
+from migrator.outcome import ExitCode
+from migrator.postgres import ConnectFailed, QueryFailed, Refusal, connect
+from migrator.process import TimedOut
+from migrator.settings import Settings
+from migrator.sidecar.board import RETRIED, Board, Check, Verification
+from migrator.sidecar.children import Kin, Told, exit_code
+from migrator.versions import VersionTable
+
+log = quiet.get_logger("migrator.sidecar")
+
+JUDGING = 60.0
+"""Seconds that a judgement of unknown rows may take."""
+VERIFYING = 900.0
+"""Seconds that a verification may take; each assertion of verify.toml has a minute."""
+JUDGED_FOR = 300.0
+"""Seconds after which a bad judgement of rows that have not changed is asked for again: the ledger may have."""
+_FIRST_PAUSE = 1.0
+
+
+class _Judgement(NamedTuple):
+    """What was found about version rows, and when (monotonic)."""
+
+    code: int
+    outcome: str
+    reason: str
+    pending: int | None
+    at: float
+
+    @property
+    def holds(self) -> bool:
+        return self.code == ExitCode.OK or time.monotonic() - self.at < JUDGED_FOR
+
+
+class Checker:
+    """Looks at the version rows again and again, and puts what it finds on the board."""
+
+    def __init__(
+        self,
+        board: Board,
+        kin: Kin,
+        load: Callable[[], Settings],
+        application_name: str,
+        report: Mapping[str, Any],
+    ) -> None:
+        self._board, self._kin, self._load, self._name = board, kin, load, application_name
+        self._settings = load()
+        self._several = bool(report.get("others"))
+        self._table = _version_table(str(report.get("version_table") or ""))
+        good = tuple(report.get("after") or ())
+        self._judged: tuple[tuple[str, ...], _Judgement] | None = (
+            good,
+            _Judgement(ExitCode.OK, ExitCode.OK.name, _where(good), 0, time.monotonic()),
+        )
+        self._said: str | None = None
+
+    def once(self) -> Check:
+        """Make one check and put it on the board."""
+        began = time.monotonic()
+        with contextlib.suppress(
+            SettingsError
+        ):  # a secret's file that is being replaced: with what was known
+            self._settings = self._load()
+        rows, found = self._look()
+        check = Check(
+            at=time.time(),
+            seconds=time.monotonic() - began,
+            code=found.code,
+            outcome=found.outcome,
+            reason=found.reason,
+            rows=rows,
+            pending=found.pending,
+        )
+        self._board.checked(check)
+        self._say(check)
+        return check
+
+    def forever(self, stop: threading.Event) -> None:
+        """Check until ``stop`` is set: at the interval, and sooner after a check that was not good."""
+        bad = 0
+        while True:
+            bad = 0 if self.once().ready else bad + 1
+            interval = self._settings.sidecar_interval
+            pause = min(interval, _FIRST_PAUSE * 2 ** min(bad - 1, 10)) if bad else interval
+            if stop.wait(pause * random.uniform(0.9, 1.1)):  # noqa: S311 - jitter: replicas started together
+                return
+
+    def _look(self) -> tuple[tuple[str, ...] | None, _Judgement]:
+        if self._several:
+            return None, self._ask()  # only env.py knows where the other databases are
+        try:
+            rows = self._read()
+        except ConnectFailed as error:
+            return None, _unreachable(self._settings, error)
+        except QueryFailed as error:
+            if error.lost:
+                return None, _now(ExitCode.UNREACHABLE, f"the connection was lost: {error.text}")
+            rows = None  # no such table, or it may not be read: migrator check says what that means
+        if rows is not None and self._judged and self._judged[0] == rows and self._judged[1].holds:
+            return rows, self._judged[1]
+        judgement = self._ask()
+        if judgement.code not in {*RETRIED, ExitCode.ACCESS_DENIED, ExitCode.INTERNAL}:
+            self._judged = (rows, judgement) if rows is not None else None
+        return rows, judgement
+
+    def _read(self) -> tuple[str, ...]:
+        """Return the version rows; a database without the table has none."""
+        timeout = self._settings.connect_timeout
+        with connect(self._settings.required_target, self._name, timeout) as session:
+            try:
+                begin = f"BEGIN READ ONLY; SET LOCAL statement_timeout = {int(timeout * 1000)}; "
+                rows = session.query(
+                    f"{begin}SELECT version_num::text FROM {self._table.quoted} ORDER BY 1",  # noqa: S608 - quoted
+                    timeout=timeout + 1,
+                )
+            finally:
+                if not session.closed:
+                    session.query("ROLLBACK", timeout=timeout)
+        return tuple(row[0] for row in rows)
+
+    def _ask(self) -> _Judgement:
+        """Let ``migrator check`` judge."""
+        try:
+            told = self._kin.look("check", self._settings.connect_timeout, JUDGING)
+        except (TimedOut, OSError) as error:
+            return _now(ExitCode.INTERNAL, f"migrator check could not be asked: {error}")
+        return _judge(told)
+
+    def _say(self, check: Check) -> None:
+        """Log what has changed since the last check."""
+        said = f"{check.code} {check.rows}" if check.reached else str(check.code)
+        if said == self._said:
+            return
+        first, self._said = self._said is None, said
+        if not check.ready:
+            log.warning("not ready: %s", check.reason, extra={"code": check.code, "outcome": check.outcome})
+        elif not first:
+            log.info("ready: %s", check.reason)
+
+
+class Verifier:
+    """Runs ``migrator verify`` again and again, and puts what it finds on the board."""
+
+    def __init__(self, board: Board, kin: Kin, settings: Settings) -> None:
+        self._board, self._kin, self._settings = board, kin, settings
+        self._said: object = ExitCode.OK
+
+    def once(self) -> None:
+        """Verify once; a database that is not there now is looked at the next time."""
+        try:
+            told = self._kin.look("verify", self._settings.connect_timeout, VERIFYING)
+        except (TimedOut, OSError) as error:
+            log.warning("verify could not be run: %s", error)
+            told = Told(int(ExitCode.INTERNAL), {})
+        report = {"code": exit_code(told), "outcome": "", "message": "", "findings": [], **told.document}
+        self._board.verified(Verification(time.time(), report))
+        said = (report["code"], report["message"])
+        if report["code"] == ExitCode.VERIFY_FAILED and said != self._said:
+            log.warning("drift: %s", report["message"], extra={"findings": len(report["findings"])})
+        self._said = said
+
+    def forever(self, interval: float, stop: threading.Event) -> None:
+        """Verify every ``interval`` seconds until ``stop`` is set; the run itself has verified just now."""
+        while not stop.wait(interval * random.uniform(0.9, 1.1)):  # noqa: S311 - jitter
+            self.once()
+
+
+def _judge(told: Told) -> _Judgement:
+    """Turn what ``migrator check`` answered into a judgement."""
+    code, document = exit_code(told), told.document
+    if code == ExitCode.OK:
+        return _now(ExitCode.OK, _where(tuple(document.get("current") or ())), pending=0)
+    if code == ExitCode.PENDING:
+        count = len(document.get("pending") or ())
+        at = ", ".join(document.get("current") or ()) or "base"
+        some = f"{count} of this image's revisions {'is' if count == 1 else 'are'}"
+        return _now(ExitCode.NOT_CURRENT, f"the database is at {at}; {some} pending", pending=count)
+    known = {int(item): item for item in ExitCode}.get(code)
+    if known and document.get("message"):
+        return _now(known, str(document["message"]))
+    return _now(ExitCode.INTERNAL, f"migrator check ended with {code}")
+
+
+def _now(code: ExitCode, reason: str, pending: int | None = None) -> _Judgement:
+    return _Judgement(int(code), code.name, reason, pending, time.monotonic())
+
+
+def _unreachable(settings: Settings, error: ConnectFailed) -> _Judgement:
+    code = ExitCode.UNREACHABLE if error.refusal is Refusal.TRANSIENT else ExitCode.ACCESS_DENIED
+    target = settings.required_target
+    return _now(code, f"{target}: {tls.explain(target, error.text)}")
+
+
+def _version_table(name: str) -> VersionTable:
+    schema, _, table = name.rpartition(".")
+    return VersionTable(table or "alembic_version", schema)
+
+
+def _where(rows: tuple[str, ...]) -> str:
+    return f"the database is at {', '.join(rows) or 'base'}: nothing is pending"

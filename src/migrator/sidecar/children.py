@@ -1,0 +1,155 @@
+"""Run migrator itself as a child process: what a command loads and remembers is gone when it ends.
+
+An ``env.py`` imports an application, which may start threads, fork, set up logging, or hold the interpreter for
+seconds: none of that reaches the process that answers the probes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from migrator import process, settings
+from migrator.outcome import ExitCode
+
+
+class Told(NamedTuple):
+    """How a child ended: its exit status (negative: the signal that ended it), and the JSON document it answered."""
+
+    status: int
+    document: Mapping[str, Any]
+
+
+def given_flags(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the settings that the command line gave, as :func:`migrator.settings.load` takes them."""
+    flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
+    flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+class Kin:
+    """Starts migrator as this process was started: the same program, options and environment, another command."""
+
+    def __init__(self, arguments: argparse.Namespace, *, json_logs: bool) -> None:
+        self._words = [*_program(), *_options(arguments), f"--log-format={'json' if json_logs else 'text'}"]
+        self._environment = dict(os.environ)
+        # What only looks must not take the place of the run's own report.
+        self._quiet = self._environment | {"MIGRATOR_REPORT_FILE": "", "MIGRATOR_TERMINATION_LOG": ""}
+        self._pids: set[int] = set()
+        self._ending = False
+        self._lock = threading.Lock()
+
+    def upgrade(self, revision: str, on_stderr: Callable[[bytes], object]) -> Told:
+        """Run the pipeline, however long it takes."""
+        return self._run(["upgrade", revision], self._environment, on_stderr, None)
+
+    def look(self, command: str, wait: float, timeout: float) -> Told:
+        """Run a command that only reads, and keep what it logs to ourselves.
+
+        ``wait`` is how many seconds Postgres is waited for, ``timeout`` how many it may take in all.
+        Raises :class:`migrator.process.TimedOut`.
+        """
+        words = ["--report-file=", "--termination-log=", f"--wait-timeout={wait:g}", command]
+        return self._run(words, self._quiet, None, timeout)
+
+    def end(self) -> None:
+        """Pass a SIGTERM on to whatever runs, and to what is just being started."""
+        with self._lock:
+            self._ending = True
+            for pid in self._pids:
+                _terminate(pid)
+
+    def _run(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        on_stderr: Callable[[bytes], object] | None,
+        timeout: float | None,
+    ) -> Told:
+        answer, pids = bytearray(), []
+
+        def started(pid: int) -> None:
+            pids.append(pid)
+            with self._lock:
+                self._pids.add(pid)
+                if self._ending:
+                    _terminate(pid)
+
+        try:
+            finished = process.run(
+                [*self._words, "--format=json", *words],
+                environment=environment,
+                on_output=answer.extend,
+                on_stderr=on_stderr,
+                on_start=started,
+                timeout=timeout,
+            )
+        finally:
+            with self._lock:
+                self._pids.difference_update(pids)
+        return Told(finished.status, _document(bytes(answer)))
+
+
+def _terminate(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+def _program() -> list[str]:
+    """Return the interpreter and what it runs: a script, or ``-m migrator``."""
+    return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]]
+
+
+def _options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that were given, in the words that the parser takes."""
+    words = [f"--config={name}" for name in getattr(arguments, "config", None) or ()]
+    if getattr(arguments, "section", None):
+        words.append(f"--name={arguments.section}")
+    for value in (*(getattr(arguments, "x_before", None) or ()), *(getattr(arguments, "x", None) or ())):
+        words += ["-x", value]
+    for item in settings.options():
+        value = getattr(arguments, item.name, None)
+        if value is not None and item.name != "config":
+            words.append(f"{settings.flag_name(item)}={value}")
+    return words
+
+
+def _document(answer: bytes) -> Mapping[str, Any]:
+    """Return the JSON object that a child answered; one that was killed answers nothing."""
+    try:
+        document = json.loads(answer)
+    except ValueError:
+        document = None
+    return document if isinstance(document, dict) else {}
+
+
+def exit_code(told: Told) -> int:
+    """Return the exit code that says the same as the child's end; that of a signal as shells write it."""
+    return 128 - told.status if told.status < 0 else told.status or int(ExitCode.OK)
+
+
+class Lines:
+    """Passes on whole lines, so that what two processes log does not mix within one."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._write, self._rest = write, b""
+
+    def __call__(self, chunk: bytes) -> None:
+        """Pass on what is whole, and keep the rest."""
+        lines, end, rest = (self._rest + chunk).rpartition(b"\n")
+        self._rest = rest
+        if end:
+            self._write(lines + end)
+
+    def flush(self) -> None:
+        """Pass on what is left."""
+        if self._rest:
+            self._write(self._rest + b"\n")
+        self._rest = b""
