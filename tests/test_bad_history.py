@@ -196,6 +196,17 @@ def test_a_baseline_at_head_only_stamps(database: Database, project: Project, ru
     assert database.psql("SELECT to_regclass('t2')") == [(None,)]
 
 
+def test_a_baseline_that_stays_set_does_not_concern_an_empty_database(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    folder = project(revisions=linear_history(2))
+    for _ in range(2):
+        done(run_migrator("upgrade", cwd=folder, database=database, env={"MIGRATOR_BASELINE": "r001"}))
+        assert database.psql("SELECT to_regclass('t1')::text, to_regclass('t2')::text") == [("t1", "t2")]
+        # Down to base the version table is there, and empty.
+        done(run_migrator("downgrade", "base", "--yes", cwd=folder, database=database))
+
+
 def test_another_applications_tables_are_no_baseline(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:

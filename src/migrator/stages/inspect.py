@@ -69,7 +69,8 @@ def inspect(
     # In this order: whoever made the tables that are counted has made the version table by then.
     tables, objects, size = session.query(CONTENTS)[0]
     table, current = read_version(session, history, settings.version_table)
-    baseline = settings.baseline if table is None or not current else ""
+    # It is about tables that are there: the history of a database without any begins at its beginning.
+    baseline = settings.baseline if tables and not current else ""
     standing = read_standing(session, table) if settings.ledger else Standing()
     unknown, ahead = history.unknown(current), ""
     kept = (
