@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -141,6 +142,35 @@ def test_a_run_that_is_killed_is_said_to_be(
     assert result.code == 128 + signal.SIGKILL, result
     assert "killed by SIGKILL, as happens at a memory limit" in result.logs[-1]["message"]
     assert line.read_text() == result.logs[-1]["message"]
+
+
+def test_a_sidecar_that_is_killed_takes_its_run_with_it(
+    sidecar: Callable[..., Sidecar], database: Database
+) -> None:
+    one = sidecar(revisions=[Revision("r001", None, "SELECT pg_sleep(300)")])
+    sleeping = "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(300)' AND state = 'active'"
+    one.wait_for(lambda: database.psql(sleeping), "the revision")
+    one.running.kill()
+    one.running.finish(30)
+    deadline = time.monotonic() + 60
+    while database.psql(sleeping):
+        assert time.monotonic() < deadline, "the run goes on alone"
+        time.sleep(0.1)
+    assert database.psql("SELECT to_regclass('alembic_version')") == [(None,)]
+
+
+def test_what_the_project_leaves_running_does_not_keep_it_waiting(
+    sidecar: Callable[..., Sidecar], tmp_path: Path
+) -> None:
+    left = "import subprocess\n" + (
+        f"child = subprocess.Popen(['sleep', '300'])\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))"
+    )
+    one = sidecar(revisions=[Revision("r001", None, left)])
+    try:
+        one.wait_until_ready()
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert one.stop().code == 0
 
 
 def test_it_takes_the_options_of_a_run(

@@ -29,6 +29,8 @@ GRACE = 3.0
 """Seconds between SIGTERM and SIGKILL; pg_dump needs a few milliseconds to cancel its query."""
 PULSE = 2.5
 """Seconds between two calls of ``pulse``: half of the time within which a lost connection is to be noticed."""
+PIPED, OURS, DISCARDED = subprocess.PIPE, None, subprocess.DEVNULL
+"""Where a child's stderr goes: to us, to where our own goes, or nowhere."""
 _CHUNK = 1024 * 1024
 _INHERITED = (
     "HOME",
@@ -76,6 +78,7 @@ def run(
     on_stderr: Callable[[bytes], object] | None = None,
     pulse: Callable[[], object] | None = None,
     on_start: Callable[[int], object] | None = None,
+    stderr: int | None = PIPED,
     timeout: float | None = None,
 ) -> Finished:
     """Run a program to its end, handing its stdout in chunks to ``on_output`` (thrown away where None).
@@ -84,7 +87,8 @@ def run(
     before it has read everything is no error, and what it did not read stays in ``feed``.
     ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case; ``on_start`` gets the child's
     process id; ``pulse`` is called every :data:`PULSE` seconds.  Whatever is raised meanwhile (by one of these, or
-    by a signal handler) ends the child, reaps it and goes on.
+    by a signal handler) ends the child, reaps it and goes on.  A ``stderr`` that is not :data:`PIPED` is not read, and
+    nothing that the child leaves running can keep it open.
     Raises :class:`TimedOut` after ``timeout`` seconds, OSError where the program cannot be started.
     """
     started = time.monotonic()
@@ -99,7 +103,7 @@ def run(
     child: subprocess.Popen[bytes] | None = None
     try:
         with uninterrupted():
-            child = _start(arguments, environment, discard=on_output is None, fed=feed is not None)
+            child = _start(arguments, environment, stderr, discard=on_output is None, fed=feed is not None)
         if on_start is not None:
             on_start(child.pid)
         deadline = None if timeout is None else started + timeout
@@ -145,14 +149,19 @@ def uninterrupted(*, forget: bool = False) -> Iterator[None]:
 
 
 def _start(
-    arguments: Sequence[str | Path], environment: Mapping[str, str], *, discard: bool, fed: bool
+    arguments: Sequence[str | Path],
+    environment: Mapping[str, str],
+    stderr: int | None,
+    *,
+    discard: bool,
+    fed: bool,
 ) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(
         [str(argument) for argument in arguments],
         env=dict(environment),
         stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
         stdout=subprocess.DEVNULL if discard else subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         start_new_session=True,
         preexec_fn=_die_with_parent(),
     )

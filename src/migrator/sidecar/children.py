@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from migrator import process, settings
@@ -46,18 +46,18 @@ class Kin:
         self._ending = False
         self._lock = threading.Lock()
 
-    def upgrade(self, revision: str, on_stderr: Callable[[bytes], object]) -> Told:
-        """Run the pipeline, however long it takes."""
-        return self._run(["upgrade", revision], self._environment, on_stderr, None)
+    def upgrade(self, revision: str) -> Told:
+        """Run the pipeline, however long it takes; it logs where we do."""
+        return self._run(["upgrade", revision], self._environment, process.OURS, None)
 
     def look(self, command: str, wait: float, timeout: float) -> Told:
-        """Run a command that only reads, and keep what it logs to ourselves.
+        """Run a command that only reads, without what it logs.
 
         ``wait`` is how many seconds Postgres is waited for, ``timeout`` how many it may take in all.
         Raises :class:`migrator.process.TimedOut`.
         """
         words = ["--report-file=", "--termination-log=", f"--wait-timeout={wait:g}", command]
-        return self._run(words, self._quiet, None, timeout)
+        return self._run(words, self._quiet, process.DISCARDED, timeout)
 
     def end(self) -> None:
         """Pass a SIGTERM on to whatever runs, and to what is just being started."""
@@ -70,7 +70,7 @@ class Kin:
         self,
         words: Sequence[str],
         environment: Mapping[str, str],
-        on_stderr: Callable[[bytes], object] | None,
+        stderr: int | None,
         timeout: float | None,
     ) -> Told:
         answer, pids = bytearray(), []
@@ -87,7 +87,7 @@ class Kin:
                 [*self._words, "--format=json", *words],
                 environment=environment,
                 on_output=answer.extend,
-                on_stderr=on_stderr,
+                stderr=stderr,
                 on_start=started,
                 timeout=timeout,
             )
@@ -133,23 +133,3 @@ def _document(answer: bytes) -> Mapping[str, Any]:
 def exit_code(told: Told) -> int:
     """Return the exit code that says the same as the child's end; that of a signal as shells write it."""
     return 128 - told.status if told.status < 0 else told.status or int(ExitCode.OK)
-
-
-class Lines:
-    """Passes on whole lines, so that what two processes log does not mix within one."""
-
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        self._write, self._rest = write, b""
-
-    def __call__(self, chunk: bytes) -> None:
-        """Pass on what is whole, and keep the rest."""
-        lines, end, rest = (self._rest + chunk).rpartition(b"\n")
-        self._rest = rest
-        if end:
-            self._write(lines + end)
-
-    def flush(self) -> None:
-        """Pass on what is left."""
-        if self._rest:
-            self._write(self._rest + b"\n")
-        self._rest = b""

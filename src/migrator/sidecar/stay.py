@@ -6,7 +6,6 @@ import argparse
 import functools
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from migrator.service import MigrationService
 from migrator.sidecar import web
 from migrator.sidecar.board import Board
 from migrator.sidecar.checks import JUDGING, Checker, Verifier
-from migrator.sidecar.children import Kin, Lines, Told, exit_code, given_flags
+from migrator.sidecar.children import Kin, Told, exit_code, given_flags
 
 if TYPE_CHECKING:
     from migrator.sidecar.metrics import Metrics
@@ -70,13 +69,11 @@ def _run(kin: Kin, revision: str) -> Told:
     """Run the pipeline; a signal that arrives meanwhile is passed on, and its end waited for."""
     ended: list[Told] = []
     over = threading.Event()
-    lines = Lines(lambda text: os.write(sys.stderr.fileno(), text))
 
     def work() -> None:
         try:
-            ended.append(kin.upgrade(revision, lines))
+            ended.append(kin.upgrade(revision))
         finally:
-            lines.flush()
             over.set()
 
     name = ""
