@@ -60,12 +60,28 @@ def annotations(item: dict[str, Any]) -> dict[str, str]:
     return dict(item["metadata"].get("annotations", {}))
 
 
+def two(objects: list[dict[str, Any]], kind: str) -> list[dict[str, str]]:
+    """Return the annotations of the release's object of a kind, and of the hook's, whose names differ."""
+    ours, hooks = of(objects, kind)
+    assert hooks["metadata"]["name"] == f"{ours['metadata']['name']}-hook"
+    (job, *_) = of(objects, "Job")
+    pod = pod_of(job)
+    assert pod is not None
+    if kind == "ServiceAccount":
+        assert pod["spec"]["serviceAccountName"] == hooks["metadata"]["name"]
+    else:
+        assert hooks["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        assert {**hooks["spec"], "podSelector": None} == {**ours["spec"], "podSelector": None}
+    return [annotations(ours), annotations(hooks)]
+
+
 @pytest.mark.parametrize("mode", ["hook", "hook-late"])
 def test_what_a_hook_needs_is_there_before_it(mode: str, helm: Helm) -> None:
     objects = helm.template(merged(LEAST, MODES[mode], BACKUPS["claim"]))
     job = annotations(of_kind(objects, "Job"))
     for kind in ("ServiceAccount", "NetworkPolicy"):
-        needed = annotations(of_kind(objects, kind))
+        ours, needed = two(objects, kind)
+        assert not any(name.startswith("helm.sh/") for name in ours)
         assert needed["helm.sh/hook"] == job["helm.sh/hook"]
         assert int(needed["helm.sh/hook-weight"]) < int(job["helm.sh/hook-weight"])
     assert job["helm.sh/hook-delete-policy"] == "before-hook-creation"
@@ -78,7 +94,8 @@ def test_argo_cd_expands_before_the_sync_and_contracts_after_it(helm: Helm) -> N
     assert [item["args"] for item in containers_of(hooks["PostSync"])] == [["upgrade", "head"]]
     wave = int(annotations(hooks["PreSync"])["argocd.argoproj.io/sync-wave"])
     for kind in ("ServiceAccount", "NetworkPolicy"):
-        needed = annotations(of_kind(objects, kind))
+        ours, needed = two(objects, kind)
+        assert ours == {}
         assert needed["argocd.argoproj.io/hook"] == "PreSync"
         assert int(needed["argocd.argoproj.io/sync-wave"]) < wave
     assert "helm.sh/hook" not in str(objects)

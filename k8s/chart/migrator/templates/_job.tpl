@@ -1,4 +1,5 @@
-{{/* A Job's spec, without its braces. args; component; secret, identity, reader: as in migrator.volumeList. */}}
+{{/* A Job's spec, without its braces. args; component; account: as in migrator.podSpec; secret, identity,
+     reader: as in migrator.volumeList. */}}
 
 {{- define "migrator.jobSpec" -}}
 {{- $values := .root.Values -}}
@@ -35,7 +36,7 @@ template:
     {{- end }}
   spec:
     restartPolicy: Never
-    {{- include "migrator.podSpec" .root | nindent 4 }}
+    {{- include "migrator.podSpec" (dict "root" .root "account" .account) | nindent 4 }}
     containers:
       - name: migrator
         {{- include "migrator.container" . | nindent 8 }}
@@ -43,34 +44,36 @@ template:
       {{- include "migrator.volumeList" . | nindent 6 }}
 {{- end -}}
 
+{{/* account: another than the release's. */}}
 {{- define "migrator.podSpec" -}}
-serviceAccountName: {{ include "migrator.serviceAccountName" . }}
+{{- $values := .root.Values -}}
+serviceAccountName: {{ default (include "migrator.serviceAccountName" .root) .account }}
 automountServiceAccountToken: false
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ int64 .Values.terminationGracePeriodSeconds }}
+terminationGracePeriodSeconds: {{ int64 $values.terminationGracePeriodSeconds }}
 securityContext:
-  {{- include "migrator.user" . | nindent 2 }}
-  {{- with .Values.podSecurity.fsGroup }}
+  {{- include "migrator.user" .root | nindent 2 }}
+  {{- with $values.podSecurity.fsGroup }}
   fsGroup: {{ int64 . }}
   fsGroupChangePolicy: OnRootMismatch
   {{- end }}
-{{- with .Values.imagePullSecrets }}
+{{- with $values.imagePullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.nodeSelector }}
+{{- with $values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.tolerations }}
+{{- with $values.tolerations }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.affinity }}
+{{- with $values.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.priorityClassName }}
+{{- with $values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}

@@ -39,6 +39,17 @@ app.kubernetes.io/version: {{ . | trunc 63 | trimSuffix "-" | trimSuffix "." | q
 {{- end -}}
 {{- end -}}
 
+{{/* A Job that is a hook has an account and a NetworkPolicy of its own: Helm and Argo CD delete hooks and make them
+     again, and do not let a hook become a part of the release, nor the other way round. */}}
+{{- define "migrator.isHook" -}}
+{{- if has .Values.mode (list "hook" "argocd") }}true{{ end -}}
+{{- end -}}
+
+{{- define "migrator.hookServiceAccountName" -}}
+{{- include "migrator.serviceAccountName" . -}}
+{{- if and .Values.serviceAccount.create (include "migrator.isHook" .) }}-hook{{ end -}}
+{{- end -}}
+
 {{- define "migrator.claimName" -}}
 {{- default (printf "%s-backups" (include "migrator.fullname" .)) .Values.backups.claim.existingClaim -}}
 {{- end -}}
@@ -50,8 +61,8 @@ app.kubernetes.io/version: {{ . | trunc 63 | trimSuffix "-" | trimSuffix "." | q
 {{- with $image.digest }}@{{ . }}{{ end -}}
 {{- end -}}
 
-{{/* What a Job needs is made before it: as a hook, too, where the Job is one. */}}
-{{- define "migrator.neededAnnotations" -}}
+{{/* What a hook needs is made before it. */}}
+{{- define "migrator.hookAnnotations" -}}
 {{- if eq .Values.mode "hook" -}}
 helm.sh/hook: {{ join "," .Values.hook.events }}
 helm.sh/hook-weight: {{ sub (int .Values.hook.weight) 10 | quote }}
