@@ -123,10 +123,10 @@ def main() -> None:
     note = (
         f"Medians of {arguments.runs} interleaved runs, after one warm-up; {os.cpu_count()} cores that the server "
         f"shares, load average {os.getloadavg()[0]:.1f} at the end. migrator's time is that of the whole command: "
-        "Python's start, Alembic's import (for the revision), the lock, the dump, reading it back (checksum and "
+        "Python's start, the revision, the lock, the dump, reading it back (checksum and "
         "pg_restore), and publishing it; its backup is that without what comes before the dump. In bold: the fastest "
-        "line by hand whose dump is no bigger than gzip's. COPY alone is what one session takes to send the biggest table's "
-        "rows to a client that throws them away: no dump of it through one session is faster.\n\n"
+        "line by hand whose dump is no bigger than gzip's. COPY alone: one session sends the biggest "
+        "table's rows to a client that throws them away; no dump of it through one session is faster.\n\n"
     )
     (RESULTS / "backup.md").write_text(note + "\n".join((*HEADER, *lines)) + "\n", encoding="utf-8")
 

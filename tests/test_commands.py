@@ -404,3 +404,25 @@ def test_answers_in_json_are_json_and_nothing_else(
         json.loads(result.stdout)
         assert all(line.startswith("{") for line in result.stderr.splitlines())
     database.server.drop_database(f"{database.name}_look")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("backup",), "backing up "),
+        (("verify-backup", "latest"), "proving "),
+        (("restore", "latest", "--yes", "--drop-old"), "restoring "),
+        (("restore", "latest", "--table", "t1"), "Restored "),
+        (("prune", "--keep", "last=1"), "removed "),
+    ],
+)
+def test_what_a_command_does_is_logged_in_lines_of_json(
+    database: Database, project: Project, run_migrator: Runner, arguments: tuple[str, ...], said: str
+) -> None:
+    folder = project(revisions=linear_history(1))
+    for command in ("upgrade", "freeze", "backup", "backup"):
+        assert run_migrator(command, cwd=folder, database=database).code == 0
+    done = run_migrator(*arguments, cwd=folder, database=database, env={"MIGRATOR_LOG_FORMAT": "json"})
+    assert done.code == 0, done
+    messages = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    assert any(message.startswith(said) for message in messages), messages

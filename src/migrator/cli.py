@@ -145,6 +145,8 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     logs.redact.add(loaded.secrets)
     logging_ = logs.Logs(loaded.log_format, loaded.log_level, run_id)
     logging_.install_when_needed()
+    if command != "upgrade":  # which alone has a short way, on which nobody says anything
+        quiet.wake()
     for warning in loaded.warnings:
         log.warning("%s", warning)
     service = commands.make_service(loaded, arguments, logging_, interruption, run_id)

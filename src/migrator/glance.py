@@ -57,6 +57,8 @@ def glance(
     """Return the outcome of an upgrade that has nothing to do; None where only the pipeline can tell."""
     record = Record("upgrade", settings.target, run_id)
     try:
+        if settings.backup == "always":
+            raise _NotEnough("a backup is wanted all the same")
         found = _manifest_there(settings, project, destination)
         return _look(settings, _Files(settings, project, destination, found), record, interruption)
     except (_NotEnough, MigratorError, ConnectFailed, QueryFailed, OSError) as error:
@@ -67,13 +69,44 @@ def glance(
         return record.failed(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"))
 
 
+class FrozenHistory(NamedTuple):
+    """What the manifest tells of a history, for :func:`migrator.versions.read_version`."""
+
+    table: VersionTable
+    revisions: frozenset[str]
+
+    def version_table(self) -> VersionTable:
+        """Return the version table."""
+        return self.table
+
+    def known(self) -> frozenset[str]:
+        """Return the ids of all revisions."""
+        return self.revisions
+
+    def hints(self) -> frozenset[str]:
+        """Return the values of ``-x``: with any, there is no such history."""
+        return frozenset()
+
+
+def frozen_history(settings: Settings, project: ProjectOptions) -> FrozenHistory | None:
+    """Return what the manifest tells of the history, without Alembic; None where only that can tell."""
+    try:
+        files = _Files(settings, project, "heads", _manifest_there(settings, project, "heads"))
+        files.read()
+    except (_NotEnough, MigratorError, OSError) as error:
+        log.debug("the manifest is not enough: %s", error)
+        return None
+    revisions = frozenset(item.revision for item in files.frozen.manifest.revisions)
+    return FrozenHistory(files.frozen.table, revisions)
+
+
 class _NotEnough(Exception):
     """Something is unusual: only the pipeline can tell whether there is anything to do."""
 
 
 def _manifest_there(settings: Settings, project: ProjectOptions, destination: str) -> layout.Layout:
     """Return the configuration of a project with a manifest; raises :class:`_NotEnough`, before anyone is asked."""
-    if settings.backup == "always" or project.x or project.bootstrap or destination not in {"head", "heads"}:
+    if project.x or project.bootstrap or destination not in {"head", "heads"}:
         raise _NotEnough("what is asked for takes the history itself")
     found = layout.read(project, os.getcwd())
     if found is None or not os.path.isfile(os.path.join(found.location, FILE_NAME)):

@@ -260,11 +260,12 @@ class MigrationService:
 
     def backup(self, name: str = "") -> Backup:
         """Make a verified backup now, under the run lock."""
+        from migrator.glance import frozen_history
         from migrator.stages.backup import back_up
         from migrator.stages.lock import lock
         from migrator.versions import read_version
 
-        history = self.history()
+        history = frozen_history(self.settings, self.project) or self.history()
         with self._session() as session, lock(session, self.settings):
             _, current = read_version(session, history, self.settings.version_table)
             return back_up(
