@@ -50,6 +50,8 @@ def cluster() -> Iterator[Cluster]:
     """Build what is missing, start the cluster, and stop all of it at the end."""
     CACHE.mkdir(parents=True, exist_ok=True)
     binaries = programs()
+    for old in CACHE.glob("state-*"):
+        shutil.rmtree(old, ignore_errors=True)
     state = Path(tempfile.mkdtemp(prefix="state-", dir=CACHE))
     run = Path(tempfile.mkdtemp(prefix="mk8s-"))
     try:

@@ -200,10 +200,10 @@ def _restore(sysctls: dict[str, str]) -> None:
     for name, value in sysctls.items():
         _sysctl(name).write_text(value)
     call("ip", "link", "delete", BRIDGE, expect=None)
-    for arguments in (["-D", "FORWARD", "-j", "CNI-FORWARD"], ["-F", "CNI-FORWARD"], ["-X", "CNI-FORWARD"]):
+    jump = ["-m", "comment", "--comment", "CNI firewall plugin rules", "-j", "CNI-FORWARD"]
+    for arguments in (["-D", "FORWARD", *jump], *([option, "CNI-FORWARD"] for option in ("-F", "-X"))):
         call("iptables", "-w", *arguments, expect=None)
-    for chain in ("CNI-ADMIN",):
-        call("iptables", "-w", "-X", chain, expect=None)
+    call("iptables", "-w", "-X", "CNI-ADMIN", expect=None)
     for group in sorted(Path("/sys/fs/cgroup").glob("*/kubepods"), reverse=True):
         for folder in sorted(group.rglob("*"), reverse=True):
             if folder.is_dir():

@@ -18,6 +18,7 @@ from cluster.kubectl import Kubectl, Object, state, terminated, wait_for
 K8S = ROOT / "k8s"
 OVERLAYS = ROOT / "cluster" / "overlays"
 HEADS = set(json.loads((ROOT / "migrations" / "manifest.json").read_text())["heads"])
+FINALIZER = "migrator.test/observed"  # keeps the object of a pod that has ended, to be read
 SECURITY = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
 
 
@@ -48,7 +49,11 @@ class Shop:
 
     def delete(self) -> None:
         """Delete the namespace and the volumes of its claims."""
-        self.kubectl.run("delete", "deployments,jobs,pods", "--all", "--grace-period=2", timeout=180)
+        for pod in self.pods():
+            if pod["metadata"].get("finalizers"):
+                self.let_go(pod["metadata"]["name"])
+        kinds = "deployments,cronjobs,jobs,pods"
+        self.kubectl.run("delete", kinds, "--all", "--grace-period=2", timeout=180)
         self.kubectl.run("delete", "namespace", self.name, "--wait=false")
         self.kubectl.run("delete", "persistentvolumes", "-l", f"shop={self.name}", "--wait=false")
 
@@ -61,7 +66,7 @@ class Shop:
         text = self.kubectl.run("kustomize", str(folder)).stdout
         objects = [item for item in yaml.safe_load_all(text) if item]
         for item in objects:
-            if item["kind"] == "Secret":
+            if item["kind"] == "Secret" and item["metadata"]["name"].startswith("shop-database"):
                 item["data"] = {"url": encoded(address or self.cluster.address_of(self.database))}
         return objects
 
@@ -118,6 +123,15 @@ class Shop:
         """Return the namespace's pods, oldest first."""
         return self.kubectl.list("pods", selector)
 
+    def keep(self, pod: str) -> None:
+        """Keep the object of a pod when it is deleted, to read how it ended."""
+        patch = {"metadata": {"finalizers": [FINALIZER]}}
+        self.kubectl.run("patch", "pod", pod, "--type=merge", "-p", json.dumps(patch))
+
+    def let_go(self, pod: str) -> None:
+        """Let the object of a pod go that a finalizer keeps."""
+        self.kubectl.run("patch", "pod", pod, "--type=merge", "-p", '{"metadata":{"finalizers":null}}')
+
     def wait_for_exit(self, pod: str, container: str, seconds: float = 120) -> Object:
         """Wait until a container of a pod has ended once; return how."""
 
@@ -136,9 +150,11 @@ class Shop:
         return wait_for(running, seconds, lambda: self.kubectl.describe("pod", pod))
 
     def explain(self) -> str:
-        """Return what the namespace's pods say of themselves, for a failure."""
-        said = [self.kubectl.describe("pod", pod["metadata"]["name"]) for pod in self.pods()]
-        return "\n".join(said)[-6000:]
+        """Return what the namespace's pods and Jobs say of themselves, for a failure."""
+        said = [self.kubectl.run("get", "jobs,pods", "-o", "wide").stdout]
+        said += [self.kubectl.run("get", "events", "--sort-by=.lastTimestamp").stdout]
+        said += [self.kubectl.describe("pod", pod["metadata"]["name"]) for pod in self.pods()]
+        return "\n".join(said)[:12000]
 
 
 def encoded(text: str) -> str:

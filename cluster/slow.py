@@ -1,4 +1,4 @@
-"""A history whose second revision sleeps for as long as the database is told, to end a run in the middle of it."""
+"""A history of two revisions that sleep for as long as the database is told, to end a run in the middle of one."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def upgrade():
 def downgrade():
     op.execute("DROP TABLE made_by_{revision}")
 """
-_SLEEP = "SELECT pg_sleep(coalesce(nullif(current_setting('shop.hold', true), ''), '0')::int)"
+_SLEEP = "SELECT pg_sleep(coalesce(nullif(current_setting('shop.hold_{}', true), ''), '0')::int)"
 
 
 def history(*, failing: bool = False) -> Object:
-    """Return the history as a ConfigMap; its second revision sleeps, or fails."""
-    second = "SELECT no_such_column" if failing else _SLEEP
+    """Return the history as a ConfigMap; its second revision may be one that fails."""
+    second = "SELECT no_such_column" if failing else _SLEEP.format("r002")
     files = {
         "env.py": (ROOT / "migrations" / "env.py").read_text(),
-        "r001.py": _REVISION.format(revision="r001", parent=None, statement="SELECT 1"),
+        "r001.py": _REVISION.format(revision="r001", parent=None, statement=_SLEEP.format("r001")),
         "r002.py": _REVISION.format(revision="r002", parent='"r001"', statement=second),
     }
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NAME}, "data": files}
@@ -53,11 +53,11 @@ def mounted(pod: Object) -> Object:
 
 
 def sleeping(psql: Callable[[str], list[str]], database: str) -> bool:
-    """Tell whether a session is in the revision that sleeps."""
+    """Tell whether a session is in a revision that sleeps."""
     sessions = "SELECT datname, state FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(coalesce%'"
     return f"{database}|active" in psql(sessions)
 
 
-def hold(database: str, seconds: int) -> str:
-    """Return the SQL that says how long new sessions sleep."""
-    return f"ALTER DATABASE {database} SET shop.hold = '{seconds}'"
+def hold(database: str, revision: str, seconds: int) -> str:
+    """Return the SQL that says how long a revision sleeps in sessions that begin from now on."""
+    return f"ALTER DATABASE {database} SET shop.hold_{revision} = '{seconds}'"

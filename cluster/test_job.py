@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from cluster import slow
 from cluster.cluster import UNREACHABLE
 from cluster.kubectl import Object, is_true, terminated, wait_for
@@ -86,21 +88,54 @@ def test_a_revision_that_fails_fails_the_job_at_once(shop: Shop) -> None:
     print(terminated(shop.pods(PODS)[0], "migrator")["message"])
 
 
-def test_a_job_whose_pod_is_deleted_gets_another_that_finishes(shop: Shop) -> None:
-    shop.cluster.psql(slow.hold(shop.database, 300))
+def job_in_the_middle(shop: Shop, revision: str) -> str:
+    """Start the Job, whose first pod is then in a revision that never ends; return the pod's name."""
+    shop.cluster.psql(slow.hold(shop.database, revision, 300))
     objects = shop.rendered(OVERLAYS / "job")
     slow.mounted(of_kind(objects, "Job")["spec"]["template"])
-    shop.apply(slow.history(), *objects)
+    shop.apply(slow.history(), *(item for item in objects if item["kind"] != "Deployment"))
     wait_for(lambda: slow.sleeping(shop.psql, shop.database), 90, shop.explain)
-    shop.cluster.psql(slow.hold(shop.database, 0))
+    shop.cluster.psql(slow.hold(shop.database, revision, 0))
     (pod,) = shop.pods(PODS)
+    return str(pod["metadata"]["name"])
 
-    shop.kubectl.delete("pod", pod["metadata"]["name"])
+
+def finished_by_another_pod(shop: Shop) -> list[str]:
+    """Wait until the Job is complete, and see that nothing was left half done; return the runs' exit codes."""
     wait_for(lambda: condition(shop, "Complete"), 180, shop.explain)
-
     assert shop.versions() == {slow.HEAD}
     assert shop.standing() == {"r001", slow.HEAD}
     assert shop.locks() == 0
-    assert shop.kubectl.get("job", JOB)["status"]["succeeded"] == 1
-    outcomes = shop.psql("SELECT code FROM migrator_ledger WHERE event = 'run' ORDER BY at")
-    assert outcomes == ["23", "0"], outcomes
+    return shop.psql("SELECT code FROM migrator_ledger WHERE event = 'run' ORDER BY at")
+
+
+def test_a_deleted_pod_that_changed_nothing_is_replaced(shop: Shop) -> None:
+    name = job_in_the_middle(shop, "r001")
+    shop.keep(name)
+    shop.kubectl.delete("pod", name, "--wait=false")
+    assert shop.wait_for_exit(name, "migrator")["exitCode"] == 23
+    # The first run rolled back even the ledger that it had made.
+    assert finished_by_another_pod(shop) == ["0"]
+
+
+def test_an_evicted_pod_is_replaced_though_it_had_committed_a_revision(shop: Shop) -> None:
+    name = job_in_the_middle(shop, "r002")
+    eviction = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": name, "namespace": shop.name},
+    }
+    path = f"/api/v1/namespaces/{shop.name}/pods/{name}/eviction"
+    shop.kubectl.run("create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
+    # 40 would fail the Job; the rule about disruptions comes first, and ignores it.
+    assert finished_by_another_pod(shop) == ["40", "0"]
+
+
+def test_a_deleted_pod_that_had_committed_a_revision_fails_the_job(shop: Shop) -> None:
+    name = job_in_the_middle(shop, "r002")
+    shop.kubectl.delete("pod", name)
+    failed = wait_for(lambda: condition(shop, "Failed"), 120, shop.explain)
+    assert failed["reason"] == "PodFailurePolicy"
+    assert "exit code 40" in failed["message"]
+    assert shop.versions() == shop.standing() == {"r001"}
+    assert shop.locks() == 0
