@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from migrator.errors import Interrupted, SettingsError
 from migrator.outcome import ExitCode
 from migrator.readers import interval, listen_address, optional_interval
+from migrator.settings import Settings
 from migrator.sidecar.board import Board, Check, Verification
-from migrator.sidecar.web import is_loopback
+from migrator.sidecar.children import Told
+from migrator.sidecar.stay import Run, _stopped
+from migrator.sidecar.web import is_loopback, library
 from tests.support.projects import linear_history
 from tests.support.proxy import Proxy
 from tests.support.runner import Runner
@@ -242,6 +248,46 @@ def test_drift_is_told_and_keeps_nobody_out(
 
 
 # -- what decides -----------------------------------------------------------------------------------------
+
+
+class Stubborn:
+    """A run that ends as told, once it is told to stop."""
+
+    def __init__(self, status: int) -> None:
+        self._told = Told(status, {"after": ["r001"], "message": "done"})
+        self._stop = threading.Event()
+
+    def upgrade(self, revision: str) -> Told:
+        self._stop.wait(60)
+        return self._told
+
+    def end(self) -> None:
+        self._stop.set()
+
+
+@pytest.mark.parametrize(("status", "code"), [(0, 0), (23, 23), (40, 40)])
+def test_a_signal_during_the_run_ends_it_whatever_the_run_makes_of_it(status: int, code: int) -> None:
+    run = Run(Stubborn(status), "head")  # type: ignore[arg-type] # as much of it as is needed
+    threading.Timer(0.2, run.stop).start()
+    assert run.end().status == status
+    assert _stopped("SIGTERM", run, Settings()).code == code
+
+
+def test_a_signal_before_the_run_is_an_interruption() -> None:
+    never, at_once = (Run(Stubborn(-signal.SIGTERM), "head") for _ in range(2))  # type: ignore[arg-type]
+    threading.Timer(0.2, at_once.stop).start()
+    at_once.end()
+    for run in (never, at_once):
+        with pytest.raises(Interrupted):
+            _stopped("SIGTERM", run, Settings())
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        SettingsError, match="the sidecar serves its pages with waitress, which is not installed"
+    ):
+        library()
 
 
 def _check(code: ExitCode) -> Check:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from migrator import quiet, report, settings
 from migrator.answers import Answer
@@ -40,17 +40,17 @@ def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     pages = web.Application(board, _metrics(board), loopback=loopback)
     kin = Kin(arguments, json_logs=service.logs.is_json)
     with web.serving(pages, mine.sidecar_listen) as serving:
-        told = _run(kin, arguments.revision)
-        if told.status < 0:
-            _say_killed(told, mine)
-        if exit_code(told):
-            return Answer({}, "", exit_code(told))  # the run has said why, last
-        if "after" not in told.document:
-            raise Internal("The run ended well, and did not say how.")
-        if not service.logs.is_json:
-            log.info("%s", told.document["message"])
-        board.ran(told.document)
-        return _watch(service, kin, board, arguments, serving)
+        run = Run(kin, arguments.revision)
+        try:
+            told = run.end()
+            if exit_code(told):
+                return _failed(told, mine)
+            if not service.logs.is_json:
+                log.info("%s", told.document["message"])
+            board.ran(told.document)
+            _watch(service, kin, board, arguments, serving)
+        except Interrupt as error:
+            return _stopped(error.name, run, mine)
 
 
 def _metrics(board: Board) -> Callable[[], tuple[str, bytes]]:
@@ -65,30 +65,52 @@ def _metrics(board: Board) -> Callable[[], tuple[str, bytes]]:
     return lambda: made().text()
 
 
-def _run(kin: Kin, revision: str) -> Told:
-    """Run the pipeline; a signal that arrives meanwhile is passed on, and its end waited for."""
-    ended: list[Told] = []
-    over = threading.Event()
+class Run:
+    """The pipeline at work in a thread that waits for its process."""
 
-    def work() -> None:
+    def __init__(self, kin: Kin, revision: str) -> None:
+        self._kin, self._revision = kin, revision
+        self._ended: list[Told] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="run", daemon=True)
+
+    def end(self) -> Told:
+        """Start it, unless that was done, and return how it ended."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self._over.wait()
+        if not self._ended or (self._ended[0].status == 0 and "after" not in self._ended[0].document):
+            raise Internal("The run of the sidecar did not say how it ended.")
+        return self._ended[0]
+
+    def stop(self) -> Told | None:
+        """Pass SIGTERM on and return how it ended, however long that takes; None where it was not begun."""
+        self._kin.end()
+        return self.end() if self._thread.ident is not None else None
+
+    def _work(self) -> None:
         try:
-            ended.append(kin.upgrade(revision))
+            self._ended.append(self._kin.upgrade(self._revision))
         finally:
-            over.set()
+            self._over.set()
 
-    name = ""
-    try:
-        threading.Thread(target=work, name="run", daemon=True).start()
-        over.wait()
-    except Interrupt as error:
-        name = error.name
-        kin.end()
-        over.wait()
-    if not ended:
-        raise Internal("The run could not be started.")
-    if name and ended[0].status == -signal.SIGTERM:  # before it had begun to listen for signals
+
+def _failed(told: Told, mine: settings.Settings) -> Answer:
+    """End as the run did, which has said why, last; unless it was killed."""
+    if told.status < 0:
+        _say_killed(told, mine)
+    return Answer({}, "", exit_code(told))
+
+
+def _stopped(name: str, run: Run, mine: settings.Settings) -> Answer:
+    """End well after a run that ended well, also one that did so in spite of the signal; else as it did."""
+    told = run.stop()
+    if told is None or told.status == -signal.SIGTERM:  # before it had begun to listen for signals
         raise Interrupted(f"Interrupted by {name}.", next_step="run it again")
-    return ended[0]
+    if exit_code(told):
+        return _failed(told, mine)
+    log.info("stopped by %s", name)
+    return Answer({"stopped_by": name}, "")
 
 
 def _say_killed(told: Told, mine: settings.Settings) -> None:
@@ -107,7 +129,7 @@ def _watch(
     board: Board,
     arguments: argparse.Namespace,
     serving: threading.Thread,
-) -> Answer:
+) -> NoReturn:
     """Check on a schedule until a signal arrives; a thread that ends by itself is a defect."""
     flags, mine = given_flags(arguments), service.settings
 
@@ -126,14 +148,8 @@ def _watch(
         verifier = Verifier(board, kin, mine)
         threads.append(_start("verify", lambda: verifier.forever(interval, stop)))
     log.info("watching %s every %g s", mine.required_target, mine.sidecar_interval)
-    try:
-        while all(thread.is_alive() for thread in threads):
-            threads[1].join(1.0)
-    except Interrupt as error:
-        stop.set()
-        kin.end()
-        log.info("stopped by %s", error.name)
-        return Answer({"stopped_by": error.name}, "")
+    while all(thread.is_alive() for thread in threads):
+        threads[1].join(1.0)
     dead = ", ".join(thread.name for thread in threads if not thread.is_alive())
     raise Internal(f"A thread of the sidecar ended by itself: {dead}.")
 
