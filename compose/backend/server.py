@@ -1,7 +1,8 @@
 """A small shop backend: it has no migrations of its own and relies on the schema that migrator leaves.
 
-`/` lists the shops, `/revenue` the last days' revenue, `/healthz` says whether the database answers. The
-address comes from the file DATABASE_URL_FILE, or from POSTGRES_HOST, _PORT, _USER, _DB and _PASSWORD_FILE.
+`/` lists the shops, `/revenue` the last days' revenue, `/invoices` the invoices of compose/two-databases, and
+`/healthz` says whether the database answers. The address comes from the file DATABASE_URL_FILE, or from
+POSTGRES_HOST, _PORT, _USER, _DB and _PASSWORD_FILE.
 """
 
 import json
@@ -30,6 +31,8 @@ QUERIES = {
         ORDER BY r.day DESC, o.slug, r.marketplace
         LIMIT 20
     """,
+    # Of compose/two-databases, where this file is the backend of the second database, too.
+    "/invoices": "SELECT number, total::text, paid_on::text FROM invoices ORDER BY number",
     "/healthz": "SELECT true AS healthy",
 }
 

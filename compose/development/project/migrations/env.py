@@ -1,0 +1,27 @@
+"""Run the revisions, and compare the models with the database for --autogenerate."""
+
+from alembic import context
+from shop.models import Base
+from sqlalchemy import create_engine, pool
+
+
+def run_offline():
+    """Write the revisions as SQL."""
+    context.configure(dialect_name="postgresql", target_metadata=Base.metadata, literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_online():
+    """Run the revisions on the database at `sqlalchemy.url`, which migrator sets."""
+    engine = create_engine(context.config.get_main_option("sqlalchemy.url"), poolclass=pool.NullPool)
+    with engine.connect() as connection:
+        context.configure(connection=connection, target_metadata=Base.metadata)
+        with context.begin_transaction():
+            context.run_migrations()
+
+
+if context.is_offline_mode():
+    run_offline()
+else:
+    run_online()
