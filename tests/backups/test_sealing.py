@@ -251,9 +251,10 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, key: Key) -> None:
         seal_all({".globals.sql": b"x"}, (key.public,))
     assert "migrator[encryption]" in caught.value.next_step
     monkeypatch.setitem(sys.modules, "boto3", None)
-    from migrator.backups.s3_client import Access, client
-
+    monkeypatch.setitem(sys.modules, "boto3.exceptions", None)
+    monkeypatch.setenv("MIGRATOR_IMAGE_VERSION", "1.4.2")
     with pytest.raises(SettingsError, match="boto3, which is not installed") as caught:
-        client(Access())
+        open_store("s3://bucket").backups()
     assert "migrator[s3]" in caught.value.next_step
+    assert "migrator:1.4.2," in caught.value.next_step
     assert sealing.seal_all({".x": b"y"}, ()) == {".x": b"y"}

@@ -87,12 +87,9 @@ def client(access: Access, *, quick: bool = False) -> Any:
 
     Raises :class:`SettingsError` where boto3 is missing.
     """
-    try:
+    with _library():
         import boto3
         from botocore.config import Config
-    except ImportError as error:
-        problem = "MIGRATOR_BACKUP_URL: a bucket is reached by boto3, which is not installed"
-        raise SettingsError([problem], next_step=_REMEDY.format(tags.full())) from error
     for name in ("boto3", "botocore", "s3transfer", "urllib3"):
         logging.getLogger(name).setLevel(
             logging.ERROR
@@ -140,10 +137,21 @@ _remembered: set[str] = set()
 
 
 @contextlib.contextmanager
+def _library() -> Iterator[None]:
+    """Say how to get boto3 where an import of it fails."""
+    try:
+        yield
+    except ImportError as error:
+        problem = "MIGRATOR_BACKUP_URL: a bucket is reached by boto3, which is not installed"
+        raise SettingsError([problem], next_step=_REMEDY.format(tags.full())) from error
+
+
+@contextlib.contextmanager
 def translated(place: str, bucket: str, access: Access, what: str) -> Iterator[None]:
     """Raise what boto3 raises as :class:`S3Failure`; ``what`` names the right that the request needs."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
+    with _library():
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
