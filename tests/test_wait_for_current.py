@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,3 +74,24 @@ def test_an_image_older_than_the_schema_is_told_so(
     (folder / "migrations/versions/r002.py").unlink()
     result = run_migrator("wait-for-current", cwd=folder, database=database)
     refusal(result, ExitCode.DATABASE_AHEAD, "r002", "older than the schema")
+
+
+def test_at_head_a_manifest_is_enough(
+    database: Database, project: Project, run_migrator: Runner, tmp_path: Path
+) -> None:
+    """An application whose revisions import half of it would hold up each of its workers."""
+    folder = project(revisions=linear_history(2))
+    for command in ("upgrade", "freeze"):
+        done(run_migrator(command, cwd=folder, database=database))
+    poison = tmp_path / "poison"
+    for name in ("alembic", "sqlalchemy"):
+        (poison / name).mkdir(parents=True)
+        (poison / name / "__init__.py").write_text("raise RuntimeError('it was imported')\n")
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(poison), os.environ.get("PYTHONPATH", ""))))}
+    assert (
+        "nothing is pending"
+        in done(run_migrator("wait-for-current", cwd=folder, database=database, env=env)).stdout
+    )
+    done(run_migrator("backup", cwd=folder, database=database, env=env))
+    database.execute("DELETE FROM alembic_version")
+    assert run_migrator("wait-for-current", cwd=folder, database=database, env=env).code == ExitCode.INTERNAL

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from migrator.ahead import refuse_or_allow
 from migrator.errors import NotCurrent
-from migrator.history import History
 from migrator.past import Standing, read_standing
 from migrator.postgres import QueryFailed, Session
 from migrator.settings import Settings
 from migrator.stages.wait import wait
 from migrator.versions import VersionTable, read_version
 
+if TYPE_CHECKING:
+    from migrator.glance import FrozenHistory
+    from migrator.history import History
+
 log = logging.getLogger("migrator.wait")
 
 
 def wait_for_current(
-    history: History,
+    frozen: FrozenHistory | None,
+    load: Callable[[], History],
     settings: Settings,
     application_name: str,
     *,
@@ -28,12 +34,14 @@ def wait_for_current(
 ) -> tuple[str, ...]:
     """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout`` seconds.
 
+    Where there is a manifest (``frozen``), the history is loaded only for a database that is not at its heads.
     A newer schema will do where it declares this image compatible, or where MIGRATOR_ALLOW_AHEAD says so.  Only
     reads, and needs no privilege but SELECT on the version table; what is declared stands in the ledger, which says
     nothing to a role that may not read it.  Raises :class:`NotCurrent` when the time is over,
     :class:`DatabaseAhead` for revisions that this image does not know, and whatever connecting raises.
     """
-    wanted = _Wanted(history, settings, time.monotonic() + settings.wait_timeout, sleep)
+    deadline = time.monotonic() + settings.wait_timeout
+    wanted = _Wanted(frozen, load, settings, deadline, sleep)
     while True:
         rest = settings._replace(wait_timeout=wanted.left)
         session, _ = wait(settings.required_target, rest, application_name)
@@ -50,10 +58,20 @@ class _Wanted:
     """What is waited for, and until when; outlives a lost connection."""
 
     def __init__(
-        self, history: History, settings: Settings, deadline: float, sleep: Callable[[float], None]
+        self,
+        frozen: FrozenHistory | None,
+        load: Callable[[], History],
+        settings: Settings,
+        deadline: float,
+        sleep: Callable[[float], None],
     ) -> None:
-        self._history, self._settings, self._deadline, self._sleep = history, settings, deadline, sleep
+        self._frozen, self._load = frozen, load
+        self._settings, self._deadline, self._sleep = settings, deadline, sleep
         self._said: tuple[str, float] = ("", 0.0)
+
+    @functools.cached_property
+    def _history(self) -> History:
+        return self._load()
 
     @property
     def left(self) -> float:
@@ -63,7 +81,8 @@ class _Wanted:
     def on(self, session: Session) -> tuple[str, ...]:
         """Return the revisions as soon as nothing is pending."""
         while True:
-            table, current = read_version(session, self._history, self._settings.version_table)
+            known = self._frozen or self._history
+            table, current = read_version(session, known, self._settings.version_table)
             pending = self._pending(session, table, current)
             if not pending:
                 return current
@@ -84,6 +103,8 @@ class _Wanted:
             self._sleep(min(self.left, random.uniform(0.3, 1.0)))  # noqa: S311 - jitter, no secret
 
     def _pending(self, session: Session, table: VersionTable | None, current: tuple[str, ...]) -> int:
+        if self._frozen and self._frozen.rows_at_head == frozenset(current):
+            return 0
         unknown = self._history.unknown(current)
         if unknown:
             why = refuse_or_allow(

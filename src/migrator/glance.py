@@ -74,6 +74,7 @@ class FrozenHistory(NamedTuple):
 
     table: VersionTable
     revisions: frozenset[str]
+    rows_at_head: frozenset[str]
 
     def version_table(self) -> VersionTable:
         """Return the version table."""
@@ -96,8 +97,9 @@ def frozen_history(settings: Settings, project: ProjectOptions) -> FrozenHistory
     except (_NotEnough, MigratorError, OSError) as error:
         log.debug("the manifest is not enough: %s", error)
         return None
-    revisions = frozenset(item.revision for item in files.frozen.manifest.revisions)
-    return FrozenHistory(files.frozen.table, revisions)
+    manifest = files.frozen.manifest
+    revisions = frozenset(item.revision for item in manifest.revisions)
+    return FrozenHistory(files.frozen.table, revisions, frozenset(manifest.rows_at_head))
 
 
 class _NotEnough(Exception):

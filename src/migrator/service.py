@@ -202,8 +202,14 @@ class MigrationService:
     def wait_for_current(self) -> tuple[str, ...]:
         """Wait until nothing is pending, reading only; returns the revisions that the database is at."""
         from migrator.currency import wait_for_current
+        from migrator.glance import frozen_history
 
-        found = [wait_for_current(one.history(), one.settings, self.application_name) for one in self.all()]
+        found = [
+            wait_for_current(
+                frozen_history(one.settings, one.project), one.history, one.settings, self.application_name
+            )
+            for one in self.all()
+        ]
         return found[0]
 
     def state(self) -> State:
