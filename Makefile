@@ -1,9 +1,9 @@
 # Shorter names for bin/; nothing happens here that a checkout without make could not do.
 
-.PHONY: help demo test fast chaos bench lint audit lock clean
+.PHONY: help demo test fast chaos bench lint audit lock k8s-cluster clean
 
 help: ## show this
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile
 
 demo: ## run the main job on an embedded Postgres, or on the server of DATABASE_URL
 	bin/demo
@@ -26,6 +26,9 @@ bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians,
 	.venv/bin/python -m bench.backup
 	.venv/bin/python -m bench.restore
 	.venv/bin/python -m bench.sidecar
+
+k8s-cluster: ## build Kubernetes from its Go modules, run it here, and run the manifests on it (as root, not in CI)
+	bin/k8s-cluster
 
 lint: ## fix what ruff can fix
 	bin/setup

@@ -51,7 +51,12 @@ def _build(package: str, program: Path) -> None:
     subprocess.run(
         ["nice", "-n", "19", "go", "build", *options, package],
         cwd=COMPONENTS,
-        env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"},
+        env={
+            "GOCACHE": str(CACHE / "go-build"),
+            **os.environ,
+            "CGO_ENABLED": "0",
+            "GOFLAGS": "-buildvcs=false",
+        },
         check=True,
     )
     partial.rename(program)

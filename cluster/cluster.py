@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import secrets
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from cluster.build import CACHE, ROOT, programs
 from cluster.control_plane import control_plane
 from cluster.kubectl import Kubectl, is_true, wait_for
 from cluster.node import Node, address, node
+from cluster.services import NotReady
 
 PREFIX = "migrator-k8s-cluster"
 IMAGES = ("migrator:latest", "shop-migrations:latest", "migrator-example-backend:latest")
@@ -49,6 +51,22 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """Build what is missing, start the cluster, and stop all of it at the end."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    with _only_one():
+        yield from _cluster()
+
+
+@contextlib.contextmanager
+def _only_one() -> Iterator[None]:
+    """Hold what two clusters would share: the bridge, its addresses, and the folder with what the last one left."""
+    with (CACHE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NotReady("another cluster runs from this folder; end it first") from None
+        yield
+
+
+def _cluster() -> Iterator[Cluster]:
     binaries = programs()
     for old in CACHE.glob("state-*"):
         shutil.rmtree(old, ignore_errors=True)

@@ -204,11 +204,10 @@ def _restore(sysctls: dict[str, str]) -> None:
     for arguments in (["-D", "FORWARD", *jump], *([option, "CNI-FORWARD"] for option in ("-F", "-X"))):
         call("iptables", "-w", *arguments, expect=None)
     call("iptables", "-w", "-X", "CNI-ADMIN", expect=None)
-    for group in sorted(Path("/sys/fs/cgroup").glob("*/kubepods"), reverse=True):
-        for folder in sorted(group.rglob("*"), reverse=True):
-            if folder.is_dir():
+    for group in Path("/sys/fs/cgroup").glob("*/kubepods"):
+        for folder in [*sorted(group.rglob("*"), reverse=True), group]:
+            with contextlib.suppress(OSError):  # a file, or still in use
                 folder.rmdir()
-        group.rmdir()
 
 
 def _delete_pods(plane: ControlPlane) -> None:

@@ -14,7 +14,7 @@ from cluster.kubectl import Object, terminated
 from cluster.shop import HEADS, OVERLAYS, Shop, encoded, of_kind
 
 MIGRATIONS = "app.kubernetes.io/component=migration"
-WAIT = ("--wait=watcher", "--timeout=120s")
+WAIT = ("--wait=watcher", "--wait-for-jobs", "--timeout=120s")
 
 
 class Releases:

@@ -41,7 +41,10 @@ def test_the_backend_is_held_back_until_the_sidecar_is_ready(shop: Shop) -> None
     wait_for(lambda: slow.sleeping(shop.psql, shop.database), 60, shop.explain)
 
     assert page(shop, "/livez").strip() == "ok"
-    assert "503" in page(shop, "/readyz", expect=1) or "run has not ended" in page(shop, "/readyz", expect=1)
+    assert "ServiceUnavailable" in page(shop, "/readyz", expect=1)
+    told = json.loads(page(shop, "/"))
+    assert told["ready"] is False
+    print(told["reason"])
     pod = only_pod(shop)
     assert state(pod, "migrator")["started"] is False
     assert state(pod, "backend")["state"]["waiting"]["reason"] == "PodInitializing"
@@ -64,7 +67,8 @@ def test_it_outlives_an_outage_of_the_database_and_ends_with_zero(shop: Shop) ->
 
     shop.cluster.psql(f"ALTER DATABASE {shop.database} ALLOW_CONNECTIONS false")
     wait_for(lambda: "migrator_ready 0.0" in page(shop, "/metrics"), 60, lambda: page(shop, "/"))
-    print(page(shop, "/readyz", expect=1))
+    assert "ServiceUnavailable" in page(shop, "/readyz", expect=1)
+    print(json.loads(page(shop, "/"))["reason"])
     assert page(shop, "/livez").strip() == "ok"
     shop.cluster.psql(f"ALTER DATABASE {shop.database} ALLOW_CONNECTIONS true")
     wait_for(lambda: "migrator_ready 1.0" in page(shop, "/metrics"), 60, lambda: page(shop, "/"))
