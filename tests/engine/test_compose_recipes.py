@@ -14,6 +14,7 @@ import pytest
 from tests.engine.compose import Compose, free_port
 from tests.engine.containers import secret_file
 from tests.support import PLANTED
+from tests.support.projects import Revision
 
 pytestmark = pytest.mark.engine
 
@@ -154,6 +155,16 @@ def test_two_databases(recipe: Recipe, tmp_path: Path) -> None:
     assert compose.psql(REVISION, "billing", "postgres") == ["a4c8e1f05b62"]
     assert compose.psql(REVISION, "shop", "postgres") == [HEAD]
     assert "a4c8e1f05b62" not in compose.migrator("backups", service="shop-migrator")
+
+    # The one fails, and the other can be started all the same.
+    failing = Revision("c0ffee", "b93d20f7c615", "SELECT 1 / 0").render()
+    (compose.folder / "billing" / "migrations" / "versions" / "c0ffee.py").write_text(failing)
+    compose.run("stop", "shop", "billing")
+    assert compose.run("up", "-d", expect=None).returncode == 1
+    assert compose.exit_code("billing-migrator") == 39, compose.logs("billing-migrator")
+    assert compose.inspect("billing")["State"]["Running"] is False
+    compose.run("up", "-d", "shop")
+    compose.wait_for_backend("/")
     compose.assert_no_leak()
     compose.assert_locked_down()
 
