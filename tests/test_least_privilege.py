@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import installations
+from tests.support import installations, sidecars
 from tests.support.projects import linear_history
 from tests.support.runner import ROOT, Result, Runner
 from tests.support.servers import Database, Server
@@ -118,6 +118,21 @@ def test_everything_works_as_its_role(shop: Shop) -> None:
     for role, command in {"shop_watcher": "wait-for-current", "shop_reader": "verify"}.items():
         result = shop.run(role, command)
         assert result.code == 0, result
+
+
+def test_a_sidecar_looks_and_verifies_as_the_role_that_it_migrates_as(shop: Shop) -> None:
+    env = {
+        "MIGRATOR_DATABASE_URL": shop.server.url("shop", "shop_migrator"),
+        "MIGRATOR_ROLE": "shop_owner",
+        "MIGRATOR_SIDECAR_VERIFY_INTERVAL": "200ms",
+    }
+    one = sidecars.start(shop.runner, shop.folder, shop.database, env=env)
+    one.wait_until_ready()
+    one.wait_for(lambda: one.metrics().get("migrator_verify_success") == 1, "a verification")
+    shop.database.execute("UPDATE alembic_version SET version_num = 'r002'")
+    held = one.wait_until_not_ready(24)
+    assert held.document["reason"] == "the database is at r002; 1 of this image's revisions is pending"
+    assert one.stop().code == 0
 
 
 def test_repair(shop: Shop) -> None:
