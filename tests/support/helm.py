@@ -42,7 +42,7 @@ class Helm:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=180,
         )
         if done.returncode != 0:
             raise Refused(done.stdout + done.stderr)
