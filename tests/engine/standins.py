@@ -7,6 +7,7 @@ really pulled one too, is used as it is.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from tests.engine.engine import CACHE, Engine, install, sudo
 
 BASE_IMAGE = "debian:trixie-slim"
 POSTGRES_IMAGE = "postgres:17"
-MIRROR = "http://deb.debian.org/debian"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ARCHIVE = CACHE / "trixie-slim.tar"
 
@@ -31,15 +31,15 @@ APT_OPTIONS = """\
 Acquire::Languages "none";
 DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/*.bin || true"; };
 """
-SOURCES = f"""\
+SOURCES = """\
 Types: deb
-URIs: {MIRROR}
+URIs: {mirror}
 Suites: trixie trixie-updates
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 
 Types: deb
-URIs: {MIRROR}-security
+URIs: {mirror}-security
 Suites: trixie-security
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
@@ -77,7 +77,7 @@ def bootstrap(archive: Path) -> None:
     sudo("rm", "-rf", "--one-file-system", str(root))
     program = shutil.which("debootstrap", path=f"{PATH}") or "debootstrap"
     try:
-        sudo(program, "--variant=minbase", "trixie", str(root), MIRROR, timeout=400)
+        sudo(program, "--variant=minbase", "trixie", str(root), timeout=400)
         slim(root)
         partial = archive.with_suffix(".partial")
         sudo("tar", "--numeric-owner", "-C", str(root), "-cf", str(partial), ".")
@@ -90,7 +90,8 @@ def slim(root: Path) -> None:
     """Drop what the official slim image does not have, and point apt at the same suites."""
     write(root / "etc/dpkg/dpkg.cfg.d/docker", PATH_EXCLUDES)
     write(root / "etc/apt/apt.conf.d/docker", APT_OPTIONS)
-    write(root / "etc/apt/sources.list.d/debian.sources", SOURCES)
+    (mirror,) = re.findall(r"^deb (\S+) ", (root / "etc/apt/sources.list").read_text(), re.MULTILINE)
+    write(root / "etc/apt/sources.list.d/debian.sources", SOURCES.format(mirror=mirror))
     sudo("rm", "-f", str(root / "etc/apt/sources.list"), str(root / "etc/resolv.conf"))
     for folder in EMPTIED:
         sudo("find", str(root / folder), "-mindepth", "1", "-delete")
