@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from migrator.outcome import ExitCode
 from tests.support.ledgers import runs
 from tests.support.outcomes import refusal
 from tests.support.projects import Revision, linear_history, write_project
-from tests.support.runner import Runner
+from tests.support.runner import ROOT, Runner
 from tests.support.servers import Database, Server
 from tests.support.sidecars import QUICK, Sidecar, start
 
@@ -334,6 +335,11 @@ def test_the_metrics_are_well_formed(sidecar: Callable[..., Sidecar]) -> None:
     one.wait_for(lambda: "migrator_verify_success" in one.metrics(), "a verification")
     families = {family.name: family for family in text_string_to_metric_families(one.ask("/metrics").body)}
     assert all(family.documentation for family in families.values())
+    page = (ROOT / "docs" / "sidecar.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`(migrator_[a-z_]+)`", page)) - {"migrator_min_compatible"}
+    served = set(re.findall(r"^# TYPE (migrator_\w+)", one.ask("/metrics").body, re.M))
+    assert documented - served == {"migrator_last_run_backup_size_bytes"}  # there was no backup
+    assert served <= documented
     info = families["migrator_info"].samples[0].labels
     assert info == {"version": info["version"], "image_version": "2.0"}
     said = one.metrics()
