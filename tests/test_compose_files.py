@@ -22,7 +22,7 @@ def read(file: Path) -> dict[str, Any]:
 
 def test_they_are_found() -> None:
     names = {file.parent.name for file in FILES}
-    assert names == {"compose", "development", "pgbouncer", "s3", "two-databases", "wait"}
+    assert names == {"compose", "development", "pgbouncer", "s3", "sidecar", "two-databases", "wait"}
 
 
 @each_recipe
@@ -68,7 +68,10 @@ def test_no_backend_starts_before_its_migrator_has_completed(file: Path) -> None
     for name, service in read(file)["services"].items():
         if service["image"] == "migrator-example-backend:latest":
             conditions = [on["condition"] for on in service["depends_on"].values()]
-            assert "service_completed_successfully" in conditions, name
+            expected = (
+                "service_healthy" if file.parent.name == "sidecar" else "service_completed_successfully"
+            )
+            assert expected in conditions, name
 
 
 @each_recipe

@@ -204,7 +204,7 @@ class Compose:
     def down(self) -> None:
         """Remove all that this project made."""
         subprocess.run(
-            self.command("down", "-v", "--remove-orphans", "-t", "5"),
+            self.command("down", "-v", "--remove-orphans", "-t", "2"),
             cwd=self.folder,
             env={**self.engine.process_environment, **self.settings},
             stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 
@@ -64,6 +65,28 @@ def test_a_failing_migration_keeps_the_backend_from_starting(recipe: Recipe) -> 
     compose.up()
     compose.wait_for_backend()
     assert compose.psql(REVISION) == ["r002"]
+
+
+def test_a_sidecar_that_fails_and_then_holds_the_backend_back_until_it_is_ready(recipe: Recipe) -> None:
+    compose = recipe("sidecar")
+    bring(compose, FAILING)
+    assert compose.run("up", "-d", expect=None).returncode == 1
+    assert compose.exit_code("migrator") == 39, compose.logs("migrator")
+    assert compose.never_started("backend")
+
+    bring(compose, "CREATE TABLE t2 (id int)")
+    compose.up()
+    compose.wait_for_backend()
+    assert compose.inspect("migrator")["State"]["Health"]["Status"] == "healthy"
+    assert compose.psql(REVISION) == ["r002"]
+    ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8086/').read().decode())"
+    told = json.loads(compose.run("exec", "-T", "migrator", "python", "-c", ask).stdout)
+    assert told["ready"] is True
+    compose.assert_no_leak()
+    compose.assert_locked_down()
+
+    compose.run("stop", "migrator")
+    assert compose.exit_code("migrator") == 0
 
 
 def test_a_run_that_is_stopped_in_the_middle_rolls_back(recipe: Recipe) -> None:
