@@ -157,6 +157,7 @@ def test_every_file_that_a_setting_names_is_mounted(name: str) -> None:
                 in_bucket = environment["MIGRATOR_BACKUP_URL"].startswith("s3://")
                 assert in_bucket == ("AWS_SECRET_ACCESS_KEY_FILE" in environment)
                 assert in_bucket != ("/backups" in mounts)
+                assert "/tmp" in mounts  # the root filesystem is read-only
             else:
                 assert "/backups" not in mounts  # those that only read the database hold no volume and no key
                 assert "AWS_SECRET_ACCESS_KEY_FILE" not in environment

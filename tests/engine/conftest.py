@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine import standins
 from tests.engine.compose import PLUGIN, STANDALONE, Compose, Program, copy_of_the_tree, plugin, standalone
-from tests.engine.containers import Migrator, Postgres, running_postgres, secret_file
+from tests.engine.containers import Migrator, Postgres, running_postgres, secret_file, unique
 from tests.engine.engine import ROOT, Engine, tls_roots
 from tests.engine.podman import Podman
 from tests.engine.pods import Pods
@@ -131,7 +131,7 @@ def podman(engine: Engine) -> Iterator[Podman]:
 @pytest.fixture(scope="session")
 def playground(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Pods:
     """A network for pods, and Postgres on it; all of it goes with podman's state."""
-    pods = Pods(podman, "shop", tmp_path_factory.mktemp("pods"))
+    pods = Pods(podman, unique("pods"), tmp_path_factory.mktemp("pods"))
     pods.start_postgres()
     return pods
 

@@ -67,7 +67,9 @@ class Podman:
         state = Path(tempfile.mkdtemp(prefix="podman-", dir=CACHE))
         runroot = Path(tempfile.mkdtemp(prefix="migrator-podman-"))
         configuration = state / "containers.conf"
-        configuration.write_text(CONFIGURATION)
+        # Its networks are its own, too: the end of another one's tests would remove them. Their names have to be
+        # unique all the same, for the server of names is one for all.
+        configuration.write_text(f'{CONFIGURATION}network_config_dir = "{state / "networks"}"\n')
         folders = (f"--root={state / 'root'}", f"--runroot={runroot}")
         program = as_root("env", f"CONTAINERS_CONF={configuration}", str(find_program("podman")), *folders)
         podman = cls(tuple(program))

@@ -7,10 +7,12 @@ different is in `playable`, and nothing else.
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
+import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,9 @@ def playable(
 ) -> dict[str, Any]:
     """Return an object's pod as podman can play it.
 
-    podman takes the pod's restart policy for init containers, too, and removes them by default; podman 4.3 crashes
-    where a secret's volume does not say whether it is optional.
+    podman takes the pod's restart policy for init containers, too, and removes them by default; it publishes a
+    container's port on the host, where no cluster would; podman 4.3 crashes where a secret's volume does not say
+    whether it is optional.
     """
     template = copy.deepcopy(pod_of(item))
     assert template is not None
@@ -44,6 +47,7 @@ def playable(
     pod["spec"]["restartPolicy"] = "Never"
     for container in containers_of(pod):
         container["image"] = images.get(container["image"], container["image"])
+        container.pop("ports", None)
     for volume in pod["spec"]["volumes"]:
         if "secret" in volume:
             volume["secret"] = {"secretName": secret, "optional": False}
@@ -107,6 +111,19 @@ class Pods:
         command = ("play", "kube", f"--network={self.network}", *options, str(manifest))
         self.podman.run(*command, expect=expect, timeout=180)
 
+    def start(self, *pods: str) -> list[subprocess.Popen[str]]:
+        """Start pods that were made with `start=False`, all at once; each returned process ends when its pod runs."""
+        return [
+            subprocess.Popen(
+                [*self.podman.command, "pod", "start", pod],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for pod in pods
+        ]
+
     def inspect(self, container: str) -> dict[str, Any]:
         """Return what podman knows of a container."""
         return dict(json.loads(self.podman.run("inspect", container).stdout)[0])
@@ -118,15 +135,33 @@ class Pods:
         )
         return int(self.inspect(container)["State"]["ExitCode"])
 
+    @contextlib.contextmanager
+    def gate(self, database: str, sql: str) -> Iterator[None]:
+        """Hold what a statement takes, in a session of its own, until the end of the block."""
+        held = f"BEGIN; {sql}; SELECT pg_sleep(300)"
+        name = f"gate {database}"
+        command = ("exec", "-d", "-e", f"PGAPPNAME={name}", POSTGRES, "psql", "-qU", USER, "-d", database)
+        self.podman.run(*command, "-c", held)
+        mine = f"FROM pg_stat_activity WHERE application_name = '{name}'"
+        wait_for(lambda: self.psql(f"SELECT wait_event {mine}") == ["PgSleep"], 20, "the gate is shut")
+        try:
+            yield
+        finally:
+            self.psql(f"SELECT pg_terminate_backend(pid) {mine}")
+
     def remove(self, *pods: str) -> None:
         """Remove pods, having searched what their containers logged, and their settings, for the password."""
-        for pod in pods:
-            containers = json.loads(self.podman.run("pod", "inspect", pod).stdout)["Containers"]
-            for container in containers:
-                text = self.podman.logs(container["Name"]) + json.dumps(self.inspect(container["Name"]))
-                assert leaks.find(text) is None, f"{container['Name']} gives the password away"
-            self.podman.run("pod", "rm", "-f", "-t", "0", pod)
-            self.playing.remove(pod)
+        if not pods:
+            return
+        listed = self.podman.run(
+            "ps", "-a", "--pod", "--format", "{{.PodName}} {{.Names}}"
+        ).stdout.splitlines()
+        names = [line.split()[-1] for line in listed if line.split()[0] in pods]
+        assert len(names) > len(pods)  # each has its own, and podman's
+        text = self.podman.run("inspect", *names).stdout + "".join(map(self.podman.logs, names))
+        assert leaks.find(text) is None, "a container gives the password away"
+        self.podman.run("pod", "rm", "-f", "-t", "0", *pods)
+        self.playing = [pod for pod in self.playing if pod not in pods]
 
     def remove_all(self) -> None:
         """Remove what a test has left playing."""

@@ -5,9 +5,8 @@ A history with gates (projects/stages) holds a run in a stage for as long as a s
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from migrator.outcome import ExitCode
 from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
 from tests.engine.containers import wait_for
 from tests.engine.engine import Engine, as_root, call
-from tests.engine.pods import POSTGRES, Pods, playable
+from tests.engine.pods import Pods, playable
 from tests.engine.test_projects import PROJECTS
 from tests.support.kubernetes import ROOT, documents, kustomize, of_kind
 
@@ -82,19 +81,6 @@ class Shop:
         claims = [claim] if self.made == 1 else []  # podman makes a volume, and refuses to find it there
         self.pods.play(settings, *claims, pod)
         return f"{name}-migrator"
-
-    @contextlib.contextmanager
-    def gate(self, sql: str) -> Iterator[None]:
-        """Hold what a statement takes, in a session of its own, until the end of the block."""
-        held = f"BEGIN; {sql}; SELECT pg_sleep(300)"
-        command = ("exec", "-d", "-e", f"PGAPPNAME=gate {self.database}", POSTGRES)
-        self.pods.podman.run(*command, "psql", "-qU", "shop", "-d", self.database, "-c", held)
-        mine = f"FROM pg_stat_activity WHERE application_name = 'gate {self.database}'"
-        wait_for(lambda: self.psql(f"SELECT wait_event {mine}") == ["PgSleep"], 20, "the gate is shut")
-        try:
-            yield
-        finally:
-            self.psql(f"SELECT pg_terminate_backend(pid) {mine}")
 
     def files(self) -> list[str]:
         """Return the names of the files among the backups."""
@@ -169,7 +155,7 @@ def stands(shop: Shop, stage: str, container: str) -> Callable[[], Any]:
 
 @pytest.mark.parametrize("stage", GATES)
 def test_killed_in_a_stage(shop: Shop, stage: str) -> None:
-    with shop.gate(GATES[stage]):
+    with shop.pods.gate(shop.database, GATES[stage]):
         container = shop.start()
         wait_for(stands(shop, stage, container), 30, f"the run is in {stage}")
         shop.pods.podman.run("kill", "--signal=KILL", container)
@@ -207,7 +193,7 @@ def test_killed_while_a_dump_is_written(shop: Shop) -> None:
 @pytest.mark.parametrize("stage", ["backup", "apply"])
 def test_a_node_loses_its_network(shop: Shop, stage: str) -> None:
     """Nothing comes through any more, and nobody says so: the server lets go, and another node's pod finishes."""
-    with shop.gate(GATES[stage]):
+    with shop.pods.gate(shop.database, GATES[stage]):
         container = shop.start()
         wait_for(stands(shop, stage, container), 30, f"the run is in {stage}")
         process = str(shop.pods.inspect(container)["State"]["Pid"])

@@ -41,6 +41,7 @@ __all__ = [
     "pod_of",
     "policy_violations",
     "program",
+    "reaction",
     "restricted_violations",
     "validate",
 ]
@@ -96,16 +97,15 @@ def policy_violations(job: dict[str, Any], container: str = "migrator") -> list[
     are tried again; no rule names 0. The API's own demands, which no schema holds: `restartPolicy: Never`,
     values in ascending order, a container that exists.
     """
-    spec = job["spec"]["jobTemplate"]["spec"] if job["kind"] == "CronJob" else job["spec"]
-    rules = spec.get("podFailurePolicy", {}).get("rules", [])
+    spec = _job_spec(job)
     found = []
     for code in (*RETRIED, 137, 143):
-        if _action(rules, int(code)) == "FailJob":
+        if reaction(job, int(code)) == "FailJob":
             found.append(f"{int(code)} fails the Job; trying again can help")
     for code in FAILED_AT_ONCE:
-        if _action(rules, int(code)) != "FailJob":
+        if reaction(job, int(code)) != "FailJob":
             found.append(f"{int(code)} ({code.name}) is tried again; that cannot help")
-    for rule in (rule["onExitCodes"] for rule in rules if "onExitCodes" in rule):
+    for rule in (rule["onExitCodes"] for rule in _rules(job) if "onExitCodes" in rule):
         if rule["values"] != sorted(set(rule["values"])) or 0 in rule["values"]:
             found.append("the values of a rule are in ascending order, each once, without 0")
         if rule.get("containerName") != container:
@@ -117,13 +117,24 @@ def policy_violations(job: dict[str, Any], container: str = "migrator") -> list[
     return found
 
 
-def _action(rules: list[dict[str, Any]], code: int) -> str:
-    """Return what the first rule that matches says, as the Job controller does; `Count` where none matches."""
-    for rule in rules:
+def reaction(job: dict[str, Any], code: int) -> str:
+    """Return what a Job does about a pod that ended with a code, as its controller does.
+
+    The first rule that matches decides; `Count`, towards the backoffLimit, where none does.
+    """
+    for rule in _rules(job):
         about = rule.get("onExitCodes")
         if about and (code in about["values"]) == (about["operator"] == "In"):
             return str(rule["action"])
     return "Count"
+
+
+def _job_spec(job: dict[str, Any]) -> dict[str, Any]:
+    return dict(job["spec"]["jobTemplate"]["spec"] if job["kind"] == "CronJob" else job["spec"])
+
+
+def _rules(job: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(_job_spec(job).get("podFailurePolicy", {}).get("rules", []))
 
 
 def kustomize(folder: Path) -> str:
