@@ -302,7 +302,8 @@ class MigrationService:
         return self._find_backup(backup_id)[1]
 
     def _find_backup(self, backup_id: str) -> tuple[Store, Backup]:
-        from migrator.backups.store import LATEST, open_store
+        from migrator.backups.store import LATEST
+        from migrator.backups.stores import open_store
 
         settings = self.settings
         target = settings.required_target if backup_id == LATEST else settings.target
@@ -311,12 +312,10 @@ class MigrationService:
 
     def backups(self) -> list[dict[str, Any]]:
         """Return the backups in the folder, newest first."""
-        from migrator.backups import store
         from migrator.backups.manifest import summary
+        from migrator.backups.stores import open_store
 
-        return [
-            summary(backup) for backup in store.open_store(self.settings.backup_url, self.settings).backups()
-        ]
+        return [summary(backup) for backup in open_store(self.settings.backup_url, self.settings).backups()]
 
     def prune(self, *, dry_run: bool = False) -> Pruned:
         """Remove the backups of the target's database that MIGRATOR_BACKUP_KEEP does not keep."""

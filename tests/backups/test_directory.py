@@ -17,7 +17,7 @@ import pytest
 from migrator.backups import directory, folder, pg_dump
 from migrator.backups.folder import FolderStore
 from migrator.backups.parts import DirectoryPart
-from migrator.backups.store import open_store
+from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed
 from tests.support.servers import Database, Server
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from migrator.backups import archive
-from migrator.backups.store import open_store
+from migrator.backups.stores import open_store
 from tests.support import leaks
 from tests.support.servers import Database
 

@@ -12,7 +12,7 @@ import psycopg2
 import pytest
 
 from migrator.backups import proof, verify
-from migrator.backups.store import open_store
+from migrator.backups.stores import open_store
 from tests.histories.projects import HISTORIES, History
 from tests.support.servers import Database, Row, Server
 from tests.test_example import upgrade

@@ -18,7 +18,8 @@ from migrator.backups import s3_stale, s3_upload
 from migrator.backups.manifest import Backup
 from migrator.backups.s3 import S3Store
 from migrator.backups.s3_upload import first_size, part_size
-from migrator.backups.store import checksum, new_id, open_store
+from migrator.backups.store import checksum, new_id
+from migrator.backups.stores import open_store
 from migrator.errors import NoSuchBackup, RestoreFailed
 from migrator.settings import load
 from tests.support.buckets import Bucket

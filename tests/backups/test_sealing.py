@@ -16,7 +16,8 @@ from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
 from migrator.backups.parts import FilePart
 from migrator.backups.sealing import CannotOpen, opened, seal_all
-from migrator.backups.store import checksum, new_id, open_store
+from migrator.backups.store import checksum, new_id
+from migrator.backups.stores import open_store
 from migrator.errors import SettingsError
 from migrator.settings import load
 from tests.support.buckets import Bucket

@@ -15,7 +15,8 @@ import pytest
 from migrator.backups import folder as module
 from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
-from migrator.backups.store import checksum, file_chunks, new_id, open_store
+from migrator.backups.store import checksum, file_chunks, new_id
+from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed, NoSuchBackup, RestoreFailed
 
 from .test_manifest import BACKUP

@@ -18,7 +18,7 @@ import pytest
 
 from migrator.backups import description, verify
 from migrator.backups.manifest import Backup
-from migrator.backups.store import open_store
+from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed, NoSuchBackup, RestoreFailed
 from tests.support.buckets import Bucket
 from tests.support.projects import linear_history

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from migrator.backups.manifest import Backup
-from migrator.backups.store import checksum, new_id, open_store
+from migrator.backups.store import checksum, new_id
+from migrator.backups.stores import open_store
 from migrator.interruption import Interrupt, Interruption
 from migrator.settings import load
 from tests.backups.test_manifest import BACKUP

@@ -31,7 +31,8 @@ from migrator.backups.parts import DirectoryPart
 from migrator.backups.pg_dump import Dump, WorkerLockedOut
 from migrator.backups.proof import Proving
 from migrator.backups.snapshot import LockedOut, Relation, Sizes
-from migrator.backups.store import Part, Store, WritablePart, new_id, open_store
+from migrator.backups.store import Part, Store, WritablePart, new_id
+from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed, MigratorError
 from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.settings import Settings
@@ -136,6 +137,10 @@ def back_up(
             LOGGER.warning("another session waits to lock a table: the backup begins again, with one worker")
             work.wait_until_gone()
             backup = work.make(ready.how.single, started, about)
+        except (MigratorError, QueryFailed, OSError):
+            with contextlib.suppress(QueryFailed):  # the session itself is gone
+                work.wait_until_gone()
+            raise
     LOGGER.info(
         "backed up %s: %s in %.1f s, %s, as %s",
         database,

@@ -22,7 +22,7 @@ from typing import Any
 from migrator.backups import archive, clients, databases, in_place, losses, snapshot
 from migrator.backups.manifest import Backup, human_size
 from migrator.backups.restored import Compared, Restored, failed, failing
-from migrator.backups.store import open_store
+from migrator.backups.stores import open_store
 from migrator.errors import LockBusy, SettingsError
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
 from migrator.process import uninterrupted

@@ -16,7 +16,8 @@ from typing import Any
 from migrator import past
 from migrator.backups import snapshot
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.store import BadDump, Store, open_store
+from migrator.backups.store import BadDump, Store
+from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed, SettingsError
 from migrator.postgres import QueryFailed, Session
 from migrator.settings import Settings

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from migrator.backups import directory, exclusions, snapshot
 from migrator.backups.manifest import Backup
-from migrator.backups.store import open_store
+from migrator.backups.stores import open_store
 from migrator.errors import MigratorError
 from migrator.postgres import Session
 from migrator.settings import Settings

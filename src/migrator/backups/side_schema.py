@@ -17,7 +17,7 @@ from migrator.backups import archive, clients, psql
 from migrator.backups.in_place import Job, archive_format, chosen, comparison
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restored import Restored, failed, failing
-from migrator.backups.store import open_store
+from migrator.backups.stores import open_store
 from migrator.errors import SettingsError
 from migrator.postgres import quote_identifier
 from migrator.settings import Settings

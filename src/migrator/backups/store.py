@@ -1,4 +1,4 @@
-"""What a place for backups can do, whichever it is, and how one is found by its address.
+"""What a place for backups can do, whichever it is.
 
 A backup is its manifest: what has none is no backup, and no store lists it.
 """
@@ -16,14 +16,10 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
-from urllib.parse import unquote, urlparse
+from typing import Any, Protocol, Self
 
 from migrator.backups.manifest import FORMAT, Backup, BadManifest, from_json
 from migrator.errors import BackupFailed, NoSuchBackup
-
-if TYPE_CHECKING:
-    from migrator.settings import Settings
 
 LATEST = "latest"
 DUMP, MANIFEST, BAD, BAD_MANIFEST, SEALED = ".dump", ".json", ".bad", ".bad.json", ".age"
@@ -171,23 +167,6 @@ class Store(Protocol):
     def bad(self, database: str = "") -> list[BadDump]:
         """Return what was marked as bad (of one database); raises RestoreFailed."""
         ...
-
-
-def open_store(url: str, settings: Settings | None = None) -> Store:
-    """Return the store that ``file:///folder`` or ``s3://bucket/prefix`` names.
-
-    ``settings`` tell how to reach a bucket, and the public keys that dumps are encrypted to.
-    """
-    parsed = urlparse(url, allow_fragments=False)
-    recipients = tuple(settings.backup_recipients.split("\n")) if settings else ()
-    recipients = tuple(filter(None, recipients))
-    if parsed.scheme == "s3":
-        from migrator.backups.s3 import S3Store
-
-        return S3Store.from_settings(url, settings, recipients)
-    from migrator.backups.folder import FolderStore
-
-    return FolderStore(Path(unquote(parsed.path)), recipients)
 
 
 def pick(store: Store, wanted: str, database: str) -> Backup:

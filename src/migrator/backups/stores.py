@@ -1,0 +1,26 @@
+"""Find the store that an address names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from migrator.backups.store import Store
+from migrator.settings import Settings
+
+
+def open_store(url: str, settings: Settings | None = None) -> Store:
+    """Return the store that ``file:///folder`` or ``s3://bucket/prefix`` names.
+
+    ``settings`` tell how to reach a bucket, and the public keys that dumps are encrypted to.
+    """
+    parsed = urlparse(url, allow_fragments=False)
+    recipients = tuple(settings.backup_recipients.split("\n")) if settings else ()
+    recipients = tuple(filter(None, recipients))
+    if parsed.scheme == "s3":
+        from migrator.backups.s3 import S3Store
+
+        return S3Store.from_settings(url, settings, recipients)
+    from migrator.backups.folder import FolderStore
+
+    return FolderStore(Path(unquote(parsed.path)), recipients)
