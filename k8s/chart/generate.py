@@ -136,6 +136,8 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     "waitForCurrent.databaseSecret": PERHAPS_NAMED,
     "serviceAccount.name": PERHAPS_NAMED,
     "serviceAccount.annotations": TEXTS,
+    "networkPolicy.dns.ports": PORTS,
+    "networkPolicy.dns.to": OBJECTS,
     "networkPolicy.postgres.ports": PORTS,
     "networkPolicy.postgres.to": OBJECTS,
     "networkPolicy.s3.ports": PORTS,

@@ -129,6 +129,7 @@ def test_the_network_policy_is_for_all_of_the_charts_pods_and_lets_nobody_in(hel
     assert all(wanted <= pod["metadata"]["labels"].items() for pod in pods)
     assert policy["ingress"] == []
     ports = [(rule.get("to"), [port["port"] for port in rule["ports"]]) for rule in policy["egress"]]
+    assert [port["protocol"] for port in policy["egress"][0]["ports"]] == ["UDP", "TCP"]
     assert ports == [(None, [53, 53]), ([{"ipBlock": {"cidr": "10.1.2.3/32"}}], [5432]), (None, [443])]
 
 
