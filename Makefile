@@ -25,6 +25,7 @@ bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians,
 	.venv/bin/python -m bench.race
 	.venv/bin/python -m bench.backup
 	.venv/bin/python -m bench.restore
+	.venv/bin/python -m bench.container
 	.venv/bin/python -m bench.sidecar
 
 k8s-cluster: ## build Kubernetes from its Go modules, run it here, and run the manifests on it (as root, not in CI)
