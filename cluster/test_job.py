@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+from tests.engine.engine import call
+
 from cluster import slow
 from cluster.cluster import UNREACHABLE
-from cluster.kubectl import Object, is_true, terminated, wait_for
+from cluster.kubectl import Object, is_true, state, terminated, wait_for
 from cluster.shop import HEADS, OVERLAYS, Shop, encoded, of_kind
 
 JOB = "shop-migrate"
@@ -88,9 +90,9 @@ def test_a_revision_that_fails_fails_the_job_at_once(shop: Shop) -> None:
     print(terminated(shop.pods(PODS)[0], "migrator")["message"])
 
 
-def job_in_the_middle(shop: Shop, revision: str) -> str:
-    """Start the Job, whose first pod is then in a revision that never ends; return the pod's name."""
-    shop.cluster.psql(slow.hold(shop.database, revision, 300))
+def job_in_the_middle(shop: Shop, revision: str, seconds: int = 300) -> str:
+    """Start the Job, whose first pod is then in a revision that lasts so long; return the pod's name."""
+    shop.cluster.psql(slow.hold(shop.database, revision, seconds))
     objects = shop.rendered(OVERLAYS / "job")
     slow.mounted(of_kind(objects, "Job")["spec"]["template"])
     shop.apply(slow.history(), *(item for item in objects if item["kind"] != "Deployment"))
@@ -129,6 +131,16 @@ def test_an_evicted_pod_is_replaced_though_it_had_committed_a_revision(shop: Sho
     shop.kubectl.run("create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
     # 40 would fail the Job; the rule about disruptions comes first, and ignores it.
     assert finished_by_another_pod(shop) == ["40", "0"]
+
+
+def test_a_pod_whose_network_is_cut_is_replaced(shop: Shop) -> None:
+    name = job_in_the_middle(shop, "r001", seconds=20)
+    container = state(shop.kubectl.get("pod", name), "migrator")["containerID"]
+    inside = ("nsenter", f"--target={shop.cluster.node.process(container)}", "--net", "iptables", "-w")
+    for chain in ("INPUT", "OUTPUT"):
+        call(*inside, "--insert", chain, "--jump", "DROP")  # nobody is told: a switch that died
+    assert shop.wait_for_exit(name, "migrator", 240)["exitCode"] == 20
+    assert finished_by_another_pod(shop) == ["0"]
 
 
 def test_a_deleted_pod_that_had_committed_a_revision_fails_the_job(shop: Shop) -> None:
