@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -20,22 +20,39 @@ IDLE = timedelta(hours=1)
 """After which an upload of this database that gets no parts is taken for dead; those of others after `OLD`."""
 OLD = timedelta(days=1)
 """After which a dump without manifest is taken for one whose run died: reading back and proving may take hours."""
+_MOST_UPLOADS = 10_000
 _OURS = re.compile(r"(?P<id>(?P<slug>.+)-\d{8}T\d{6}Z-[0-9a-f]{6})\.[a-z.]+")
 
 
 def abort_uploads(store: S3Store, database: str) -> None:
     """Give up the uploads that get no parts any more; raises OSError."""
-    with store.asking("s3:ListBucketMultipartUploads"):
-        pages = store.client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=store.bucket, Prefix=store.key("")
-        )
-        for page in pages:
-            now = _now(page)
-            for upload in page.get("Uploads", ()):
-                ours = _OURS.fullmatch(upload["Key"].removeprefix(store.key("")))
-                patience = IDLE if ours and ours["slug"] == slug(database) else OLD
-                if ours and now - upload["Initiated"] > patience and now - _last(store, upload) > patience:
-                    _abort(store, upload)
+    for now, upload in _uploads(store):
+        ours = _OURS.fullmatch(upload["Key"].removeprefix(store.key("")))
+        patience = IDLE if ours and ours["slug"] == slug(database) else OLD
+        if ours and now - upload["Initiated"] > patience and now - _last(store, upload) > patience:
+            _abort(store, upload)
+
+
+def _uploads(store: S3Store) -> Iterator[tuple[datetime, Mapping[str, Any]]]:
+    """Yield the uploads below the store's prefix, each with the server's time.
+
+    MinIO lists uploads by a whole key or by none, never by what keys begin with, so where there seem to be none, those
+    of the whole bucket are looked through.
+    """
+    prefix, found = store.key(""), False
+    for asked in dict.fromkeys((prefix, "")):
+        with store.asking("s3:ListBucketMultipartUploads"):
+            pages = store.client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(
+                Bucket=store.bucket, Prefix=asked, PaginationConfig={"MaxItems": _MOST_UPLOADS}
+            ):
+                now = _now(page)
+                for upload in page.get("Uploads", ()):
+                    found = True
+                    if upload["Key"].startswith(prefix):
+                        yield now, upload
+        if found:
+            return
 
 
 def _last(store: S3Store, upload: Mapping[str, Any]) -> datetime:
