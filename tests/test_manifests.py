@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,3 +287,49 @@ def test_time_to_roll_back_is_given(name: str) -> None:
         ]
         if pod and makes_changes:
             assert pod["spec"]["terminationGracePeriodSeconds"] >= 60
+
+
+def test_the_overlay_of_the_documentation_builds(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (block,) = (text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "Kustomization" in text)
+    shutil.copytree(K8S, tmp_path / "migrator" / "k8s")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(block)
+    (mine / "database-url.txt").write_text("postgresql://shop@elsewhere/shop")
+
+    objects = documents(kustomize(mine))
+
+    for item in objects:
+        validate(item, VERSIONS[-1])
+    secret = next(item for item in objects if item["metadata"]["name"].startswith("shop-database"))
+    assert base64.b64decode(secret["data"]["url"]) == b"postgresql://shop@elsewhere/shop"
+    settings = of_kind(objects, "ConfigMap")["data"]
+    assert settings["MIGRATOR_BACKUP_URL"] == "s3://your-bucket/shop"
+    assert settings["MIGRATOR_LOCK_TIMEOUT"] == "3s"
+    assert settings["MIGRATOR_DATABASE_URL_FILE"] == ADDRESS
+    assert migrator_of(objects, "shop-migrate")["image"] == "registry.example/shop-migrations:1.4.2"
+    there = {(item["kind"], item["metadata"]["name"]) for item in objects}
+    assert all(set(references(item)) <= there for item in objects)
+
+
+def test_the_documentation_names_every_overlay_and_component() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    assert [name for name in OVERLAYS if f"overlays/{name}`" not in page and f"`{name}`" not in page] == []
+    assert [name for name in COMPONENTS if f"`{name}`" not in page] == []
+
+
+def test_the_documented_figures_are_the_measured_ones() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    measured = (ROOT / "bench" / "results" / "memory.md").read_text()
+    rows = [line for line in measured.splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    assert "\n".join(rows) in page
+    assert all(row.endswith("| no |") for row in rows[2:])
+    limits = {
+        container["resources"]["limits"]["memory"]
+        for item in rendered("overlays/job")
+        for container in containers_of(item)
+        if container["name"] == "migrator" and container["args"][0] in {"upgrade", "verify-backup"}
+    }
+    assert {f"limit of {limit} and no swap" in measured for limit in limits} == {True}
