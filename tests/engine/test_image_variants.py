@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.containers import Migrator
 from tests.engine.engine import ROOT, Engine
-from tests.engine.images import LOCKED_DOWN, derive
+from tests.engine.images import LOCKED_DOWN, derive, figures, look, python
 from tests.support.projects import linear_history
 
 pytestmark = pytest.mark.engine
@@ -18,6 +18,9 @@ NO_SHELL = "migrator-test-no-shell:latest"
 FROZEN = "migrator-test-frozen:latest"
 BACKEND = "migrator-test-backend:latest"
 WITH_BACKEND = "migrator-test-with-backend:latest"
+ON_PYTHON = "migrator-test-on-python:latest"
+LITERAL_LIMIT = 45.0
+"""MB that all layers of the slim image add to a base that has Python."""
 BACKUPS_OFF = ("-e", "MIGRATOR_BACKUP=off")
 SHELLS = "for name in ('sh', 'bash', 'dash', 'rbash'): pathlib.Path('/usr/bin', name).unlink()"
 
@@ -149,15 +152,22 @@ def test_a_derived_image_can_freeze_its_history(migrator: Migrator, frozen: str)
 
 
 @pytest.fixture(scope="module")
-def with_backend(engine: Engine, slim_image: str) -> Iterator[str]:
-    """The example: migrator in the image of a backend that has another Python, in another place."""
+def python_base(engine: Engine) -> Iterator[str]:
+    """A backend's image that has another Python, in another place."""
     standin = Path(__file__).parent / "standins" / "python" / "Dockerfile"
     engine.build(Path(__file__).parent / "projects" / "derived", BACKEND, "-f", str(standin))
-    arguments = {"MIGRATOR_IMAGE": slim_image, "BACKEND_IMAGE": BACKEND}
+    yield BACKEND
+    engine.run("rmi", "-f", BACKEND, expect=None)
+
+
+@pytest.fixture(scope="module")
+def with_backend(engine: Engine, slim_image: str, python_base: str) -> Iterator[str]:
+    """The example: migrator in a backend's image."""
+    arguments = {"MIGRATOR_IMAGE": slim_image, "BACKEND_IMAGE": python_base}
     options = [f"--build-arg={name}={value}" for name, value in arguments.items()]
     engine.build(ROOT / "examples" / "backend-image", WITH_BACKEND, *options)
     yield WITH_BACKEND
-    engine.run("rmi", "-f", WITH_BACKEND, BACKEND, expect=None)
+    engine.run("rmi", "-f", WITH_BACKEND, expect=None)
 
 
 def test_a_backend_runs_it_with_its_own_python_and_its_own_pins(
@@ -195,3 +205,27 @@ def test_on_debians_own_python_the_copied_folder_runs_by_itself(
         migrator.close()
         migrator.containers.clear()
         migrator.engine.run("rmi", "-f", tag, expect=None)
+
+
+@pytest.fixture(scope="module")
+def on_python(engine: Engine, python_base: str) -> Iterator[str]:
+    """The slim image on a base that has Python."""
+    engine.build(ROOT, ON_PYTHON, "--build-arg=VARIANT=slim", f"--build-arg=BASE_IMAGE={python_base}")
+    yield ON_PYTHON
+    engine.run("rmi", "-f", ON_PYTHON, expect=None)
+
+
+def test_on_a_base_with_python_it_uses_that_and_adds_little(
+    migrator: Migrator, on_python: str, project: Callable[..., Path]
+) -> None:
+    found = figures(look(migrator.engine, "size", on_python))
+    assert 10 < sum(size for name, (size, _) in found.items() if name != "the base image") <= LITERAL_LIMIT, (
+        found
+    )
+
+    folder = project(revisions=linear_history(2))
+    ran = migrator.run(
+        "upgrade", options=(*LOCKED_DOWN, *BACKUPS_OFF, "-v", f"{folder}:/app:ro"), image=on_python
+    )
+    assert ran.code == 0, ran.output
+    assert python(migrator.engine, on_python, "import sys; print(sys.base_prefix)") == "/usr/local\n"
