@@ -32,7 +32,8 @@ apt-get update -q
 cd /tmp
 apt-get download -q docker-compose
 dpkg -x docker-compose_*.deb unpacked
-install -m 755 unpacked/usr/libexec/docker/cli-plugins/docker-compose /plugins/docker-compose
+install -m 755 unpacked/usr/libexec/docker/cli-plugins/docker-compose /plugins/partial
+mv /plugins/partial /plugins/docker-compose
 """
 BACKEND_SECONDS = 60
 

@@ -123,8 +123,8 @@ def test_one_step_down_with_compose_run_and_up_again(shop: Compose) -> None:
     assert BEFORE_HEAD in shop.migrator("status")
     assert HEAD in shop.migrator("backups", "--format", "json")
 
-    shop.up()
-    assert shop.psql(REVISION) == [HEAD]
+    shop.up()  # which waits for nobody where the backend runs already
+    wait_for(lambda: shop.psql(REVISION) == [HEAD], 60, "the revision is applied again")
     assert shop.get("/revenue")[0] == 200
 
 

@@ -92,7 +92,9 @@ def test_a_sidecar_that_fails_and_then_holds_the_backend_back_until_it_is_ready(
 def test_a_run_that_is_stopped_in_the_middle_rolls_back(recipe: Recipe) -> None:
     compose = recipe("")
     bring(compose, SLEEPING)
-    compose.run("up", "-d", "db", "migrator")
+    # With no service that depends on its completion, --wait is content as soon as migrator runs.
+    compose.run("up", "--wait" if compose.program.major >= 2 else "-d", "db", "migrator")
+    assert compose.inspect("migrator")["State"]["Status"] == "running"
     wait_for(lambda: database_answers(compose) and compose.psql(ASLEEP) == ["1"], 60, "r002 runs")
 
     compose.run("stop", timeout=STOP_SECONDS)
