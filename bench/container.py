@@ -207,6 +207,7 @@ def main() -> None:
         engine = stack.enter_context(Engine.provision())
         standins.ensure(engine)
         engine.build(ROOT, IMAGE)
+        stack.callback(engine.run, "rmi", "-f", IMAGE, expect=None)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.chmod(0o755)
         server = stack.enter_context(running_postgres(engine, folder))
