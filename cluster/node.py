@@ -16,7 +16,7 @@ from cluster.control_plane import NODE, ControlPlane
 from cluster.kubectl import is_true
 from cluster.services import free_port, running
 
-PACKAGES = ("containerd", "runc", "containernetworking-plugins", "catatonit", "conntrack", "iptables")
+PACKAGES = ("containerd", "runc", "containernetworking-plugins", "catatonit", "iproute2", "iptables")
 START_SECONDS = 120
 PAUSE = "docker.io/library/pause:local"
 BRIDGE = "cni-migrator"
