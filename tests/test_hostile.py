@@ -239,7 +239,7 @@ def test_a_hostile_manifest_is_no_backup_or_a_harmless_one(
     for words in (["backups"], ["restore", "latest", "--to", f"{database.name}_copy"]):
         result = run_migrator(*words, cwd=folder, database=database)
         database.server.drop_database(f"{database.name}_copy")
-        assert result.code in {0, 43}, result
+        assert result.code in {0, 36, 43}, result
         assert "Traceback" not in result.stderr, result
         assert "root:" not in result.stdout + result.stderr
     assert not Path("/tmp/owned").exists()

@@ -20,7 +20,7 @@ from migrator.backups.s3 import S3Store
 from migrator.backups.s3_upload import first_size, part_size
 from migrator.backups.store import checksum, new_id
 from migrator.backups.stores import open_store
-from migrator.errors import NoSuchBackup, RestoreFailed
+from migrator.errors import BackupFailed, NoSuchBackup
 from migrator.settings import load
 from tests.support.buckets import Bucket
 from tests.support.sink import sink
@@ -139,7 +139,7 @@ def test_what_does_not_belong_together_is_no_backup(
     assert store.backups() == [kept]
     for words in ("is missing", "not JSON", "has 3 bytes, and not 6", "it was renamed", "use a newer image"):
         assert words in caplog.text
-    with pytest.raises(RestoreFailed, match="has 3 bytes"):
+    with pytest.raises(BackupFailed, match="has 3 bytes"):
         store.get(short.id, "shop")
 
 

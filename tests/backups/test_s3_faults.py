@@ -13,7 +13,7 @@ from migrator.backups import s3_client
 from migrator.backups.s3 import S3Store
 from migrator.backups.s3_client import S3Failure
 from migrator.backups.store import checksum, new_id
-from migrator.errors import BackupFailed, RestoreFailed
+from migrator.errors import BackupFailed
 from migrator.logs import redact
 from tests.support.buckets import SECRET, Bucket, Fault, FaultyProxy
 
@@ -168,7 +168,7 @@ def test_before_anything_starts(store: S3Store, proxy: FaultyProxy, bucket: Buck
         store.prepare()
     assert "grant the key s3:PutObject" in caught.value.next_step
     proxy.faults = [Fault("list", 403, "AccessDenied")]
-    with pytest.raises(RestoreFailed, match="cannot be read: access is denied") as refused:
+    with pytest.raises(BackupFailed, match="cannot be read: access is denied") as refused:
         store.backups()
     assert "s3:ListBucket" in refused.value.next_step
 

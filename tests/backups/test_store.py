@@ -17,7 +17,7 @@ from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
 from migrator.backups.store import checksum, file_chunks, new_id
 from migrator.backups.stores import open_store
-from migrator.errors import BackupFailed, NoSuchBackup, RestoreFailed
+from migrator.errors import BackupFailed, NoSuchBackup
 
 from .test_manifest import BACKUP
 
@@ -85,7 +85,7 @@ def test_a_dump_without_manifest_or_a_manifest_without_dump_is_no_backup(
     assert store.backups() == [kept]
     for word in ("is missing", "not JSON", "it was renamed"):
         assert word in caplog.text
-    with pytest.raises(RestoreFailed, match="renamed"):
+    with pytest.raises(BackupFailed, match="renamed"):
         store.get("x", "shop")
 
 
@@ -155,7 +155,7 @@ def test_a_missing_folder_is_made_and_an_impossible_one_explained(tmp_path: Path
     assert "MIGRATOR_BACKUP_URL" in caught.value.next_step
     with pytest.raises(BackupFailed):
         open_store((tmp_path / "file" / "below").as_uri()).prepare()
-    with pytest.raises(RestoreFailed, match="cannot be listed"):
+    with pytest.raises(BackupFailed, match="cannot be listed"):
         open_store((tmp_path / "file").as_uri()).backups()
 
 

@@ -19,7 +19,7 @@ import pytest
 from migrator.backups import description, verify
 from migrator.backups.manifest import Backup
 from migrator.backups.stores import open_store
-from migrator.errors import BackupFailed, NoSuchBackup, RestoreFailed
+from migrator.errors import BackupFailed, NoSuchBackup
 from tests.support.buckets import Bucket
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
@@ -172,11 +172,11 @@ def test_renamed_by_hand(database: Database, workbench: Bench) -> None:
     backup = bench.back_up()
     place = Path(backup.place)
     place.rename(place.with_name("elsewhere" + place.suffix))
-    with pytest.raises(RestoreFailed, match=r"its dump .* is missing"):
+    with pytest.raises(BackupFailed, match=r"its dump .* is missing"):
         prove(bench, wanted=backup.id)
     place.with_name("elsewhere" + place.suffix).rename(place)
     (bench.folder / f"{backup.id}.json").rename(bench.folder / "other.json")
-    with pytest.raises(RestoreFailed, match="was renamed"):
+    with pytest.raises(BackupFailed, match="was renamed"):
         prove(bench, wanted="other")
 
 
@@ -185,7 +185,7 @@ def test_a_manifest_of_a_later_version(database: Database, workbench: Bench) -> 
     backup = bench.back_up()
     path = bench.folder / f"{backup.id}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(RestoreFailed, match="newer image"):
+    with pytest.raises(BackupFailed, match="newer image"):
         prove(bench, wanted=backup.id)
     assert Path(backup.place).exists()
 

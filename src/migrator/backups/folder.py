@@ -45,7 +45,7 @@ from migrator.backups.store import (
     read_manifest,
     slug,
 )
-from migrator.errors import BackupFailed, RestoreFailed
+from migrator.errors import BackupFailed
 from migrator.process import uninterrupted
 
 LOGGER = logging.getLogger("migrator.backup")
@@ -144,18 +144,16 @@ class FolderStore:
         try:
             return self._names(ending)
         except OSError as error:
-            raise RestoreFailed(
-                f"The backups in {self.folder} cannot be listed: {error.strerror}."
-            ) from error
+            raise BackupFailed(f"The backups in {self.folder} cannot be listed: {error.strerror}.") from error
 
     def get(self, wanted: str, database: str) -> Backup:
-        """Return a backup by id, by ``--name``, or ``latest`` of a database; raises :class:`RestoreFailed`."""
+        """Return a backup by id, by ``--name``, or ``latest`` of a database; raises :class:`BackupFailed`."""
         path = self.folder / f"{wanted}{MANIFEST}"
         if wanted != LATEST and path.parent == self.folder and path.is_file():
             try:
                 return self._read(path)
             except (BadManifest, FileNotFoundError) as error:
-                raise RestoreFailed(f"The manifest {path} cannot be used: {error}.") from error
+                raise BackupFailed(f"The manifest {path} cannot be used: {error}.") from error
         return pick(self, wanted, database)
 
     def _names(self, ending: str) -> list[Path]:
@@ -240,7 +238,7 @@ class FolderStore:
         return str(bad)
 
     def bad(self, database: str = "") -> list[BadDump]:
-        """Return what was marked as bad (of one database); raises :class:`RestoreFailed`."""
+        """Return what was marked as bad (of one database); raises :class:`BackupFailed`."""
         found = []
         for path in self._manifests(BAD_MANIFEST):
             stem = path.name.removesuffix(BAD_MANIFEST)

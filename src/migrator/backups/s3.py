@@ -38,7 +38,7 @@ from migrator.backups.store import (
     read_bad,
     read_manifest,
 )
-from migrator.errors import BackupFailed, RestoreFailed
+from migrator.errors import BackupFailed
 
 if TYPE_CHECKING:
     from migrator.settings import Settings
@@ -263,8 +263,8 @@ class S3Store:
             raise self._cannot_read(failure) from failure
         return newest_first(found)
 
-    def _cannot_read(self, failure: S3Failure) -> RestoreFailed:
-        return RestoreFailed(
+    def _cannot_read(self, failure: S3Failure) -> BackupFailed:
+        return BackupFailed(
             f"The backups in {self} cannot be read: {failure.why}.", next_step=failure.next_step
         )
 
@@ -288,7 +288,7 @@ class S3Store:
         return dataclasses.replace(backup, place=self.place(dump))
 
     def get(self, wanted: str, database: str) -> Backup:
-        """Return a backup by id, by ``--name``, or ``latest`` of a database; raises :class:`RestoreFailed`."""
+        """Return a backup by id, by ``--name``, or ``latest`` of a database; raises :class:`BackupFailed`."""
         name = f"{wanted}{MANIFEST}"
         if wanted and wanted != LATEST and "/" not in wanted:
             try:
@@ -297,7 +297,7 @@ class S3Store:
             except S3Failure as failure:
                 raise self._cannot_read(failure) from failure
             except BadManifest as error:
-                raise RestoreFailed(f"The manifest {self.place(name)} cannot be used: {error}.") from error
+                raise BackupFailed(f"The manifest {self.place(name)} cannot be used: {error}.") from error
             if backup is not None:
                 return backup
         return pick(self, wanted, database)
@@ -357,7 +357,7 @@ class S3Store:
         )
 
     def bad(self, database: str = "") -> list[BadDump]:
-        """Return what was marked as bad (of one database); raises :class:`RestoreFailed`."""
+        """Return what was marked as bad (of one database); raises :class:`BackupFailed`."""
         found = []
         try:
             listed = self.listed()

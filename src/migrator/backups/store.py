@@ -109,11 +109,11 @@ class Store(Protocol):
         ...
 
     def backups(self, database: str = "") -> list[Backup]:
-        """Return the backups (of one database), the newest first; raises RestoreFailed."""
+        """Return the backups (of one database), the newest first; raises BackupFailed."""
         ...
 
     def get(self, wanted: str, database: str) -> Backup:
-        """Return a backup by id, by name, or ``latest`` of a database; raises NoSuchBackup, RestoreFailed."""
+        """Return a backup by id, by name, or ``latest`` of a database; raises NoSuchBackup, BackupFailed."""
         ...
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
@@ -165,12 +165,12 @@ class Store(Protocol):
         ...
 
     def bad(self, database: str = "") -> list[BadDump]:
-        """Return what was marked as bad (of one database); raises RestoreFailed."""
+        """Return what was marked as bad (of one database); raises BackupFailed."""
         ...
 
 
 def pick(store: Store, wanted: str, database: str) -> Backup:
-    """Return a backup by name, or ``latest`` of a database; raises NoSuchBackup, RestoreFailed."""
+    """Return a backup by name, or ``latest`` of a database; raises NoSuchBackup, BackupFailed."""
     for backup in store.backups(database):
         if wanted and wanted in (LATEST, backup.name):
             return backup
