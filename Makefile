@@ -27,6 +27,7 @@ bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians,
 	.venv/bin/python -m bench.restore
 	.venv/bin/python -m bench.container
 	.venv/bin/python -m bench.sidecar
+	.venv/bin/python -m bench.memory
 
 k8s-cluster: ## build Kubernetes from its Go modules, run it here, and run the manifests on it (as root, not in CI)
 	bin/k8s-cluster

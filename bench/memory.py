@@ -8,6 +8,7 @@ of files is given back when it is needed. The highest of samples taken every 20 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from tests.support.projects import linear_history, write_project
 IMAGE = "migrator:latest"
 RESULT = ROOT / "bench" / "results" / "memory.md"
 REVISIONS = 500
+CGROUPS = Path("/sys/fs/cgroup")
+ANONYMOUS = ("total_rss", "anon")  # as versions 1 and 2 call it
 BATCH = 100_000  # rows of a thousand bytes that no program compresses: see FILL
 TABLE = "CREATE EXTENSION pgcrypto; CREATE UNLOGGED TABLE big (n int, bytes bytea)"
 FILL = "INSERT INTO big SELECT n, gen_random_bytes(1000) FROM generate_series(1, 100000) AS n"
@@ -77,28 +80,22 @@ class Bench:
 
 
 class Sampler(threading.Thread):
-    """Reads a container's memory.stat until told to finish."""
+    """Reads a container's memory.stat until told to finish; finds it under either version of cgroups."""
 
     def __init__(self, container: str) -> None:
         super().__init__(daemon=True)
-        self.places = [
-            (Path(f"/sys/fs/cgroup/memory/docker/{container}/memory.stat"), "total_rss"),
-            (Path(f"/sys/fs/cgroup/system.slice/docker-{container}.scope/memory.stat"), "anon"),
-            (Path(f"/sys/fs/cgroup/docker/{container}/memory.stat"), "anon"),
-        ]
-        self.highest, self.over = 0, False
+        self.container, self.highest, self.over = container, 0, False
         self.start()
 
     def run(self) -> None:
         """Sample."""
+        place = None
         while not self.over:
-            for place, key in self.places:
-                try:
-                    lines = place.read_text().splitlines()
-                except OSError:
-                    continue
-                found = [int(line.split()[1]) for line in lines if line.split()[0] == key]
-                self.highest = max([self.highest, *found])
+            place = place or next(CGROUPS.rglob(f"*{self.container}*/memory.stat"), None)
+            with contextlib.suppress(OSError):  # the container has ended
+                for line in place.read_text().splitlines() if place else ():
+                    if line.split()[0] in ANONYMOUS:
+                        self.highest = max(self.highest, int(line.split()[1]))
             time.sleep(0.02)
 
     def finish(self) -> int:
