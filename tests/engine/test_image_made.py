@@ -208,6 +208,26 @@ except botocore.exceptions.UnknownServiceError:
     assert python(engine, image, program).splitlines() == ["db.example:5432/?", "and no other"]
 
 
+def test_a_web_identity_is_taken_to_sts(engine: Engine, image: str) -> None:
+    program = """
+import boto3, botocore.exceptions
+try:
+    boto3.session.Session(region_name="eu-central-1").get_credentials().get_frozen_credentials()
+except botocore.exceptions.EndpointConnectionError as error:
+    print(error)
+"""
+    identity = {
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/etc/hostname",
+        "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/shop",
+        "AWS_ENDPOINT_URL_STS": "http://127.0.0.1:9",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    options = [f"--env={name}={value}" for name, value in identity.items()]
+    assert 'Could not connect to the endpoint URL: "http://127.0.0.1:9/"' in python(
+        engine, image, program, *options
+    )
+
+
 def test_a_client_that_apt_does_not_know_ends_the_build(engine: Engine, tmp_path: Path) -> None:
     source = tmp_path / "more.sources"
     source.write_text("Types: deb\nURIs: http://127.0.0.1:9/nowhere\nSuites: trixie\nComponents: main\n")
