@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 MB = 1_000_000
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "image.md"
@@ -90,19 +90,26 @@ def container(image: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def saved(image: str) -> Iterator[tuple[tarfile.TarFile, list[str]]]:
-    """Open an image as `docker save` writes it, and name its layers in it, the lowest first."""
+def saved(image: str) -> Iterator[tuple[tarfile.TarFile, list[tuple[str, str]]]]:
+    """Open an image as `docker save` writes it; the lowest layer first, the command and the file in it of each."""
     with archive_of("save", image) as whole:
-        manifest = json.load(whole.extractfile("manifest.json") or io.BytesIO())
-        yield whole, manifest[0]["Layers"]
+        manifest = read_json(whole, "manifest.json")[0]
+        history = read_json(whole, manifest["Config"])["history"]
+        commands = [line.get("created_by", "") for line in history if not line.get("empty_layer")]
+        yield whole, list(zip(commands, manifest["Layers"], strict=True))
+
+
+def read_json(archive: tarfile.TarFile, name: str) -> Any:
+    """Return what a file of an archive holds."""
+    return json.load(archive.extractfile(name) or io.BytesIO())
 
 
 def layers(image: str) -> list[Layer]:
-    """Return the base as one layer, then each of ours; files are counted by their length."""
+    """Return the base as one layer, then each of ours, what is built on them with the last; by the files' length."""
     found = [Layer("the base image")]
     below: set[str] = set()
-    with saved(image) as (whole, names):
-        for command, name in zip(commands(image, len(names)), names, strict=True):
+    with saved(image) as (whole, contents):
+        for command, name in contents:
             with tarfile.open(fileobj=whole.extractfile(name)) as archive:
                 files = {member.name.removeprefix("./"): member for member in archive if member.isfile()}
                 part = next((part for pattern, part in PARTS if pattern in command), None)
@@ -113,20 +120,6 @@ def layers(image: str) -> list[Layer]:
             found[-1].replaced += sum(files[path].size for path in files.keys() & below)
             below |= files.keys()
     return found
-
-
-def commands(image: str, count: int) -> list[str]:
-    """Return the command of each layer, the lowest first; those that only set something up have none.
-
-    The engine's history does not say which of its lines has a layer, and an empty layer (WORKDIR) looks like none: the
-    commands that change files are known.
-    """
-    lines = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image).splitlines()[::-1]
-    ours = [
-        line for line in lines if any(pattern in line for pattern, _ in PARTS) or line.startswith("WORKDIR")
-    ]
-    ours = [line for line in ours if not line.startswith(("ENTRYPOINT", "ENV", "LABEL"))]
-    return [""] * (count - len(ours)) + ours
 
 
 def by_distribution(archive: tarfile.TarFile, files: Mapping[str, tarfile.TarInfo]) -> Counter[str]:
