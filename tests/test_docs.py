@@ -296,7 +296,9 @@ def test_yaml_parses_and_manifests_fit_the_schema(page: Path) -> None:
     for block in blocks(page, "yaml", "yml"):
         for document in yaml.safe_load_all(block):
             assert document
-            if "apiVersion" in document and document["kind"] != "Kustomization":  # test_manifests.py renders those
+            if (
+                "apiVersion" in document and document["kind"] != "Kustomization"
+            ):  # test_manifests.py renders those
                 kubernetes_validate.validate(document, "1.31", strict=True)
 
 
