@@ -64,7 +64,9 @@ RUN --mount=type=secret,id=ca_certificates \
 COPY pyproject.toml README.md LICENSE /build/
 COPY src /build/src
 COPY entrypoint.py /opt/migrator/
+# The modes of a checkout are those of somebody's umask.
 RUN set -eu; \
+    chmod -R u=rwX,go=rX /build /opt/migrator/entrypoint.py; \
     export PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1; \
     /build/tools/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /build/dist /build; \
     /build/tools/bin/pip --python /opt/migrator/bin/python install --no-index --no-deps \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +33,26 @@ def images(image: str, slim_image: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def another_build(engine: Engine, image: str) -> Iterator[str]:
+def another_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the image is made of, as somebody with another umask has them, at another time."""
+    folder = tmp_path_factory.mktemp("checkout")
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ["Dockerfile", ".dockerignore", *(line[1:] for line in lines if line.startswith("!"))]:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, copy_function=shutil.copy, ignore=skip)
+        else:
+            shutil.copy(ROOT / name, folder)
+    for path in folder.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o020)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def another_build(engine: Engine, image: str, another_checkout: Path) -> Iterator[str]:
     """The same commit, built from nothing."""
     tag = "migrator-test-again:latest"
-    engine.build(ROOT, tag, "--no-cache", f"--build-arg=MIGRATOR_VERSION={VERSION}")
+    engine.build(another_checkout, tag, "--no-cache", f"--build-arg=MIGRATOR_VERSION={VERSION}")
     yield tag
     engine.run("rmi", "-f", tag, expect=None)
 
