@@ -22,7 +22,8 @@ CHART = Path(__file__).parent / "migrator"
 BEGIN, END = "<!-- generated: values -->\n", "<!-- end -->"
 
 # Secrets have no place in values: an address with a password, or a variable that is known to hold one.
-NO_PASSWORD = {"not": {"pattern": "://[^/@]*:[^/@]*@"}}
+# (`pattern` alone holds for every number, so that `not` would refuse them all.)
+NO_PASSWORD = {"not": {"type": "string", "pattern": "://[^/@]*:[^/@]*@"}}
 CONFIDENTIAL = (
     "(PASSWORD|PASSWD|SECRET|TOKEN|PRIVATE_KEY|ACCESS_KEY|ACCESS_KEY_ID"
     "|DATABASE_URL|DIRECT_URL|VERIFY_URL|DB_URL|DATABASE_URI)$"
