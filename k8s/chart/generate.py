@@ -118,10 +118,10 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     },
     "argocd.preSync.args": {"minItems": 1, **ARGUMENTS},
     "argocd.postSync.args": ARGUMENTS,
-    "backoffLimit": {"minimum": 0},
+    "backoffLimit": {"type": ["integer", "null"], "minimum": 0},
     "activeDeadlineSeconds": {"type": ["integer", "null"], **SECONDS},
-    "ttlSecondsAfterFinished": {"minimum": 0},
-    "terminationGracePeriodSeconds": SECONDS,
+    "ttlSecondsAfterFinished": {"type": ["integer", "null"], "minimum": 0},
+    "terminationGracePeriodSeconds": {"type": ["integer", "null"], **SECONDS},
     "verifyBackup.schedule": CRON,
     "verifyBackup.args": {"minItems": 1, **ARGUMENTS},
     "verifyBackup.databaseSecret": PERHAPS_NAMED,
@@ -224,6 +224,9 @@ def schema(found: list[Value]) -> dict[str, Any]:
         place["properties"][name] = settings_schema() if value.path == "settings" else _one(value)
         if value.description:
             place["properties"][name]["description"] = value.description
+        # Helm takes a key with null out of the values, and templates would make 0 of it.
+        if place["properties"][name].get("type") == "integer":
+            place.setdefault("required", []).append(name)
     return root
 
 

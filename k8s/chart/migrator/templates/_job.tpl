@@ -1,13 +1,19 @@
-{{/* A Job's spec, without its braces. args; component; account: as in migrator.podSpec; secret, identity,
+{{/* A Job's spec, without its braces. args; component; hook: a Job, not a CronJob's; account: as in migrator.podSpec; secret, identity,
      reader: as in migrator.volumeList. */}}
 
 {{- define "migrator.jobSpec" -}}
 {{- $values := .root.Values -}}
+{{- /* null is no 0: it leaves the field to Kubernetes. Of a hook, Argo CD wants to see the Job that it made, and removes it
+       itself. */}}
+{{- if not (kindIs "invalid" $values.backoffLimit) }}
 backoffLimit: {{ int $values.backoffLimit }}
+{{- end }}
 {{- with $values.activeDeadlineSeconds }}
 activeDeadlineSeconds: {{ int64 . }}
 {{- end }}
+{{- if not (or (kindIs "invalid" $values.ttlSecondsAfterFinished) (and .hook (eq $values.mode "argocd"))) }}
 ttlSecondsAfterFinished: {{ int64 $values.ttlSecondsAfterFinished }}
+{{- end }}
 podReplacementPolicy: Failed
 podFailurePolicy:
   rules:
@@ -50,7 +56,9 @@ template:
 serviceAccountName: {{ default (include "migrator.serviceAccountName" .root) .account }}
 automountServiceAccountToken: false
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ int64 $values.terminationGracePeriodSeconds }}
+{{- with $values.terminationGracePeriodSeconds }}
+terminationGracePeriodSeconds: {{ int64 . }}
+{{- end }}
 securityContext:
   {{- include "migrator.user" .root | nindent 2 }}
   {{- with $values.podSecurity.fsGroup }}
