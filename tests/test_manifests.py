@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -46,6 +47,17 @@ def _text(name: str) -> str:
 def rendered(name: str) -> Objects:
     """Return what `kubectl apply -k k8s/NAME` would send."""
     return documents(_text(name))
+
+
+def composed(folder: Path, *parts: str) -> Objects:
+    """Return what an overlay of one's own gives that is made of these folders of `k8s/`, components in this order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["apiVersion: kustomize.config.k8s.io/v1beta1", "kind: Kustomization"]
+    for field, wanted in (("resources", False), ("components", True)):
+        named = [part for part in parts if part.startswith("components/") is wanted]
+        lines += [f"{field}:", *(f"  - {os.path.relpath(K8S / part, folder.resolve())}" for part in named)]
+    (folder / "kustomization.yaml").write_text("\n".join(lines) + "\n")
+    return documents(kustomize(folder))
 
 
 @pytest.fixture(params=ALL, ids=[name or "k8s" for name in ALL])
@@ -223,6 +235,24 @@ def test_a_sidecar_holds_the_backend_back_for_as_long_as_a_migration_takes() -> 
     (port,) = sidecar["ports"]
     (listen,) = (item["value"] for item in sidecar["env"] if item["name"] == "MIGRATOR_SIDECAR_LISTEN")
     assert listen == f"0.0.0.0:{port['containerPort']}"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "annotation"),
+    [
+        ("istio", "traffic.sidecar.istio.io/excludeOutboundPorts"),
+        ("linkerd", "config.linkerd.io/skip-outbound-ports"),
+    ],
+)
+def test_a_mesh_is_told_about_every_pod(tmp_path: Path, mesh: str, annotation: str) -> None:
+    parts = [f"components/{name}" for name in ("job", "worker", "verify-backup", "drift", mesh)]
+    objects = composed(tmp_path, "base", *parts)
+    pods = {item["metadata"]["name"]: pod for item in objects if (pod := pod_of(item))}
+    assert set(pods) == {"shop-backend", "shop-worker", "shop-migrate", "shop-verify-backup", "shop-drift"}
+    for name, pod in pods.items():
+        assert pod["metadata"]["annotations"].get(annotation) == "5432", name
+    for item in objects:
+        validate(item, VERSIONS[-1])
 
 
 def selects(policy: dict[str, Any], labels: dict[str, str]) -> bool:
