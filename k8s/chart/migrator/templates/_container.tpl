@@ -58,7 +58,7 @@ migrator.readerVolumes   the volumes that migrator.waitForCurrent mounts
      migrator.volumeList. */}}
 {{- define "migrator.container" -}}
 {{- $values := .root.Values -}}
-image: {{ include "migrator.image" .root }}
+image: {{ include "migrator.image" .root | quote }}
 imagePullPolicy: {{ $values.image.pullPolicy }}
 args: {{ toJson .args }}
 env:

@@ -53,7 +53,7 @@ template:
 {{/* account: another than the release's. */}}
 {{- define "migrator.podSpec" -}}
 {{- $values := .root.Values -}}
-serviceAccountName: {{ default (include "migrator.serviceAccountName" .root) .account }}
+serviceAccountName: {{ default (include "migrator.serviceAccountName" .root) .account | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with $values.terminationGracePeriodSeconds }}
@@ -82,6 +82,6 @@ affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with $values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}

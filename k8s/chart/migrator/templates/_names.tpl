@@ -1,30 +1,41 @@
-{{/* Names and labels. */}}
+{{/* Names and labels. Every name is quoted where it is used: `123`, `on` and `null` are names. */}}
+
+{{/* 38 characters leave room for what is put behind (a CronJob's name may have 52). What is cut off is told by a hash, for
+     releases that begin alike must not share a claim. */}}
+{{- define "migrator.short" -}}
+{{- if gt (len .) 38 -}}
+{{- printf "%s-%s" (trunc 29 . | regexFind "^.*[a-z0-9]") (sha256sum . | trunc 8) -}}
+{{- else -}}
+{{- . -}}
+{{- end -}}
+{{- end -}}
 
 {{- define "migrator.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 38 | trimSuffix "-" -}}
+{{- include "migrator.short" (default .Chart.Name .Values.nameOverride) -}}
 {{- end -}}
 
 {{- define "migrator.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 38 | trimSuffix "-" -}}
+{{- include "migrator.short" .Values.fullnameOverride -}}
 {{- else if contains (include "migrator.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 38 | trimSuffix "-" -}}
+{{- include "migrator.short" .Release.Name -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "migrator.name" .) | trunc 38 | trimSuffix "-" -}}
+{{- include "migrator.short" (printf "%s-%s" .Release.Name (include "migrator.name" .)) -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "migrator.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "migrator.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "migrator.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "migrator.labels" -}}
 {{ include "migrator.selectorLabels" . }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
-{{- with .Values.image.tag }}
-app.kubernetes.io/version: {{ . | trunc 63 | trimSuffix "-" | trimSuffix "." | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
+{{- /* A label's value begins and ends with a letter or a digit; a tag may have others there. */}}
+{{- with .Values.image.tag | trunc 63 | regexFind "[A-Za-z0-9](.*[A-Za-z0-9])?" }}
+app.kubernetes.io/version: {{ . | quote }}
 {{- end }}
 {{- with .Values.commonLabels }}
 {{ toYaml . }}

@@ -14,37 +14,37 @@
 {{- $values := .root.Values -}}
 - name: {{ default "migrator-database" .name }}
   secret:
-    secretName: {{ default $values.database.existingSecret .secret }}
+    secretName: {{ default $values.database.existingSecret .secret | quote }}
     items:
-      - key: {{ $values.database.key }}
+      - key: {{ $values.database.key | quote }}
         path: url
       {{- if and $values.database.directKey (not .secret) }}
-      - key: {{ $values.database.directKey }}
+      - key: {{ $values.database.directKey | quote }}
         path: direct-url
       {{- end }}
 {{- with $values.database.certificatesSecret }}
 - name: {{ if $.reader }}migrator-reader-certificates{{ else }}migrator-certificates{{ end }}
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
 {{- end }}
 {{- if not .reader }}
 - name: migrator-scratch
   emptyDir:
-    sizeLimit: {{ $values.scratch.sizeLimit }}
+    sizeLimit: {{ $values.scratch.sizeLimit | quote }}
 {{- if eq $values.backups.to "claim" }}
 - name: migrator-backups
   persistentVolumeClaim:
-    claimName: {{ include "migrator.claimName" .root }}
+    claimName: {{ include "migrator.claimName" .root | quote }}
 {{- else if and (eq $values.backups.to "s3") $values.backups.s3.existingSecret }}
 - name: migrator-bucket
   secret:
-    secretName: {{ $values.backups.s3.existingSecret }}
+    secretName: {{ $values.backups.s3.existingSecret | quote }}
 {{- end }}
 {{- end }}
 {{- with .identity }}
 - name: migrator-identity
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
 {{- end }}
 {{- with $values.extraVolumes }}
 {{ toYaml . }}
