@@ -36,6 +36,7 @@ ALL = ["", *(f"overlays/{name}" for name in OVERLAYS)]
 ARGO_APPLICATIONS = {  # two of them share a namespace: what one mounts, the other makes
     "overlays/argocd": "overlays/argocd-foundation",
     "overlays/argocd-expand-contract": "overlays/argocd-foundation",
+    "overlays/argocd-s3": "overlays/argocd-foundation-s3",
 }
 ADDRESS = "/etc/shop-database/url"
 
