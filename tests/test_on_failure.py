@@ -219,6 +219,36 @@ def test_no_backup_no_restore(quiet: Database, project: Project, run_migrator: R
     refusal(result, ExitCode.PARTIAL, "It was not restored: there is no backup", "MIGRATOR_BACKUP=off")
 
 
+@pytest.mark.parametrize("window", ["false", "true"])
+def test_a_backup_that_is_not_whole_is_not_put_in_the_place_of_what_is(
+    quiet: Database, project: Project, run_migrator: Runner, window: str
+) -> None:
+    quiet.execute("CREATE TABLE audit AS SELECT generate_series(1, 100) AS a")
+    folder = project(each_in_its_own(), revisions=failing())
+    env = {"MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA": "audit"}
+    told = {"MIGRATOR_ON_FAILURE": "restore", "MIGRATOR_DISCARD_WRITES": window}
+    result = run_migrator(cwd=folder, database=quiet, env=env | told)
+    refusal(
+        result, ExitCode.PARTIAL, "half way", "It was not restored", "public.audit", "database is at r002"
+    )
+    assert "--yes --incomplete" in result.stderr
+    assert quiet.psql("SELECT count(*) FROM audit") == [(100,)]
+    assert kept(quiet) == []
+
+    for more in ((), ("--drop-old",), ("--incomplete", "--drop-old")):
+        result = run_migrator("restore", "latest", "--yes", *more, cwd=folder, database=quiet, env=env)
+        refusal(result, ExitCode.BAD_SETTINGS, "public.audit", "--incomplete")
+        assert quiet.psql("SELECT count(*) FROM audit") == [(100,)]
+    result = done(run_migrator("restore", "latest", "--to", "look", cwd=folder, database=quiet, env=env))
+    assert "the rows of public.audit are not in this backup" in result.stderr
+    quiet.server.drop_database("look")
+    result = run_migrator("restore", "latest", "--yes", "--incomplete", cwd=folder, database=quiet, env=env)
+    assert "the rows of public.audit are not in this backup" in done(result).stderr
+    assert quiet.psql("SELECT count(*) FROM audit") == [(0,)]
+    (old,) = kept(quiet)
+    assert Database(quiet.server, old).psql("SELECT count(*) FROM audit") == [(100,)]
+
+
 def test_a_restore_that_fails_says_where_the_backup_is(
     quiet: Database, project: Project, run_migrator: Runner
 ) -> None:

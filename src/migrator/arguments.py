@@ -143,6 +143,11 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             help="drop the database that was replaced, once the restored one is seen in its place",
         )
         parser.add_argument(
+            "--incomplete",
+            action="store_true",
+            help="also a backup whose tables are not all whole: those whose rows were left out are empty then",
+        )
+        parser.add_argument(
             "--table",
             dest="tables",
             action="append",

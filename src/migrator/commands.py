@@ -180,6 +180,7 @@ def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
         to=arguments.to,
         replace=arguments.yes,
         drop_old=arguments.drop_old,
+        incomplete=arguments.incomplete,
         tables=arguments.tables,
         into_schema=arguments.into_schema,
     )

@@ -165,7 +165,7 @@ def _no_way_back(this: Run, history: History, before: tuple[str, ...], rows: tup
 
 def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> MigratorError:
     """Restore this run's backup, and return the error that says how that went."""
-    from migrator.backups.losses import WouldLose
+    from migrator.backups.losses import Incomplete, WouldLose
     from migrator.backups.restore import Wishes, restore
 
     settings, record = this.settings, this.record
@@ -192,6 +192,13 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
                 ),
             )
             details.update(kept=restored.kept, rows=restored.rows)
+    except Incomplete as error:
+        return _with(
+            told,
+            f"It was not restored: {error}.",
+            f"`migrator restore {record.backup_id} --yes --incomplete` restores the rest all the same, and keeps what"
+            " is there now",
+        )
     except WouldLose as error:
         return _with(
             told,

@@ -331,12 +331,14 @@ class MigrationService:
         to: str = "",
         replace: bool = False,
         drop_old: bool = False,
+        incomplete: bool = False,
         tables: Sequence[str] = (),
         into_schema: str = "",
     ) -> Restored:
         """Restore a backup: into a new database ``to``, or (``replace``) in the place of the target.
 
-        ``tables`` alone go into a schema of the target (``into_schema``, or one that is named after the run).
+        ``tables`` alone go into a schema of the target (``into_schema``, or one that is named after the run).  A backup
+        that leaves out rows replaces it only where ``incomplete``, and never with ``drop_old``.
         """
         from migrator.backups.side_schema import refuse_together, restore_tables
 
@@ -356,6 +358,7 @@ class MigrationService:
                 ["restore without --to replaces the database: its sessions are ended"],
                 next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
             )
+        from migrator.backups.losses import Incomplete
         from migrator.backups.restore import Wishes, restore
         from migrator.stages.lock import lock
 
@@ -372,16 +375,23 @@ class MigrationService:
             else:
                 if replace and not to:
                     stack.enter_context(lock(session, self.settings, session_ends=lambda: True))
-            restored = restore(
-                self.settings.required_target,
-                self.settings,
-                backup_id,
-                to=to or None,
-                run_id=self.run_id,
-                application_name=self.application_name,
-                replace=replace,
-                wishes=Wishes(drop_old=drop_old),
-            )
+            try:
+                restored = restore(
+                    self.settings.required_target,
+                    self.settings,
+                    backup_id,
+                    to=to or None,
+                    run_id=self.run_id,
+                    application_name=self.application_name,
+                    replace=replace,
+                    wishes=Wishes(drop_old=drop_old, incomplete=incomplete),
+                )
+            except Incomplete as error:
+                raise SettingsError(
+                    [f"{error}: --incomplete is needed, and does not go with --drop-old"],
+                    next_step=f"look first: migrator restore {backup_id} --to NAME; "
+                    f"or migrator restore {backup_id} --yes --incomplete, which keeps what is there now",
+                ) from error
         if not to:
             self._note(restored)
         return restored

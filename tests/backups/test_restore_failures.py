@@ -159,6 +159,19 @@ def test_a_role_that_may_not_create_databases(app_database: Database, workbench:
     app_database.server.drop_database(restored.kept)
 
 
+def test_what_goes_before_a_restore_from_within_is_backed_up_whole(
+    app_database: Database, workbench: Bench
+) -> None:
+    app_database.execute("SET ROLE app_role; CREATE TABLE audit AS SELECT generate_series(1, 10) AS a")
+    bench = workbench(app_database, MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA="audit")
+    bench.back_up()
+    restored = bench.restore(wishes=module.Wishes(incomplete=True))
+    assert "the rows of public.audit are not in this backup" in " ".join(restored.notes)
+    assert app_database.psql("SELECT count(*) FROM audit") == [(0,)]
+    bench.restore(restored.safety, run_id="run3")
+    assert app_database.psql("SELECT count(*) FROM audit") == [(10,)]
+
+
 def test_a_session_that_we_may_not_end_is_named(app_database: Database, workbench: Bench) -> None:
     app_database.server.psql("ALTER ROLE app_role CREATEDB")
     bench = workbench(app_database)

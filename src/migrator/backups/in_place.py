@@ -172,7 +172,7 @@ def _back_up(job: Job, session: Session) -> str:
 
     made = back_up(
         session,
-        job.settings,
+        job.settings._replace(backup_exclude_table_data=""),  # nothing else has the rows that go
         run_id=job.run_id,
         revisions=(),
         application_name=job.application_name,

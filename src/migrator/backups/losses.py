@@ -27,6 +27,22 @@ class WouldLose(Exception):
     """Others have written since the backup, or may have; the message says which."""
 
 
+class Incomplete(WouldLose):
+    """The backup does not have the rows of some tables, which would be empty afterwards."""
+
+    def __init__(self, backup: Backup) -> None:
+        super().__init__(f"{backup.id} is not whole: {empty_tables(backup)}")
+
+
+def empty_tables(backup: Backup) -> str:
+    """Say which tables are empty in what is made of a backup; an empty string for one that is whole."""
+    names = backup.excluded_table_data
+    if not names:
+        return ""
+    more = f" and of {len(names) - 10} more tables" if len(names) > 10 else ""
+    return f"the rows of {', '.join(names[:10])}{more} are not in this backup (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)"
+
+
 def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
     """Raise :class:`WouldLose` where an id was given out since the backup that is not ``own``; return the one taken."""
     if backup.next_xid is None:

@@ -40,9 +40,11 @@ class Wishes:
     ``drop_old``: drop the database that was replaced, once the new one is seen under its name.
     ``own``: where given, the restore is refused if it would lose what others than these transactions have written
     since the backup (see losses.py).  ``before_swap`` is called with a session in what is about to take the name.
+    ``incomplete``: also with a backup that has not the rows of all tables, but then what was there before is kept.
     """
 
     drop_old: bool = False
+    incomplete: bool = False
     own: Callable[[], frozenset[int]] | None = None
     before_swap: Callable[[Session], None] | None = None
 
@@ -79,10 +81,13 @@ def restore(
             f"Backup {backup.id} is of database {backup.database}, not of {database}.",
             f"migrator restore {backup.id} --to NAME puts it beside",
         )
+    wishes = wishes or Wishes()
+    if to is None and backup.excluded_table_data and (wishes.drop_old or not wishes.incomplete):
+        raise losses.Incomplete(backup)
     if backup.target != str(session_target):
         LOGGER.warning("%s was taken from %s, and this is %s", backup.id, backup.target, session_target)
     with failing(backup), archive.opened(store, backup, settings) as path:
-        work = _Restore(session_target, settings, backup, path, run_id, application_name, wishes or Wishes())
+        work = _Restore(session_target, settings, backup, path, run_id, application_name, wishes)
         with work.sessions():
             done = work.beside(to) if to is not None else work.in_place()
     restored = dataclasses.replace(done, seconds=round(time.monotonic() - started, 3))
@@ -110,6 +115,8 @@ class _Restore:
         self._run_id = run_id
         self._application_name = application_name
         self._wishes = wishes
+        empty = losses.empty_tables(backup)
+        self._empty = [f"This backup is not whole: {empty}."] if empty else []
         self._notes: list[str] = []
         self._session: Session
 
@@ -187,7 +194,7 @@ class _Restore:
             counted=compared.counted,
             rows=compared.rows,
             seconds=0.0,
-            notes=tuple(notes),
+            notes=(*self._empty, *notes),
             **{"kept": "", **more},
         )
 
