@@ -225,6 +225,77 @@ def test_what_the_pulse_raises_ends_a_child_that_says_nothing(monkeypatch: pytes
     assert 0.25 < time.monotonic() - started < 20
 
 
+def test_a_fork_that_holds_the_pipes_is_not_waited_for_and_nothing_of_the_child_is_lost() -> None:
+    chunks: list[bytes] = []
+    finished = python(
+        """
+        import os, time
+        if fork := os.fork():
+            os.write(1, b"%d " % fork + b"o" * 5_000_000)
+            os.write(2, b"the end")
+            os._exit(5)
+        time.sleep(300)
+        """,
+        on_output=chunks.append,
+        timeout=60,
+    )
+    fork, _, rest = b"".join(chunks).partition(b" ")
+    assert (finished.status, finished.stderr, len(rest)) == (5, "the end", 5_000_000)
+    wait_until(lambda: not alive(int(fork)))
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_a_process_that_left_the_group_is_not_waited_for_either(talks: bool, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    said: list[bytes] = []
+    try:
+        finished = python(
+            """
+            import os, signal, sys, time
+            if os.fork():
+                while not os.path.exists(sys.argv[1]): time.sleep(0.01)
+                os.write(1, b"mine")
+                os._exit(0)
+            os.setsid()
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            with open(sys.argv[1] + ".new", "w") as file: file.write(str(os.getpid()))
+            os.rename(sys.argv[1] + ".new", sys.argv[1])
+            while sys.argv[2] == "True": os.write(1, b"z" * 100)
+            time.sleep(300)
+            """,
+            str(note),
+            str(talks),
+            on_output=said.append,
+            feed=[bytes(10_000_000)],  # which nobody reads, though the fork could
+            timeout=60,
+        )
+        assert finished.status == 0
+        assert b"mine" in b"".join(said)
+    finally:
+        pid = int(note.read_text())
+        if talks:
+            wait_until(lambda: not alive(pid))  # of SIGPIPE: the pipe is closed
+        else:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_what_a_child_leaves_is_reaped_by_a_process_that_inherits_it() -> None:
+    code = f"""
+        import ctypes, os, sys
+        sys.path.insert(0, {str(Path(process.__file__).parents[1])!r})
+        from migrator import process
+        assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: as PID 1 is
+        child = "import os, time; os.fork() or time.sleep(300)"
+        process.run([sys.executable, "-c", child], environment=process.base_environment())
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            print("none")
+    """
+    done = subprocess.run([PYTHON, "-c", textwrap.dedent(code)], capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"none\n"
+
+
 def test_a_child_is_fed_no_faster_than_it_reads_and_answers_meanwhile() -> None:
     digest, given, received = hashlib.sha256(), 0, bytearray()
 

@@ -160,18 +160,58 @@ def test_a_sidecar_that_is_killed_takes_its_run_with_it(
     assert database.psql("SELECT to_regclass('alembic_version')") == [(None,)]
 
 
-def test_what_the_project_leaves_running_does_not_keep_it_waiting(
+def test_what_the_project_leaves_running_is_ended_with_the_run(
     sidecar: Callable[..., Sidecar], tmp_path: Path
 ) -> None:
     left = "import subprocess\n" + (
         f"child = subprocess.Popen(['sleep', '300'])\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))"
     )
     one = sidecar(revisions=[Revision("r001", None, left)])
-    try:
-        one.wait_until_ready()
-    finally:
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    one.wait_until_ready()
+    pid = int((tmp_path / "pid").read_text())
+    one.wait_for(lambda: not _works(pid), "the end of what the revision left")
     assert one.stop().code == 0
+
+
+@pytest.mark.parametrize("revision", ["SELECT 1", "SELECT pg_sleep(300)"])
+def test_a_fork_of_the_env_file_keeps_nobody_waiting(
+    run_migrator: Runner, project: Project, database: Database, tmp_path: Path, revision: str
+) -> None:
+    folder = project(revisions=[Revision("r001", None, revision)])
+    env = folder / "migrations" / "env.py"
+    fork = f"""
+import os, time
+if not (pid := os.fork()):
+    time.sleep(300)
+    os._exit(0)
+with open({str(tmp_path / "pids")!r}, "a") as file:
+    file.write(f"{{pid}} ")
+"""
+    env.write_text(fork + env.read_text())
+    one = start(run_migrator, folder, database)
+    if revision == "SELECT 1":
+        one.wait_until_ready()
+        database.execute("DELETE FROM alembic_version")  # for migrator check to judge, which forks as well
+        one.wait_until_not_ready(ExitCode.NOT_CURRENT)
+        assert one.stop().code == 0
+    else:
+        sleeping = f"SELECT 1 FROM pg_stat_activity WHERE query = '{revision}' AND state = 'active'"
+        one.wait_for(lambda: database.psql(sleeping), "the revision")
+        refusal(one.stop(), ExitCode.INTERRUPTED, "Interrupted by SIGTERM")
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    assert pids
+    deadline = time.monotonic() + 60
+    while any(map(_works, pids)):
+        assert time.monotonic() < deadline, "a fork goes on alone"
+        time.sleep(0.1)
+
+
+def _works(pid: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_it_takes_the_options_of_a_run(

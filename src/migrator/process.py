@@ -15,6 +15,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ PULSE = 2.5
 """Seconds between two calls of ``pulse``: half of the time within which a lost connection is to be noticed."""
 PIPED, OURS, DISCARDED = subprocess.PIPE, None, subprocess.DEVNULL
 """Where a child's stderr goes: to us, to where our own goes, or nowhere."""
+LOOK = 0.2
+"""Seconds between two looks whether the child has ended: a process that it left may keep its pipes open."""
 _CHUNK = 1024 * 1024
 _INHERITED = (
     "HOME",
@@ -87,8 +90,9 @@ def run(
     before it has read everything is no error, and what it did not read stays in ``feed``.
     ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case; ``on_start`` gets the child's
     process id; ``pulse`` is called every :data:`PULSE` seconds.  Whatever is raised meanwhile (by one of these, or
-    by a signal handler) ends the child, reaps it and goes on.  A ``stderr`` that is not :data:`PIPED` is not read, and
-    nothing that the child leaves running can keep it open.
+    by a signal handler) ends the child, reaps it and goes on.  A ``stderr`` that is not :data:`PIPED` is not read.
+    All that the child wrote is handed over.  What it leaves running in its process group is killed when it has ended,
+    and is not waited for, even if it left the group and holds the pipes open.
     Raises :class:`TimedOut` after ``timeout`` seconds, OSError where the program cannot be started.
     """
     started = time.monotonic()
@@ -224,40 +228,78 @@ def _pump(
     pulse: Callable[[], object] | None,
     deadline: float | None,
 ) -> bool:
-    """Serve the pipes to their ends and wait for the child; return whether it ended before the deadline."""
-    beat = time.monotonic() + PULSE
+    """Serve the pipes until the child has ended; return whether it did before the deadline."""
     with selectors.DefaultSelector() as selector:
         for stream, handle in ((child.stdout, on_output), (child.stderr, on_stderr)):
             if stream is not None:
                 selector.register(stream, selectors.EVENT_READ, handle)
         if child.stdin is not None:
             selector.register(child.stdin, selectors.EVENT_WRITE)
-        while selector.get_map():
-            left = _left(deadline)
-            if left is not None and left <= 0:
-                return False
-            if pulse is not None:
-                left = min(_left(beat) or 0.0, left if left is not None else PULSE)
-                if time.monotonic() >= beat:
-                    pulse()
-                    beat = time.monotonic() + PULSE
-            for key, _ in selector.select(left):
-                if key.fileobj is child.stdin:
-                    if not feed.write(key.fd):
-                        selector.unregister(key.fileobj)
-                        child.stdin.close()
-                    continue
-                chunk = os.read(key.fd, _CHUNK)
-                if chunk:
-                    key.data(chunk)
-                else:
-                    selector.unregister(key.fileobj)
-    try:
-        child.wait(_left(deadline))
-    except subprocess.TimeoutExpired:
-        return False
+        if not _serve(child, selector, feed, pulse, deadline):
+            return False
+        try:
+            child.wait(_left(deadline))
+        except subprocess.TimeoutExpired:
+            return False
+        _end_what_is_left(child)
+        _drain(selector)
     _close(child)
     return True
+
+
+def _serve(
+    child: subprocess.Popen[bytes],
+    selector: selectors.BaseSelector,
+    feed: _Feed,
+    pulse: Callable[[], object] | None,
+    deadline: float | None,
+) -> bool:
+    """Read and write until the pipes or the child have ended; return whether that was before the deadline."""
+    beat = time.monotonic() + PULSE
+    while selector.get_map() and child.poll() is None:
+        left = _left(deadline)
+        if left is not None and left <= 0:
+            return False
+        if pulse is not None and time.monotonic() >= beat:
+            pulse()
+            beat = time.monotonic() + PULSE
+        for key, _ in selector.select(LOOK if left is None else min(left, LOOK)):
+            if key.fileobj is child.stdin:
+                if not feed.write(key.fd):
+                    selector.unregister(key.fileobj)
+                    child.stdin.close()
+                continue
+            chunk = os.read(key.fd, _CHUNK)
+            if chunk:
+                key.data(chunk)
+            else:
+                selector.unregister(key.fileobj)
+    return True
+
+
+def _drain(selector: selectors.BaseSelector) -> None:
+    """Hand over what an ended child has left in its pipes, but nothing that another process writes there later.
+
+    ioctl(2), FIONREAD: all that the child wrote is in the pipe by now, so nothing has to be waited for.
+    """
+    for key in list(selector.get_map().values()):
+        if key.events & selectors.EVENT_READ:
+            answer = fcntl.ioctl(key.fd, termios.FIONREAD, bytes(4))
+            left = int.from_bytes(answer, sys.byteorder)
+            while left > 0 and (chunk := os.read(key.fd, min(left, _CHUNK))):
+                left -= len(chunk)
+                key.data(chunk)
+
+
+def _end_what_is_left(child: subprocess.Popen[bytes]) -> None:
+    """Kill what a reaped child has left in its process group, and reap it where that falls to us, as to PID 1.
+
+    Not SIGTERM: a fork has the handlers of what it was forked from, and would clean up after that.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
+        os.killpg(child.pid, signal.SIGKILL)
+        while True:
+            os.waitpid(-child.pid, 0)
 
 
 def _close(child: subprocess.Popen[bytes]) -> None:
@@ -282,6 +324,5 @@ def _end(child: subprocess.Popen[bytes]) -> None:
                 break
             except subprocess.TimeoutExpired:
                 continue
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)  # what the child had started itself
+        _end_what_is_left(child)
         _close(child)

@@ -1,7 +1,9 @@
 """Run migrator itself as a child process: what a command loads and remembers is gone when it ends.
 
 An ``env.py`` imports an application, which may start threads, fork, set up logging, or hold the interpreter for
-seconds: none of that reaches the process that answers the probes.
+seconds: none of that holds up the process that answers the probes.  Processes that are left when the command has ended
+are killed, except those that have made themselves a session or a process group of their own (daemons): these live on,
+and are not waited for.
 """
 
 from __future__ import annotations
