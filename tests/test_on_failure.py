@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -346,6 +347,29 @@ def test_killed_while_it_restores(
         assert not [name for name in kept(quiet) if "_restore_" in name]
     assert codes & {int(ExitCode.PARTIAL), -9}, "no kill came in time"
     assert codes <= {int(ExitCode.PARTIAL), int(ExitCode.RESTORED), -9}
+
+
+def test_a_signal_after_the_swap_does_not_say_that_nothing_was_changed(
+    quiet: Database, project: Project, run_migrator: Runner, start_migrator: Callable[..., Running]
+) -> None:
+    folder = project(revisions=linear_history(1))
+    made = done(run_migrator("backup", "--format", "json", cwd=folder, database=quiet)).answer["id"]
+    quiet.execute("DELETE FROM t1")
+    running = start_migrator("restore", made, "--yes", "--drop-old", cwd=folder, database=quiet)
+    pattern = quiet.name + r"\_before\_%"
+    with contextlib.closing(quiet.server.connect()) as connection:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            cursor.execute("SELECT count(*) FROM pg_database WHERE datname LIKE %s", [pattern])
+            if cursor.fetchone() != (0,):
+                break
+    running.send(signal.SIGTERM)
+    result = done(running.finish())
+    assert f"Restored {made}" in result.stdout + result.stderr
+    assert quiet.psql("SELECT count(*) FROM t1") == [(2,)]
+    assert kept(quiet) == []
 
 
 def test_a_role_without_createdb_restores_from_within(

@@ -189,6 +189,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
                 wishes=Wishes(
                     own=None if certain else lambda: frozenset(record.transactions),
                     before_swap=lambda session: _remember(this, session, told, memory),
+                    swapped=this.interruption.shield,
                 ),
             )
             details.update(kept=restored.kept, rows=restored.rows)

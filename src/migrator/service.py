@@ -384,7 +384,9 @@ class MigrationService:
                     run_id=self.run_id,
                     application_name=self.application_name,
                     replace=replace,
-                    wishes=Wishes(drop_old=drop_old, incomplete=incomplete),
+                    wishes=Wishes(
+                        drop_old=drop_old, incomplete=incomplete, swapped=self._interruption.shield
+                    ),
                 )
             except Incomplete as error:
                 raise SettingsError(

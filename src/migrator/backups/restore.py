@@ -40,6 +40,7 @@ class Wishes:
     ``drop_old``: drop the database that was replaced, once the new one is seen under its name.
     ``own``: where given, the restore is refused if it would lose what others than these transactions have written
     since the backup (see losses.py).  ``before_swap`` is called with a session in what is about to take the name.
+    ``swapped`` is called as soon as the backup has the place, when no signal may say any more that nothing was changed.
     ``incomplete``: also with a backup that has not the rows of all tables, but then what was there before is kept.
     """
 
@@ -47,6 +48,7 @@ class Wishes:
     incomplete: bool = False
     own: Callable[[], frozenset[int]] | None = None
     before_swap: Callable[[Session], None] | None = None
+    swapped: Callable[[], None] = lambda: None
 
 
 def restore(
@@ -177,6 +179,7 @@ class _Restore:
                     databases.swap(self._session, helper, database, scratch, kept, last=holder)
                 else:
                     databases.rename(self._session, scratch, database)
+                self._wishes.swapped()
         dropped = replaced and self._wishes.drop_old and self._drop_old(kept, compared)
         return self._restored(
             database,
@@ -208,9 +211,13 @@ class _Restore:
             self._target, self._settings, self._backup, self._path, self._run_id, self._application_name
         )
         compared, safety, notes = in_place.replace(job, self._wishes.own)
+        self._wishes.swapped()
         if self._wishes.before_swap is not None:
-            with self._inside(self._target.database) as session:
-                self._wishes.before_swap(session)
+            try:
+                with self._inside(self._target.database) as session:
+                    self._wishes.before_swap(session)
+            except (QueryFailed, ConnectFailed) as error:
+                LOGGER.error("it was restored, and nothing could be noted in it: %s", error.text)
         return compared, safety, notes
 
     @contextlib.contextmanager
@@ -230,12 +237,16 @@ class _Restore:
 
     def _drop_old(self, kept: str, compared: Compared) -> bool:
         """Drop what was replaced, once the new database answers under its name; returns whether it was."""
-        with self._inside(self._target.database) as session:
-            found = [item for item in snapshot.relations(session) if item.kind != "S"]
-        if len(found) != compared.tables:
-            LOGGER.error("%s is kept: the new database does not show its tables", kept)
+        try:
+            with self._inside(self._target.database) as session:
+                found = [item for item in snapshot.relations(session) if item.kind != "S"]
+            if len(found) != compared.tables:
+                LOGGER.error("%s is kept: the new database does not show its tables", kept)
+                return False
+            databases.drop(self._session, kept)
+        except (QueryFailed, ConnectFailed) as error:
+            LOGGER.error("%s is kept, for it could not be dropped: %s", kept, error.text)
             return False
-        databases.drop(self._session, kept)
         return True
 
     def _drop_expired(self, keep: float) -> None:
