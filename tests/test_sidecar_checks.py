@@ -226,7 +226,7 @@ def test_it_holds_no_connection_between_its_looks(
     assert one.ask().status == 200
 
 
-def test_drift_is_told_and_keeps_nobody_out(
+def test_what_verify_finds_is_told_and_keeps_nobody_out(
     project: Project, run_migrator: Runner, database: Database
 ) -> None:
     expected = '[tables.t1]\ncolumns = { id = "integer not null", note = "text" }\n'
@@ -235,16 +235,16 @@ def test_drift_is_told_and_keeps_nobody_out(
     one.wait_until_ready()
     one.wait_for(lambda: one.metrics().get("migrator_verify_success") == 1, "a verification")
     database.execute("ALTER TABLE t1 DROP COLUMN note")
-    one.wait_for(lambda: one.metrics()["migrator_verify_success"] == 0, "the drift")
+    one.wait_for(lambda: one.metrics()["migrator_verify_success"] == 0, "the finding")
     assert one.metrics()['migrator_verify_findings{rule="missing-column",severity="error"}'] == 1
     report = one.ask("/").document["verification"]["report"]
     assert (report["code"], report["findings"][0]["place"]) == (41, "public.t1.note")
     assert one.ask().status == 200
     database.execute("ALTER TABLE t1 ADD COLUMN note text")
-    one.wait_for(lambda: one.metrics()["migrator_verify_success"] == 1, "the end of the drift")
-    drifts = [line for line in one.stop().logs if line["message"].startswith("drift: ")]
-    assert len(drifts) == 1  # said when it begins, and not at each look
-    assert "public.t1.note: the column does not exist" in drifts[0]["message"]
+    one.wait_for(lambda: one.metrics()["migrator_verify_success"] == 1, "the end of the finding")
+    told = [line for line in one.stop().logs if line["message"].startswith("verify failed: ")]
+    assert len(told) == 1  # said when it begins, and not at each look
+    assert "public.t1.note: the column does not exist" in told[0]["message"]
 
 
 # -- what decides -----------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ class Verifier:
         self._board.verified(Verification(time.time(), report))
         said = (report["code"], report["message"])
         if report["code"] == ExitCode.VERIFY_FAILED and said != self._said:
-            log.warning("drift: %s", report["message"], extra={"findings": len(report["findings"])})
+            log.warning("verify failed: %s", report["message"], extra={"findings": len(report["findings"])})
         self._said = said
 
     def forever(self, interval: float, stop: threading.Event) -> None:

@@ -114,7 +114,7 @@ def _verification(now: Snapshot) -> Iterator[Metric]:
         return
     report = verification.report
     yield _gauge(
-        "verify_success", "Whether the last verification found no drift: 1 or 0.", report["code"] == 0
+        "verify_success", "Whether the last verification found nothing wrong: 1 or 0.", report["code"] == 0
     )
     yield _gauge("last_verify_timestamp_seconds", "When the last verification ended.", verification.at)
     findings = _labelled("verify_findings", "What the last verification found.", ("rule", "severity"))
