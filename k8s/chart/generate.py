@@ -37,6 +37,15 @@ SIZE = {"pattern": "^[0-9]+(\\.[0-9]+)?([EPTGMk]|[EPTGM]i|Ki)?$"}
 CRON = {"pattern": "^(@(hourly|daily|weekly|monthly|yearly|annually|midnight)|\\S+( \\S+){4})$"}
 PORTS = {"minItems": 1, "items": {"type": "integer", "minimum": 1, "maximum": 65535}}
 TEXTS = {"additionalProperties": {"type": "string"}}
+
+
+def _without(keys: str) -> dict[str, Any]:
+    """Return texts under any key but those that the chart sets itself, which would be there twice."""
+    return {**TEXTS, "propertyNames": {"not": {"pattern": f"^({keys})"}}}
+
+
+SELECTED = "app\\.kubernetes\\.io/(name|instance|component|managed-by)$|helm\\.sh/"
+HOOK = "helm\\.sh/hook"
 OBJECTS = {"items": {"type": "object"}}
 # The volumes of the restricted Pod Security Standard.
 VOLUMES = (
@@ -74,9 +83,9 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     },
     "nameOverride": PREFIX,
     "fullnameOverride": PREFIX,
-    "commonLabels": TEXTS,
-    "podAnnotations": TEXTS,
-    "podLabels": TEXTS,
+    "commonLabels": _without(f"{SELECTED}|app\\.kubernetes\\.io/version$"),
+    "podAnnotations": _without(HOOK),
+    "podLabels": _without(SELECTED),
     "database.existingSecret": NAMED,
     "database.key": KEY,
     "database.directKey": {"pattern": "^[-._a-zA-Z0-9]{0,253}$"},
@@ -136,7 +145,7 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     "waitForCurrent.timeout": {"pattern": "^[0-9.]+(ms|s|m|h|d)?$"},
     "waitForCurrent.databaseSecret": PERHAPS_NAMED,
     "serviceAccount.name": PERHAPS_NAMED,
-    "serviceAccount.annotations": TEXTS,
+    "serviceAccount.annotations": _without(HOOK),
     "networkPolicy.dns.ports": PORTS,
     "networkPolicy.dns.to": OBJECTS,
     "networkPolicy.postgres.ports": PORTS,

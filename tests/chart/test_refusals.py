@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.chart.checks import check
 from tests.support.helm import LEAST, Helm, Refused, merged
 
 ADDRESS = "postgresql://shop:planted@postgres/shop"
@@ -35,6 +36,72 @@ REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
     ),
     "a password in a variable": ({"extraEnv": [{"name": "PGPASSWORD", "value": "planted"}]}, "/extraEnv/0"),
     "an address in a variable": ({"extraEnv": [{"name": "SHOP", "value": ADDRESS}]}, "/extraEnv/0"),
+    "a label that the pods are found by": (
+        {"commonLabels": {"app.kubernetes.io/name": "shop"}},
+        "app.kubernetes.io/name",
+    ),
+    "a label that the chart sets from the tag": (
+        {"commonLabels": {"app.kubernetes.io/version": "1"}},
+        "app.kubernetes.io/version",
+    ),
+    "another component": (
+        {"podLabels": {"app.kubernetes.io/component": "web"}},
+        "app.kubernetes.io/component",
+    ),
+    "another release": ({"podLabels": {"app.kubernetes.io/instance": "web"}}, "app.kubernetes.io/instance"),
+    "another tool": ({"podLabels": {"app.kubernetes.io/managed-by": "me"}}, "app.kubernetes.io/managed-by"),
+    "a label of Helm's": ({"podLabels": {"helm.sh/chart": "x"}}, "helm.sh/chart"),
+    "an account that is a hook": (
+        {"serviceAccount": {"annotations": {"helm.sh/hook-weight": "0"}}},
+        "helm.sh/hook-weight",
+    ),
+    "a pod that is another hook": ({"podAnnotations": {"helm.sh/hook": "pre-install"}}, "helm.sh/hook"),
+    "an account that is another hook of Argo CD's": (
+        {
+            "mode": "argocd",
+            "backups": {"to": "none"},
+            "serviceAccount": {"annotations": {"argocd.argoproj.io/sync-wave": "5"}},
+        },
+        "the chart sets argocd.argoproj.io/sync-wave",
+    ),
+    "the address's file twice": (
+        {"extraEnv": [{"name": "MIGRATOR_DATABASE_URL_FILE", "value": "/etc/x"}]},
+        "extraEnv: MIGRATOR_DATABASE_URL_FILE is there already",
+    ),
+    "the address beside its file": (
+        {"extraEnv": [{"name": "MIGRATOR_DATABASE_URL", "valueFrom": {"secretKeyRef": {}}}]},
+        "extraEnv: MIGRATOR_DATABASE_URL is there already",
+    ),
+    "the backups' place twice": (
+        {"extraEnv": [{"name": "MIGRATOR_BACKUP_URL", "value": "file:///x"}]},
+        "extraEnv: MIGRATOR_BACKUP_URL is there already",
+    ),
+    "a setting twice": (
+        {
+            "settings": {"MIGRATOR_LOCK_TIMEOUT": "3s"},
+            "extraEnv": [{"name": "MIGRATOR_LOCK_TIMEOUT", "value": "4s"}],
+        },
+        "extraEnv: MIGRATOR_LOCK_TIMEOUT is there already",
+    ),
+    "a variable twice": (
+        {"extraEnv": [{"name": "SHOP", "value": "a"}, {"name": "SHOP", "value": "b"}]},
+        "extraEnv: SHOP is there already",
+    ),
+    "a volume of the chart's": (
+        {"extraVolumes": [{"name": "migrator-scratch", "emptyDir": {}}]},
+        "extraVolumes: migrator-scratch is there already",
+    ),
+    "a volume twice": (
+        {"extraVolumes": [{"name": "x", "emptyDir": {}}, {"name": "x", "emptyDir": {}}]},
+        "extraVolumes: x is there already",
+    ),
+    "a mount on the chart's": (
+        {
+            "extraVolumes": [{"name": "x", "emptyDir": {}}],
+            "extraVolumeMounts": [{"name": "x", "mountPath": "/tmp/"}],
+        },
+        "extraVolumeMounts: /tmp/ is there already",
+    ),
     "a folder of the node": ({"extraVolumes": [{"name": "x", "hostPath": {"path": "/"}}]}, "hostPath"),
     "root": ({"podSecurity": {"runAsUser": 0}}, "/podSecurity/runAsUser"),
     "a password in the bucket's address": ({"backups": {"s3": {"url": "s3://a:b@c/d"}}}, "/backups/s3/url"),
@@ -69,3 +136,18 @@ def test_without_values_it_says_which_are_missing(helm: Helm) -> None:
         helm.template({})
     assert "/image/repository" in str(refused.value)
     assert "/database/existingSecret" in str(refused.value)
+
+
+def test_what_only_looks_alike_is_taken(helm: Helm) -> None:
+    values = {
+        "commonLabels": {"app.kubernetes.io/part-of": "shop", "team": "shop"},
+        "podLabels": {"app.kubernetes.io/version": "1", "name": "shop"},
+        "podAnnotations": {"sidecar.istio.io/inject": "false"},
+        "serviceAccount": {
+            "annotations": {"helm.sh/resource-policy": "keep", "argocd.argoproj.io/sync-wave": "1"}
+        },
+        "extraEnv": [{"name": "SHOP", "value": "a"}, {"name": "SHOP_FILE", "value": "/tmp/shop/b"}],
+        "extraVolumes": [{"name": "shop", "emptyDir": {}}],
+        "extraVolumeMounts": [{"name": "shop", "mountPath": "/tmp/shop"}],
+    }
+    check(helm.template(merged(LEAST, values)))

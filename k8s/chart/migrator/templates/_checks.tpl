@@ -12,6 +12,13 @@
 {{- if and (eq .Values.backups.to "none") .Values.verifyBackup.enabled -}}
 {{- fail "verifyBackup.enabled needs backups: backups.to is none" -}}
 {{- end -}}
+{{- if eq .Values.mode "argocd" -}}
+{{- range $name := list "hook" "hook-delete-policy" "sync-wave" -}}
+{{- if hasKey $.Values.serviceAccount.annotations (printf "argocd.argoproj.io/%s" $name) -}}
+{{- fail (printf "serviceAccount.annotations: with mode: argocd the chart sets argocd.argoproj.io/%s; take it out" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq .Values.backups.to "none") (hasKey .Values.settings "MIGRATOR_BACKUP") -}}
 {{- fail "backups.to: none sets MIGRATOR_BACKUP=off; take MIGRATOR_BACKUP out of settings" -}}
 {{- end -}}
@@ -22,5 +29,19 @@
 {{- $values := index . 0 -}}
 {{- if and (eq $values.Values.mode "argocd") $values.Values.argocd.postSync.args -}}
 {{- fail (printf "%s goes to the heads of the history, but argocd.postSync runs the last revisions only after the pods are healthy: take one of the two away" (index . 1)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* items: of a container or a pod, the chart's own and then those of `what`. Fails where two have the same `key`: which of the
+     two held would be up to Kubernetes. A secret of migrator's may be given as NAME or as NAME_FILE, and is one. */}}
+{{- define "migrator.once" -}}
+{{- $seen := dict -}}
+{{- range .items -}}
+{{- $given := get . $.key | toString -}}
+{{- $one := ternary (clean $given) (regexReplaceAll "^((MIGRATOR|AWS)_.*)_FILE$" $given "${1}") (eq $.key "mountPath") -}}
+{{- if hasKey $seen $one -}}
+{{- fail (printf "%s: %s is there already, from another value or from the chart itself; take it out" $.what $given) -}}
+{{- end -}}
+{{- $_ := set $seen $one true -}}
 {{- end -}}
 {{- end -}}

@@ -62,29 +62,9 @@ image: {{ include "migrator.image" .root | quote }}
 imagePullPolicy: {{ $values.image.pullPolicy }}
 args: {{ toJson .args }}
 env:
-  - name: MIGRATOR_DATABASE_URL_FILE
-    value: /etc/migrator/database/url
-  {{- if and $values.database.directKey (not .secret) }}
-  - name: MIGRATOR_DIRECT_URL_FILE
-    value: /etc/migrator/database/direct-url
-  {{- end }}
-  {{- if not .reader }}
-  {{- include "migrator.backupEnv" .root | nindent 2 }}
-  {{- end }}
-  {{- if .identity }}
-  - name: MIGRATOR_BACKUP_IDENTITY_FILE
-    value: /etc/migrator/identity/identity
-  {{- end }}
-  {{- range $name, $value := $values.settings }}
-  - name: {{ $name }}
-    value: {{ include "migrator.text" $value | quote }}
-  {{- end }}
-  {{- range .env }}
-  - {{ toYaml . | nindent 4 | trim }}
-  {{- end }}
-  {{- range $values.extraEnv }}
-  - {{ toYaml . | nindent 4 | trim }}
-  {{- end }}
+  {{- $env := include "migrator.env" . }}
+  {{- include "migrator.once" (dict "items" (fromYamlArray $env) "key" "name" "what" "extraEnv") }}
+  {{- $env | nindent 2 }}
 resources: {{- toYaml $values.resources | nindent 2 }}
 securityContext:
   {{- include "migrator.user" .root | nindent 2 }}
@@ -94,34 +74,9 @@ securityContext:
     drop: [ALL]
 terminationMessagePolicy: FallbackToLogsOnError
 volumeMounts:
-  - name: {{ default "migrator-database" .name }}
-    mountPath: /etc/migrator/database
-    readOnly: true
-  {{- if $values.database.certificatesSecret }}
-  - name: {{ if .reader }}migrator-reader-certificates{{ else }}migrator-certificates{{ end }}
-    mountPath: /etc/migrator/certificates
-    readOnly: true
-  {{- end }}
-  {{- if not .reader }}
-  - name: migrator-scratch
-    mountPath: /tmp
-  {{- if eq $values.backups.to "claim" }}
-  - name: migrator-backups
-    mountPath: /backups
-  {{- else if and (eq $values.backups.to "s3") $values.backups.s3.existingSecret }}
-  - name: migrator-bucket
-    mountPath: /etc/migrator/bucket
-    readOnly: true
-  {{- end }}
-  {{- end }}
-  {{- if .identity }}
-  - name: migrator-identity
-    mountPath: /etc/migrator/identity
-    readOnly: true
-  {{- end }}
-  {{- with $values.extraVolumeMounts }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- $mounts := include "migrator.mounts" . }}
+  {{- include "migrator.once" (dict "items" (fromYamlArray $mounts) "key" "mountPath" "what" "extraVolumeMounts") }}
+  {{- $mounts | nindent 2 }}
 {{- end -}}
 
 {{/* Said in the container as well as in the pod, so that it is restricted in a pod of any chart. */}}
@@ -135,6 +90,67 @@ runAsGroup: {{ int64 . }}
 {{- end }}
 seccompProfile:
   type: RuntimeDefault
+{{- end -}}
+
+{{/* As in migrator.container. */}}
+{{- define "migrator.env" -}}
+{{- $values := .root.Values -}}
+- name: MIGRATOR_DATABASE_URL_FILE
+  value: /etc/migrator/database/url
+{{- if and $values.database.directKey (not .secret) }}
+- name: MIGRATOR_DIRECT_URL_FILE
+  value: /etc/migrator/database/direct-url
+{{- end }}
+{{- if not .reader }}
+{{- include "migrator.backupEnv" .root | nindent 0 }}
+{{- end }}
+{{- if .identity }}
+- name: MIGRATOR_BACKUP_IDENTITY_FILE
+  value: /etc/migrator/identity/identity
+{{- end }}
+{{- range $name, $value := $values.settings }}
+- name: {{ $name }}
+  value: {{ include "migrator.text" $value | quote }}
+{{- end }}
+{{- range .env }}
+- {{ toYaml . | nindent 2 | trim }}
+{{- end }}
+{{- range $values.extraEnv }}
+- {{ toYaml . | nindent 2 | trim }}
+{{- end }}
+{{- end -}}
+
+{{/* As in migrator.container. */}}
+{{- define "migrator.mounts" -}}
+{{- $values := .root.Values -}}
+- name: {{ default "migrator-database" .name }}
+  mountPath: /etc/migrator/database
+  readOnly: true
+{{- if $values.database.certificatesSecret }}
+- name: {{ if .reader }}migrator-reader-certificates{{ else }}migrator-certificates{{ end }}
+  mountPath: /etc/migrator/certificates
+  readOnly: true
+{{- end }}
+{{- if not .reader }}
+- name: migrator-scratch
+  mountPath: /tmp
+{{- if eq $values.backups.to "claim" }}
+- name: migrator-backups
+  mountPath: /backups
+{{- else if and (eq $values.backups.to "s3") $values.backups.s3.existingSecret }}
+- name: migrator-bucket
+  mountPath: /etc/migrator/bucket
+  readOnly: true
+{{- end }}
+{{- end }}
+{{- if .identity }}
+- name: migrator-identity
+  mountPath: /etc/migrator/identity
+  readOnly: true
+{{- end }}
+{{- with $values.extraVolumeMounts }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
 {{- end -}}
 
 {{- define "migrator.backupEnv" -}}

@@ -11,6 +11,12 @@
 
 {{/* name: of the address's volume; secret: another than database.existingSecret; reader: no backups; identity. */}}
 {{- define "migrator.volumeList" -}}
+{{- $volumes := include "migrator.volumeItems" . -}}
+{{- include "migrator.once" (dict "items" (fromYamlArray $volumes) "key" "name" "what" "extraVolumes") -}}
+{{- $volumes -}}
+{{- end -}}
+
+{{- define "migrator.volumeItems" -}}
 {{- $values := .root.Values -}}
 - name: {{ default "migrator-database" .name }}
   secret:
