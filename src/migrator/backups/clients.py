@@ -120,15 +120,24 @@ def choose(clients: Sequence[Client], wanted: int, at_least: int = 0) -> Client 
     return min(fitting, key=lambda client: client.major, default=None)
 
 
-def for_dump(settings: Settings, server_version: str, server_major: int) -> Client:
-    """Return the client to dump a server with; raises :class:`BackupFailed` where none is new enough."""
+def for_dump(
+    settings: Settings,
+    server_version: str,
+    server_major: int,
+    *,
+    otherwise: str = "or set MIGRATOR_BACKUP=off to go without a backup",
+) -> Client:
+    """Return the client to dump a server with; raises :class:`BackupFailed` where none is new enough.
+
+    ``otherwise`` is what else can be done then.
+    """
     clients = installed(settings)
     client = choose(clients, server_major)
     if client is not None:
         return client
     raise BackupFailed(
         _explain(settings, clients, f"the server is PostgreSQL {server_version}", "dump"),
-        next_step=_remedy(server_major) + ", or set MIGRATOR_BACKUP=off to go without a backup",
+        next_step=f"{_remedy(server_major)}, {otherwise}",
     )
 
 

@@ -47,8 +47,11 @@ class Compared:
     unknown: tuple[str, ...] = ()
 
 
-def contents(backup: Backup, found: Contents) -> Compared:
-    """Compare what a copy holds with the manifest."""
+def contents(backup: Backup, found: Contents, *, same_major: bool = True) -> Compared:
+    """Compare what a copy holds with the manifest; its schema's catalogs where both servers are of one major.
+
+    Another major keeps them otherwise: since 17, for one, a partition has its parent's identity.
+    """
     wrong = [f"table {name} is missing" for name in sorted(backup.tables.keys() - found.tables.keys())]
     wrong += [
         f"table {name} was not in the original" for name in sorted(found.tables.keys() - backup.tables.keys())
@@ -68,11 +71,13 @@ def contents(backup: Backup, found: Contents) -> Compared:
     wrong += _sequences(backup.sequences, found.sequences)
     if backup.large_objects and found.large_objects and backup.large_objects != found.large_objects:
         wrong.append("large objects are not what they were")
-    if backup.schema_sha256 and backup.schema_sha256 != found.schema_sha256:
+    if same_major and backup.schema_sha256 and backup.schema_sha256 != found.schema_sha256:
         wrong.append("the schema's columns, constraints, indexes or functions are not what they were")
     unknown = []
     if hashed < counted:
         unknown.append(f"the contents of {counted - hashed} tables (their rows were counted)")
+    if not same_major:
+        unknown.append("columns, constraints and indexes (the majors differ)")
     return Compared(len(found.tables), counted, hashed, rows, tuple(wrong), tuple(unknown))
 
 

@@ -42,11 +42,22 @@ PINNED = {
     "bytea_output": "hex",
     "lc_monetary": "C",
     "quote_all_identifiers": "off",
+    "standard_conforming_strings": "on",
     "search_path": "",
     "row_security": "off",
     "statement_timeout": "0",
 }
 """The settings that say how values are written as text, and what is seen of the rows."""
+
+SPELLING = (
+    "TimeZone",
+    "standard_conforming_strings",
+    "quote_all_identifiers",
+    "bytea_output",
+    "lc_monetary",
+    "xmloption",
+)
+"""The settings that say how pg_dump writes definitions, beside those that it sets itself."""
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _TOO_BIG = ("54000", "53200")  # program_limit_exceeded: a row of 1 GB as text; out_of_memory
@@ -146,6 +157,12 @@ def pin(session: Session) -> None:
         names["transaction_timeout"] = "0"
     for name, value in names.items():
         session.query("SELECT set_config(%s, %s, false)", (name, value))
+
+
+def spelling(session: Session) -> dict[str, str]:
+    """Read how the session's role writes definitions in its database; before the session is pinned."""
+    columns = ", ".join(f"current_setting('{name}')" for name in SPELLING)
+    return dict(zip(SPELLING, session.query(f"SELECT {columns}")[0], strict=True))
 
 
 def take(

@@ -88,7 +88,8 @@ class Backup:
     ``sha256`` and ``size_bytes`` are of what pg_dump wrote; ``stored_sha256`` and ``stored_bytes`` of what is in the
     store, where that is encrypted (to the keys in ``encrypted_to``).  ``schema_sha256``, ``sequences`` and
     ``large_objects`` (how many, and their hash) are what a restored copy is compared with; ``excluded_table_data``
-    names the tables whose rows were left out.  ``next_xid`` is the next transaction id in the dump's snapshot.
+    names the tables whose rows were left out; ``spelling`` has the settings that pg_dump wrote definitions under.
+    ``next_xid`` is the next transaction id in the dump's snapshot.
     """
 
     id: str
@@ -122,6 +123,7 @@ class Backup:
     excluded_table_data: tuple[str, ...] = ()
     globals_note: str = ""
     oddities: tuple[str, ...] = ()
+    spelling: Mapping[str, str] = field(default_factory=dict)
     next_xid: int | None = None
     system_identifier: str = ""
     timeline: int | None = None
@@ -202,6 +204,7 @@ def _optional(document: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: tuple(document.get(name, ())) for name in ("encrypted_to", "excluded_table_data", "oddities")
     }
+    found["spelling"] = {str(key): str(value) for key, value in document.get("spelling", {}).items()}
     found["proofs"] = tuple(Proof(**_known(Proof, proof)) for proof in document.get("proofs", ()))
     found["sequences"] = {
         name: Sequence(tuple(facts["before"]), tuple(facts["after"]))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from migrator import process
-from migrator.backups import archive, clients, comparison, contents, scratch, temporary
+from migrator.backups import archive, clients, comparison, contents, databases, scratch, temporary
 from migrator.backups.clients import Client
 from migrator.backups.comparison import Compared
 from migrator.backups.contents import Contents
@@ -32,12 +32,13 @@ from migrator.backups.reader import Reader
 from migrator.backups.scratch import Place
 from migrator.backups.store import Part, Store, WritablePart
 from migrator.errors import BackupFailed
-from migrator.postgres import Session, connect
+from migrator.postgres import QueryFailed, ServerFacts, Session, connect, quote_identifier
 from migrator.settings import Settings
 from migrator.target import Target, parse
 
 LOGGER = logging.getLogger("migrator.backup")
 READ, RESTORE = "read", "restore"
+_CONFORMING = re.compile(rb"^SET standard_conforming_strings = (on|off);", re.MULTILINE)
 _EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ ((COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
 
 
@@ -51,6 +52,10 @@ class Failed(Exception):
 
 class CannotRestore(Failed):
     """It could not be restored here, which may be the server's fault and not the backup's."""
+
+
+class NotFinished(CannotRestore):
+    """A program of the proof came to no end of its own, which says nothing of the backup."""
 
 
 def place_of(settings: Settings, target: Target | None, application_name: str) -> Place:
@@ -79,7 +84,18 @@ def preflight(session: Session, settings: Settings) -> None:
             next_step="set MIGRATOR_BACKUP_VERIFY=read, and run `migrator verify-backup latest --how restore` where "
             "the private key is; or name that in MIGRATOR_BACKUP_IDENTITY_FILE",
         )
-    scratch.check(place)
+    check_client(settings, scratch.check(place))
+
+
+def check_client(settings: Settings, server: ServerFacts) -> None:
+    """Refuse a pg_dump that is older than the server that copies are compared on; raises :class:`BackupFailed`."""
+    clients.for_dump(
+        settings,
+        server.version,
+        server.major,
+        otherwise="or name an older server in MIGRATOR_VERIFY_URL, or prove by reading "
+        "(MIGRATOR_BACKUP_VERIFY=read, verify-backup --how read)",
+    )
 
 
 class Proving:
@@ -93,6 +109,7 @@ class Proving:
         self._name = name
         self._original: Contents | None = None
         self._reading: process.Finished | None = None
+        self._spelling: dict[str, str] = {}
 
     @contextlib.contextmanager
     def reading(self, part: WritablePart | DirectoryPart) -> Iterator[Callable[[bytes], object] | None]:
@@ -122,6 +139,7 @@ class Proving:
             LOGGER.info(
                 "hashing the rows of %s, to compare them with a restored copy", session.facts.database
             )
+        self._spelling = contents.spelling(session)
         self._original = contents.take(session, excluded, rows=rows)
 
     def facts(self, tables: Mapping[str, Table]) -> dict[str, Any]:
@@ -143,6 +161,7 @@ class Proving:
             },
             "large_objects": original.large_objects,
             "schema_sha256": original.schema_sha256,
+            "spelling": self._spelling,
         }
 
     def prove(self, store: Store, part: Part, backup: Backup) -> Backup:
@@ -228,21 +247,22 @@ def restored(
     started = time.monotonic()
     with scratch.made(place, backup, run_id) as (session, target):
         server = session.facts
+        check_client(settings, server)
         LOGGER.info("restoring %s into %s, to compare it", backup.id, target.database)
         client = clients.for_restore(settings, server.major, backup.client_major)
         _fill(place, client, path, target, server.major)
+        written = _schema_in(client, path, place)
         with connect(target, place.application_name, place.timeout) as inside:
+            _spell_alike(inside, backup, written)
             inside.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             found = contents.take(inside, rows=True, only=_counted(backup))
-        compared = comparison.contents(backup, found)
+        same_major = server.major == backup.server_major
+        compared = comparison.contents(backup, found, same_major=same_major)
         wrong = list(compared.wrong)
-        if original is not None and original.schema != found.schema:
+        if same_major and original is not None and original.schema != found.schema:
             wrong += comparison.difference(original, found)
-        by_name = not (server.major == backup.server_major and client.major == backup.client_major)
-        dumped = _schema_of(client, place, target)
-        wrong += comparison.schemas(
-            archive.script(client, path, "--schema-only", *_options(place)), dumped, by_name=by_name
-        )
+        by_name = not (same_major and client.major == backup.client_major)
+        wrong += comparison.schemas(written, _schema_of(client, place, target), by_name=by_name)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise Failed(f"What came back of {backup.id} is not what was dumped: {'; '.join(wrong[:8])}{more}.")
@@ -304,6 +324,36 @@ def _without_event_triggers(client: Client, path: Path) -> Iterator[tuple[str, .
         yield (f"--use-list={path_of_list}",)
 
 
+def _schema_in(client: Client, path: Path, place: Place) -> bytes:
+    """Return the archive's schema as pg_dump wrote it."""
+    try:
+        return archive.script(client, path, "--schema-only", *_options(place))
+    except archive.RestoreStopped as stopped:
+        raise NotFinished(f"The backup's schema cannot be listed: {stopped.said}.") from stopped
+
+
+def _spell_alike(inside: Session, backup: Backup, written: bytes) -> None:
+    """Have pg_dump write the copy's definitions under the settings that the original's were written under.
+
+    ALTER DATABASE ... SET of the original is none of the copy.  They are set for this role in this one database, which
+    no pooler can refuse, and they go with it.  Of an older manifest, the archive itself tells one of them.
+    """
+    told = _CONFORMING.search(written)
+    wanted = {"standard_conforming_strings": told[1].decode()} if told else {}
+    wanted |= backup.spelling
+    for name, value in contents.spelling(inside).items():
+        if wanted.get(name, value) != value:
+            try:
+                inside.query(
+                    f"ALTER ROLE CURRENT_USER IN DATABASE {quote_identifier(inside.facts.database)}"
+                    f" SET {name} = {databases.literal(wanted[name])}"
+                )
+            except QueryFailed as error:
+                if error.lost:
+                    raise
+                LOGGER.warning("the copy is compared with another %s: %s", name, error.text)
+
+
 def _schema_of(client: Client, place: Place, target: Target) -> bytes:
     """Return the copy's schema as pg_dump writes it."""
     chunks: list[bytes] = []
@@ -319,5 +369,5 @@ def _schema_of(client: Client, place: Place, target: Target) -> bytes:
         on_output=chunks.append,
     )
     if finished.status != 0:
-        raise Failed(f"The restored copy cannot be dumped: {clients.last_words(finished)}.")
+        raise NotFinished(f"The restored copy cannot be dumped: {clients.last_words(finished)}.")
     return b"".join(chunks)

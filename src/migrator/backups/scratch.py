@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from migrator.backups import databases
 from migrator.backups.manifest import Backup, Properties
 from migrator.errors import BackupFailed
-from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
+from migrator.postgres import ConnectFailed, QueryFailed, ServerFacts, Session, quote_identifier
 from migrator.process import uninterrupted
 from migrator.target import Target
 
@@ -40,8 +40,11 @@ class Place:
         return databases.maintenance(self.target, self.application_name, self.timeout)
 
 
-def check(place: Place) -> None:
-    """Refuse a role that may not create databases; raises :class:`BackupFailed`, ConnectFailed, QueryFailed."""
+def check(place: Place) -> ServerFacts:
+    """Refuse a role that may not create databases; return what its server is.
+
+    Raises :class:`BackupFailed`, ConnectFailed, QueryFailed.
+    """
     with place.connect() as session:
         may_create, user = session.query(
             "SELECT rolsuper OR rolcreatedb, rolname::text FROM pg_roles WHERE rolname = current_user"
@@ -53,6 +56,7 @@ def check(place: Place) -> None:
                 next_step=f"as a superuser: ALTER ROLE {quote_identifier(user)} CREATEDB; or name another server in "
                 "MIGRATOR_VERIFY_URL, or set MIGRATOR_BACKUP_VERIFY=read",
             )
+        return session.facts
 
 
 def left_over(session: Session, database: str) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from migrator.backups import archive, clients, proof
 from migrator.backups.manifest import Backup, Proof
-from migrator.backups.proof import READ, RESTORE, CannotRestore, Failed
+from migrator.backups.proof import READ, RESTORE, CannotRestore, Failed, NotFinished
 from migrator.backups.store import Store
 from migrator.errors import BackupFailed, DamagedBackup, MigratorError, RestoreFailed
 from migrator.postgres import ConnectFailed, QueryFailed
@@ -46,6 +46,11 @@ def verify(
         except CannotRestore as failure:
             done = dataclasses.replace(proof.proof(how, run_id, started), ok=False, why=str(failure))
             store.note(backup.proven(done))
+            if isinstance(failure, NotFinished):
+                raise BackupFailed(
+                    f"The proof of {backup.id} was not finished: {failure}",
+                    next_step="see what the program said, and run verify-backup again; the backup was kept",
+                ) from failure
             raise BackupFailed(
                 f"{backup.id} could not be restored here: {failure}",
                 next_step="put right what pg_restore names, and run verify-backup again; the backup was kept",
@@ -82,6 +87,8 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
         finished = archive.read_whole(client, chunks)
         for _ in chunks:  # to the end, where the checksum is compared
             pass
+    if finished.status < 0:
+        raise NotFinished(f"pg_restore was ended by a signal: {clients.last_words(finished)}.")
     if finished.status != 0:
         raise Failed(f"{backup.id} cannot be read: {clients.last_words(finished)}.")
     return proof.proof(READ, run_id, started)

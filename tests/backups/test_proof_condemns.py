@@ -1,0 +1,130 @@
+"""A proof condemns a backup for what the backup is, and for nothing that only a server or a program is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from migrator.errors import BackupFailed
+from tests.support.servers import Database, Server
+
+from .conftest import Workbench
+from .test_verify_backup import manifest, prove
+
+Bench = Callable[..., Workbench]
+
+
+def test_a_client_older_than_the_server_that_it_is_proven_on(
+    database: Database, workbench: Bench, servers: Callable[[str], Server]
+) -> None:
+    """It is said before anything is dumped; and a backup that is there already stays one."""
+    other = servers("embedded18")
+    database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
+    backup = workbench(database).back_up()
+    bench = workbench(database, MIGRATOR_VERIFY_URL=other.url("postgres"), MIGRATOR_BACKUP_VERIFY="restore")
+    before = bench.files()
+    with pytest.raises(BackupFailed, match=r"PostgreSQL 18.*older client") as caught:
+        prove(bench, "restore")
+    assert "MIGRATOR_VERIFY_URL" in caught.value.next_step
+    assert bench.files() == before
+    with pytest.raises(BackupFailed, match=r"PostgreSQL 18.*older client"):
+        bench.back_up()
+    assert bench.files() == before
+    assert prove(bench).id == backup.id
+
+
+def stand_in(folder: Path, server: Server, **scripts: str) -> Path:
+    """Return a folder of the server's programs, some of which are shell scripts instead."""
+    folder.mkdir()
+    for program in ("pg_dump", "pg_restore", "psql"):
+        path = folder / program
+        if program in scripts:
+            path.write_text("#!/bin/sh\nreal=" + str(server.bin / program) + "\n" + scripts[program])
+            path.chmod(0o755)
+        else:
+            path.symlink_to(server.bin / program)
+    return folder
+
+
+def test_a_dump_of_the_copy_that_fails(database: Database, workbench: Bench, tmp_path: Path) -> None:
+    """It says nothing of the backup."""
+    database.execute("CREATE TABLE t (a int)")
+    backup = workbench(database).back_up()
+    script = 'case "$*" in *--schema-only*) echo "pg_dump: error: out of memory" >&2; exit 1;; esac\nexec $real "$@"\n'
+    folder = stand_in(tmp_path / "bin", database.server, pg_dump=script)
+    bench = workbench(database, MIGRATOR_PG_BIN=str(folder))
+    with pytest.raises(BackupFailed, match=r"was not finished: .*out of memory"):
+        prove(bench, "restore")
+    assert [(proof["how"], proof["ok"]) for proof in manifest(bench)["proofs"]][-1] == ("restore", False)
+    assert bench.databases() == {database.name}
+    assert prove(workbench(database)).id == backup.id
+
+
+@pytest.mark.parametrize("shape", ["custom", "directory"])
+def test_a_pg_restore_that_is_killed(
+    database: Database, workbench: Bench, tmp_path: Path, shape: str
+) -> None:
+    """Out of memory, for one: what ended it was not the backup."""
+    database.execute("CREATE TABLE t (a int)")
+    backup = workbench(database, MIGRATOR_BACKUP_FORMAT=shape).back_up()
+    script = 'case "$*" in *--version*) exec $real "$@";; esac\nkill -9 $$\n'
+    folder = stand_in(tmp_path / "bin", database.server, pg_restore=script)
+    bench = workbench(database, MIGRATOR_PG_BIN=str(folder))
+    with pytest.raises(BackupFailed, match=r"was not finished: .*signal 9"):
+        prove(bench)
+    assert Path(backup.place).exists()
+    assert prove(workbench(database)).id == backup.id
+
+
+def test_what_another_major_makes_of_a_schema(
+    database: Database, workbench: Bench, servers: Callable[[str], Server]
+) -> None:
+    """Since 17 a partition has its parent's identity; that it had none on 15 is no loss."""
+    other = servers("embedded18")
+    database.execute(
+        "CREATE TABLE p (a int GENERATED ALWAYS AS IDENTITY, b int) PARTITION BY RANGE (b);"
+        " CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (1) TO (10); INSERT INTO p (b) VALUES (1), (2)"
+    )
+    variables = {
+        "MIGRATOR_BACKUP_VERIFY": "restore",
+        "MIGRATOR_VERIFY_URL": other.url("postgres"),
+        "MIGRATOR_PG_BIN": str(other.bin),
+    }
+    bench = workbench(database, **variables)
+    backup = bench.back_up()
+    assert backup.verified == "restore"
+    assert "majors differ" in backup.proofs[-1].why
+    assert prove(bench, "restore").proofs[-1].ok
+
+
+_SPELLED = (
+    "CREATE TABLE s (a text DEFAULT 'a\\b', b text CHECK (b <> 'x\\y'), c bytea DEFAULT '\\x6162');"
+    " COMMENT ON TABLE s IS 'c:\\d';"
+    " CREATE TABLE p (at timestamptz) PARTITION BY RANGE (at);"
+    " CREATE TABLE p1 PARTITION OF p FOR VALUES FROM ('2026-01-01 00:00+01') TO ('2026-02-01 00:00+01');"
+    " CREATE VIEW v AS SELECT a FROM s; CREATE FUNCTION f(int) RETURNS int LANGUAGE sql RETURN $1 + 1"
+)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "standard_conforming_strings = off",
+        "quote_all_identifiers = on",
+        "bytea_output = escape",
+        "TimeZone = 'Asia/Kolkata'",
+        "DateStyle = 'German'",
+        "IntervalStyle = 'iso_8601'",
+    ],
+)
+def test_a_database_that_writes_values_otherwise(
+    each_database: Database, workbench: Bench, setting: str
+) -> None:
+    """A setting of the original is none of the copy: what they print is compared as the original prints it."""
+    each_database.execute(_SPELLED)
+    each_database.server.psql(f"ALTER DATABASE {each_database.name} SET {setting}")
+    bench = workbench(each_database, MIGRATOR_BACKUP_VERIFY="restore")
+    assert bench.back_up().verified == "restore"
+    assert prove(bench, "restore").proofs[-1].ok
