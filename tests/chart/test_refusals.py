@@ -113,6 +113,21 @@ REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "a hook without a volume": ({"mode": "hook"}, "backups.claim.existingClaim must name one"),
     "a sync without a volume": ({"mode": "argocd"}, "backups.claim.existingClaim must name one"),
     "a bucket without an address": ({"backups": {"to": "s3"}}, "backups.s3.url"),
+    "a bucket's server behind a port that is shut": (
+        {"backups": {"to": "s3", "s3": {"url": "s3://b/x", "endpoint": "https://minio:9000"}}},
+        "networkPolicy.s3.ports does not let pods reach port 9000",
+    ),
+    "the same without TLS": (
+        {"backups": {"to": "s3", "s3": {"url": "s3://b/x", "endpoint": "http://minio/"}}},
+        "does not let pods reach port 80 ",
+    ),
+    "AWS behind a port that is shut": (
+        {
+            "backups": {"to": "s3", "s3": {"url": "s3://b/x"}},
+            "networkPolicy": {"s3": {"ports": [9000]}},
+        },
+        "does not let pods reach port 443 ",
+    ),
     "backups that are not made": (
         {"backups": {"to": "none"}, "verifyBackup": {"enabled": True}},
         "backups.to is none",
@@ -151,3 +166,25 @@ def test_what_only_looks_alike_is_taken(helm: Helm) -> None:
         "extraVolumeMounts": [{"name": "shop", "mountPath": "/tmp/shop"}],
     }
     check(helm.template(merged(LEAST, values)))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "ports"),
+    [
+        ("https://minio:9000", [9000]),
+        ("https://minio:9000/base", [443, 9000]),
+        ("http://minio", [80]),
+        ("https://minio", [443, 9443]),
+        ("https://[fd00::443]:9000", [9000]),
+        ("https://[fd00::9000]", [443]),
+        ("", [443]),
+    ],
+)
+def test_a_bucket_behind_an_open_port_is_taken(endpoint: str, ports: list[int], helm: Helm) -> None:
+    backups = {"to": "s3", "s3": {"url": "s3://b/x", "endpoint": endpoint}}
+    helm.template(merged(LEAST, {"backups": backups, "networkPolicy": {"s3": {"ports": ports}}}))
+
+
+def test_ports_do_not_matter_without_a_network_policy(helm: Helm) -> None:
+    backups = {"to": "s3", "s3": {"url": "s3://b/x", "endpoint": "https://minio:9000"}}
+    helm.template(merged(LEAST, {"backups": backups, "networkPolicy": {"enabled": False}}))

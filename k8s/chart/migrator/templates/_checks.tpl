@@ -9,6 +9,15 @@
 {{- if and (eq .Values.backups.to "s3") (not .Values.backups.s3.url) -}}
 {{- fail "backups.to: s3 needs backups.s3.url, such as s3://bucket/shop" -}}
 {{- end -}}
+{{- if and (eq .Values.backups.to "s3") .Values.networkPolicy.enabled -}}
+{{- $url := urlParse (default "https://" .Values.backups.s3.endpoint) -}}
+{{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "80" "443" (eq $url.scheme "http")) -}}
+{{- $ports := list -}}
+{{- range .Values.networkPolicy.s3.ports -}}{{- $ports = append $ports (int . | toString) -}}{{- end -}}
+{{- if not (has $port $ports) -}}
+{{- fail (printf "networkPolicy.s3.ports does not let pods reach port %s of backups.s3.endpoint (AWS's where it is empty): add it there (where a Service maps it to another port of its pods, list both)" $port) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq .Values.backups.to "none") .Values.verifyBackup.enabled -}}
 {{- fail "verifyBackup.enabled needs backups: backups.to is none" -}}
 {{- end -}}
