@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,3 +129,15 @@ def test_a_database_that_writes_values_otherwise(
     bench = workbench(each_database, MIGRATOR_BACKUP_VERIFY="restore")
     assert bench.back_up().verified == "restore"
     assert prove(bench, "restore").proofs[-1].ok
+
+
+def test_a_database_with_a_percent_sign_in_its_name(server: Server, workbench: Bench) -> None:
+    """Its copy bears a comment with the name, which is no place for a parameter."""
+    name = f"100%s {uuid.uuid4().hex[:8]} %"
+    try:
+        bench = workbench(server.create_database(name), MIGRATOR_BACKUP_VERIFY="restore")
+        assert bench.back_up().verified == "restore"
+        assert prove(bench, "restore").proofs[-1].ok
+        assert bench.databases() == {name}
+    finally:
+        server.drop_database(name)

@@ -110,8 +110,8 @@ def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, T
             with uninterrupted():
                 databases.create(session, name, _like(session, place, backup.properties))
                 created = True
-                text = _MARK + backup.database
-                session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS %s", [text])
+                text = databases.literal(_MARK + backup.database)  # no parameter: the name may hold a %
+                session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {text}")
             yield session, place.target.with_database(name)
         finally:
             if created:
