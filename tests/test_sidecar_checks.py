@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from migrator.errors import Interrupted, SettingsError
 from migrator.outcome import ExitCode
@@ -20,7 +22,7 @@ from migrator.sidecar.stay import Run, _stopped
 from migrator.sidecar.web import is_loopback, library
 from tests.support.projects import linear_history
 from tests.support.proxy import Proxy
-from tests.support.runner import Runner
+from tests.support.runner import ROOT, Runner
 from tests.support.servers import Database, Server
 from tests.support.sidecars import Sidecar, start
 from tests.test_ahead import floors
@@ -340,3 +342,11 @@ def test_an_interval_has_a_least() -> None:
     for text in ("0", "99ms"):
         with pytest.raises(ValueError, match="too short"):
             interval(text)
+
+
+def test_the_page_asks_as_the_recipe_does() -> None:
+    page = (ROOT / "docs" / "sidecar.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```yaml\n(services:.*?)^```", page, re.M | re.S)
+    recipe = (ROOT / "compose" / "sidecar" / "docker-compose.yml").read_text(encoding="utf-8")
+    asked = [yaml.safe_load(text)["services"]["migrator"]["healthcheck"] for text in (snippet, recipe)]
+    assert asked[0] == asked[1]
