@@ -6,6 +6,7 @@ dropped nor renamed from inside.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -124,6 +125,23 @@ def unmark(session: Session, name: str, original: str) -> None:
     )
     text = "NULL" if comment is None else literal(comment)
     session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {text}")
+
+
+@contextlib.contextmanager
+def without_event_triggers(session: Session, name: str) -> Iterator[None]:
+    """Keep event triggers in a database from firing for this role within the block: those on login, for one.
+
+    PostgreSQL 17 and newer, and superusers, who alone have event triggers.  It is set for the role in this one
+    database and not on connecting, for poolers refuse that; where the block fails, the database is to be dropped.
+    """
+    whom = f"ALTER ROLE CURRENT_USER IN DATABASE {quote_identifier(name)}"
+    superuser = session.value("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
+    quiet = superuser and session.facts.major >= 17
+    if quiet:
+        session.query(f"{whom} SET event_triggers = off")
+    yield
+    if quiet:
+        session.query(f"{whom} RESET event_triggers")
 
 
 def rename(session: Session, old: str, new: str) -> None:

@@ -277,8 +277,10 @@ class _Restore:
             databases.mark(self._session, name, self._target.database)
             if databases.exists(self._session, self._target.database):
                 databases.copy_privileges(self._session, self._target.database, name)
-            self._fill(name)
-            yield self._compare(name)
+            with databases.without_event_triggers(self._session, name):
+                self._fill(name)
+                compared = self._compare(name)
+            yield compared
         except BaseException:
             if created:
                 self._drop(name)
