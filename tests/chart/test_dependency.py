@@ -95,3 +95,24 @@ def test_two_databases_are_two_dependencies(helm: Helm, parent: Path) -> None:
     names = [(item["kind"], item["metadata"]["name"]) for item in objects]
     assert len(names) == len(set(names))
     assert {name.rpartition("-")[0] for kind, name in names if kind == "Job"} == {"shop-orders", "shop-users"}
+
+
+@pytest.mark.parametrize("schema", ["initContainer", "sidecar", "waitForCurrent"])
+def test_its_pods_have_the_platforms_identity(schema: str, helm: Helm, parent: Path) -> None:
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/shop-backups"}
+    ours = merged(BACKUPS["identity"], {"serviceAccount": {"annotations": role}})
+    objects = helm.template({"schema": schema, "migrator": ours}, chart=parent)
+    account = of_kind(objects, "ServiceAccount")["metadata"]
+    pod = of_kind(objects, "Deployment")["spec"]["template"]["spec"]
+    assert (account["annotations"], account["name"]) == (role, pod["serviceAccountName"])
+    page = (parent.parent / "migrator" / "README.md").read_text(encoding="utf-8")
+    line = 'serviceAccountName: {{ include "migrator.serviceAccountName" .Subcharts.migrator | quote }}'
+    assert line in page
+    assert line in (parent / "templates" / "deployment.yaml").read_text(encoding="utf-8")
+
+
+def test_its_pods_may_have_an_account_of_their_own(helm: Helm, parent: Path) -> None:
+    own = {"serviceAccount": {"create": False, "name": "backend"}}
+    objects = helm.template({"migrator": own}, chart=parent)
+    assert of_kind(objects, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"] == "backend"
+    assert not list(of(objects, "ServiceAccount"))
