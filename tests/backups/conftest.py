@@ -22,6 +22,22 @@ from tests.support.servers import Database
 APPLICATION = "migrator/test-host 20260101-run"
 
 RICH = (Path(__file__).parent / "rich.sql").read_text(encoding="utf-8")
+LARGE = """
+CREATE TABLE t (a int PRIMARY KEY, x text DEFAULT E'it\\'s\nBEGIN;');
+INSERT INTO t VALUES (1, 'BEGIN;'), (2, NULL);
+CREATE TABLE lines (x text);
+INSERT INTO lines VALUES ('COMMIT;'), ('-- Data for Name: 1; Type: BLOBS; Schema: -; Owner: -'), ('BEGIN;');
+CREATE PROCEDURE p() LANGUAGE plpgsql AS $$
+BEGIN
+COMMIT;
+COPY t (a) FROM stdin;
+END $$;
+COMMENT ON TABLE t IS 'a "quotation''
+COMMIT;
+$$ goes on';
+SELECT lo_from_bytea(17, 'large'), lo_from_bytea(18, 'COMMIT;');
+"""
+"""Large objects, and texts that look like the transaction that pg_restore puts round them."""
 
 
 class Workbench:

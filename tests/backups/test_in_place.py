@@ -10,14 +10,15 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from migrator.backups import in_place
+from migrator.backups import in_place, psql
 from migrator.backups.side_schema import restore_tables
 from migrator.errors import BackupFailed, RestoreFailed, SettingsError
+from migrator.interruption import Interrupt
 from migrator.postgres import quote_identifier
 from migrator.service import MigrationService
 from tests.support.servers import Database, Server
 
-from .conftest import RICH, Workbench
+from .conftest import LARGE, RICH, Workbench
 from .test_kill import POINTS, kill_after, nobody_is_left, start
 
 Bench = Callable[..., Workbench]
@@ -129,6 +130,92 @@ def test_from_within_nothing_is_changed_where_it_fails(
     assert app.dump() == broken
 
 
+def test_from_within_large_objects_do_not_end_the_transaction(
+    app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_app(app, LARGE)
+    before = app.dump()
+    bench = workbench(app)
+    backup = bench.back_up()
+    as_app(app, "DELETE FROM t; DROP PROCEDURE p(); SELECT lo_unlink(17); CREATE TABLE newer (a int)")
+    broken = app.dump()
+    real = in_place.comparison
+    with monkeypatch.context() as patch:
+        patch.setattr(in_place, "comparison", lambda tables: "DELETE FROM public.t; " + real(tables))
+        with pytest.raises(RestoreFailed, match=r"public\.t has 0 rows and not 2") as caught:
+            bench.restore()
+    assert "was not changed" in caught.value.state
+    assert app.dump() == broken
+    bench.restore(backup.id, run_id="run3")
+    assert app.dump() == before
+
+
+def test_from_within_what_was_committed_is_not_called_unchanged(
+    app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever way a COMMIT gets into the script: what the error says of the database is so."""
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(app)
+    bench.back_up()
+    as_app(app, "CREATE TABLE newer AS SELECT 2 AS a")
+    real = in_place.comparison
+    with monkeypatch.context() as patch:
+        patch.setattr(in_place, "comparison", lambda tables: "COMMIT; " + real(tables))
+        with pytest.raises(RestoreFailed, match="the transaction has ended before") as caught:
+            bench.restore()
+    assert "was changed" in caught.value.state
+    assert app.psql("SELECT to_regclass('newer')") == [(None,)]
+    safety = caught.value.state.rpartition(" ")[2].rstrip(".")
+    assert f"`migrator restore {safety} --yes` brings back" in caught.value.next_step
+    bench.restore(safety, run_id="run3")
+    assert app.psql("SELECT a FROM newer") == [(2,)]
+
+
+@pytest.mark.parametrize("place", ["_run", "_notes"])
+def test_from_within_a_signal_after_the_commit_undoes_nothing(
+    place: str, app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(app)
+    bench.back_up()
+    as_app(app, "DELETE FROM t")
+    real = getattr(in_place, place)
+
+    def interrupted(*given: object) -> None:
+        real(*given)
+        raise Interrupt("SIGTERM")
+
+    monkeypatch.setattr(in_place, place, interrupted)
+    restored = bench.restore()
+    assert "It was committed before this came in between: SIGTERM." in restored.message
+    assert app.psql("SELECT a FROM t") == [(1,)]
+
+
+def test_from_within_a_signal_before_the_commit_undoes_all(
+    app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(app)
+    bench.back_up()
+    as_app(app, "DELETE FROM t")
+    broken = app.dump()
+    monkeypatch.setattr(psql, "COMMIT", psql.COMMIT.replace("COMMIT", "SELECT pg_sleep(60); COMMIT"))
+    real = psql.Ended.note
+
+    def interrupt(self: psql.Ended, chunk: bytes) -> None:
+        real(self, chunk)
+        if self.whole:
+            raise Interrupt("SIGTERM")
+
+    monkeypatch.setattr(psql.Ended, "note", interrupt)
+    with pytest.raises(Interrupt):
+        bench.restore()
+    assert app.dump() == broken
+    assert app.psql("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(60)%%'") == [
+        (0,)
+    ]
+
+
 def test_from_within_who_holds_a_lock_is_ended_or_named(
     app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +251,7 @@ def test_from_within_no_backup_no_restore(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_from_within_killed(number: int, app: Database, workbench: Bench) -> None:
     as_app(app, "CREATE TABLE t AS SELECT g, md5(g::text) AS x FROM generate_series(1, 30000) g")
+    as_app(app, "CREATE INDEX ON t (x); SELECT lo_from_bytea(7, 'large')")
     before = app.dump()
     bench = workbench(app)
     backup = bench.back_up()
@@ -172,10 +260,12 @@ def test_from_within_killed(number: int, app: Database, workbench: Bench) -> Non
     codes = set()
     for seconds in POINTS[::2]:
         worker: subprocess.Popen[bytes] = start(bench, "restore", backup.id)
-        codes.add(kill_after(worker, number, seconds * 1.5))
+        code = kill_after(worker, number, seconds * 1.5)
+        codes.add(code)
         nobody_is_left(bench)
         now = app.dump()
         assert now in (before, broken)
+        assert now == {0: before, 23: broken}.get(code, now), "it says what is not so"
         if now == before:
             break
     bench.restore(backup.id)

@@ -25,7 +25,7 @@ from tests.support.projects import linear_history
 from tests.support.runner import Runner
 from tests.support.servers import Database
 
-from .conftest import APPLICATION, RICH, Workbench
+from .conftest import APPLICATION, LARGE, RICH, Workbench
 from .test_manifest import BACKUP
 
 Bench = Callable[..., Workbench]
@@ -291,7 +291,7 @@ def test_the_commands_by_hand_are_right(
     database: Database, run_migrator: Runner, project: Callable[..., Path], shape: str
 ) -> None:
     """They are run as they are shown, by a shell that knows libpq's variables and the client's folder."""
-    database.execute(RICH)
+    database.execute(RICH + LARGE)
     before = database.dump()
     folder, server = project(revisions=linear_history(1)), database.server
     env = {"MIGRATOR_BACKUP_FORMAT": shape}
@@ -310,6 +310,7 @@ def test_the_commands_by_hand_are_right(
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
+        assert "transaction" not in done.stderr, "it was not one"
         assert server.dump(name) == before
     finally:
         server.drop_database(name)

@@ -43,6 +43,11 @@ _OF_A_ROLE = re.compile(
 _OPTIONS = re.compile(
     rb"^(ALTER [^\n]* ALTER COLUMN [^\n]* SET )\(([^\n()]*\bpg_attver=[^\n()]*)\);\n", re.MULTILINE
 )
+_ONE_TRANSACTION = (
+    r"/^COPY .* FROM stdin;$/,/^\\\.$/b",
+    "/^-- Data for Name: .*; Type: BLOBS; /,/^COMMIT;$/{/^BEGIN;$/d;/^COMMIT;$/d}",
+)
+"""Edits for sed: rows stay as they are, and the transaction round the large objects, whose COMMIT ends ours, goes."""
 _NOT_FOR_PSQL = re.compile(rb"^SET transaction_timeout = 0;\n", re.MULTILINE)
 
 
@@ -295,7 +300,7 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
         feeds.append(shlex.join(("age", "-d", "-i", "KEY_FILE", *([] if feeds else [place]))))
     if not feeds:
         reading.append(place)
-    edits = ["1,20{/^SET transaction_timeout = 0;$/d}"]
+    edits = ["1,20{/^SET transaction_timeout = 0;$/d}", *_ONE_TRANSACTION]
     edits += ["/^ALTER .* ALTER COLUMN .* SET (pg_attver=[0-9]*);$/d"] if backup.oddities else []
     return " | ".join(
         (

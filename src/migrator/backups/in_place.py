@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,17 @@ from migrator.backups import archive, clients, losses, psql, temporary
 from migrator.backups.clients import Client
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restored import Compared, failed
+from migrator.errors import RestoreFailed
+from migrator.interruption import Interrupt
 from migrator.ledger import literal
-from migrator.postgres import Session, connect
+from migrator.postgres import ConnectFailed, QueryFailed, Session, connect
 from migrator.settings import Settings
 from migrator.target import Target
 
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_TIMEOUT = "15s"
+_PATIENCE = 20.0  # seconds for the server to notice that psql is gone
+_AFTER_THE_COMMIT = (Interrupt, QueryFailed, ConnectFailed, archive.RestoreStopped)
 _SUBSCRIPTION = re.compile(r"\d+; \d+ \d+ SUBSCRIPTION - (.*) \S+$")
 
 _EMPTY = """
@@ -131,39 +136,88 @@ def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compare
             losses.refuse_another_server(session, backup)
             limit = _UNWRITTEN.format(limit=losses.refuse_losses(session, backup, own()) + 1)
     client = clients.for_restore(job.settings, major, backup.client_major)
-    ours = literal(f"%{job.run_id}%")
-    first = "\n".join(
-        (
-            "SET statement_timeout = 0;" + _END_OTHERS.format(ours=ours),
-            f"BEGIN; SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; SET LOCAL search_path = '';",
-            _EMPTY + limit,
-        )
-    )
-    last = comparison(backup.tables) + "COMMIT;"
+    ended = psql.Ended()
+    notes: list[str] = []
     try:
-        left_out = subscriptions(client, job.path)
-        with chosen(client, job.path, _restorable) as listed:
-            psql.run(
-                client,
-                clients.connection_argument(job.target, job.target.database),
-                clients.environment(job.target, job.application_name, job.settings.connect_timeout),
-                [*archive_format(job.path), "--no-subscriptions", f"--use-list={listed}", job.path],
-                first=first,
-                last=last,
-                rewrite=lambda lines: psql.without_copied_rows(lines, psql.for_server(major)),
-            )
-    except archive.RestoreStopped as stopped:
-        if "others have written since" in stopped.said:
-            raise losses.WouldLose("others have written while it was about to be restored") from stopped
-        raise failed(
-            backup,
-            f"The restore of {backup.id} into the database as it is failed: {stopped.said}",
-            f'put right what it says; or as a superuser: ALTER ROLE "{job.target.user or "ROLE"}" CREATEDB;'
-            " and restore again, beside",
-        ) from stopped
+        notes += subscriptions(client, job.path)
+        _run(job, client, major, limit, ended)
+        notes += _notes(job)
+    except BaseException as error:
+        with process.uninterrupted(forget=True):
+            fate = _fate(job, ended)
+        if fate == "aborted":
+            if isinstance(error, archive.RestoreStopped):
+                raise _stopped(job, error) from error
+            raise
+        if fate != "committed" or not ended.whole or not isinstance(error, _AFTER_THE_COMMIT):
+            raise _changed(job, safety, fate, error) from error
+        notes.append(f"It was committed before this came in between: {error}. ANALYZE may be left to do.")
     counted = [table.rows for table in backup.tables.values() if table.rows is not None]
-    notes = _notes(job) + left_out
     return Compared(len(backup.tables), len(counted), sum(counted)), safety, notes
+
+
+def _run(job: Job, client: Client, major: int, limit: str, ended: psql.Ended) -> None:
+    """Empty the database and restore into it, in one transaction."""
+    first = (
+        _END_OTHERS.format(ours=literal(f"%{job.run_id}%")),
+        f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; SET LOCAL search_path = '';",
+        _EMPTY + limit,
+    )
+    with chosen(client, job.path, _restorable) as listed:
+        psql.run(
+            client,
+            clients.connection_argument(job.target, job.target.database),
+            clients.environment(job.target, job.application_name, job.settings.connect_timeout),
+            [*archive_format(job.path), "--no-subscriptions", f"--use-list={listed}", job.path],
+            first="\n".join(first),
+            last=comparison(job.backup.tables),
+            change=psql.for_server(major),
+            ended=ended,
+        )
+
+
+def _fate(job: Job, ended: psql.Ended) -> str:
+    """Find out whether the transaction was "committed" or "aborted" ("" where that cannot be told), and end it."""
+    if ended.transaction is None:
+        return "" if ended.sent else "aborted"
+    number, pid = ended.transaction
+    deadline = time.monotonic() + _PATIENCE
+    try:
+        with job.connect() as session:
+            while True:
+                fate = str(session.value("SELECT txid_status(%s)", [number]))
+                if fate != "in progress":
+                    return fate
+                if time.monotonic() > deadline:
+                    return ""
+                session.query("SELECT pg_terminate_backend(%s)", [pid])
+                time.sleep(0.05)
+    except (QueryFailed, ConnectFailed) as error:
+        LOGGER.warning("nobody can tell whether the restore was committed: %s", error)
+        return ""
+
+
+def _stopped(job: Job, stopped: archive.RestoreStopped) -> Exception:
+    """Return the error of a restore whose transaction was rolled back."""
+    if "others have written since" in stopped.said:
+        return losses.WouldLose("others have written while it was about to be restored")
+    return failed(
+        job.backup,
+        f"The restore of {job.backup.id} into the database as it is failed: {stopped.said}",
+        f'put right what it says; or as a superuser: ALTER ROLE "{job.target.user or "ROLE"}" CREATEDB;'
+        " and restore again, beside",
+    )
+
+
+def _changed(job: Job, safety: str, fate: str, error: BaseException) -> RestoreFailed:
+    """Return the error of a restore that may have changed the database."""
+    certain = "was" if fate == "committed" else "may have been"
+    return RestoreFailed(
+        f"The restore of {job.backup.id} into the database as it is did not end well: {error}",
+        state=f"The database {certain} changed; what was in it before is in backup {safety}.",
+        next_step=f"look what is there; `migrator restore {safety} --yes` brings back what was, "
+        f"`migrator restore {job.backup.id} --yes` tries again",
+    )
 
 
 def _back_up(job: Job, session: Session) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from migrator import process
@@ -19,7 +21,52 @@ from migrator.backups.clients import Client, last_words
 
 _AHEAD = 16
 """Chunks (of a megabyte at most) that pg_restore may be ahead of psql."""
-Rewrite = Callable[[Iterable[bytes]], Iterable[bytes]]
+_KEPT = 1024
+"""Bytes of what psql prints that are kept, at the beginning and at the end."""
+
+
+@dataclass
+class Ended:
+    """What is known of psql's transaction, whatever became of it.
+
+    ``said`` is what psql printed, ``sent`` whether the COMMIT is on its way.
+    """
+
+    said: bytes = b""
+    sent: bool = False
+
+    @property
+    def transaction(self) -> tuple[int, int] | None:
+        """Return the transaction's id and its session's; None where it has not come so far."""
+        found = re.search(rb"migrator-transaction (\d+) (\d+)", self.said)
+        return (int(found[1]), int(found[2])) if found else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing but the COMMIT was still to be done."""
+        return b"migrator-whole" in self.said
+
+    def note(self, chunk: bytes) -> None:
+        """Take in what psql prints."""
+        said = self.said + chunk
+        self.said = said if len(said) <= 2 * _KEPT else said[:_KEPT] + said[-_KEPT:]
+
+
+BEGIN = """
+SELECT set_config(name, '0', false) FROM pg_settings
+WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout');
+BEGIN; SET LOCAL migrator.restoring = 'yes';
+SELECT format('migrator-transaction %s %s', txid_current(), pg_backend_pid());
+"""
+COMMIT = """
+DO $migrator$ BEGIN
+  IF current_setting('migrator.restoring', true) IS DISTINCT FROM 'yes' THEN
+    RAISE EXCEPTION 'the transaction has ended before all was restored';
+  END IF;
+END $migrator$;
+SELECT 'migrator-whole';
+COMMIT;
+"""
 
 
 class _Ended(Exception):
@@ -34,19 +81,21 @@ def run(
     *,
     first: str,
     last: str,
-    rewrite: Rewrite = lambda lines: lines,
+    change: Callable[[bytes], bytes],
+    ended: Ended,
 ) -> None:
-    """Run ``first``, what pg_restore (with the arguments ``reading``) writes, and ``last``, in one psql.
+    """Run ``first``, what pg_restore (with the arguments ``reading``) writes, and ``last``, in one transaction of psql.
 
-    ``rewrite`` gets the lines of pg_restore, and returns those to be run.
+    What pg_restore writes goes through ``change``, see :func:`statements`.  ``ended`` learns how it went.
     Raises :class:`~migrator.backups.archive.RestoreStopped`, and OSError where there is no psql.
     """
     with _output([client.pg_restore, "--file=-", *reading]) as chunks:
 
         def script() -> Iterator[bytes]:
-            yield first.encode() + b"\n"
-            yield from rewrite(_lines(chunks))
-            yield last.encode() + b"\n"
+            yield (BEGIN + first + "\n").encode()
+            yield from statements(_lines(chunks), change)
+            ended.sent = True
+            yield (last + COMMIT).encode()
 
         finished = process.run(
             [
@@ -59,6 +108,7 @@ def run(
             ],
             environment=environment,
             feed=script(),
+            on_output=ended.note,
         )
     if finished.status != 0:
         raise RestoreStopped(last_words(finished))
@@ -119,16 +169,75 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def without_copied_rows(lines: Iterable[bytes], change: Callable[[bytes], bytes]) -> Iterator[bytes]:
-    """Put every line of SQL through ``change``, and leave the rows that are copied as they are."""
-    rows = False
-    for line in lines:
+def statements(lines: Iterable[bytes], change: Callable[[bytes], bytes]) -> Iterator[bytes]:
+    """Put every line of SQL through ``change``, and leave the rows that are copied as they are.
+
+    A line here ends where no quotation is open: a text of several lines, or a function, is one with what is before it.
+    Raises :class:`~migrator.backups.archive.RestoreStopped` at what would end the transaction that all of it is in.
+    """
+    rows, blobs, quoted = False, False, Quoted()
+    parts: list[bytes] = []
+    for part in lines:
         if rows:
-            rows = line != b"\\.\n"
-            yield line
-        else:
-            rows = line.startswith(b"COPY ") and line.endswith(b" FROM stdin;\n")
-            yield change(line)
+            rows = part != b"\\.\n"
+            yield part
+            continue
+        parts.append(part)
+        if quoted.open_after(part):
+            continue
+        line = b"".join(parts)
+        parts.clear()
+        if line in _TRANSACTION:
+            if not blobs:
+                raise RestoreStopped(f"unexpected: {line.decode().strip()}")
+            continue
+        if line.startswith(b"-- "):
+            blobs = _BLOBS.match(line) is not None
+        rows = line.startswith(b"COPY ") and line.endswith(b" FROM stdin;\n")
+        yield change(line)
+    yield b"".join(parts)
+
+
+_TRANSACTION = (b"BEGIN;\n", b"COMMIT;\n")
+_BLOBS = re.compile(rb"-- Data for Name: (?:BLOBS|[0-9.]+); Type: BLOBS; ")
+"""The large objects: the only thing that pg_restore puts into a transaction of its own."""
+
+
+class Quoted:
+    """Follow a script part by part, and tell whether a quotation is open, as psql sees it."""
+
+    _OPENS = re.compile(
+        rb"--.*|\"|(?<![\w$\x80-\xff])[eE]'|'|(?<![\w$\x80-\xff])\$(?:[A-Za-z_\x80-\xff][\w\x80-\xff]*)?\$"
+    )
+    _STRING, _ESCAPES, _IDENTIFIER = (
+        re.compile(closes, re.DOTALL) for closes in (rb"'", rb"\\.|''|'", rb'"')
+    )
+
+    def __init__(self) -> None:
+        self._closes: re.Pattern[bytes] | None = None
+        self._string = self._STRING
+
+    def open_after(self, line: bytes) -> bool:
+        """Say whether one is open at the end of the next line."""
+        if line == b"SET standard_conforming_strings = off;\n" and self._closes is None:
+            self._string = self._ESCAPES
+        place = 0
+        while found := (self._closes or self._OPENS).search(line, place):
+            place = found.end()
+            if self._closes is None:
+                self._closes = self._end_of(found[0])
+            elif found[0] != b"''" and not found[0].startswith(b"\\"):
+                self._closes = None
+        return self._closes is not None
+
+    def _end_of(self, opened: bytes) -> re.Pattern[bytes] | None:
+        if opened.startswith(b"--"):
+            return None
+        if opened == b"'":
+            return self._string
+        if opened == b'"':
+            return self._IDENTIFIER
+        return self._ESCAPES if opened.endswith(b"'") else re.compile(re.escape(opened))
 
 
 _UNKNOWN_SETTING = b"SET transaction_timeout = 0;\n"

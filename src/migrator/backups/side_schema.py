@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from migrator.backups import archive, clients, psql
 from migrator.backups.in_place import Job, archive_format, chosen, comparison
@@ -124,7 +124,7 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
     expected = {
         f"{quoted}.{quote_identifier(name.name)}": Table(backup.tables[name.shown].rows) for name in names
     }
-    first = f"SET statement_timeout = 0; BEGIN; CREATE SCHEMA IF NOT EXISTS {quoted};"
+    first = f"CREATE SCHEMA IF NOT EXISTS {quoted};"
     try:
         with chosen(client, job.path, lambda line: any(name.entry(line) for name in names)) as listed:
             psql.run(
@@ -139,8 +139,9 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
                     job.path,
                 ],
                 first=first,
-                last=comparison(expected) + "COMMIT;",
-                rewrite=lambda lines: _renamed(lines, names, quoted, major),
+                last=comparison(expected),
+                change=_renaming(names, quoted, major),
+                ended=psql.Ended(),
             )
     except archive.RestoreStopped as stopped:
         raise failed(
@@ -161,10 +162,8 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
     return [_LEFT_OUT, *empty]
 
 
-def _renamed(
-    lines: Iterable[bytes], names: Sequence[_Name], schema: str, server_major: int
-) -> Iterator[bytes]:
-    """Put the schema in the place of the tables' own; raises RestoreStopped at what would reach anything else."""
+def _renaming(names: Sequence[_Name], schema: str, server_major: int) -> Callable[[bytes], bytes]:
+    """Return what puts the schema in the place of the tables' own; it raises RestoreStopped at what reaches others."""
     known = psql.for_server(server_major)
     places = [(name.pattern(), f"{schema}.{quote_identifier(name.name)}".encode()) for name in names]
 
@@ -180,7 +179,7 @@ def _renamed(
             raise archive.RestoreStopped(f"unexpected: {line[:200].decode('utf-8', 'replace')}")
         return line
 
-    return psql.without_copied_rows(lines, change)
+    return change
 
 
 def refuse_together(to: str, tables: Sequence[str], into_schema: str, drop_old: bool) -> None:
