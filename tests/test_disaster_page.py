@@ -70,7 +70,9 @@ def test_the_section_leads_back_into_service(
             server.drop_database("shop")
         finished = follow(commands()[section], shop, folder, run_migrator.backups)
         assert finished.returncode == 0, finished.stdout + finished.stderr
-        assert "transaction in progress" not in finished.stderr, "something ended the transaction that all is in"
+        assert "transaction in progress" not in finished.stderr, (
+            "something ended the transaction that all is in"
+        )
         assert shop.psql("SELECT count(*), max(note) FROM orders") == [(1000, "order 999")]
         one_table = section == "One table is wanted back"
         assert shop.psql("SELECT version_num FROM alembic_version") == [("r002" if one_table else "r001",)]

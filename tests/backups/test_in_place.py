@@ -216,6 +216,19 @@ def test_from_within_a_signal_before_the_commit_undoes_all(
     ]
 
 
+def test_from_within_what_belongs_to_another_goes_with_that(app: Database, workbench: Bench) -> None:
+    """An identity's sequence cannot be dropped alone, and is found before its table."""
+    as_app(app, "CREATE TABLE a (id int GENERATED ALWAYS AS IDENTITY, x int)")
+    as_app(app, "CREATE TYPE spread AS RANGE (subtype = int4); CREATE TABLE b (id serial)")
+    as_app(app, "INSERT INTO a (x) VALUES (1), (2); INSERT INTO b VALUES (DEFAULT)")
+    before = app.dump()
+    bench = workbench(app)
+    bench.back_up()
+    as_app(app, "DELETE FROM a; ALTER SEQUENCE a_id_seq RENAME TO z; ALTER TABLE a RENAME TO c")
+    bench.restore()
+    assert app.dump() == before
+
+
 def test_from_within_who_holds_a_lock_is_ended_or_named(
     app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,9 @@ BEGIN
                      'function', 'procedure', 'aggregate', 'collation', 'conversion', 'operator', 'operator class',
                      'operator family', 'statistics object', 'text search parser', 'text search dictionary',
                      'text search template', 'text search configuration')
-      AND NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = d.classid AND e.objid = d.objid AND e.deptype = 'e')
+      -- Not an extension's, and not what goes with something else, such as the sequence of an identity.
+      AND NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = d.classid AND e.objid = d.objid
+                                                AND e.deptype IN ('e', 'i'))
     UNION ALL
     SELECT format('DROP PUBLICATION IF EXISTS %I', pubname) FROM pg_publication
     UNION ALL
