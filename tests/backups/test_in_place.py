@@ -229,6 +229,37 @@ def test_from_within_what_belongs_to_another_goes_with_that(app: Database, workb
     assert app.dump() == before
 
 
+PRIVILEGES = """
+ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC;
+ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO postgres WITH GRANT OPTION;
+ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT UPDATE ON SEQUENCES TO PUBLIC;
+ALTER DEFAULT PRIVILEGES REVOKE ALL ON FUNCTIONS FROM PUBLIC, app_role;
+ALTER DEFAULT PRIVILEGES REVOKE USAGE ON TYPES FROM PUBLIC;
+ALTER DEFAULT PRIVILEGES GRANT CREATE ON SCHEMAS TO PUBLIC;
+"""
+OBJECTS = """
+CREATE TABLE secret (a serial); CREATE SCHEMA closed; CREATE TYPE kind AS ENUM ('a');
+CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1';
+"""
+
+
+@pytest.mark.parametrize("first", ["objects", "privileges"])
+def test_from_within_nobody_is_given_more(first: str, app: Database, workbench: Bench) -> None:
+    """Default privileges that came after the backup give nothing to what comes back; those in it come back."""
+    as_app(app, OBJECTS if first == "objects" else PRIVILEGES + OBJECTS)
+    before = app.dump()
+    bench = workbench(app)
+    bench.back_up()
+    as_app(
+        app, PRIVILEGES if first == "objects" else "ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO postgres"
+    )
+    app.execute("ALTER DEFAULT PRIVILEGES FOR ROLE postgres GRANT SELECT ON TABLES TO PUBLIC")
+    restored = bench.restore()
+    assert "Default privileges of postgres, which are another's, were left as they are." in restored.notes
+    app.execute("ALTER DEFAULT PRIVILEGES FOR ROLE postgres REVOKE SELECT ON TABLES FROM PUBLIC")
+    assert app.dump() == before
+
+
 def test_from_within_who_holds_a_lock_is_ended_or_named(
     app: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,9 +55,10 @@ BEGIN
                      'function', 'procedure', 'aggregate', 'collation', 'conversion', 'operator', 'operator class',
                      'operator family', 'statistics object', 'text search parser', 'text search dictionary',
                      'text search template', 'text search configuration')
-      -- Not an extension's, and not what goes with something else, such as the sequence of an identity.
+      -- Not an extension's, and not what goes with something else, such as the sequence of an identity (a partitioned
+      -- table has a dependency on a column of its own).
       AND NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = d.classid AND e.objid = d.objid
-                                                AND e.deptype IN ('e', 'i'))
+                                                AND (e.deptype = 'e' OR (e.deptype = 'i' AND e.refobjid <> e.objid)))
     UNION ALL
     SELECT format('DROP PUBLICATION IF EXISTS %I', pubname) FROM pg_publication
     UNION ALL
@@ -68,6 +69,33 @@ BEGIN
     EXECUTE replace(statement, 'DROP COMPOSITE TYPE', 'DROP TYPE');
   END LOOP;
   PERFORM lo_unlink(oid) FROM pg_largeobject_metadata;
+END $migrator$;
+"""
+
+# They would be given to what is made next; the backup's own are made last.
+_NO_DEFAULT_PRIVILEGES = """
+DO $migrator$
+DECLARE found record; head text; grantees text;
+BEGIN
+  FOR found IN
+    SELECT quote_ident(pg_get_userbyid(defaclrole)) AS owner, quote_ident(nspname) AS schema, defaclacl AS acl,
+           CASE defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'FUNCTIONS'
+                              WHEN 'T' THEN 'TYPES' WHEN 'n' THEN 'SCHEMAS' WHEN 'L' THEN 'LARGE OBJECTS' END AS kind
+    FROM pg_default_acl LEFT JOIN pg_namespace n ON n.oid = defaclnamespace WHERE pg_has_role(defaclrole, 'USAGE')
+  LOOP
+    head := 'ALTER DEFAULT PRIVILEGES FOR ROLE ' || found.owner || coalesce(' IN SCHEMA ' || found.schema, '');
+    SELECT string_agg(DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END, ', ')
+    INTO grantees FROM aclexplode(found.acl);
+    IF grantees IS NOT NULL THEN
+      EXECUTE format('%s REVOKE ALL ON %s FROM %s', head, found.kind, grantees);
+    END IF;
+    IF found.schema IS NULL THEN  -- instead of what is built in, and not beside it
+      EXECUTE format('%s GRANT ALL ON %s TO %s', head, found.kind, found.owner);
+      IF found.kind IN ('FUNCTIONS', 'TYPES') THEN
+        EXECUTE format('%s GRANT ALL ON %s TO PUBLIC', head, found.kind);
+      END IF;
+    END IF;
+  END LOOP;
 END $migrator$;
 """
 
@@ -163,7 +191,7 @@ def _run(job: Job, client: Client, major: int, limit: str, ended: psql.Ended) ->
     first = (
         _END_OTHERS.format(ours=literal(f"%{job.run_id}%")),
         f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; SET LOCAL search_path = '';",
-        _EMPTY + limit,
+        _EMPTY + _NO_DEFAULT_PRIVILEGES + limit,
     )
     with chosen(client, job.path, _restorable) as listed:
         psql.run(
@@ -295,8 +323,11 @@ def _notes(job: Job) -> list[str]:
         extensions = session.value(
             "SELECT string_agg(extname::text, ', ' ORDER BY extname) FROM pg_extension WHERE extname <> 'plpgsql'"
         )
-        defaults = session.value("SELECT count(*) FROM pg_default_acl WHERE defaclnamespace = 0")
+        others = session.value(
+            "SELECT string_agg(DISTINCT pg_get_userbyid(defaclrole), ', ') FROM pg_default_acl"
+            " WHERE NOT pg_has_role(defaclrole, 'USAGE')"
+        )
     notes = [f"Extensions were left as they are: {extensions}."] if extensions else []
-    if defaults:
-        notes.append("Default privileges that were added since the backup are still there.")
+    if others:
+        notes.append(f"Default privileges of {others}, which are another's, were left as they are.")
     return notes
