@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at every point of a run: it is gone at once, and the database is as if it had never come."""
+"""SIGTERM, SIGINT and SIGHUP at every point of a run: it is gone at once, the database is as if it had never come."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ Start = Callable[..., Running]
 GONE = 3.0
 """Seconds after a signal by which the process has ended, as Kubernetes' and Docker's users expect."""
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+
+
+@pytest.fixture(autouse=True)
+def unignored() -> Iterator[None]:
+    """Have what is started get SIGHUP, even where these tests were started with nohup(1)."""
+    previous = signal.signal(signal.SIGHUP, lambda *_: None)
+    yield
+    signal.signal(signal.SIGHUP, previous)
 
 
 def interrupt(run: Running, number: signal.Signals = signal.SIGTERM, *words: str) -> Result:

@@ -275,6 +275,21 @@ def test_a_signal_during_the_run_ends_it_whatever_the_run_makes_of_it(status: in
     assert _stopped("SIGTERM", run, Settings()).code == code
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sighup_ends_it_as_sigterm_does_unless_nohup_started_it(
+    sidecar: Callable[..., Sidecar], ignored: bool
+) -> None:
+    # A child inherits what is ignored, and nothing else.
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else lambda *_: None)
+    try:
+        one = sidecar()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    one.running.send(signal.SIGHUP)
+    result, name = (one.stop(), "SIGTERM") if ignored else (one.running.finish(20), "SIGHUP")
+    assert (result.code, result.logs[-1]["message"]) == (0, f"stopped by {name}")
+
+
 def test_a_signal_before_the_run_is_an_interruption() -> None:
     never, at_once = (Run(Stubborn(-signal.SIGTERM), "head") for _ in range(2))  # type: ignore[arg-type]
     threading.Timer(0.2, at_once.stop).start()

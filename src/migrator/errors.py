@@ -99,7 +99,7 @@ class Blocked(MigratorError):
 
 
 class Interrupted(MigratorError):
-    """SIGTERM or SIGINT arrived and all was rolled back."""
+    """SIGTERM, SIGINT or SIGHUP arrived and all was rolled back."""
 
     code = ExitCode.INTERRUPTED
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: end what is under way, wherever the run is.
+"""SIGTERM, SIGINT and SIGHUP: end what is under way, wherever the run is.
 
 Python runs a signal handler only between bytecodes of the main thread, so a main thread that waits inside
 libpq for a long statement would not notice for hours.  The C-level handler writes to a pipe at once
@@ -19,7 +19,7 @@ from migrator import quiet
 
 log = quiet.get_logger("migrator")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupt(BaseException):
@@ -39,9 +39,15 @@ class Interruption:
         self._callbacks: list[Callable[[], None]] = []
         self._shielded = False
         self._raised = False
+        self._signals: tuple[signal.Signals, ...] = SIGNALS
 
     def install(self) -> None:
-        """Take over SIGTERM and SIGINT; call once, from the main thread."""
+        """Take over :data:`SIGNALS`; call once, from the main thread.
+
+        SIGHUP is left alone where it is ignored, for that is what nohup(1) is for.
+        """
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            self._signals = (signal.SIGTERM, signal.SIGINT)
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self.retake()
@@ -51,7 +57,7 @@ class Interruption:
         """Take the signals over again from an ``env.py`` whose application installed handlers of its own."""
         if self._writer < 0 or threading.current_thread() is not threading.main_thread():
             return  # within someone else's program, whose signals are not ours to take
-        for number in SIGNALS:
+        for number in self._signals:
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
@@ -86,7 +92,7 @@ class Interruption:
     def _watch(self, reader: int) -> None:
         while True:
             numbers = set(os.read(reader, 64))
-            ours = numbers & set(SIGNALS)
+            ours = numbers & set(self._signals)
             if not ours or self._shielded:
                 continue
             # An application's own handler may have taken the signal and swallowed it.

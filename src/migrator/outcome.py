@@ -29,7 +29,7 @@ class ExitCode(enum.IntEnum):
     UNREACHABLE = 20, "no Postgres answered within the wait"
     LOCK_BUSY = 21, "another run held the lock for the whole lock wait; its holder is named"
     BLOCKED = 22, "lock_timeout retries are used up; the blocking sessions are named"
-    INTERRUPTED = 23, "SIGTERM or SIGINT; all rolled back"
+    INTERRUPTED = 23, "SIGTERM, SIGINT or SIGHUP; all rolled back"
     NOT_CURRENT = 24, "wait-for-current gave up"
     ACCESS_DENIED = 30, "credentials, privileges, TLS, or no such database"
     BAD_HISTORY = 31, "several heads, a missing parent, a revision that does not import, an ambiguous id"

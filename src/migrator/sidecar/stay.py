@@ -28,7 +28,7 @@ log = quiet.get_logger("migrator.sidecar")
 
 
 def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Serve the pages, run the pipeline, and after a good end check on, until SIGTERM or SIGINT.
+    """Serve the pages, run the pipeline, and after a good end check on, until SIGTERM, SIGINT or SIGHUP.
 
     A run that fails ends the sidecar with the run's exit code, for what restarts containers to decide upon.
     Raises :class:`SettingsError` where the address cannot be listened on, before anything is run.
