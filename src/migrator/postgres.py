@@ -74,10 +74,13 @@ class Session:
         self._lock = threading.RLock()
         self._wait: Wait | None = None
         self._watched = False
+        self._patient = True  # what asks for the facts sees to that itself
         self.abandoned = False
         """Whether it was waited for in vain: it is asked again, and not waited for again."""
         self.target = target
         self.facts, self.also = self._read_facts(timeout, also)
+        # Behind a pooler what is set may stay with a connection that somebody else gets next.
+        self._patient = self.pooled
 
     def query(
         self,
@@ -96,6 +99,9 @@ class Session:
             try:
                 self._wait = wait
                 with self._connection.cursor() as cursor:
+                    if not self._patient:
+                        _insist(cursor, no_timeouts(self.facts.major))
+                        self._patient = True
                     cursor.execute(sql, parameters)
                     return list(cursor.fetchall()) if cursor.description else []
             except psycopg2.Error as error:
@@ -194,6 +200,7 @@ class Session:
         with self._lock:
             self.close()
             self._connection, self.facts = fresh._connection, fresh.facts
+            self._patient = fresh._patient
         if self._watched:
             self.notice_a_dead_client()
 
@@ -224,8 +231,13 @@ class Session:
         self.close()
 
     def _read_facts(self, timeout: float, also: str) -> tuple[ServerFacts, tuple[Any, ...]]:
-        """Ask for the facts, and in the same query for ``also``: more columns."""
-        row = self.query(f"SELECT {_FACTS}, {also}" if also else f"SELECT {_FACTS}", timeout=timeout)[0]
+        """Ask for the facts, and in the same query for ``also``: more columns.
+
+        The first statement holds for this message alone, in which all is one transaction: it costs no round trip, and
+        leaves nothing behind in a pooler.
+        """
+        asked = f"SELECT {_FACTS}, {also}" if also else f"SELECT {_FACTS}"
+        row = self.query(f"SET LOCAL statement_timeout = 0; {asked}", timeout=timeout)[0]
         count = len(ServerFacts._fields)
         return ServerFacts(*row[:count]), row[count:]
 
@@ -237,6 +249,28 @@ _FACTS = (
     " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,"
     " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()"
 )
+
+
+def no_timeouts(server_major: int) -> str:
+    """Return what frees a session from the timeouts of its role and its database, which are the application's.
+
+    Not from ``lock_timeout``: nobody shall wait longer for a lock than they want to.
+    """
+    names = ["statement_timeout", "idle_in_transaction_session_timeout"]
+    names += ["idle_session_timeout"] if server_major >= 14 else []
+    names += ["transaction_timeout"] if server_major >= 17 else []
+    return "; ".join(f"SET {name} = 0" for name in names)
+
+
+def _insist(cursor: Any, sql: str, attempts: int = 3) -> None:
+    """Execute what itself is under a timeout that may be a millisecond."""
+    for left in reversed(range(attempts)):
+        try:
+            cursor.execute(sql)
+            return
+        except psycopg2.Error as error:
+            if error.pgcode != _CANCELED or not left:
+                raise
 
 
 def dead_client_settings(server_major: int) -> str:
@@ -264,6 +298,7 @@ FROM pg_stat_activity WHERE pid = %s
 """
 
 _CANNOT_CONNECT_NOW = "57P03"
+_CANCELED = "57014"
 _ENDED = frozenset({"57P01", "57P02", "57P04"})  # admin_shutdown, crash_shutdown, database_dropped
 
 
