@@ -14,7 +14,7 @@ from migrator.backups import in_place, psql
 from migrator.backups.side_schema import restore_tables
 from migrator.errors import BackupFailed, RestoreFailed, SettingsError
 from migrator.interruption import Interrupt
-from migrator.postgres import quote_identifier
+from migrator.postgres import as_typed, quote_identifier
 from migrator.service import MigrationService
 from tests.support.servers import Database, Server
 
@@ -375,6 +375,43 @@ def test_a_table_that_cannot_come_back_alone(
     with pytest.raises(RestoreFailed, match=words):
         tables(bench, name, schema="side")
     assert database.psql("SELECT to_regnamespace('side')") == [(None,)]
+
+
+@pytest.mark.parametrize("name", ["audit", "audit x", "two\nlines", "two lines"])
+def test_a_table_whose_name_begins_as_anothers(each_database: Database, workbench: Bench, name: str) -> None:
+    for number, other in enumerate(("audit", "audit x", "two\nlines", "two lines")):
+        key = quote_identifier(f"{other}_key")
+        each_database.execute(
+            f"CREATE TABLE {quote_identifier(other)} (a int CONSTRAINT {key} PRIMARY KEY);"
+            f" INSERT INTO {quote_identifier(other)} VALUES ({number})"
+        )
+    bench = workbench(each_database)
+    bench.back_up()
+    if name.startswith("two"):
+        # The table of contents shows both in the same way.
+        each_database.execute('DROP TABLE "two lines"' if name == "two\nlines" else 'DROP TABLE "two\nlines"')
+        bench.back_up()
+    tables(bench, as_typed(name), schema="side")
+    assert each_database.psql(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'side'::regnamespace AND relkind = 'r'"
+    ) == [(name,)]
+    assert each_database.psql(f"TABLE side.{quote_identifier(name)}") == each_database.psql(
+        f"TABLE {quote_identifier(name)}"
+    )
+    keys = "SELECT conname FROM pg_constraint WHERE connamespace = 'side'::regnamespace"
+    assert each_database.psql(keys) == [(f"{name}_key",)]
+
+
+def test_texts_in_a_table_that_look_like_statements(database: Database, workbench: Bench) -> None:
+    text = "'x\nALTER TABLE public.t OWNER TO me;\nINHERITS (public.t)\nCOPY public.t (a) FROM stdin;\n'"
+    database.execute(f"CREATE TABLE t (a text DEFAULT {text} CHECK (a <> {text[:-1]}y'))")
+    database.execute("INSERT INTO t DEFAULT VALUES")
+    bench = workbench(database)
+    bench.back_up()
+    database.execute(f"ALTER DATABASE {database.name} SET idle_in_transaction_session_timeout = '1ms'")
+    tables(bench, "t", schema="side")
+    database.execute("INSERT INTO side.t DEFAULT VALUES")
+    assert database.psql("SELECT count(*) FROM side.t JOIN public.t USING (a)") == [(2,)]
 
 
 def test_rows_that_look_like_statements_are_rows(database: Database, workbench: Bench) -> None:

@@ -26,6 +26,7 @@ from migrator.target import Target
 LOGGER = logging.getLogger("migrator.restore")
 
 _PART = r'"(?:[^"]|"")*"|[^".]+'
+_ENTRY = re.compile(r"\d+; \d+ \d+ (?:TABLE DATA|TABLE|CONSTRAINT) (.*)")
 _LEFT_OUT = "Foreign keys, triggers, indexes other than keys, policies, grants and sequences are left out."
 _CHANGES = re.compile(rb"(?:ALTER|CREATE|COPY|DROP|INSERT|UPDATE|DELETE|GRANT|REVOKE|COMMENT|TRUNCATE) ")
 _HEAD = rb"((?:CREATE (?:UNLOGGED |FOREIGN )?|ALTER (?:FOREIGN )?)TABLE (?:ONLY )?|COPY )"
@@ -47,10 +48,34 @@ class _Name:
         )
         return re.compile(rb"^" + _HEAD + rb"\.".join(parts) + rb"(?=[ \n(;])")
 
-    def entry(self, line: str) -> bool:
-        """Whether a line of an archive's table of contents is the table, its rows, or one of its keys."""
-        match = re.match(r"\d+; \d+ \d+ (?:TABLE DATA|TABLE|CONSTRAINT) (.*)", line)
-        return bool(match and f"{match[1]} ".startswith(f"{self.schema} {self.name} "))
+    @property
+    def listed(self) -> str:
+        """Return how an archive's table of contents begins with it, where no name is quoted."""
+        return re.sub(r"[\n\r]", " ", f"{self.schema} {self.name} ")
+
+
+def _named(shown: str) -> _Name:
+    match = re.fullmatch(f"({_PART})\\.({_PART})", shown)
+    assert match is not None  # noqa: S101 - as Relation.shown makes it
+    schema, name = (part[1:-1].replace('""', '"') if part[0] == '"' else part for part in match.groups())
+    return _Name(shown, schema, name)
+
+
+def _wanted(backup: Backup, names: Sequence[_Name]) -> Callable[[str], bool]:
+    """Return whether a line of the archive's table of contents is one of the tables, its rows, or one of its keys.
+
+    What follows the name there is the owner, so "a b" is also how a table "a" of an owner "b ..." begins: of all
+    the backup's tables it is the longest name that fits.
+    """
+    known = [_named(shown).listed for shown in backup.tables]
+    ours = {name.listed for name in names}
+
+    def wanted(line: str) -> bool:
+        match = _ENTRY.match(line)
+        fits = [listed for listed in known if match and f"{match[1]} ".startswith(listed)]
+        return max(fits, key=len, default="") in ours
+
+    return wanted
 
 
 def restore_tables(
@@ -101,10 +126,7 @@ def _names(backup: Backup, wanted: Sequence[str]) -> list[_Name]:
         if len(fits) != 1:
             which = f"it could be {' or '.join(fits)}" if fits else "it has " + _some(list(backup.tables))
             raise failed(backup, f"{backup.id} has no one table {text}: {which}.", "name it with its schema")
-        match = re.fullmatch(f"({_PART})\\.({_PART})", fits[0])
-        assert match is not None  # noqa: S101 - as Relation.shown makes it
-        schema, name = (part[1:-1].replace('""', '"') if part[0] == '"' else part for part in match.groups())
-        found.append(_Name(fits[0], schema, name))
+        found.append(_named(fits[0]))
     if len({item.name for item in found}) < len(found):
         raise failed(
             backup, "Two of the tables have the same name.", "restore them one by one, with --into-schema"
@@ -126,7 +148,7 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
     }
     first = f"CREATE SCHEMA IF NOT EXISTS {quoted};"
     try:
-        with chosen(client, job.path, lambda line: any(name.entry(line) for name in names)) as listed:
+        with chosen(client, job.path, _wanted(backup, names)) as listed:
             psql.run(
                 client,
                 clients.connection_argument(job.target, job.target.database),
