@@ -76,6 +76,19 @@ def kept(database: Database) -> list[str]:
     return [row[0] for row in rows]
 
 
+def as_role(database: Database, role: str) -> None:
+    """Give a database and what is in it to a role that may create databases and is no superuser, where it is one."""
+    if role == "postgres":
+        return
+    if not database.server.psql("SELECT 1 FROM pg_roles WHERE rolname = %s", [role]):
+        database.server.create_role(role, "LOGIN CREATEDB")
+    database.psql(f"ALTER DATABASE {database.name} OWNER TO {role}")
+    database.psql("ALTER LARGE OBJECT 4711 OWNER TO " + role)
+    for table in ("t1", "alembic_version", "numbers"):
+        database.psql(f"ALTER TABLE {table} OWNER TO {role}")
+    database.url = database.url.replace("//postgres:", f"//{role}:")
+
+
 def restored(result: Result, database: Database) -> str:
     """Check that the run ended in a restore, and return the name of what was set aside."""
     assert result.code == ExitCode.RESTORED, result
@@ -211,6 +224,52 @@ def test_who_writes_meanwhile_is_ended_and_has_written_nothing_that_is_lost(
     assert result.code in (ExitCode.RESTORED, ExitCode.PARTIAL), result
     present = {row[0] for row in quiet.psql("SELECT id FROM orders")}
     assert set(committed) <= present
+
+
+@pytest.mark.parametrize("role", ["postgres", "creator"])
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "CREATE TABLE late AS SELECT 1 AS a",
+        "CREATE FUNCTION late() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "SELECT nextval('numbers')",
+        "SELECT lo_from_bytea(0, 'late')",
+        "SELECT lo_put(4711, 0, 'late')",
+    ],
+)
+def test_what_others_make_while_it_is_restored_is_not_lost(
+    quiet: Database, project: Project, start_migrator: Callable[..., Running], sql: str, role: str
+) -> None:
+    """A lock on tables keeps nobody from these: either nothing is restored, or it was not committed."""
+    quiet.execute("CREATE SEQUENCE numbers; SELECT lo_from_bytea(4711, 'x')")
+    as_role(quiet, role)
+    folder = project(each_in_its_own(), revisions=failing())
+    running = start_migrator("--on-failure", "restore", cwd=folder, database=quiet)
+    running.wait_for(") into ")
+    try:
+        quiet.execute(sql)
+    except psycopg2.Error:
+        assert "lo_" in sql
+        assert role == "postgres"
+        restored(running.finish(), quiet)
+        return
+    result = running.finish()
+    refusal(result, ExitCode.PARTIAL, "It was not restored", "while it was being restored", "is at r002")
+    assert kept(quiet) == []
+    assert quiet.psql("SELECT to_regclass('t2') IS NOT NULL") == [(True,)]
+
+
+def test_temporary_tables_of_others_are_no_loss(
+    quiet: Database, project: Project, start_migrator: Callable[..., Running]
+) -> None:
+    with contextlib.closing(quiet.connect()) as before:
+        before.cursor().execute("CREATE TEMPORARY TABLE mine AS SELECT 1 AS a")
+        before.commit()
+        folder = project(each_in_its_own(), revisions=failing())
+        running = start_migrator("--on-failure", "restore", cwd=folder, database=quiet)
+        running.wait_for(") into ")
+        quiet.execute("CREATE TEMPORARY TABLE mine AS SELECT 1 AS a")
+        restored(running.finish(), quiet)
 
 
 def test_no_backup_no_restore(quiet: Database, project: Project, run_migrator: Runner) -> None:

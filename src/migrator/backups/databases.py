@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from migrator.backups.losses import Holder, WouldLose
 from migrator.backups.manifest import Properties
 from migrator.postgres import ConnectFailed, QueryFailed, Refusal, Session, connect, quote_identifier
 from migrator.target import Target
@@ -284,33 +285,39 @@ def swap(
     replacement: str,
     kept: str,
     *,
-    last: Session | None = None,
+    holder: Holder | None = None,
 ) -> None:
     """Rename ``current`` to ``kept``, and ``replacement``, which loses its mark, to ``current``: in one transaction.
 
     Nothing is set that could outlive us: the first rename locks the database against new connections and
     waits up to 5 s for those in it to go (CountOtherDBBackends in PostgreSQL's procarray.c), while ``helper``
-    ends them; the session ``last``, which holds locks in it, when the others are gone.  Whoever connects meanwhile
+    ends them; the session of ``holder``, which has locks in it, when the others are gone and ``holder`` has looked
+    whether they wrote: where that raises, nothing was renamed.  Whoever connects meanwhile
     waits for the lock, is told that the database was just renamed, and finds the new one on trying again.
     Raises :class:`SwapFailed`, and nothing was renamed then.
     """
     deadline = time.monotonic() + SWAP_PATIENCE
     while True:
-        failure, left = _try_swap(session, helper, [(current, kept), (replacement, current)], last)
+        failure, left = _try_swap(session, helper, [(current, kept), (replacement, current)], holder)
         if failure is None:
             return
         if failure.lost:
             if exists(helper, kept) and not exists(helper, replacement):
                 return  # it was committed, only the answer got lost
             raise SwapFailed(f"the connection was lost: {failure.text}")
-        again = failure.sqlstate in (_OBJECT_IN_USE, _LOCK_NOT_AVAILABLE) and not (last and last.closed)
+        again = failure.sqlstate in (_OBJECT_IN_USE, _LOCK_NOT_AVAILABLE) and not (
+            holder and holder.session.closed
+        )
         if not again or time.monotonic() > deadline:
             who = "; ".join(str(item) for item in left)
             raise SwapFailed(failure.text + (f" ({who})" if who else ""))
 
 
 def _try_swap(
-    session: Session, helper: Session, renames: Sequence[tuple[str, str]], last: Session | None
+    session: Session,
+    helper: Session,
+    renames: Sequence[tuple[str, str]],
+    holder: Holder | None,
 ) -> tuple[QueryFailed | None, list[Left]]:
     failures: list[QueryFailed] = []
 
@@ -329,15 +336,25 @@ def _try_swap(
     renaming = threading.Thread(target=rename, name="swap")
     renaming.start()
     left: list[Left] = []
-    current, spare = renames[0][0], last.pid if last else 0
+    current, spare = renames[0][0], holder.session.pid if holder else 0
+    waiting, lost = holder, None
     try:
         while renaming.is_alive():
             left = terminate(helper, current, spare=spare)
-            if last and not others_in(helper, current, spare=spare) and _locked(helper, session, current):
-                last.close()
+            if waiting and not others_in(helper, current, spare=spare) and _locked(helper, session, current):
+                try:
+                    waiting.look()
+                    waiting.session.close()
+                except WouldLose as error:
+                    lost = error  # that session stays, so that the rename gives up
+                waiting = None
             renaming.join(0.05)
     finally:
         renaming.join()
+    if lost and failures:
+        raise lost
+    if lost:  # somebody had ended that session, and the rename went through
+        LOGGER.error("%s: what they wrote is in %s only", lost, renames[0][1])
     return (failures[0] if failures else None), left
 
 

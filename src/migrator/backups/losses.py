@@ -6,6 +6,8 @@ revision's savepoints and autocommit statements take ids that nobody counts, so 
 
 An answer holds only while nobody can write: :func:`nobody_writes` locks every table (SHARE: reading goes on) before
 it asks, and the swap ends the session that holds those locks last of all.  Nothing is set that could outlive us.
+No such lock keeps anybody from making a table, a function or a large object, or from drawing from a sequence: whether
+somebody did is asked before the swap, and again when all others are gone and cannot come back.
 https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from migrator.backups import snapshot
 from migrator.backups.manifest import Backup
@@ -21,6 +24,31 @@ from migrator.target import Target
 
 _PATIENCE = 15  # seconds for those who write just now to end
 _NO_TIMEOUTS = ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout")
+
+# Every version of a row has the id of the transaction that wrote it, so these sums change with any of them.  Temporary
+# tables are nobody's loss, and an ANALYZE none either.  What pg_largeobject holds may be read by superusers only: they
+# lock it, and for others there are the statistics, which are complete when the sessions that wrote have ended.
+_MADE = """
+SELECT pg_stat_clear_snapshot(), hashtextextended(concat_ws(' ',
+  (SELECT concat(count(*), ':', sum(xmin::text::bigint)) FROM pg_class WHERE relpersistence <> 't'),
+  (SELECT concat(count(*), ':', sum(a.xmin::text::bigint)) FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+    WHERE c.relpersistence <> 't'),
+  (SELECT concat(count(*), ':', sum(r.xmin::text::bigint)) FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class
+    WHERE c.relpersistence <> 't'),
+  (SELECT concat(count(*), ':', sum(t.xmin::text::bigint)) FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace
+    WHERE n.nspname !~ '^pg_(toast_)?temp_'),
+  (SELECT concat(count(*), ':', sum(p.xmin::text::bigint)) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+    WHERE n.nspname !~ '^pg_(toast_)?temp_'),
+  (SELECT concat(count(*), ':', sum(xmin::text::bigint)) FROM pg_namespace WHERE nspname !~ '^pg_(toast_)?temp_'),
+  (SELECT concat(count(*), ':', sum(xmin::text::bigint)) FROM pg_enum),
+  (SELECT concat(count(*), ':', sum(xmin::text::bigint)) FROM pg_largeobject_metadata),
+  (SELECT concat(n_tup_ins, ':', n_tup_upd, ':', n_tup_del) FROM pg_stat_sys_tables
+    WHERE relid = 'pg_catalog.pg_largeobject'::regclass),
+  (SELECT string_agg(concat(schemaname, '.', sequencename, ':', last_value), ' ' ORDER BY schemaname, sequencename)
+     FROM pg_sequences)
+), 0)
+"""
+_LOCKS_LARGE_OBJECTS = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user"
 
 
 class WouldLose(Exception):
@@ -66,6 +94,30 @@ def refuse_another_server(session: Session, backup: Backup) -> None:
         raise WouldLose(f"{backup.id} was taken from another server, so its transaction id says nothing here")
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The session that keeps others from writing, and what the database held when it began to."""
+
+    session: Session
+    made: int
+
+    def look(self) -> None:
+        """Raise :class:`WouldLose` where others have made something since that no lock keeps them from making."""
+        try:
+            made = _made(self.session)
+        except QueryFailed as error:
+            raise WouldLose(f"others could write while it was being restored: {error.text}") from error
+        if made != self.made:
+            raise WouldLose(
+                "while it was being restored, others have made tables, functions or large objects in it, or drawn"
+                " from a sequence"
+            )
+
+
+def _made(session: Session) -> int:
+    return int(session.query(_MADE)[0][1])
+
+
 @contextlib.contextmanager
 def nobody_writes(
     target: Target,
@@ -73,10 +125,10 @@ def nobody_writes(
     timeout: float,
     backup: Backup,
     own: Callable[[], frozenset[int]],
-) -> Iterator[Session]:
+) -> Iterator[Holder]:
     """Keep everybody from writing within the block, having found that nobody has since the backup.
 
-    Yields the session that holds the locks.  Raises :class:`WouldLose`.
+    Raises :class:`WouldLose`.
     """
     with connect(target, application_name, timeout) as session:
         for name in _NO_TIMEOUTS:
@@ -89,7 +141,12 @@ def nobody_writes(
             for relation in snapshot.relations(session):
                 if relation.kind in ("r", "p"):
                     session.query(f"LOCK TABLE {relation.qualified} IN SHARE MODE")
+            if session.value(_LOCKS_LARGE_OBJECTS):
+                session.query("LOCK TABLE pg_catalog.pg_largeobject IN SHARE MODE")
         except QueryFailed as error:
             raise WouldLose(f"others may be writing: {error.text}") from error
+        holder = Holder(
+            session, _made(session)
+        )  # before the ids are read, which tell of all that was made before
         refuse_losses(session, backup, own())
-        yield session
+        yield holder

@@ -21,7 +21,7 @@ from typing import Any
 
 from migrator.backups import archive, clients, databases, in_place, losses, snapshot
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.restored import Compared, Restored, failed, failing
+from migrator.backups.restored import Compared, Restored, compare, failed, failing
 from migrator.backups.stores import open_store
 from migrator.errors import LockBusy, SettingsError
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
@@ -174,9 +174,11 @@ class _Restore:
             if self._wishes.before_swap is not None:
                 with self._inside(scratch) as session:
                     self._wishes.before_swap(session)
+            if holder is not None:
+                holder.look()
             with self._connect() as helper, uninterrupted(forget=True):
                 if replaced:
-                    databases.swap(self._session, helper, database, scratch, kept, last=holder)
+                    databases.swap(self._session, helper, database, scratch, kept, holder=holder)
                 else:
                     databases.rename(self._session, scratch, database)
                 self._wishes.swapped()
@@ -221,19 +223,19 @@ class _Restore:
         return compared, safety, notes
 
     @contextlib.contextmanager
-    def _nobody_writes(self, replaced: bool) -> Iterator[Session | None]:
+    def _nobody_writes(self, replaced: bool) -> Iterator[losses.Holder | None]:
         if self._wishes.own is None or not replaced:
             yield None
             return
-        holder = losses.nobody_writes(
+        holding = losses.nobody_writes(
             self._target,
             self._application_name,
             self._settings.connect_timeout,
             self._backup,
             self._wishes.own,
         )
-        with holder as session:
-            yield session
+        with holding as holder:
+            yield holder
 
     def _drop_old(self, kept: str, compared: Compared) -> bool:
         """Drop what was replaced, once the new database answers under its name; returns whether it was."""
@@ -363,37 +365,8 @@ class _Restore:
             raise failed(backup, message, next_step) from stopped
 
     def _compare(self, name: str) -> Compared:
-        """Compare tables and row counts with the manifest, and give the planner its statistics."""
-        target = self._target.with_database(name)
-        counted = {
-            table: facts.rows for table, facts in self._backup.tables.items() if facts.rows is not None
-        }
-        with connect(target, self._application_name, self._settings.connect_timeout) as session:
-            session.query("SET statement_timeout = 0")
-            session.query("SET row_security = off")
-            found = [relation for relation in snapshot.relations(session) if relation.kind != "S"]
-            names = {relation.shown for relation in found}
-            wrong = [f"{table} is missing" for table in sorted(self._backup.tables.keys() - names)]
-            wrong += [
-                f"{table} was not in the backup" for table in sorted(names - self._backup.tables.keys())
-            ]
-            rows = 0
-            for relation in found:
-                expected = counted.get(relation.shown)
-                if expected is not None:
-                    actual = snapshot.count_exactly(session, relation)
-                    rows += actual
-                    if actual != expected:
-                        wrong.append(f"{relation.shown} has {actual} rows and not {expected}")
-                if relation.kind == "r":
-                    session.query(f"ANALYZE {relation.qualified}")
-        if wrong:
-            raise failed(
-                self._backup,
-                f"What came back of {self._backup.id} is not what was backed up: {'; '.join(wrong[:5])}.",
-                "keep the backup, and report this with the backup's manifest",
-            )
-        return Compared(len(found), len(counted), rows)
+        with self._inside(name) as session:
+            return compare(session, self._backup)
 
     def _finish(self, name: str) -> list[str]:
         """Copy what belongs to the database as a whole; return what could not be."""

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from migrator.backups import databases
+from migrator.backups import databases, snapshot
 from migrator.backups.manifest import Backup
 from migrator.backups.snapshot import LockedOut
 from migrator.errors import MigratorError, RestoreFailed
-from migrator.postgres import ConnectFailed, QueryFailed, quote_identifier
+from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,34 @@ def failed(backup: Backup, message: str, next_step: str) -> RestoreFailed:
     """Return the error of a restore that has changed nothing."""
     state = f"The database was not changed; the backup is {backup.place}."
     return RestoreFailed(message, next_step=next_step, state=state)
+
+
+def compare(session: Session, backup: Backup) -> Compared:
+    """Compare tables and row counts with the manifest, and give the planner its statistics; raises RestoreFailed."""
+    counted = {table: facts.rows for table, facts in backup.tables.items() if facts.rows is not None}
+    session.query("SET statement_timeout = 0")
+    session.query("SET row_security = off")
+    found = [relation for relation in snapshot.relations(session) if relation.kind != "S"]
+    names = {relation.shown for relation in found}
+    wrong = [f"{table} is missing" for table in sorted(backup.tables.keys() - names)]
+    wrong += [f"{table} was not in the backup" for table in sorted(names - backup.tables.keys())]
+    rows = 0
+    for relation in found:
+        expected = counted.get(relation.shown)
+        if expected is not None:
+            actual = snapshot.count_exactly(session, relation)
+            rows += actual
+            if actual != expected:
+                wrong.append(f"{relation.shown} has {actual} rows and not {expected}")
+        if relation.kind == "r":
+            session.query(f"ANALYZE {relation.qualified}")
+    if wrong:
+        raise failed(
+            backup,
+            f"What came back of {backup.id} is not what was backed up: {'; '.join(wrong[:5])}.",
+            "keep the backup, and report this with the backup's manifest",
+        )
+    return Compared(len(found), len(counted), rows)
 
 
 @contextlib.contextmanager
