@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,6 +127,36 @@ def test_while_a_revision_runs_sql(
         run.wait_for(waiting_for(database, "PgSleep"))
         interrupt(run, number, "r002", "All was rolled back.")
     done(run_migrator("verify", cwd=project(revisions=linear_history(1), name="first"), database=database))
+
+
+def test_a_terminal_that_hangs_up(database: Database, project: Project) -> None:
+    folder = project(revisions=slow("SELECT pg_sleep(60)"))
+    bring_to(database, 1)
+    settings = {
+        "MIGRATOR_DATABASE_URL": database.server.url(database.name),
+        "MIGRATOR_BACKUP": "off",
+        "MIGRATOR_LOG_FORMAT": "text",
+    }
+    with unchanged(database):
+        pid, terminal = pty.fork()
+        if not pid:
+            os.chdir(folder)
+            words = [sys.executable, "-m", "migrator", "upgrade"]
+            os.execve(words[0], words, {**os.environ, **settings})  # noqa: S606 - without a shell
+        try:
+            deadline = time.monotonic() + 60
+            while not waiting_for(database, "PgSleep")():
+                assert time.monotonic() < deadline, os.read(terminal, 10_000)
+                time.sleep(0.1)
+            os.close(terminal)  # which sends SIGHUP, and all that is written from now on fails
+            deadline = time.monotonic() + 30
+            while alive(pid):
+                assert time.monotonic() < deadline, "it goes on"
+                time.sleep(0.1)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        assert not waiting_for(database, "PgSleep")()
 
 
 SLEEPING = 'import pathlib, time\npathlib.Path("started").touch()\nwhile True:\n    time.sleep(0.1)'

@@ -101,4 +101,5 @@ class Interruption:
                 try:
                     callback()
                 except Exception as error:  # noqa: BLE001 - the thread must live on for the next callback
-                    log.warning("could not cancel the running statement: %s", error)
+                    with contextlib.suppress(Exception):  # the terminal that hung up takes no word
+                        log.warning("could not cancel the running statement: %s", error)

@@ -8,6 +8,7 @@ takes the apply lock and the timeouts on that connection, and wraps each step (s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -164,7 +165,8 @@ class Application:
         """Cancel the statement that the applying connection is running; called from the signal thread."""
         if not self._backend_pid:
             return
-        log.info("cancelling the running statement (pid %d)", self._backend_pid)
+        with contextlib.suppress(OSError):  # a terminal that hung up takes no word
+            log.info("cancelling the running statement (pid %d)", self._backend_pid)
         try:
             self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=PROBE)
         except QueryFailed as error:
