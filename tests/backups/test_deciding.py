@@ -103,6 +103,20 @@ def test_what_is_not_reused(
     assert backed_up(result) != made.answer["id"]
 
 
+def test_a_damaged_backup_is_not_reused(
+    database: Database, at_first: Path, run_migrator: Runner, upgrade: Callable[..., Result]
+) -> None:
+    made = run_migrator("--format", "json", "backup", cwd=at_first, database=database).answer["id"]
+    dump = run_migrator.backups / f"{made}.dump"
+    data = bytearray(dump.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    dump.chmod(0o600)
+    dump.write_bytes(data)
+    result = upgrade()
+    assert backed_up(result) != made
+    assert "is not what was written" in result.stderr
+
+
 def test_a_backup_of_a_database_of_the_same_name_is_not_reused(
     database: Database, server: Server, at_first: Path, run_migrator: Runner, upgrade: Callable[..., Result]
 ) -> None:

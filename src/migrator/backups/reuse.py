@@ -1,8 +1,9 @@
 """Find a backup that is as good as a new one: MIGRATOR_BACKUP_MAX_AGE, and only where that is set.
 
 It must be of this very database (cluster, timeline and oid, and not only the name), at these very revisions, proven
-as a new one would be, leave out no rows that a new one would have, and still be there.  What was written since it was
-made is not in it: that is what whoever sets the age agrees to.
+as a new one would be, leave out no rows that a new one would have, and still be there (in a folder, byte for byte: one
+in a bucket is not read again).  What was written since it was made is not in it: that is what whoever sets the age
+agrees to.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
-from migrator.backups import directory, exclusions, snapshot
+from migrator.backups import archive, directory, exclusions, snapshot
 from migrator.backups.manifest import Backup
 from migrator.backups.stores import open_store
 from migrator.errors import MigratorError
@@ -77,7 +78,7 @@ def _unfit(
 
 
 def _gone(backup: Backup) -> str:
-    """Return what is wrong with the file, where that is seen at a glance, or ``""``."""
+    """Return what is wrong with what is stored here, or ``""``; a bucket is not read, which takes as long as a dump."""
     place = Path(backup.place)
     if not place.is_absolute():
         return ""
@@ -85,4 +86,10 @@ def _gone(backup: Backup) -> str:
         size = directory.size_of(place) if place.is_dir() else place.stat().st_size
     except OSError as error:
         return str(error.strerror)
-    return "" if size == backup.stored[1] else f"it has {size} bytes and not {backup.stored[1]}"
+    if size != backup.stored[1]:
+        return f"it has {size} bytes and not {backup.stored[1]}"
+    try:
+        found = archive.checksum_of(place)
+    except OSError as error:
+        return str(error.strerror)
+    return "" if found == backup.stored else "it is not what was written"
