@@ -38,11 +38,12 @@ _UNKNOWN_SETTING = re.compile(
 )
 _IGNORED = re.compile(r"pg_restore: warning: errors ignored on restore: \d+\s*")
 _OF_A_ROLE = re.compile(
-    r"Command was: (ALTER .* OWNER TO|GRANT|REVOKE|ALTER DEFAULT PRIVILEGES|SET SESSION AUTH)"
+    r"Command was: (ALTER .* OWNER TO|GRANT|REVOKE|ALTER DEFAULT PRIVILEGES|SET SESSION AUTH|CREATE EVENT TRIGGER)"
 )
 _OPTIONS = re.compile(
     rb"^(ALTER [^\n]* ALTER COLUMN [^\n]* SET )\(([^\n()]*\bpg_attver=[^\n()]*)\);\n", re.MULTILINE
 )
+_EVENT_TRIGGER = "^[0-9]+; [0-9]+ [0-9]+ (EVENT TRIGGER|COMMENT - EVENT TRIGGER) "
 _ONE_TRANSACTION = (
     r"/^COPY .* FROM stdin;$/,/^\\\.$/b",
     "/^-- Data for Name: .*; Type: BLOBS; /,/^COMMIT;$/{/^BEGIN;$/d;/^COMMIT;$/d}",
@@ -287,18 +288,29 @@ def _run_psql(client: Client, sql: bytes, connection: str, environment: Mapping[
 def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) -> str:
     """Return the command that restores a backup without migrator, in one transaction.
 
-    It does so in place, or (not ``clean``) into an empty database.
+    It does so in place, or (not ``clean``) into an empty database.  With ``--no-owner`` it is for a role that may act
+    for nobody else: into an empty database, and without event triggers, which only a superuser may make.
 
     What pg_restore writes first is for newer servers only, and is left out; likewise pg_attver (see above).
     """
-    cleaning = ("--clean", "--if-exists") if clean else ()
+    as_another = "--no-owner" in options
+    cleaning = ("--clean", "--if-exists") if clean and not as_another else ()
     reading = ["pg_restore", *cleaning, *options, "--file=-"]
     place, feeds = backup.place, []
     if place.startswith("s3://"):
         feeds.append(shlex.join(("aws", "s3", "cp", place, "-")))
     if backup.encrypted_to:
         feeds.append(shlex.join(("age", "-d", "-i", "KEY_FILE", *([] if feeds else [place]))))
-    if not feeds:
+    first = ""
+    if as_another:
+        if feeds:  # it is read twice
+            first, place, feeds = " | ".join(feeds) + " > COPY.dump && ", "COPY.dump", []
+        feeds = [
+            first + shlex.join(("pg_restore", "--list", place)),
+            shlex.join(("grep", "-vE", _EVENT_TRIGGER)),
+        ]
+        reading += ["--use-list=/dev/stdin", place]
+    elif not feeds:
         reading.append(place)
     edits = ["1,20{/^SET transaction_timeout = 0;$/d}", *_ONE_TRANSACTION]
     edits += ["/^ALTER .* ALTER COLUMN .* SET (pg_attver=[0-9]*);$/d"] if backup.oddities else []
