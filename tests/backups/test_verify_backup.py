@@ -336,7 +336,8 @@ def test_the_commands_by_hand_are_right(
 )
 def test_by_hand_from_elsewhere(change: dict[str, Any], start: str) -> None:
     create, restore = description.by_hand(dataclasses.replace(BACKUP, **{"database": "shop", **change}))
-    assert create.startswith("createdb --template=template0 --encoding=UTF8 --lc-collate=C --lc-ctype=C -- ")
+    made = "--template=template0 --owner=o --encoding=UTF8 --lc-collate=C --lc-ctype=C --locale-provider=libc"
+    assert create.startswith(f"createdb {made} -- ")
     assert restore.startswith(start)
     name = "shop_by_hand" if "database" not in change else "dbname='a=b\\'_by_hand'"
     assert shlex.split(restore)[-1] == f"--dbname={name}"

@@ -10,6 +10,7 @@ from typing import Any
 from migrator.backups import archive
 from migrator.backups.manifest import Backup, human_size, summary
 
+_PROVIDERS = {"c": ("libc", ""), "i": ("icu", "--icu-locale"), "b": ("builtin", "--builtin-locale")}
 Layout = Callable[[Sequence[Mapping[str, str]]], str]
 
 
@@ -21,11 +22,21 @@ def data(backup: Backup) -> dict[str, Any]:
 
 def by_hand(backup: Backup) -> tuple[str, str]:
     """Return the commands that make a new database and restore a backup into it; libpq's variables say where."""
-    name, properties = f"{backup.database}_by_hand", backup.properties
-    making = ["createdb", "--template=template0", f"--encoding={properties.encoding}"]
-    if properties.provider == "c":
-        making += [f"--lc-collate={properties.collate}", f"--lc-ctype={properties.ctype}"]
-    return shlex.join([*making, "--", name]), archive.by_hand(backup, name, clean=False)
+    name = f"{backup.database}_by_hand"
+    return shlex.join(["createdb", *_like(backup), "--", name]), archive.by_hand(backup, name, clean=False)
+
+
+def _like(backup: Backup) -> list[str]:
+    """Return createdb's options for a database like the original; who provides locales it knows since 15."""
+    made = backup.properties
+    options = ["--template=template0", f"--owner={made.owner}", f"--encoding={made.encoding}"]
+    options += [f"--lc-collate={made.collate}", f"--lc-ctype={made.ctype}"]
+    if backup.server_major >= 15:
+        provider, locale = _PROVIDERS.get(made.provider, _PROVIDERS["c"])
+        options.append(f"--locale-provider={provider}")
+        options += [f"{locale}={made.locale}"] if locale else []
+    options += [f"--icu-rules={made.icu_rules}"] if made.icu_rules else []
+    return options + ([f"--tablespace={made.tablespace}"] if made.tablespace else [])
 
 
 def proofs(backup: Backup) -> list[str]:
