@@ -328,6 +328,26 @@ def test_a_restore_that_fails_says_where_the_backup_is(
     assert kept(quiet) == []
 
 
+def test_what_nothing_remembers_is_not_promised_to_be_refused(
+    quiet: Database, project: Project, run_migrator: Runner
+) -> None:
+    """A first run: the backup has neither version table nor ledger."""
+    quiet.execute("DROP TABLE alembic_version, t1; CREATE TABLE others AS SELECT 1 AS a")
+    revisions = [
+        Revision("r001", None, "CREATE TABLE t1 (id int)", ""),
+        Revision("r002", "r001", "SELECT 1/0", ""),
+    ]
+    folder = project(each_in_its_own(), revisions=revisions)
+    env = {"MIGRATOR_ON_FAILURE": "restore", "MIGRATOR_KEEP_OLD": "1s"}
+    for _ in range(2):
+        result = run_migrator("upgrade", "--baseline", "base", cwd=folder, database=quiet, env=env)
+        assert result.code == ExitCode.RESTORED, result
+        assert "this one refuses" not in result.stderr
+        assert "each run until then tries this one again" in result.stderr
+        assert len(kept(quiet)) == 1
+        time.sleep(1.1)
+
+
 def test_rolled_back_needs_no_restore(quiet: Database, project: Project, run_migrator: Runner) -> None:
     folder = project(revisions=failing())
     for way in ("restore", "downgrade"):

@@ -176,6 +176,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
     certain = settings.discard_writes or settings.maintenance_window
     log.warning("%s Restoring %s.", told.message, record.backup_id)
     again = f"`migrator restore {record.backup_id} --yes`"
+    remembered: list[bool] = []
     try:
         with record.stage("restore") as details:
             restored = restore(
@@ -188,7 +189,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
                 replace=True,
                 wishes=Wishes(
                     own=None if certain else lambda: frozenset(record.transactions),
-                    before_swap=lambda session: _remember(this, session, told, memory),
+                    before_swap=lambda session: remembered.append(_remember(this, session, told, memory)),
                     swapped=this.interruption.shield,
                 ),
             )
@@ -222,20 +223,30 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
     return WasRestored(
         _sentence(this, told),
         state=" ".join((f"The database is at {_names(record.before)} again.{kept}", *restored.notes)),
-        next_step="mend it and deploy a changed image (this one refuses until then, or with --retry)",
+        next_step="mend it and deploy a changed image ("
+        + ("this one refuses until then, or with --retry)" if any(remembered) else _FORGOTTEN),
     )
+
+
+_FORGOTTEN = (
+    "no ledger remembers this failure, so each run until then tries this one again, and sets another database aside:"
+    " MIGRATOR_KEEP_OLD bounds how many stay)"
+)
 
 
 def _sentence(this: Run, told: MigratorError) -> str:
     return f"{told.message} The database was restored from {this.record.backup_id}."
 
 
-def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[str, str]) -> None:
-    """Add the run's row to the ledger of the database that is about to take the name; it is not worth failing for."""
+def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[str, str]) -> bool:
+    """Add the run's row to the ledger of the database that is about to take the name; it is not worth failing for.
+
+    Returns whether the next run will find it: not beside a version table that is not there yet.
+    """
     record, table = this.record, this.record.version_table
     if table is None or not this.settings.ledger or not ledger.exists(table, session.value):
         log.warning("no ledger can remember that this failed: the next run will try it again")
-        return
+        return False
     row = record.author(this.settings.actor).row(
         ledger.RUN,
         0,
@@ -255,6 +266,8 @@ def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[
         log.warning(
             "the ledger cannot remember that this failed (%s): the next run will try it again", error.text
         )
+        return False
+    return True
 
 
 def _with(told: MigratorError, sentence: str, next_step: str = "") -> MigratorError:

@@ -159,8 +159,6 @@ class _Restore:
         """Put the backup in the database's place: by a swap, or from within where the role may create no database."""
         database = self._target.database
         replaced = databases.exists(self._session, database)
-        if self._settings.keep_old is not None:
-            self._drop_expired(self._settings.keep_old)
         if not self._may_create() and replaced:
             compared, safety, notes = self._from_within()
             return self._restored(database, compared, notes, safety=safety)
@@ -214,17 +212,19 @@ class _Restore:
         )
         compared, safety, notes = in_place.replace(job, self._wishes.own)
         self._wishes.swapped()
-        if self._wishes.before_swap is not None:
-            try:
+        try:
+            if self._wishes.before_swap is not None:
                 with self._inside(self._target.database) as session:
                     self._wishes.before_swap(session)
-            except (QueryFailed, ConnectFailed) as error:
-                LOGGER.error("it was restored, and nothing could be noted in it: %s", error.text)
+            self._drop_expired()
+        except (QueryFailed, ConnectFailed) as error:
+            LOGGER.error("it was restored, but not all could be noted or tidied up: %s", error.text)
         return compared, safety, notes
 
     @contextlib.contextmanager
     def _nobody_writes(self, replaced: bool) -> Iterator[losses.Holder | None]:
         if self._wishes.own is None or not replaced:
+            self._drop_expired()
             yield None
             return
         holding = losses.nobody_writes(
@@ -235,6 +235,7 @@ class _Restore:
             self._wishes.own,
         )
         with holding as holder:
+            self._drop_expired()  # not before: it takes transaction ids, which would be taken for others'
             yield holder
 
     def _drop_old(self, kept: str, compared: Compared) -> bool:
@@ -251,7 +252,10 @@ class _Restore:
             return False
         return True
 
-    def _drop_expired(self, keep: float) -> None:
+    def _drop_expired(self) -> None:
+        keep = self._settings.keep_old
+        if keep is None:
+            return
         for name in databases.expired(self._session, self._target.database, keep):
             LOGGER.info("dropping %s, which a restore has replaced, after MIGRATOR_KEEP_OLD", name)
             try:
