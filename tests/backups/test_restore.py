@@ -240,6 +240,24 @@ def test_the_old_database_is_dropped_where_that_is_wanted(database: Database, wo
     assert "was dropped" in restored.message
 
 
+@pytest.mark.parametrize("drop_old", [True, False])
+def test_a_template_stays_one_and_the_old_one_can_be_dropped(
+    database: Database, workbench: Bench, drop_old: bool
+) -> None:
+    facts = "SELECT datistemplate FROM pg_database WHERE datname = %s"
+    bench = workbench(database)
+    bench.back_up()
+    database.server.psql(f"ALTER DATABASE {database.name} IS_TEMPLATE true")
+    try:
+        restored = bench.restore(wishes=Wishes(drop_old=drop_old))
+        assert database.psql(facts, [database.name]) == [(True,)]
+        assert bool(restored.dropped) == drop_old
+        if restored.kept:
+            assert database.psql(facts, [restored.kept]) == [(False,)]
+    finally:
+        database.server.psql(f"ALTER DATABASE {database.name} IS_TEMPLATE false")
+
+
 def test_what_was_kept_longer_than_told_is_dropped(database: Database, workbench: Bench) -> None:
     database.execute("CREATE TABLE t (a int)")
     bench = workbench(database, MIGRATOR_KEEP_OLD="2d")

@@ -325,8 +325,14 @@ def _try_swap(
         try:
             session.query("BEGIN")
             unmark(session, renames[1][0], renames[0][0])
+            template = session.value(
+                "SELECT datistemplate FROM pg_database WHERE datname = %s", [renames[0][0]]
+            )
             for old, new in renames:
                 session.query(f"ALTER DATABASE {quote_identifier(old)} RENAME TO {quote_identifier(new)}")
+            if template:  # while it is one, nobody can drop the old
+                session.query(f"ALTER DATABASE {quote_identifier(renames[0][1])} IS_TEMPLATE false")
+                session.query(f"ALTER DATABASE {quote_identifier(renames[0][0])} IS_TEMPLATE true")
             session.query("COMMIT")
         except QueryFailed as error:
             failures.append(error)
