@@ -364,6 +364,7 @@ def _connect_now(target: Target, application_name: str, deadline: float, also: C
     arguments = target.libpq(
         connect_timeout=max(2, math.ceil(deadline - time.monotonic())),
         application_name=application_name,
+        client_encoding="UTF8",  # whatever the database has set for others: it can say every name
         keepalives=1,
         keepalives_idle=5,
         keepalives_interval=2,

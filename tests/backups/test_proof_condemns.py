@@ -141,3 +141,42 @@ def test_a_database_with_a_percent_sign_in_its_name(server: Server, workbench: B
         assert bench.databases() == {name}
     finally:
         server.drop_database(name)
+
+
+def test_a_database_that_talks_in_another_encoding(database: Database, workbench: Bench) -> None:
+    """What a client is told to speak by ALTER DATABASE cannot say every name."""
+    database.execute("""CREATE TABLE "preis_€" AS SELECT '€'::text AS "für" """)
+    database.server.psql(f"ALTER DATABASE {database.name} SET client_encoding = 'LATIN1'")
+    bench = workbench(database, MIGRATOR_BACKUP_VERIFY="restore")
+    backup = bench.back_up()
+    assert 'public."preis_€"' in backup.tables
+    assert prove(bench, "restore").proofs[-1].ok
+    bench.restore(to=f"{database.name}_look")
+    connection = database.server.connect(f"{database.name}_look", client_encoding="UTF8")
+    with connection.cursor() as cursor:
+        cursor.execute('SELECT "für" FROM "preis_€"')
+        assert cursor.fetchall() == [("€",)]
+    connection.close()
+
+
+@pytest.mark.parametrize("shape", ["custom", "directory"])
+def test_a_database_without_an_encoding(server: Server, workbench: Bench, shape: str) -> None:
+    """SQL_ASCII takes any bytes, in names as well; those that are not UTF-8 are refused in plain words."""
+    name = f"ascii_{uuid.uuid4().hex[:8]}"
+    server.psql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
+    database = Database(server, name)
+    try:
+        connection = database.connect(client_encoding="UTF8")
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute("""CREATE TABLE "preis_€" AS SELECT E'\\\\xe9' || '€' AS a""")
+        bench = workbench(database, MIGRATOR_BACKUP_VERIFY="restore", MIGRATOR_BACKUP_FORMAT=shape)
+        backup = bench.back_up()
+        assert 'public."preis_€"' in backup.tables
+        bench.restore(to=f"{name}_look")
+        cursor.execute("""DO $$ BEGIN EXECUTE E'CREATE TABLE "caf\\xe9" ()'; END $$""")
+        connection.close()
+        with pytest.raises(BackupFailed, match="invalid byte sequence"):
+            bench.back_up()
+    finally:
+        server.drop_database(name)

@@ -89,7 +89,8 @@ class Dump:
                 if table.size_bytes is not None and name not in left_out
             }
             told = self._progress(found, sizes, part)
-            finished = _without_chatter(self._run(snapshot_id, part, sink, told))
+            encoding = str(session.value("SHOW server_encoding"))
+            finished = _without_chatter(self._run(snapshot_id, encoding, part, sink, told))
         if finished.status != 0:
             if self._how.jobs > 1 and _WORKER_LOCKED_OUT in finished.stderr:
                 raise WorkerLockedOut
@@ -103,7 +104,12 @@ class Dump:
         return DumpProgress(self._database, found, sizes, lambda: part.size, bar, jobs=self._how.jobs)
 
     def _run(
-        self, snapshot_id: str, part: Part, sink: Callable[[bytes], object] | None, told: DumpProgress
+        self,
+        snapshot_id: str,
+        encoding: str,
+        part: Part,
+        sink: Callable[[bytes], object] | None,
+        told: DumpProgress,
     ) -> process.Finished:
         folder = part.temporary if isinstance(part, DirectoryPart) else None
         try:
@@ -113,6 +119,7 @@ class Dump:
                     f"--format={self._how.dump_format}",
                     *([f"--file={folder}", f"--jobs={self._how.jobs}"] if folder else []),
                     method.compress_option(self._client, self._how.compression),
+                    f"--encoding={encoding}",  # not what ALTER DATABASE has set, which may lack a letter
                     "--verbose",
                     "--no-password",
                     f"--lock-wait-timeout={LOCK_WAIT * 1000:.0f}",

@@ -39,6 +39,7 @@ from migrator.target import Target, parse
 LOGGER = logging.getLogger("migrator.backup")
 READ, RESTORE = "read", "restore"
 _CONFORMING = re.compile(rb"^SET standard_conforming_strings = (on|off);", re.MULTILINE)
+_ENCODING = re.compile(rb"^SET client_encoding = '(\w+)';", re.MULTILINE)
 _EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ ((COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
 
 
@@ -262,7 +263,8 @@ def restored(
         if same_major and original is not None and original.schema != found.schema:
             wrong += comparison.difference(original, found)
         by_name = not (same_major and client.major == backup.client_major)
-        wrong += comparison.schemas(written, _schema_of(client, place, target), by_name=by_name)
+        dumped = _schema_of(client, place, target, _ENCODING.search(written))
+        wrong += comparison.schemas(written, dumped, by_name=by_name)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise Failed(f"What came back of {backup.id} is not what was dumped: {'; '.join(wrong[:8])}{more}.")
@@ -354,14 +356,15 @@ def _spell_alike(inside: Session, backup: Backup, written: bytes) -> None:
                 LOGGER.warning("the copy is compared with another %s: %s", name, error.text)
 
 
-def _schema_of(client: Client, place: Place, target: Target) -> bytes:
-    """Return the copy's schema as pg_dump writes it."""
+def _schema_of(client: Client, place: Place, target: Target, encoding: re.Match[bytes] | None) -> bytes:
+    """Return the copy's schema as pg_dump writes it, in the archive's encoding."""
     chunks: list[bytes] = []
     finished = process.run(
         [
             client.pg_dump,
             "--schema-only",
             "--no-password",
+            *([f"--encoding={encoding[1].decode()}"] if encoding else []),
             *_options(place),
             clients.connection_argument(place.target, target.database),
         ],
