@@ -258,6 +258,21 @@ def test_a_template_stays_one_and_the_old_one_can_be_dropped(
         database.server.psql(f"ALTER DATABASE {database.name} IS_TEMPLATE false")
 
 
+def test_replication_slots_that_stay_behind_are_named(
+    private_server: Callable[..., Server], workbench: Bench
+) -> None:
+    server = private_server()
+    server.psql("ALTER SYSTEM SET wal_level = 'logical'")
+    server.restart()
+    database = server.create_database()
+    bench = workbench(database)
+    bench.back_up()
+    database.execute("SELECT pg_create_logical_replication_slot('feed', 'pgoutput')")
+    restored = bench.restore()
+    assert "go with it: feed." in " ".join(restored.notes)
+    assert server.psql("SELECT database::text FROM pg_replication_slots") == [(restored.kept,)]
+
+
 def test_what_was_kept_longer_than_told_is_dropped(database: Database, workbench: Bench) -> None:
     database.execute("CREATE TABLE t (a int)")
     bench = workbench(database, MIGRATOR_KEEP_OLD="2d")

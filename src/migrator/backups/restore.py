@@ -21,7 +21,7 @@ from typing import Any
 
 from migrator.backups import archive, clients, databases, in_place, losses, snapshot
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.restored import Compared, Restored, compare, failed, failing
+from migrator.backups.restored import Compared, Restored, compare, failed, failing, slots_left
 from migrator.backups.stores import open_store
 from migrator.errors import LockBusy, SettingsError
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
@@ -168,7 +168,7 @@ class _Restore:
         if replaced and databases.exists(self._session, kept):
             raise failed(self._backup, f"There is a database {kept} already.", "rename or drop it")
         with self._nobody_writes(replaced) as holder, self._scratch(scratch) as compared:
-            notes = self._finish(scratch)
+            notes = self._finish(scratch) + slots_left(self._session, database)
             if self._wishes.before_swap is not None:
                 with self._inside(scratch) as session:
                     self._wishes.before_swap(session)

@@ -114,6 +114,15 @@ def compare(session: Session, backup: Backup) -> Compared:
     return Compared(len(found), len(counted), rows)
 
 
+def slots_left(session: Session, database: str) -> list[str]:
+    """Say which logical replication slots stay with a database that is replaced."""
+    names = session.value(
+        "SELECT string_agg(slot_name::text, ', ' ORDER BY slot_name) FROM pg_replication_slots WHERE database = %s",
+        [database],
+    )
+    return [f"Replication slots belong to the replaced database, and go with it: {names}."] if names else []
+
+
 @contextlib.contextmanager
 def failing(backup: Backup) -> Iterator[None]:
     """Turn what the disk, the server and the programs can raise into :class:`RestoreFailed`."""
