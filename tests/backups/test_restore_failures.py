@@ -14,7 +14,8 @@ import pytest
 from migrator import process
 from migrator.backups import archive, databases
 from migrator.backups import restore as module
-from migrator.errors import LockBusy, NoSuchBackup, RestoreFailed
+from migrator.backups.side_schema import restore_tables
+from migrator.errors import AccessDenied, LockBusy, NoSuchBackup, RestoreFailed
 from tests.support.servers import Database, Server
 
 from .conftest import Workbench
@@ -210,6 +211,24 @@ def test_rows_that_did_not_come_back_are_noticed(
     for fact in ("public.u is missing", "public.w was not in the backup", "public.t has 9 rows and not 10"):
         assert fact in str(caught.value)
     assert bench.databases() == {database.name}
+
+
+def test_a_standby_is_refused(private_server: Callable[..., Server], workbench: Bench) -> None:
+    server = private_server()
+    database = server.create_database()
+    database.execute("CREATE TABLE t (a int)")
+    bench = workbench(database)
+    backup = bench.back_up()
+    server.stop()
+    (server.data / "standby.signal").touch()
+    server.start()
+    with pytest.raises(AccessDenied, match="is a standby") as caught:
+        bench.restore()
+    assert "primary" in caught.value.next_step
+    with pytest.raises(AccessDenied, match="is a standby"):
+        restore_tables(
+            bench.target, bench.settings, backup.id, ["t"], schema="", run_id="run3", application_name="x"
+        )
 
 
 class Stop(BaseException):

@@ -21,7 +21,15 @@ from typing import Any
 
 from migrator.backups import archive, clients, databases, in_place, losses, snapshot
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.restored import Compared, Restored, compare, failed, failing, slots_left
+from migrator.backups.restored import (
+    Compared,
+    Restored,
+    compare,
+    failed,
+    failing,
+    refuse_standby,
+    slots_left,
+)
 from migrator.backups.stores import open_store
 from migrator.errors import LockBusy, SettingsError
 from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
@@ -127,6 +135,7 @@ class _Restore:
         """Hold a session that keeps other restores of the same database out; clear what killed ones have left."""
         with self._connect() as session:
             self._session = session
+            refuse_standby(session)
             self._keep_others_out()
             for name in databases.marked(session, self._target.database):
                 LOGGER.info("dropping %s, which an interrupted restore left", name)

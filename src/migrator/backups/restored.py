@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from migrator.backups import databases, snapshot
 from migrator.backups.manifest import Backup
 from migrator.backups.snapshot import LockedOut
-from migrator.errors import MigratorError, RestoreFailed
+from migrator.errors import AccessDenied, MigratorError, RestoreFailed
 from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
 
 
@@ -112,6 +112,15 @@ def compare(session: Session, backup: Backup) -> Compared:
             "keep the backup, and report this with the backup's manifest",
         )
     return Compared(len(found), len(counted), rows)
+
+
+def refuse_standby(session: Session) -> None:
+    """Raise :class:`AccessDenied` where nothing can be written."""
+    if session.facts.in_recovery:
+        raise AccessDenied(
+            f"{session.target} is a standby: it takes no changes.",
+            next_step="point migrator to the primary (several hosts with target_session_attrs=read-write find it)",
+        )
 
 
 def slots_left(session: Session, database: str) -> list[str]:

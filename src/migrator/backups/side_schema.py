@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from migrator.backups import archive, clients, psql
 from migrator.backups.in_place import Job, archive_format, chosen, comparison
 from migrator.backups.manifest import Backup, Table
-from migrator.backups.restored import Restored, failed, failing
+from migrator.backups.restored import Restored, failed, failing, refuse_standby
 from migrator.backups.stores import open_store
 from migrator.errors import SettingsError
 from migrator.postgres import quote_identifier
@@ -141,6 +141,7 @@ def _some(names: list[str]) -> str:
 def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
     backup, quoted = job.backup, quote_identifier(schema)
     with job.connect() as session:
+        refuse_standby(session)
         major = session.facts.major
     client = clients.for_restore(job.settings, major, backup.client_major)
     expected = {
