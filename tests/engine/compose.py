@@ -100,6 +100,7 @@ class Compose:
             **chosen,
             "COMPOSE_PROJECT_NAME": self.name,
             "BACKEND_PORT": str(self.port),
+            "COLUMNS": "250",  # 1.29 breaks the names in `ps` where a state is long
             **self.environment,
         }
 
