@@ -86,7 +86,7 @@ def explain(error: BaseException, after: Aftermath) -> MigratorError:
 
 def translate(error: Exception) -> MigratorError:
     """Turn what nobody expected, outside of apply, into an error with a code."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, (QueryFailed, ConnectFailed)):
         code = f" [{error.sqlstate}]" if error.sqlstate else ""
         if isinstance(error, ConnectFailed) or error.lost:
