@@ -15,6 +15,7 @@ from migrator.backups import progress
 from migrator.backups.progress import DumpProgress
 from migrator.backups.snapshot import Relation
 from migrator.report.progress import Progress
+from tests.support.proxy import Proxy
 from tests.support.servers import Database
 
 from .conftest import Workbench
@@ -149,8 +150,13 @@ def test_a_long_backup_says_how_far_it_is(
     monkeypatch.setattr(progress, "EVERY", 0.0)
     caplog.set_level(logging.INFO, "migrator")
     noise(each_database, 12)
-    bench = workbench(each_database, MIGRATOR_BACKUP_FORMAT=how, MIGRATOR_BACKUP_JOBS="2")
-    backup = bench.back_up()
+    with Proxy(each_database.server.port) as network:
+        network.throttle(10e6)  # 24 MB as text: the copy lasts longer than a look at it, on any machine
+        address = network.environment(each_database)["MIGRATOR_DATABASE_URL"]
+        bench = workbench(
+            each_database, MIGRATOR_BACKUP_FORMAT=how, MIGRATOR_BACKUP_JOBS="2", DATABASE_URL=address
+        )
+        backup = bench.back_up()
     lines = [record.getMessage() for record in caplog.records if " written after " in record.getMessage()]
     said = [re.search(r": (\d+) % of 1\d\.\d MB, public\.noise, .*/s, ", line) for line in lines]
     percents = [int(match[1]) for match in said if match]

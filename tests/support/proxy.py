@@ -5,6 +5,7 @@
         ...
         proxy.stall()       # everything is acknowledged, nothing is passed on, on new connections neither
         proxy.resume()      # what was held back goes on
+        proxy.throttle(4e6) # from now on no connection gets more bytes per second, in either direction
         proxy.drop()        # every connection ends as if the peer had closed it
         proxy.reset()       # ... or had crashed
         proxy.refuse()      # new connections are refused until resume()
@@ -16,6 +17,7 @@ The server sees each connection under a port of the proxy's: `pg_stat_activity.c
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import struct
@@ -35,10 +37,13 @@ _TICK = 0.02  # seconds after which a pump looks again whether it is stalled
 class _Link:
     """One connection through the proxy: two sockets, and two threads that carry bytes between them."""
 
-    def __init__(self, client: socket.socket, server: socket.socket, stalled: Iterable[str]) -> None:
+    def __init__(
+        self, client: socket.socket, server: socket.socket, stalled: Iterable[str], rate: float
+    ) -> None:
         self.client, self.server = client, server
         self.port: int = server.getsockname()[1]
         self.stalled = set(stalled)
+        self.rate = rate
         self.over = threading.Event()
         for source, sink, way in ((client, server, "up"), (server, client, "down")):
             threading.Thread(target=self._pump, args=(source, sink, way), daemon=True).start()
@@ -57,6 +62,7 @@ class _Link:
                 if not data:
                     break
                 sink.sendall(data)
+                self.over.wait(len(data) / self.rate)
         self.close()
 
     def close(self, *, reset: bool = False) -> None:
@@ -79,6 +85,7 @@ class Proxy:
         self._host = host
         self._links: list[_Link] = []
         self._stalled: set[str] = set()
+        self._rate = math.inf
         self._mutex = threading.Lock()
         self._listener: socket.socket | None = None
         self._closed = False
@@ -113,6 +120,13 @@ class Proxy:
                 link.stalled.clear()
         if self._listener is None:
             self._listen()
+
+    def throttle(self, bytes_per_second: float) -> None:
+        """Pass on no more than this on any connection, from now on."""
+        with self._mutex:
+            self._rate = bytes_per_second
+            for link in self._links:
+                link.rate = bytes_per_second
 
     def drop(self, *ports: int) -> None:
         """Close connections on both sides; new ones are passed on."""
@@ -171,7 +185,7 @@ class Proxy:
                 continue
             server.settimeout(None)
             with self._mutex:
-                link = _Link(client, server, self._stalled)
+                link = _Link(client, server, self._stalled, self._rate)
                 self._links.append(link)
             if self._closed:
                 link.close()
