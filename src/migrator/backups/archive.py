@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from migrator import process
-from migrator.backups import directory, temporary
+from migrator.backups import directory, regular, temporary
 from migrator.backups.clients import Client, last_words
 from migrator.backups.manifest import Backup
 from migrator.backups.store import checksum, file_chunks
@@ -76,7 +76,11 @@ def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
     """
     place = Path(backup.place)
     if not backup.encrypted_to and place.is_absolute():
-        _demand(backup, checksum_of(place), (backup.sha256, backup.size_bytes))
+        try:
+            found = checksum_of(place)
+        except regular.NotRegular as error:
+            raise _damaged(backup, f"{Path(error.filename).name}: {error.strerror}") from error
+        _demand(backup, found, (backup.sha256, backup.size_bytes))
         yield place
         return
     try:
@@ -157,11 +161,14 @@ class Tally:
 
 
 def _demand(backup: Backup, found: tuple[str, int], written: tuple[str, int]) -> None:
-    if found == written:
-        return
-    raise DamagedBackup(
-        f"The dump {backup.place} is not what was written: {found[1]} bytes with sha256 {found[0]}, "
-        f"and not {written[1]} with {written[0]}.",
+    if found != written:
+        sizes = f"{found[1]} bytes with sha256 {found[0]}, and not {written[1]} with {written[0]}"
+        raise _damaged(backup, sizes)
+
+
+def _damaged(backup: Backup, why: str) -> DamagedBackup:
+    return DamagedBackup(
+        f"The dump {backup.place} is not what was written: {why}.",
         next_step="take another backup: see `migrator backups`",
         state=f"The database was not changed; the backup is {backup.place}.",
     )

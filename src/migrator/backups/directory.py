@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from migrator.backups import regular
+
 DIRECTORY = ".dir"
 CHUNK = 4 * 1024 * 1024
 
@@ -26,7 +28,7 @@ def checksum(folder: Path, on_bytes: Callable[[int], object] | None = None) -> t
     lines, size = hashlib.sha256(), 0
     for path in files(folder):
         digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
+        with regular.opened(path) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 size += len(chunk)

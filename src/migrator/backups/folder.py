@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from migrator.backups import sealing
+from migrator.backups import regular, sealing
 from migrator.backups.directory import DIRECTORY
 from migrator.backups.manifest import Backup, BadManifest
 from migrator.backups.parts import PART, DirectoryPart, FilePart, sync_folder
@@ -38,6 +38,7 @@ from migrator.backups.store import (
     bad_manifest,
     dump_name,
     file_chunks,
+    manifest_content,
     newest_first,
     of_database,
     pick,
@@ -170,10 +171,12 @@ class FolderStore:
     def _read(self, path: Path) -> Backup:
         """Read a manifest; raises BadManifest, or FileNotFoundError where there is none any more."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = regular.small(path).decode()
         except FileNotFoundError:
             raise
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise BadManifest(error.strerror or str(error)) from error
+        except UnicodeDecodeError as error:
             raise BadManifest(str(error)) from error
         backup = read_manifest(text, path.name.removesuffix(MANIFEST))
         in_folder = backup.dump_format == "directory"
@@ -244,7 +247,7 @@ class FolderStore:
             stem = path.name.removesuffix(BAD_MANIFEST)
             dumps = [item for item in self._names(BAD) if item.name.startswith(f"{stem}.")]
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                text = path.read_text(encoding="utf-8")
+                text = regular.small(path).decode()
                 bad = read_bad(text, stem, str(dumps[0] if dumps else path))
                 if bad is not None and of_database(bad, database):
                     found.append(bad)
@@ -271,8 +274,8 @@ class FolderStore:
                 for ending, content in sealing.seal_all(beside or {}, self.recipients).items()
             ]
             files.append(inner)
-            text = backup.to_json().encode()
-            files.append(stack.enter_context(self._small(f"{backup.id}{MANIFEST}", backup.id, text)))
+            content = manifest_content(backup)
+            files.append(stack.enter_context(self._small(f"{backup.id}{MANIFEST}", backup.id, content)))
             with uninterrupted():
                 try:
                     for file in files:
@@ -296,14 +299,14 @@ class FolderStore:
     def note(self, backup: Backup) -> None:
         """Write a backup's manifest anew, in one step; raises OSError."""
         name = f"{backup.id}{MANIFEST}"
-        with self._small(name, backup.id, backup.to_json().encode()) as manifest, uninterrupted():
+        with self._small(name, backup.id, manifest_content(backup)) as manifest, uninterrupted():
             if (self.folder / name).exists():
                 manifest.publish()
 
     def beside(self, backup: Backup, ending: str) -> bytes | None:
         """Return a small file that goes with a backup, as it is stored; raises OSError."""
         path = self.folder / f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}"
-        return path.read_bytes() if path.exists() else None
+        return regular.small(path) if path.exists() else None
 
 
 def _inner(part: Part) -> FilePart | DirectoryPart:
@@ -328,7 +331,9 @@ def _lost_with_container(folder: Path) -> bool:
 
 
 def _nobody_holds(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    if not path.is_dir() and not path.is_file():
+        return True  # nothing that a run writes to: it is removed, and never opened
+    descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

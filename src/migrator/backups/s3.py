@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from migrator.backups import s3_stale, sealing
+from migrator.backups import regular, s3_stale, sealing
 from migrator.backups.manifest import Backup, BadManifest
 from migrator.backups.s3_client import ATTEMPTS, Access, S3Failure, client, translated
 from migrator.backups.s3_upload import S3Part, downloaded
@@ -32,6 +32,7 @@ from migrator.backups.store import (
     WritablePart,
     bad_manifest,
     dump_name,
+    manifest_content,
     newest_first,
     of_database,
     pick,
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("migrator.backup")
 _CHUNK = 1024 * 1024
+
+
+class TooBig(S3Failure):
+    """An object that should be a small one is not."""
 
 
 class S3Store:
@@ -153,7 +158,13 @@ class S3Store:
             self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=content)
 
     def _get(self, name: str) -> bytes:
-        return b"".join(self.read(name))
+        """Return a small object's content; raises OSError, :class:`TooBig` where it is not small."""
+        found = bytearray()
+        for chunk in self.read(name):
+            found += chunk
+            if len(found) > regular.SMALL:
+                raise TooBig(str(self), f"{name} has more than {regular.SMALL} bytes", "remove it")
+        return bytes(found)
 
     def listed(self, start: str = "") -> dict[str, Mapping[str, Any]]:
         """Return what is directly under the prefix, by name; raises OSError."""
@@ -220,7 +231,7 @@ class S3Store:
         try:
             for ending, content in files.items():
                 self._put(f"{backup.id}{ending}", content)
-            self._put(f"{backup.id}{MANIFEST}", backup.to_json().encode())
+            self._put(f"{backup.id}{MANIFEST}", manifest_content(backup))
             inner.kept = True
         except BaseException:
             try:
@@ -242,7 +253,7 @@ class S3Store:
             if failure.missing:
                 return
             raise
-        self._put(f"{backup.id}{MANIFEST}", backup.to_json().encode())
+        self._put(f"{backup.id}{MANIFEST}", manifest_content(backup))
 
     def backups(self, database: str = "") -> list[Backup]:
         """Return the backups (of one database), the newest first; a manifest that cannot be read is logged."""
@@ -272,6 +283,8 @@ class S3Store:
         """Read a manifest; None where another run has removed it since.  Raises BadManifest, OSError."""
         try:
             text = self._get(name).decode()
+        except TooBig as failure:
+            raise BadManifest(failure.why) from failure
         except S3Failure as failure:
             if failure.missing:
                 return None
@@ -364,7 +377,7 @@ class S3Store:
             for name in (item for item in listed if item.endswith(BAD_MANIFEST)):
                 stem = name.removesuffix(BAD_MANIFEST)
                 dumps = [item for item in listed if item.startswith(f"{stem}.") and item.endswith(BAD)]
-                with contextlib.suppress(UnicodeDecodeError):
+                with contextlib.suppress(UnicodeDecodeError, TooBig):
                     bad = read_bad(self._get(name).decode(), stem, self.place(dumps[0] if dumps else name))
                     if bad is not None and of_database(bad, database):
                         found.append(bad)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from migrator.backups import regular
 from migrator.backups.manifest import FORMAT, Backup, BadManifest, from_json
 from migrator.errors import BackupFailed, NoSuchBackup
 
@@ -196,6 +197,17 @@ def dump_name(backup_id: str, encrypted_to: Sequence[str]) -> str:
     return f"{backup_id}{DUMP}{SEALED if encrypted_to else ''}"
 
 
+def manifest_content(backup: Backup) -> bytes:
+    """Return what a manifest's file holds; raises :class:`BackupFailed` where nobody would read all of it back."""
+    content = backup.to_json().encode()
+    if len(content) > regular.SMALL:
+        raise BackupFailed(
+            f"The manifest of {backup.id} would have {len(content)} bytes, and no more than {regular.SMALL} are read.",
+            next_step="back up with pg_dump itself, and set MIGRATOR_BACKUP=off",
+        )
+    return content
+
+
 def bad_manifest(found: Part | Backup, why: str, database: str) -> str:
     """Return the text of ``ID.bad.json``: what is known, and what was wrong with it."""
     document: dict[str, Any] = {"format": FORMAT, "id": found.id, "database": database}
@@ -248,7 +260,7 @@ def checksum(chunks: Iterable[bytes], on_chunk: Callable[[int], object] | None =
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:
-    """Yield a file's bytes, read from the disk; raises OSError."""
-    with path.open("rb", buffering=0) as file:
+    """Yield a regular file's bytes, read from the disk; raises OSError."""
+    with regular.opened(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk
