@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 
 from migrator.accounts import begin, on_the_books, settle_up
 from migrator.backups.manifest import summary
@@ -28,6 +29,7 @@ from migrator.postgres import ConnectFailed, QueryFailed, Session
 from migrator.run import ATTEMPTS, Run, harmless, known, rows_now
 from migrator.schema import catalog
 from migrator.schema.expectations import Expectations, read
+from migrator.settings import Settings
 from migrator.stages.apply import Application, apply
 from migrator.stages.backup import back_up, check_client, decide, reusable, tidy_up, why_reused
 from migrator.stages.guard import guard
@@ -35,7 +37,7 @@ from migrator.stages.inspect import Inspection, inspect
 from migrator.stages.leftovers import clear, clear_after_death
 from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
 from migrator.stages.revert import Reversal
-from migrator.stages.wait import wait
+from migrator.stages.wait import log_in_again, wait
 from migrator.verification import verify_patiently, verify_run
 from migrator.versions import VersionTable
 from migrator.window import reopen_after_death, window
@@ -77,6 +79,7 @@ def _stages(this: Run) -> None:
     record.heads = history.heads
     with contextlib.ExitStack() as stack:
         session = _wait(this)
+        this, settings = _aim(this, session, history)
         stack.callback(session.close)
         stack.enter_context(this.interruption.calling(session.cancel))
         if this.request.kind != "verify":
@@ -124,6 +127,15 @@ def _wait(this: Run) -> Session:
         session, attempts = wait(this.settings.required_target, this.settings, this.application_name)
         details.update(attempts=attempts, server_version=session.facts.version)
     return session
+
+
+def _aim(this: Run, session: Session, history: History) -> tuple[Run, Settings]:
+    """Go on with what was connected to: another address, where its file was replaced while Postgres was waited for."""
+    settings = this.settings._replace(target=session.target)
+    if session.target != this.settings.target:
+        history.aim_at(session.target)
+        this.record.target = session.target
+    return replace(this, settings=settings), settings
 
 
 def _inspect(
@@ -185,6 +197,7 @@ def _backup(this: Run, session: Session, found: Inspection) -> None:
         this.record.skip("backup", reason)
         return
     with this.record.stage("backup") as details:
+        log_in_again(session, this.settings, this.application_name)
         try:
             backup = back_up(
                 session,
@@ -255,6 +268,7 @@ def _apply(
 
     try:
         with record.stage("downgrade" if back else "apply"):
+            log_in_again(session, this.settings, this.application_name)
             apply(application, backup_id=record.backup_id, read_rows=rows)
     finally:
         if application.version_table is not None:

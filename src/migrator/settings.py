@@ -76,6 +76,13 @@ class Settings(NamedTuple):
     direct_url: str = setting("", str, "the target's address around a pooler", flag=None, secret=True)
     wait_timeout: float = setting(60.0, duration, "how long to wait for Postgres in all", shown="60s")
     wait_for_database: bool = setting(False, boolean, "also wait for the database to be created")
+    rotation_grace: float = setting(
+        60.0,
+        duration,
+        "Kubernetes: how long a login that is refused is tried again where its secret is a mounted file, which may be"
+        " about to be replaced (never longer than the wait timeout)",
+        shown="60s",
+    )
     connect_timeout: float = setting(5.0, duration, "how long one connection attempt may take", shown="5s")
     run_lock_timeout: float = setting(600.0, duration, "how long to wait for another run", shown="10m")
     lock_timeout: float | None = setting(
@@ -343,6 +350,12 @@ def load(
         problems.append("; ".join([_NO_ADDRESS, *hints]))
     if problems:
         raise SettingsError(problems)
+    if target is not None and (
+        target.parameters or any(f"{name}_FILE" in environment for name in SECRET_VARIABLES)
+    ):
+        from migrator.rotation import watched
+
+        target = watched(target, sources["target"], environment, variables)
     # Also those of addresses that this run does not use: a user's env.py may print them.
     secrets = {text for name in ADDRESSES for text in secrets_in(variables.get(name, ""))}
     secrets |= {variables[name] for name in PASSWORD_VARIABLES if variables.get(name)}

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from migrator.rotation import SecretFiles
 
 SCHEME = re.compile(r"^(postgres(?:ql)?)(?:\+([A-Za-z0-9_]+))?://", re.IGNORECASE)
 
@@ -99,6 +102,7 @@ class Target(NamedTuple):
 
     ``host`` and ``port`` may be comma-separated lists (libpq's multi-host form); ``parameters`` holds every
     other libpq connection parameter; ``driver`` is SQLAlchemy's driver name where the address named one.
+    Where ``source`` is set, the password comes from a file, and what is rendered for others has what that says then.
     """
 
     host: str = ""
@@ -108,6 +112,7 @@ class Target(NamedTuple):
     password: str = ""
     driver: str = ""
     parameters: tuple[tuple[str, str], ...] = ()
+    source: SecretFiles | None = None
 
     def __repr__(self) -> str:
         """Render for a traceback: without the password, and without parameters, for one may be sslpassword."""
@@ -133,8 +138,13 @@ class Target(NamedTuple):
         """Return the same server and role with another database."""
         return self._replace(database=database)
 
+    def fresh(self) -> Target:
+        """Return it with the password that its file says now, if it comes from one."""
+        return self if self.source is None else self.source.renewed(self)
+
     def libpq(self, **overrides: str | int) -> dict[str, str]:
         """Return keyword arguments for ``psycopg2.connect``; ``overrides`` are defaults that the address wins over."""
+        self = self.fresh()
         arguments = {key: str(value) for key, value in overrides.items()}
         foreign = _ASYNCPG_ONLY if self.driver == "asyncpg" else frozenset()
         arguments.update({key: value for key, value in self.parameters if key not in foreign})
@@ -168,7 +178,7 @@ class Target(NamedTuple):
 
     def sqlalchemy_url(self, driver: str = "") -> str:
         """Return the address as SQLAlchemy reads it, with ``driver`` where the address itself names none."""
-        driver = self.driver or driver
+        self, driver = self.fresh(), self.driver or driver
         scheme = f"postgresql+{driver}" if driver else "postgresql"
         userinfo = _quoted(self.user)
         if self.password:

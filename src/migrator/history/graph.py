@@ -324,6 +324,10 @@ class History:
                 ) from error
             raise HistoryError(f"{text}.", next_step="`migrator history` lists the revisions") from error
 
+    def aim_at(self, target: Target) -> None:
+        """Have ``env.py`` told another address of the target: its file was replaced since the history was read."""
+        self._target = self._options.told or target
+
     # -- running env.py --------------------------------------------------------------------------------
 
     def run(

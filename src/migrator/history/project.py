@@ -166,6 +166,7 @@ def tell_address(config: Config, env_file: Path, target: Target | None, export: 
     """
     if target is None:
         return
+    target = target.fresh()._replace(source=None)
     if target.driver and not _importable(target.driver):
         target = target._replace(driver="")
     driver = _driver(config, env_file)

@@ -10,12 +10,14 @@ from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, w
 
 from migrator.errors import AccessDenied, NoSuchDatabase, Unreachable
 from migrator.postgres import ConnectFailed, Refusal, Session, as_typed, connect
+from migrator.rotation import State
 from migrator.settings import Settings
 from migrator.target import Target
 
 log = logging.getLogger("migrator.wait")
 
 _LAST_ATTEMPT = 0.5  # seconds that are kept for it
+_BETWEEN_LOGINS = 5.0  # seconds between two that are refused, for servers may count them
 
 
 def wait(
@@ -28,66 +30,159 @@ def wait(
     """Connect, again and again within ``settings.wait_timeout`` seconds; return the session and the attempts.
 
     What passes by itself (refused, not resolvable yet, starting up, too many clients) is retried with
-    exponential, jittered pauses; what does not (password, privilege, TLS, no such database) fails at once.
+    exponential, jittered pauses; what does not (password, privilege, TLS, no such database) fails at once, unless
+    the target's secrets are files that have been replaced, or are about to be: see :class:`_Aim`.
     The total is never overshot: an attempt gets no more time than is left.
     Raises :class:`Unreachable` or :class:`AccessDenied`.
     """
-    deadline = time.monotonic() + settings.wait_timeout
+    return _wait(_Aim(target, settings), settings, application_name, connect)
 
-    def left() -> float:
-        return deadline - time.monotonic()
 
+def log_in_again(session: Session, settings: Settings, application_name: str) -> None:
+    """Wait until a login works, where Kubernetes replaces the password's file some time after the password.
+
+    For what logs in by itself after something that took long, and gives up when it is refused: pg_dump, ``env.py``.
+    Raises what :func:`wait` raises.
+    """
+    if session.target.source is not None and session.target.source.kept_up:
+        aim = _Aim(session.target, settings, password_only=True)
+        _wait(aim, settings, application_name, connect)[0].close()
+
+
+def _wait(
+    aim: _Aim, settings: Settings, application_name: str, connect: Callable[[Target, str, float], Session]
+) -> tuple[Session, int]:
     def attempt() -> Session:
         # Even a wait of 0 seconds makes one honest attempt.
-        longest = settings.connect_timeout if settings.wait_timeout == 0 else left()
-        return connect(target, application_name, max(0.05, min(settings.connect_timeout, longest)))
+        longest = settings.connect_timeout if settings.wait_timeout == 0 else aim.left
+        seconds = max(0.05, min(settings.connect_timeout, longest))
+        return connect(aim.take(), application_name, seconds)
 
     pause = wait_random_exponential(multiplier=0.25, max=5)
 
     def bounded_pause(state: RetryCallState) -> float:
         # The last pause is cut short: a server that comes up in the last second is still met.
-        return max(0.1, min(pause(state), left() - _LAST_ATTEMPT))
+        return max(0.1, min(aim.pause or pause(state), aim.left - _LAST_ATTEMPT))
 
     retrying = Retrying(
-        retry=retry_if_exception(lambda error: _can_pass(error, settings)),
-        stop=lambda state: left() <= state.upcoming_sleep + 0.05,
+        retry=retry_if_exception(aim.can_pass),
+        stop=lambda state: aim.left <= state.upcoming_sleep + 0.05,
         wait=bounded_pause,
-        before_sleep=_Complaint(target, left),
+        before_sleep=_Complaint(aim),
+        sleep=aim.sleep,
     )
     try:
         session = retrying(attempt)
     except RetryError as error:
         last = error.last_attempt.exception()
         reason = last.text if isinstance(last, ConnectFailed) else str(last)
+        if isinstance(last, ConnectFailed) and last.refusal is Refusal.DENIED:
+            raise _denied(aim, last) from None
         if isinstance(last, ConnectFailed) and last.refusal is Refusal.NO_DATABASE:
             raise Unreachable(
-                f"Postgres answers, but nobody created the database within {settings.wait_timeout:g} s: {target}.",
+                f"Postgres answers, but nobody created the database within {settings.wait_timeout:g} s:"
+                f" {aim.target}.",
                 next_step="create the database, or wait longer with MIGRATOR_WAIT_TIMEOUT",
             ) from None
         raise Unreachable(
-            f"{target} did not answer within {settings.wait_timeout:g} s"
+            f"{aim.target} did not answer within {settings.wait_timeout:g} s"
             f" ({error.last_attempt.attempt_number} attempts); the last one: {reason.rstrip('.?')}.",
             next_step="check that Postgres runs and that host and port are right; wait longer with"
             " MIGRATOR_WAIT_TIMEOUT",
         ) from None
     except ConnectFailed as error:
-        raise _denied(target, error) from None
+        raise _denied(aim, error) from None
     return session, int(retrying.statistics.get("attempt_number", 1))
 
 
-def _can_pass(error: BaseException, settings: Settings) -> bool:
-    if not isinstance(error, ConnectFailed):
-        return False
-    if error.refusal is Refusal.NO_DATABASE:
-        return settings.wait_for_database
-    return error.refusal is Refusal.TRANSIENT
+class _Aim:
+    """What is connected to, until when, and which failures can pass.
+
+    A target whose secrets are files is read again before each attempt.  What is refused is tried again at once where
+    a file was replaced since, and for ``settings.rotation_grace`` seconds where Kubernetes may be about to replace it.
+    With ``password_only`` nothing else of the address may change any more.
+    """
+
+    def __init__(self, target: Target, settings: Settings, *, password_only: bool = False) -> None:
+        self.target = target
+        self._settings, self._password_only = settings, password_only
+        self._deadline = time.monotonic() + settings.wait_timeout
+        self._state: State = ()
+        self.refused_at: float | None = None
+        self.pause = 0.0
+        """Seconds until the next attempt, where it was a login that was refused; 0 leaves it to who waits."""
+
+    @property
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self._deadline - time.monotonic()
+
+    @property
+    def refused_for(self) -> float:
+        """Return for how many seconds logins have been refused, as far as that might have passed."""
+        return 0.0 if self.refused_at is None else time.monotonic() - self.refused_at
+
+    @property
+    def places(self) -> str:
+        """Return the names of the files."""
+        return " or ".join(self.target.source.places) if self.target.source else ""
+
+    def take(self) -> Target:
+        """Return what to connect to now."""
+        files = self.target.source
+        if files is not None:
+            self._state = files.state()
+            self.target = self.target.fresh() if self._password_only else files.now()
+        return self.target
+
+    def can_pass(self, error: BaseException) -> bool:
+        """Whether an attempt's failure may pass by itself."""
+        self.pause = 0.0
+        if not isinstance(error, ConnectFailed):
+            return False
+        if error.refusal is Refusal.NO_DATABASE and self._settings.wait_for_database:
+            return True
+        return error.refusal is Refusal.TRANSIENT or self._being_replaced(error)
+
+    def _being_replaced(self, error: ConnectFailed) -> bool:
+        files, grace = self.target.source, self._settings.rotation_grace
+        if files is None or not self._settings.wait_timeout:
+            return False
+        if self._is_replaced():
+            self.pause = 0.1
+            return True
+        if not grace or not _about_secrets(error) or not files.kept_up:
+            return False
+        now = time.monotonic()
+        self.refused_at = self.refused_at or now
+        left = self.refused_at + grace - now
+        self.pause = max(0.1, min(_BETWEEN_LOGINS, left))
+        return left > 0
+
+    def _is_replaced(self) -> bool:
+        files = self.target.source
+        return files is not None and files.state() != self._state
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but not beyond the moment in which a file is replaced."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self._is_replaced():
+            time.sleep(left if self.target.source is None else min(left, 0.25))
+
+
+def _about_secrets(error: ConnectFailed) -> bool:
+    """Whether another password, certificate or key might have been let in."""
+    words = ("password", "certificate", "private key", "tlsv1 alert", "SSL error")
+    return error.sqlstate.startswith("28") or (
+        not error.sqlstate and error.refusal is Refusal.DENIED and any(word in error.text for word in words)
+    )
 
 
 class _Complaint:
     """Says what is being waited for: at once, when the reason changes, and every ten seconds."""
 
-    def __init__(self, target: Target, left: Callable[[], float]) -> None:
-        self._target, self._left = target, left
+    def __init__(self, aim: _Aim) -> None:
+        self._aim = aim
         self._said, self._at = "", 0.0
 
     def __call__(self, state: RetryCallState) -> None:
@@ -96,12 +191,15 @@ class _Complaint:
         now = time.monotonic()
         if text != self._said or now - self._at >= 10:
             self._said, self._at = text, now
-            log.info("waiting for %s (%.0f s left): %s", self._target, max(0.0, self._left()), text)
+            log.info("waiting for %s (%.0f s left): %s", self._aim.target, max(0.0, self._aim.left), text)
+            if self._aim.refused_at is not None:
+                log.warning("this passes only if %s is about to be replaced", self._aim.places)
 
 
-def _denied(target: Target, error: ConnectFailed) -> AccessDenied:
+def _denied(aim: _Aim, error: ConnectFailed) -> AccessDenied:
     from migrator import tls
 
+    target = aim.target
     kind, text = AccessDenied, tls.explain(target, error.text)
     about_tls = tls.next_step(text) if error.sqlstate in ("", "28000") else ""
     if error.refusal is Refusal.NO_DATABASE:
@@ -120,4 +218,9 @@ def _denied(target: Target, error: ConnectFailed) -> AccessDenied:
     else:
         step = "check sslmode, sslrootcert and the server's certificate"
     code = f" [{error.sqlstate}]" if error.sqlstate else ""
-    return kind(f"{target} refuses: {text.rstrip('.')}{code}.", next_step=step)
+    again = (
+        f", for {aim.refused_for:.0f} s in which {aim.places} might have been replaced"
+        if aim.refused_for
+        else ""
+    )
+    return kind(f"{target} refuses: {text.rstrip('.')}{code}{again}.", next_step=step)
