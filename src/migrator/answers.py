@@ -146,7 +146,7 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
             "DATABASE": str(row["database"]),
             "REVISION": str(row["revision"]),
             "SIZE": human_size(float(row["size"])),
-            "VERIFIED": f"{row['verified']} {str(row['verified_at'])[:19]}",
+            "VERIFIED": f"{row['verified'] or 'NOT PROVEN'} {str(row['verified_at'])[:19]}".strip(),
             "PLACE": str(row["place"]),
         }
         for row in rows

@@ -108,7 +108,7 @@ def status(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Show the whole state."""
     state = service.state()
     database = service.settings.required_target.database
-    mine = [row for row in _backups(service) if row["database"] == database]
+    mine = [row for row in _backups(service) if row["database"] == database and row["verified"]]
     return answers.of_state(state, exit_code=arguments.exit_code, newest_backup=mine[0] if mine else None)
 
 

@@ -68,6 +68,14 @@ def test_what_proved_it_and_what_it_is_compared_with_come_back() -> None:
     assert (backup.verified, verified_at(backup)) == ("read", BACKUP.created_at)
     assert backup.proven(dataclasses.replace(good, ok=False)).verified == "read"
     assert from_json(proven.to_json()) == proven
+    unproven = backup.unproven(bad)
+    assert (unproven.verified, verified_at(unproven), summary(unproven)["verified"]) == ("", "", "")
+    assert from_json(unproven.to_json()) == unproven
+    # An image that knows no such thing refuses it, and reads all others.
+    assert (json.loads(unproven.to_json())["format"], json.loads(proven.to_json())["format"]) == (2, 1)
+    assert unproven.proven(dataclasses.replace(good, how="checksum")).verified == ""
+    assert unproven.proven(dataclasses.replace(good, how="read")).verified == "read"
+    assert unproven.proven(good).proven(dataclasses.replace(good, how="read")).verified == "restore"
     assert (proven.stored, BACKUP.stored) == (("1" * 64, 13), ("0" * 64, 12))
 
 
@@ -98,8 +106,8 @@ def changed(**changes: Any) -> str:
 def test_keys_of_a_later_version_are_ignored_and_a_later_format_is_refused() -> None:
     tables = {"public.t": {"rows": 1, "hash": "x"}}
     assert from_json(changed(colour="blue", tables=tables)).tables == {"public.t": Table(1)}
-    with pytest.raises(BadManifest, match=r"format is 2 .* newer image"):
-        from_json(changed(format=2))
+    with pytest.raises(BadManifest, match=r"format is 3 .* newer image"):
+        from_json(changed(format=3))
 
 
 @pytest.mark.parametrize(

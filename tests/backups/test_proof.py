@@ -13,6 +13,7 @@ import pytest
 
 from migrator.backups import snapshot
 from migrator.backups.manifest import from_json
+from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed
 from tests.support import PLANTED
 from tests.support.projects import linear_history
@@ -128,7 +129,7 @@ def test_nobody_can_open_it_here(database: Database, workbench: Bench) -> None:
     assert bench.files() == []
 
 
-def test_what_does_not_restore_is_no_backup(database: Database, workbench: Bench) -> None:
+def test_what_does_not_restore_here_is_taken_for_no_backup(database: Database, workbench: Bench) -> None:
     """A check that the data no longer meets: pg_dump writes it, and every restore fails.  Only restoring tells."""
     database.execute(
         "CREATE FUNCTION fine(integer) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN true; END';"
@@ -136,15 +137,19 @@ def test_what_does_not_restore_is_no_backup(database: Database, workbench: Bench
         " CREATE OR REPLACE FUNCTION fine(integer) RETURNS boolean LANGUAGE plpgsql IMMUTABLE"
         " AS 'BEGIN RETURN $1 > 1; END'"
     )
-    assert workbench(database).back_up().verified == "read"
+    good = workbench(database).back_up()
+    assert good.verified == "read"
     bench = workbench(database, MIGRATOR_BACKUP_VERIFY="restore")
     before = set(bench.files())
-    with pytest.raises(BackupFailed, match=r"cannot be restored: .*t_a_check.*kept for a look") as caught:
+    with pytest.raises(
+        BackupFailed, match=r"cannot be restored: .*t_a_check.*not taken for a backup"
+    ) as caught:
         bench.back_up()
     assert caught.value.code == 36
-    left = sorted(name.partition(".")[2] for name in set(bench.files()) - before)
-    assert left[0] == "bad.json"
-    assert left[-1].endswith(".bad")
+    assert not [name for name in set(bench.files()) - before if "bad" in name]
+    store = open_store(bench.settings.backup_url, bench.settings)
+    assert [backup.verified for backup in store.backups()] == ["", "read"]
+    assert store.get("latest", database.name) == good
     assert bench.databases() == {database.name}
     assert bench.sessions() == []
 

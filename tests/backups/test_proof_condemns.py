@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from migrator import answers
+from migrator.backups import databases, reuse
+from migrator.backups.manifest import summary
+from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed
+from migrator.postgres import Session, connect
 from tests.support.servers import Database, Server
 
-from .conftest import Workbench
+from .conftest import APPLICATION, Workbench
 from .test_verify_backup import manifest, prove
 
 Bench = Callable[..., Workbench]
@@ -180,3 +185,69 @@ def test_a_database_without_an_encoding(server: Server, workbench: Bench, shape:
             bench.back_up()
     finally:
         server.drop_database(name)
+
+
+ONLY_THE_RESTORE = 'case "$*" in *dbname*) {};; esac\nexec $real "$@"\n'
+
+
+def unfinished(
+    case: str, database: Database, workbench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Workbench, str]:
+    """Return a bench whose proof by restore comes to no end, and what it says then."""
+    scripts: dict[str, str] = {}
+    said = "was not finished: .*signal 9"
+    if case == "a program is killed":
+        scripts = {"pg_dump": 'case "$*" in *--schema-only*) kill -9 $$;; esac\nexec $real "$@"\n'}
+    if case == "the restore is cancelled":
+        error = "pg_restore: error: canceling statement due to lock timeout"
+        scripts = {"pg_restore": ONLY_THE_RESTORE.format(f'echo "{error}" >&2; exit 1')}
+        said = "could not be restored here: .*lock timeout"
+    if case == "reading is killed":
+        scripts = {"pg_restore": 'case "$*" in */dev/null*) kill -9 $$;; esac\nexec $real "$@"\n'}
+    if case in ("no room", "the server is gone"):
+        statement = "DO $$ BEGIN RAISE disk_full USING MESSAGE = 'no room left'; END $$"
+        said = "was not finished: .*no room left"
+        if case == "the server is gone":
+            statement, said = "SELECT pg_terminate_backend(pg_backend_pid())", "was not finished: .*terminat"
+
+        def create(session: Session, *_: object) -> None:
+            session.query(statement)
+
+        monkeypatch.setattr(databases, "create", create)
+    folder = stand_in(tmp_path / "bin", database.server, **scripts)
+    return workbench(database, MIGRATOR_PG_BIN=str(folder), MIGRATOR_BACKUP_VERIFY="restore"), said
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["a program is killed", "the restore is cancelled", "reading is killed", "no room", "the server is gone"],
+)
+def test_in_a_run_too(
+    case: str, database: Database, workbench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept, as something that nothing takes for a backup, until somebody proves it."""
+    database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
+    older = workbench(database).back_up()
+    with monkeypatch.context() as patched:
+        bench, said = unfinished(case, database, workbench, tmp_path, patched)
+        for _ in range(2):  # a run that is tried again and again keeps one
+            with pytest.raises(
+                BackupFailed, match=said + ".*not taken for a backup until it is proven"
+            ) as caught:
+                bench.back_up()
+    assert caught.value.code == 36
+    assert not [name for name in bench.files() if "bad" in name]
+    store = open_store(bench.settings.backup_url, bench.settings)
+    kept, good = store.backups(database.name)
+    assert (kept.verified, good) == ("", older)
+    assert [proof.ok for proof in kept.proofs][-1] is False
+    assert f"migrator verify-backup {kept.id}" in caught.value.next_step
+    assert "NOT PROVEN" in answers.of_backups([summary(kept)]).text
+    assert "not proven:" in answers.of_backup(kept).text
+    assert store.get("latest", database.name) == older
+    for how in ("read", "restore"):
+        again = workbench(database, MIGRATOR_BACKUP_MAX_AGE="1h", MIGRATOR_BACKUP_VERIFY=how)
+        with connect(again.target, APPLICATION, 10) as session:
+            assert reuse.find(session, again.settings, ("r1",)) == (older if how == "read" else None)
+    assert prove(workbench(database), "restore", kept.id).verified == "restore"
+    assert store.get("latest", database.name).id == kept.id

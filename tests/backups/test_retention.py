@@ -86,6 +86,23 @@ def test_what_no_policy_removes() -> None:
     assert judge([], "last=1", frozenset()) == []
 
 
+def test_what_was_not_proven_stands_for_nothing_and_goes_when_a_newer_one_is() -> None:
+    backups = [made(timedelta(days=number), name="named" if number == 3 else "") for number in range(6)]
+    for number in (0, 1, 3, 4):
+        backups[number] = dataclasses.replace(backups[number], verified="")
+    verdicts = judge(backups, "last=1", frozenset({backups[4].id}))
+    waiting = ("not proven, and no newer one is",)
+    newest = ("the newest", "last")
+    assert [verdict.reasons for verdict in verdicts] == [
+        waiting,
+        waiting,
+        newest,
+        (),
+        ("the ledger needs it",),
+        (),
+    ]
+
+
 def test_bad_dumps_stay_as_long_as_daily_ones() -> None:
     def bad(days: float) -> BadDump:
         return BadDump("b", "shop", (NOW - timedelta(days=days)).isoformat(), "rotten", "/b")

@@ -184,7 +184,7 @@ def test_a_manifest_of_a_later_version(database: Database, workbench: Bench) -> 
     bench = workbench(database)
     backup = bench.back_up()
     path = bench.folder / f"{backup.id}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
     with pytest.raises(BackupFailed, match="newer image"):
         prove(bench, wanted=backup.id)
     assert Path(backup.place).exists()

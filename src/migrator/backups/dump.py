@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import migrator
-from migrator.backups import clients, exclusions, method, pg_dump, proof, roles, snapshot, space
+from migrator.backups import clients, exclusions, method, pg_dump, proof, roles, snapshot, space, verdict
 from migrator.backups.clients import Client
 from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup, human_size
@@ -199,10 +199,13 @@ class _Work:
                 oddities=ready.oddities,
                 globals_note=globals_note,
             )
-            backup = proving.prove(ready.store, part, backup)
+            backup, unproven = proving.prove(ready.store, part, backup)
             backup = replace(backup, seconds=round(time.monotonic() - started, 3))
             beside = {roles.ENDING: globals_sql} if globals_sql else {}
-            return ready.store.add(part, backup, beside)
+            backup = ready.store.add(part, backup, beside)
+        if unproven is not None:
+            verdict.refuse(ready.store, backup, unproven)
+        return backup
 
     def _globals(self) -> tuple[bytes, str]:
         session = self._session

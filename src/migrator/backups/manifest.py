@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT = 1
-"""Raised when a reader of the old one would misunderstand the new; new keys alone do not raise it."""
+FORMAT = 2
+"""Raised when a reader of the old one would misunderstand the new; new keys alone do not raise it.
+
+In 2 a backup may be one that was not proven (``verified`` is empty), which a reader of 1 would take for a good one;
+what is proven is written as 1, so that older images can restore it.
+"""
+PROVEN = 1
 
 
 class BadManifest(ValueError):
@@ -82,7 +87,8 @@ class Backup:
 
     ``created_at`` is the moment of the dump's snapshot (UTC, ISO 8601); sizes are in bytes; ``tables`` are
     keyed by quoted, schema-qualified name; ``verified`` says how the dump was proven best (``read``: every byte
-    decompressed and parsed, checksum as written; ``restore``: restored and compared), and ``proofs`` each time.
+    decompressed and parsed, checksum as written; ``restore``: restored and compared; empty: the proof that was asked
+    for could not be finished, so it is not taken for a backup until it is proven), and ``proofs`` each time.
     ``place`` is where it was found, and not in the file.
 
     ``sha256`` and ``size_bytes`` are of what pg_dump wrote; ``stored_sha256`` and ``stored_bytes`` of what is in the
@@ -149,14 +155,24 @@ class Backup:
 
     def proven(self, proof: Proof) -> Backup:
         """Return it with one more proof, and with ``verified`` raised where this is the better one."""
-        best = "restore" if proof.ok and proof.how == "restore" else self.verified
+        better = proof.ok and _STRENGTH.get(proof.how, 0) > _STRENGTH.get(self.verified, 0)
+        best = proof.how if better else self.verified
         return dataclasses.replace(self, proofs=(*self.proofs, proof), verified=best)
+
+    def unproven(self, proof: Proof, verified: str = "") -> Backup:
+        """Return it with a proof that came to no end; ``verified`` is what was proven before."""
+        return dataclasses.replace(self.proven(proof), verified=verified)
 
     def to_json(self) -> str:
         """Return the manifest's text."""
         document = dataclasses.asdict(self)
         del document["place"]
-        return json.dumps({"format": FORMAT, **document}, indent=2, ensure_ascii=False) + "\n"
+        format_ = PROVEN if self.verified else FORMAT
+        return json.dumps({"format": format_, **document}, indent=2, ensure_ascii=False) + "\n"
+
+
+_STRENGTH = {"read": 1, "restore": 2}
+"""A checksum alone proves no more than was proven before."""
 
 
 def _leading_number(version: str) -> int:
@@ -235,7 +251,9 @@ def summary(backup: Backup) -> dict[str, Any]:
 
 
 def verified_at(backup: Backup) -> str:
-    """Return when it was last proven: on being made, where nothing says otherwise."""
+    """Return when it was last proven: on being made, where nothing says otherwise; an empty text for never."""
+    if not backup.verified:
+        return ""
     good = [proof.at for proof in backup.proofs if proof.ok]
     return good[-1] if good else backup.created_at
 

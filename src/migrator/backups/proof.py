@@ -31,7 +31,8 @@ from migrator.backups.parts import DirectoryPart
 from migrator.backups.reader import Reader
 from migrator.backups.scratch import Place
 from migrator.backups.store import Part, Store, WritablePart
-from migrator.errors import BackupFailed
+from migrator.backups.verdict import CannotRestore, Failed, Unproven, demand_parsed, judging
+from migrator.errors import BackupFailed, SettingsError
 from migrator.postgres import QueryFailed, ServerFacts, Session, connect, quote_identifier
 from migrator.settings import Settings
 from migrator.target import Target, parse
@@ -41,22 +42,6 @@ READ, RESTORE = "read", "restore"
 _CONFORMING = re.compile(rb"^SET standard_conforming_strings = (on|off);", re.MULTILINE)
 _ENCODING = re.compile(rb"^SET client_encoding = '(\w+)';", re.MULTILINE)
 _EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ ((COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
-
-
-class Failed(Exception):
-    """The proof failed: the backup is none."""
-
-    def __init__(self, why: str, next_step: str = "") -> None:
-        super().__init__(why)
-        self.next_step = next_step or "run again; if it happens again, have the volume and the memory checked"
-
-
-class CannotRestore(Failed):
-    """It could not be restored here, which may be the server's fault and not the backup's."""
-
-
-class NotFinished(CannotRestore):
-    """A program of the proof came to no end of its own, which says nothing of the backup."""
 
 
 def place_of(settings: Settings, target: Target | None, application_name: str) -> Place:
@@ -165,25 +150,32 @@ class Proving:
             "spelling": self._spelling,
         }
 
-    def prove(self, store: Store, part: Part, backup: Backup) -> Backup:
-        """Prove what was written to a part; return the backup with its proof.
+    def prove(self, store: Store, part: Part, backup: Backup) -> tuple[Backup, Unproven | None]:
+        """Prove what was written to a part; return the backup with its proof, or with why it could not be proven.
 
         One that fails keeps its bytes under a name that says so.  Raises :class:`BackupFailed`, OSError.
         """
+        started, how = time.monotonic(), READ
         try:
             backup = backup.proven(self._read(part))
             if self._settings.backup_verify == RESTORE:
-                with _archive_of(part, backup, self._settings) as path:
+                started, how = time.monotonic(), RESTORE
+                with judging(), _archive_of(part, backup, self._settings) as path:
                     place = place_of(self._settings, self._session.target, self._name)
                     backup = backup.proven(
                         restored(place, self._settings, backup, path, self._run_id, self._original)
                     )
+        except (Unproven, SettingsError) as failure:
+            unproven = (
+                failure if isinstance(failure, Unproven) else Unproven(failure.message, failure.next_step)
+            )
+            return backup.unproven(failed_proof(how, self._run_id, started, str(unproven))), unproven
         except Failed as failure:
             kept = store.mark_bad(part, str(failure), backup.database)
             raise BackupFailed(
                 f"{failure} It is no backup, and kept for a look as {kept}.", next_step=failure.next_step
             ) from failure
-        return backup
+        return backup, None
 
     def _read(self, part: Part) -> Proof:
         started = time.monotonic()
@@ -195,8 +187,8 @@ class Proving:
                 next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
             )
         finished = self._reading or parsed
-        if finished is not None and finished.status != 0:
-            raise Failed(f"The backup cannot be read back: {clients.last_words(finished)}.")
+        if finished is not None:
+            demand_parsed(finished)
         return proof(READ, self._run_id, started)
 
 
@@ -217,6 +209,11 @@ def proof(how: str, run_id: str, started: float, **facts: Any) -> Proof:
     at = datetime.now(UTC).isoformat(timespec="seconds")
     seconds = round(time.monotonic() - started, 3)
     return Proof(how, at, run_id, True, seconds=seconds, **facts)
+
+
+def failed_proof(how: str, run_id: str, started: float, why: str) -> Proof:
+    """Return a proof that came to no good end just now."""
+    return dataclasses.replace(proof(how, run_id, started), ok=False, why=why)
 
 
 @contextlib.contextmanager
@@ -243,7 +240,7 @@ def restored(
     """Restore an archive into a scratch database and compare; return the proof.
 
     ``original`` is what was read in the dump's snapshot, where that was just now.
-    Raises :class:`Failed`, ConnectFailed, QueryFailed, OSError, BackupFailed and RestoreFailed.
+    Raises :class:`Failed`, :class:`Unproven`, and what :func:`judging` tells them from.
     """
     started = time.monotonic()
     with scratch.made(place, backup, run_id) as (session, target):
@@ -331,7 +328,7 @@ def _schema_in(client: Client, path: Path, place: Place) -> bytes:
     try:
         return archive.script(client, path, "--schema-only", *_options(place))
     except archive.RestoreStopped as stopped:
-        raise NotFinished(f"The backup's schema cannot be listed: {stopped.said}.") from stopped
+        raise Unproven(f"The backup's schema cannot be listed: {stopped.said}.") from stopped
 
 
 def _spell_alike(inside: Session, backup: Backup, written: bytes) -> None:
@@ -372,5 +369,5 @@ def _schema_of(client: Client, place: Place, target: Target, encoding: re.Match[
         on_output=chunks.append,
     )
     if finished.status != 0:
-        raise NotFinished(f"The restored copy cannot be dumped: {clients.last_words(finished)}.")
+        raise Unproven(f"The restored copy cannot be dumped: {clients.last_words(finished)}.")
     return b"".join(chunks)

@@ -29,6 +29,7 @@ from migrator.backups.restored import (
     failing,
     refuse_standby,
     slots_left,
+    warn_unproven,
 )
 from migrator.backups.stores import open_store
 from migrator.errors import LockBusy, SettingsError
@@ -94,6 +95,7 @@ def restore(
     wishes = wishes or Wishes()
     if to is None and backup.excluded_table_data and (wishes.drop_old or not wishes.incomplete):
         raise losses.Incomplete(backup)
+    warn_unproven(backup)
     if backup.target != str(session_target):
         LOGGER.warning("%s was taken from %s, and this is %s", backup.id, backup.target, session_target)
     with failing(backup), archive.opened(store, backup, settings) as path:

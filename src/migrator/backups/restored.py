@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from migrator.backups.manifest import Backup
 from migrator.backups.snapshot import LockedOut
 from migrator.errors import AccessDenied, MigratorError, RestoreFailed
 from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
+
+LOGGER = logging.getLogger("migrator.restore")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,12 @@ def compare(session: Session, backup: Backup) -> Compared:
             "keep the backup, and report this with the backup's manifest",
         )
     return Compared(len(found), len(counted), rows)
+
+
+def warn_unproven(backup: Backup) -> None:
+    """Say that a backup was never proven; who names it by its id may restore it all the same."""
+    if not backup.verified:
+        LOGGER.warning("%s was never proven: `migrator verify-backup %s` does it", backup.id, backup.id)
 
 
 def refuse_standby(session: Session) -> None:

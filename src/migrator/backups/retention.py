@@ -1,8 +1,8 @@
 """Which backups stay: the newest ones, one a day, week or month, and all that something still needs.
 
-Never removed, whatever the policy says: the newest backup of a database; one that a person gave a name; the one that
-leads back from where the database is, by its ledger (see :func:`migrator.past.read_needed_backups`); and what is
-not this very database's: one of that name on another server is another database.
+Never removed, whatever the policy says: the newest proven backup of a database; one that a person gave a name; the
+one that leads back from where the database is, by its ledger (see :func:`migrator.past.read_needed_backups`); and what
+is not this very database's: one of that name on another server is another database.
 """
 
 from __future__ import annotations
@@ -108,12 +108,21 @@ def counts_of(policy: str) -> dict[str, int]:
 
 
 def judge(backups: Iterable[Backup], policy: str, needed: frozenset[str]) -> list[Verdict]:
-    """Decide about the backups of one database, the newest first; a period's newest one stands for it."""
+    """Decide about the backups of one database, the newest first; a period's newest one stands for it.
+
+    One that was not proven stands for nothing, and stays until a newer one is proven.
+    """
     counts = counts_of(policy)
     seen: dict[str, set[str]] = {name: set() for name in _PERIODS}
     verdicts = []
-    for number, backup in enumerate(backups):
-        reasons = ["the newest"] if number == 0 else []
+    number = 0
+    for backup in backups:
+        if not backup.verified:
+            reasons = ["the ledger needs it"] if backup.id in needed else []
+            reasons += [] if number else ["not proven, and no newer one is"]
+            verdicts.append(Verdict(backup, tuple(reasons)))
+            continue
+        reasons = [] if number else ["the newest"]
         reasons += ["the ledger needs it"] if backup.id in needed else []
         reasons += [f"named {backup.name}"] if backup.name else []
         reasons += ["last"] if number < counts.get("last", 0) else []
@@ -126,6 +135,7 @@ def judge(backups: Iterable[Backup], policy: str, needed: frozenset[str]) -> lis
                 if period not in seen[name] and len(seen[name]) < counts.get(name, 0):
                     seen[name].add(period)
                     reasons.append(f"{name} {period}")
+        number += 1
         verdicts.append(Verdict(backup, tuple(reasons)))
     return verdicts
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from migrator.backups import archive, clients, psql
 from migrator.backups.in_place import Job, archive_format, chosen, comparison
 from migrator.backups.manifest import Backup, Table
-from migrator.backups.restored import Restored, failed, failing, refuse_standby
+from migrator.backups.restored import Restored, failed, failing, refuse_standby, warn_unproven
 from migrator.backups.stores import open_store
 from migrator.errors import SettingsError
 from migrator.postgres import quote_identifier
@@ -95,6 +95,7 @@ def restore_tables(
     started = time.monotonic()
     store = open_store(settings.backup_url, settings)
     backup = store.get(backup_id, target.database)
+    warn_unproven(backup)
     schema = schema or f"restored_{run_id.lower().replace('-', '_')}"
     names = _names(backup, wanted)
     with failing(backup), archive.opened(store, backup, settings) as path:

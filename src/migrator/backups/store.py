@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from migrator.backups import regular
-from migrator.backups.manifest import FORMAT, Backup, BadManifest, from_json
+from migrator.backups.manifest import PROVEN, Backup, BadManifest, from_json
 from migrator.errors import BackupFailed, NoSuchBackup
 
 LATEST = "latest"
@@ -171,9 +171,13 @@ class Store(Protocol):
 
 
 def pick(store: Store, wanted: str, database: str) -> Backup:
-    """Return a backup by name, or ``latest`` of a database; raises NoSuchBackup, BackupFailed."""
-    for backup in store.backups(database):
-        if wanted and wanted in (LATEST, backup.name):
+    """Return a backup by name, or ``latest`` of a database; raises NoSuchBackup, BackupFailed.
+
+    One that was not proven is never the latest, and of several of a name it comes after those that were.
+    """
+    found = store.backups(database)
+    for backup in sorted(found, key=lambda item: not item.verified):
+        if wanted and (wanted == backup.name or (wanted == LATEST and backup.verified)):
             return backup
     what = f"of database {database}" if wanted == LATEST else f"{wanted!r} of database {database}"
     raise NoSuchBackup(f"There is no backup {what} in {store}.", next_step="see `migrator backups`")
@@ -210,7 +214,7 @@ def manifest_content(backup: Backup) -> bytes:
 
 def bad_manifest(found: Part | Backup, why: str, database: str) -> str:
     """Return the text of ``ID.bad.json``: what is known, and what was wrong with it."""
-    document: dict[str, Any] = {"format": FORMAT, "id": found.id, "database": database}
+    document: dict[str, Any] = {"format": PROVEN, "id": found.id, "database": database}
     if isinstance(found, Backup):
         document = json.loads(found.to_json())
     else:

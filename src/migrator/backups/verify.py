@@ -8,17 +8,16 @@ one that only cannot be restored here (a role or an extension is missing, the se
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator
 
 from migrator.backups import archive, clients, proof
 from migrator.backups.manifest import Backup, Proof
-from migrator.backups.proof import READ, RESTORE, CannotRestore, Failed, NotFinished
+from migrator.backups.proof import READ, RESTORE
 from migrator.backups.store import Store
-from migrator.errors import BackupFailed, DamagedBackup, MigratorError, RestoreFailed
-from migrator.postgres import ConnectFailed, QueryFailed
+from migrator.backups.verdict import Failed, Unproven, demand_parsed, judging
+from migrator.errors import BackupFailed
 from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
@@ -33,36 +32,31 @@ def verify(
 
     Raises :class:`BackupFailed` where it fails.
     """
-    started = time.monotonic()
+    started, before = time.monotonic(), backup.verified
     LOGGER.info("proving %s (%s) ...", backup.id, how)
-    with _failing(backup):
+    with _writing(backup):
         try:
-            found = _read(store, backup, settings, run_id)
-            backup = backup.proven(found)
-            if how == RESTORE:
-                with archive.opened(store, backup, settings) as path:
-                    place = proof.place_of(settings, settings.target, application_name)
-                    backup = backup.proven(proof.restored(place, settings, backup, path, run_id, None))
-        except CannotRestore as failure:
-            done = dataclasses.replace(proof.proof(how, run_id, started), ok=False, why=str(failure))
-            store.note(backup.proven(done))
-            if isinstance(failure, NotFinished):
-                raise BackupFailed(
-                    f"The proof of {backup.id} was not finished: {failure}",
-                    next_step="see what the program said, and run verify-backup again; the backup was kept",
-                ) from failure
+            with judging():
+                backup = backup.proven(_read(store, backup, settings, run_id))
+                if how == RESTORE:
+                    with archive.opened(store, backup, settings) as path:
+                        place = proof.place_of(settings, settings.target, application_name)
+                        backup = backup.proven(proof.restored(place, settings, backup, path, run_id, None))
+        except Unproven as failure:
+            store.note(backup.unproven(proof.failed_proof(how, run_id, started, str(failure)), before))
             raise BackupFailed(
-                f"{backup.id} could not be restored here: {failure}",
-                next_step="put right what pg_restore names, and run verify-backup again; the backup was kept",
+                failure.of(backup),
+                next_step=f"{failure.next_step}, and run verify-backup again; the backup was kept",
             ) from failure
-        except (Failed, DamagedBackup) as failure:
-            why = failure.message if isinstance(failure, MigratorError) else str(failure)
-            kept = store.mark_bad(backup, why, backup.database)
+        except Failed as failure:
+            kept = store.mark_bad(backup, str(failure), backup.database)
             raise BackupFailed(
-                f"{why} {backup.id} is no backup any more: it was renamed to {kept}.",
+                f"{failure} {backup.id} is no backup any more: it was renamed to {kept}.",
                 next_step="take another backup now: migrator backup; see `migrator backups` for older ones",
             ) from failure
         store.note(backup)
+    if not backup.verified:
+        LOGGER.warning("a checksum proves too little: %s is still not taken for a backup", backup.id)
     LOGGER.info("%s is proven: %s", backup.id, backup.proofs[-1].how)
     return backup
 
@@ -87,27 +81,17 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
         finished = archive.read_whole(client, chunks)
         for _ in chunks:  # to the end, where the checksum is compared
             pass
-    if finished.status < 0:
-        raise NotFinished(f"pg_restore was ended by a signal: {clients.last_words(finished)}.")
-    if finished.status != 0:
-        raise Failed(f"{backup.id} cannot be read: {clients.last_words(finished)}.")
+    demand_parsed(finished)
     return proof.proof(READ, run_id, started)
 
 
 @contextlib.contextmanager
-def _failing(backup: Backup) -> Iterator[None]:
-    """Turn what the disk, the server and opening it can raise into :class:`BackupFailed`."""
+def _writing(backup: Backup) -> Iterator[None]:
+    """Turn what noting or renaming can raise into :class:`BackupFailed`."""
     try:
         yield
-    except RestoreFailed as error:
-        raise BackupFailed(
-            f"The proof of {backup.id} was not finished: {error.message}", next_step=error.next_step
-        ) from error
-    except (ConnectFailed, QueryFailed) as error:
-        raise BackupFailed(
-            f"The proof of {backup.id} was not finished: {error.text}.", next_step="run verify-backup again"
-        ) from error
     except OSError as error:
         raise BackupFailed(
-            f"The proof of {backup.id} was not finished: {error}.", next_step="run verify-backup again"
+            f"The outcome of the proof of {backup.id} cannot be written: {error}.",
+            next_step="make its place writable, and run verify-backup again",
         ) from error

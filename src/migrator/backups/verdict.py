@@ -1,0 +1,103 @@
+"""How a proof ends: the backup is proven, or it is bad, or nothing was found out.
+
+What is bad is renamed, and is no backup any more.  What only could not be proven (the server went away or has no room,
+a program was killed, a role or an extension is missing) has shown nothing: it is kept, and can be proven later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import NoReturn
+
+from migrator import process
+from migrator.backups import clients
+from migrator.backups.manifest import Backup
+from migrator.backups.store import Store
+from migrator.errors import BackupFailed, DamagedBackup, MigratorError, SettingsError
+from migrator.postgres import ConnectFailed, QueryFailed
+
+LOGGER = logging.getLogger("migrator.backup")
+_LOOK = "see what it says"
+
+
+class Failed(Exception):
+    """The proof failed: the backup is none."""
+
+    def __init__(self, why: str, next_step: str = "") -> None:
+        super().__init__(why)
+        self.next_step = next_step or "run again; if it happens again, have the volume and the memory checked"
+
+
+class Unproven(Exception):
+    """The proof came to no end, which says nothing of the backup."""
+
+    def __init__(self, why: str, next_step: str = _LOOK) -> None:
+        super().__init__(why)
+        self.next_step = next_step
+
+    def of(self, backup: Backup) -> str:
+        """Say it of a backup, in one sentence."""
+        return f"The proof of {backup.id} was not finished: {self}"
+
+
+class CannotRestore(Unproven):
+    """It could not be restored here, which may be the server's fault and not the backup's."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why, "put right what pg_restore names")
+
+    def of(self, backup: Backup) -> str:
+        """Say it of a backup, in one sentence."""
+        return f"{backup.id} could not be restored here: {self}"
+
+
+def refuse(store: Store, backup: Backup, unproven: Unproven) -> NoReturn:
+    """Raise :class:`BackupFailed` for a backup that was kept, and could not be proven.
+
+    Of one database one such is kept: a run that is tried again and again would fill the place with them.
+    """
+    try:
+        for old in store.backups(backup.database):
+            same = (old.system_identifier, old.database_oid) == (
+                backup.system_identifier,
+                backup.database_oid,
+            )
+            if same and not old.verified and old.id != backup.id:
+                store.remove(old)
+                LOGGER.info("removed %s, which was never proven: %s takes its place", old.id, backup.id)
+    except (OSError, BackupFailed) as error:
+        LOGGER.warning("older backups that were never proven are not removed: %s", error)
+    raise BackupFailed(
+        f"{unproven.of(backup)} It was kept as {backup.place}, and is not taken for a backup until it is proven.",
+        next_step=f"{unproven.next_step}, then run again; or prove this one: `migrator verify-backup {backup.id}`",
+    ) from unproven
+
+
+@contextlib.contextmanager
+def judging() -> Iterator[None]:
+    """Tell what condemns a backup (:class:`Failed`) from what only keeps it from being proven (:class:`Unproven`).
+
+    Settings that are wrong are raised as they are.
+    """
+    try:
+        yield
+    except DamagedBackup as error:
+        raise Failed(error.message, error.next_step) from error
+    except SettingsError:
+        raise
+    except MigratorError as error:
+        raise Unproven(error.message, error.next_step or _LOOK) from error
+    except (ConnectFailed, QueryFailed) as error:
+        raise Unproven(f"{error.text}.") from error
+    except OSError as error:
+        raise Unproven(f"{error}.") from error
+
+
+def demand_parsed(finished: process.Finished) -> None:
+    """Raise :class:`Failed` where pg_restore could not read an archive, :class:`Unproven` where it was ended."""
+    if finished.status < 0:
+        raise Unproven(f"pg_restore was ended by a signal: {clients.last_words(finished)}.")
+    if finished.status != 0:
+        raise Failed(f"The backup cannot be read back: {clients.last_words(finished)}.")
