@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 
 from migrator import bookkeeping
+from migrator.drift import leave_anew
 from migrator.edited import EDITED
 from migrator.history import History
 from migrator.interruption import Interrupt
@@ -68,7 +69,8 @@ def _close(this: Run, session: Session, history: History, outcome: Outcome) -> N
     try:
         with alive(this, session) as living:
             digest = "" if edited else history.digest
-            bookkeeping.close(living, table, author, outcome, digest, this.record.failed_for)
+            record = this.record
+            bookkeeping.close(living, table, author, outcome, digest, record.failed_for, record.schema)
     except (ConnectFailed, QueryFailed) as error:
         log.warning("the ledger does not say how this run ended: %s", error.text)
 
@@ -85,7 +87,8 @@ def settle_up(this: Run, session: Session, history: History, found: Inspection) 
             if held and not _settled(history, found, standing):
                 author = this.record.author(this.settings.actor)
                 bookkeeping.settle(session, history, table, standing.entries, found.current, author)
-                bookkeeping.close(session, table, author, this.record.succeeded(), digest)
+                schema = leave_anew(session, this.settings, table)
+                bookkeeping.close(session, table, author, this.record.succeeded(), digest, schema=schema)
     except QueryFailed as error:
         log.info("the ledger was left as it is: %s", error.text)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from migrator.backups.restored import Restored
     from migrator.backups.retention import Pruned
     from migrator.books import Repair
+    from migrator.drift import Drift
     from migrator.history import History, Revision
     from migrator.history.freeze import Frozen
     from migrator.service import State
@@ -243,6 +244,16 @@ def of_repair(repair: Repair) -> Answer:
     lines = [f"accepted {edit.entry.revision}: {edit.sentence}" for edit in repair.accepted]
     lines += [f"{name}: the file is the one that was applied" for name in repair.unchanged]
     return Answer(data, "\n".join(lines))
+
+
+def of_accepted_schema(drift: Drift) -> Answer:
+    """Answer with how the schema differed from what the last run left."""
+    found = [{"place": str(item.item), "difference": item.sentence} for item in drift.differences]
+    lines = [f"accepted {item['place']}: {item['difference']}" for item in found]
+    return Answer(
+        {"differences": found, "unknown": drift.unknown},
+        "\n".join([*lines, f"The schema is kept as it is now; until now {drift}."]),
+    )
 
 
 def of_settings(loaded: settings.Settings) -> Answer:

@@ -174,8 +174,10 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             "--limit", type=int, default=20, metavar="ROWS", help="how many rows to show [20]"
         )
     if name == "repair":
-        parser.add_argument(
-            "--accept", nargs="+", required=True, metavar="REV", help="ids of revisions whose file was edited"
+        what = parser.add_mutually_exclusive_group(required=True)
+        what.add_argument("--accept", nargs="+", metavar="REV", help="ids of revisions whose file was edited")
+        what.add_argument(
+            "--accept-schema", action="store_true", help="what the schema is now is what it should be"
         )
     if name == "alembic":
         parser.add_argument("arguments", nargs="*")

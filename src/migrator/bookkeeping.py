@@ -365,10 +365,12 @@ def close(
     outcome: Outcome,
     digest: str,
     failed: Mapping[str, str] | None = None,
+    schema: Mapping[str, Any] | None = None,
 ) -> None:
     """Add the row of the run itself, with how it ended; raises QueryFailed.
 
-    ``failed`` is what the next run needs to know of a failure that was taken back (see failure.py).
+    ``failed`` is what the next run needs to know of a failure that was taken back (see failure.py), ``schema`` the
+    packed snapshot of what this one leaves (see drift.py).
     Where the version table is not there, nothing was ever applied, and no ledger is begun for a failure.
     """
     if not ledger.exists(table, session.value):
@@ -392,4 +394,5 @@ def close(
             **({"failed": dict(failed)} if failed else {}),
         },
     )
-    ledger.append(session, table, [row])
+    left = [author.row(ledger.SCHEMA, ledger.SCHEMA_ROW, table, details={"schema": schema})] if schema else []
+    ledger.append(session, table, [*left, row])

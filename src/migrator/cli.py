@@ -64,10 +64,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "migrator prune --dry-run --keep last=5,daily=7,weekly=4,monthly=6",
     ),
     "restore": ("bring a backup back", "migrator restore latest --to shop_look"),
-    "verify": ("check the schema against the heads and verify.toml", "migrator verify"),
+    "verify": (
+        "check the schema against the heads, verify.toml and what the last run left",
+        "migrator verify",
+    ),
     "ledger": ("show who changed the schema, when and how, newest first", "migrator ledger --limit 50"),
     "repair": (
-        "accept the edited files of applied revisions as what was applied",
+        "accept the edited files of applied revisions as what was applied, or the schema as it is",
         "migrator repair --accept 1a2b3c4d5e6f",
     ),
     "settings": ("show every setting, its value, and where that comes from", "migrator settings"),

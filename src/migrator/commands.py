@@ -193,7 +193,9 @@ def ledger(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def repair(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Accept edited files."""
+    """Accept edited files, or the schema as it is."""
+    if arguments.accept_schema:
+        return answers.of_accepted_schema(service.accept_schema())
     return answers.of_repair(service.repair(arguments.accept))
 
 

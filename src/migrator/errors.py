@@ -18,6 +18,7 @@
      ├─ Unsafe               35  UNSAFE
      ├─ BackupFailed         36  BACKUP_FAILED
      │   └─ NoSuchBackup     36
+     ├─ Drifted              37  DRIFTED
      ├─ RolledBack           39  ROLLED_BACK
      ├─ Partial              40  PARTIAL
      ├─ VerifyFailed         41  VERIFY_FAILED
@@ -158,6 +159,12 @@ class BackupFailed(MigratorError):
 
 class NoSuchBackup(BackupFailed):
     """There is no backup of that name, or none at all; nothing was begun."""
+
+
+class Drifted(MigratorError):
+    """The live schema is not what the last run left."""
+
+    code = ExitCode.DRIFTED
 
 
 class RolledBack(MigratorError):

@@ -30,6 +30,10 @@ ACCEPTED = "accepted"
 BEGUN = "begun"
 """A run begins to apply; one without a row of `RUN` died."""
 RUN = "run"
+SCHEMA = "schema"
+"""What the schema is after a run that changed it, or as `migrator repair --accept-schema` found it; see drift.py."""
+SCHEMA_ROW = -2
+"""Its row's number; that of :data:`BEGUN` is -1, that of :data:`RUN` 0."""
 
 UNDONE = (REVERTED, UNSTAMPED, GONE)
 

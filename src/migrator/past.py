@@ -65,6 +65,10 @@ WHERE l.backup_id IS NOT NULL AND (
 )
 """
 
+_LEFT = """
+SELECT run_id, at, details->'schema' FROM {table} WHERE event = 'schema' ORDER BY at DESC LIMIT 1
+"""
+
 _WAYS_BACK = """
 SELECT DISTINCT ON (revision) revision, event, message, parents, depends_on, rows_before, rows_after, way_back,
        no_way_back, at, number, image_version, search_path, role
@@ -74,8 +78,11 @@ ORDER BY revision, at DESC, number DESC
 
 
 _NEWEST = """
-SELECT to_jsonb(l) - 'way_back' FROM {table} l WHERE version_table = %s ORDER BY at DESC, number DESC LIMIT %s
+SELECT (to_jsonb(l) - 'way_back') #- '{{details,schema,items}}'
+FROM {table} l WHERE version_table = %s AND (event <> 'schema' OR message IS NOT NULL)
+ORDER BY at DESC, number DESC LIMIT %s
 """
+"""Snapshots of the schema are for migrator; that someone has accepted one is for everybody."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,16 @@ class Failed:
     run_id: str
     at: datetime
     code: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run left: the packed snapshot of the schema, and the ledger that it is in."""
+
+    run_id: str
+    at: datetime
+    snapshot: Mapping[str, Any]
+    ledger: VersionTable
 
 
 @dataclass(frozen=True)
@@ -232,13 +249,31 @@ def read_needed_backups(session: Session) -> frozenset[str]:
 
     Raises QueryFailed where one cannot be read: nobody knows then.
     """
-    ledgers = session.query(
+    return frozenset(
+        row[0] for table in _ledgers(session) for row in _read(session, table, _NEEDED_BACKUPS, ())
+    )
+
+
+def read_left(session: Session) -> Left | None:
+    """Return the newest snapshot of the schema, in whichever ledger of the database; None where there is none.
+
+    Raises QueryFailed where a ledger cannot be read: nobody knows then.
+    """
+    found = [
+        Left(run_id, at, snapshot or {}, table)
+        for table in _ledgers(session)
+        for run_id, at, snapshot in _read(session, table, _LEFT, ())
+    ]
+    return max(found, key=lambda left: left.at, default=None)
+
+
+def _ledgers(session: Session) -> list[VersionTable]:
+    rows = session.query(
         "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE c.relname = %s AND c.relkind = 'r' AND n.nspname !~ '^pg_'",
         (NAME,),
     )
-    tables = [VersionTable(NAME, schema) for (schema,) in ledgers]
-    return frozenset(row[0] for table in tables for row in _read(session, table, _NEEDED_BACKUPS, ()))
+    return [VersionTable(NAME, schema) for (schema,) in rows]
 
 
 def read_failed(session: Session, version_table: VersionTable | None) -> Failed | None:

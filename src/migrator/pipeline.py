@@ -18,6 +18,7 @@ from dataclasses import replace
 from migrator.accounts import begin, on_the_books, settle_up
 from migrator.backups.manifest import summary
 from migrator.bookkeeping import Bookkeeper
+from migrator.drift import before_apply, leave
 from migrator.edited import judge
 from migrator.errors import BackupFailed, Internal
 from migrator.failure import refuse_again, taking_back
@@ -110,6 +111,7 @@ def _stages(this: Run) -> None:
         stack.enter_context(on_the_books(this, session, history))
         with record.stage("guard"):
             record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
+            record.findings += before_apply(session, settings, kind=this.request.kind, at=found.current)
         stack.enter_context(window(this, session))
         _backup(this, session, found)
         _clear_leftovers(this, session, found, expectations)
@@ -118,6 +120,7 @@ def _stages(this: Run) -> None:
         with taking_back(this, history, lambda plan: _apply(this, session, history, found, plan)):
             table = _apply(this, session, history, found, found.plan)
             verify_patiently(this, session, table, expectations, history, not_valid)
+        record.schema = leave(session, settings, record.version_table)
         finding = tidy_up(session, settings)
         record.findings += (finding,) if finding else ()
 

@@ -54,6 +54,10 @@ class Record:
         self.failed_for: Mapping[str, str] | None = None
         """What the next run needs to know of a failure that was taken back; see failure.py."""
         self.restored = False
+        self.schema: Mapping[str, Any] | None = None
+        """The packed snapshot of what the run leaves, for its ledger; see drift.py."""
+        self.drift = ""
+        """What came of comparing the schema with what the last run left; empty where nobody asked."""
 
     @property
     def application_name(self) -> str:
@@ -130,7 +134,7 @@ class Record:
         after = _names(self.after)
         database = self.target.database if self.target else "the database"
         if self.command == "verify":
-            return f"{database} is at {after}{_head(self.after, self.heads)}, verified."
+            return f"{database} is at {after}{_head(self.after, self.heads)}, verified; {self.drift}."
         if self.ahead:
             return (
                 f"Nothing to do: {database} is at {after}, ahead of this image, and {self.ahead}; verified."

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from migrator.backups.retention import Pruned
     from migrator.backups.store import Store
     from migrator.books import Repair
+    from migrator.drift import Drift
     from migrator.edited import Edit
     from migrator.history import History, Revision
     from migrator.history.freeze import Frozen
@@ -262,6 +263,18 @@ class MigrationService:
         with self._session() as session, lock(session, self.settings):
             return accept_edits(session, history, self.settings, revisions, author)
 
+    def accept_schema(self) -> Drift:
+        """Keep the live schema as the one that is right, under the run lock; returns what had been different."""
+        from migrator.drift import accept
+        from migrator.stages.lock import lock
+        from migrator.versions import read_version
+
+        history = self.history()
+        author = Record("repair", self.settings.target, self.run_id).author(self.settings.actor)
+        with self._session() as session, lock(session, self.settings):
+            table, _ = read_version(session, history, self.settings.version_table)
+            return accept(session, self.settings, table, author)
+
     # -- backups ---------------------------------------------------------------------------------------
 
     def backup(self, name: str = "") -> Backup:
@@ -352,6 +365,7 @@ class MigrationService:
                 schema=into_schema,
                 run_id=self.run_id,
                 application_name=self.application_name,
+                committed=self._interruption.shield,
             )
         if not to and not replace:
             raise SettingsError(

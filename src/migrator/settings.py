@@ -202,6 +202,15 @@ class Settings(NamedTuple):
     version_table: str = setting(
         "", relation, "the version table, where it cannot be read from env.py: name or schema.name"
     )
+    drift: str = setting(
+        "warn",
+        choice("warn", "refuse", "off"),
+        "a schema that is not what the last run left: warn of it before something is applied, or refuse; off also for"
+        " `migrator verify`, which else ends with 37",
+    )
+    drift_ignore: str = setting(
+        "", table_patterns, "tables that others create and change, such as partman.*, celery_*: no drift"
+    )
     ledger: bool = setting(
         True, boolean, "keep migrator_ledger beside the version table: who changed the schema, when and how"
     )

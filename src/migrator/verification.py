@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from migrator.drift import look, refuse
 from migrator.errors import Internal, VerifyFailed
 from migrator.history import History
 from migrator.outcome import Finding, Severity
@@ -71,6 +72,11 @@ def verify_run(
         errors = [finding for finding in findings if finding.severity is Severity.ERROR]
         if errors:
             raise _verify_failed(errors, this, changed=record.before != record.after)
+        if this.request.kind == "verify":
+            drift = look(session, this.settings, alone=False)
+            record.drift = details["drift"] = str(drift)
+            refuse(drift, at=record.after)
+            record.findings += drift.findings(Severity.WARNING)
 
 
 def _verify_failed(errors: list[Finding], this: Run, *, changed: bool) -> VerifyFailed:

@@ -102,6 +102,16 @@ def _search(
     return [(table, rows) for table, rows in found if known & set(rows)] or found
 
 
+def read_all(session: Session) -> list[tuple[VersionTable, tuple[str, ...]]]:
+    """Return every version table that the role may read, of whatever history, with its rows."""
+    found = []
+    for schema, name in session.query(_VERSION_TABLES):
+        table = VersionTable(name, schema)
+        if session.value("SELECT has_table_privilege(to_regclass(%s), 'SELECT')", (table.quoted,)):
+            found.append((table, read_rows(session, table)))
+    return found
+
+
 # A schema that the role may not use is left out of its search path, and what is in it seems not to be there.
 _OUT_OF_SIGHT = """
 SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

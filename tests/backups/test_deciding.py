@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import exclusions, method
+from migrator.backups import method
 from migrator.backups.clients import Client
 from migrator.backups.losses import Incomplete
 from migrator.backups.restore import Wishes
 from migrator.backups.snapshot import Relation
 from migrator.errors import BackupFailed, SettingsError
 from migrator.outcome import ExitCode
+from migrator.schema.patterns import parse
 from migrator.settings import Settings, load
 from tests.support import installations
 from tests.support.outcomes import done, refusal, unchanged
@@ -232,11 +233,11 @@ def test_patterns(text: str, names: list[str]) -> None:
             [("public", "audit_log"), ("logs", "a"), ("logs", "B"), ('odd "s', "t, u")]
         )
     ]
-    patterns = exclusions.parse(text)
+    patterns = parse(text)
     found = [
         f"{table.schema}.{table.name}"
         for table in tables
-        if any(pattern.matches(table) for pattern in patterns)
+        if any(pattern.matches(table.schema, table.name) for pattern in patterns)
     ]
     assert found == names
 

@@ -87,9 +87,9 @@ def test_those_that_it_says_are_not_recognised_are_not(helm: Helm) -> None:
     assert "password=planted" in container["args"]
 
 
-def test_the_drift_job_only_verifies_and_the_page_says_what_that_does_not_see(helm: Helm) -> None:
+def test_the_drift_job_only_verifies_and_the_page_says_what_that_sees(helm: Helm) -> None:
     objects = helm.template(merged(LEAST, BACKUPS["claim"], {"drift": {"enabled": True}}))
     (job,) = of(objects, "CronJob")
     assert [container["args"] for container in containers_of(job)] == [["verify"]]
     (row,) = (line for line in PAGE.splitlines() if line.startswith("| `drift.enabled`"))
-    assert "Without verify.toml it does not see a table that was dropped by hand" in row
+    assert "a schema that is not what the last run left" in row

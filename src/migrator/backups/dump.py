@@ -35,6 +35,7 @@ from migrator.backups.store import Part, Store, WritablePart, new_id
 from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed, MigratorError
 from migrator.postgres import ConnectFailed, QueryFailed, Session
+from migrator.schema.patterns import parse
 from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
@@ -92,7 +93,7 @@ def preflight(session: Session, settings: Settings) -> Prepared:
 
 def _excluded(session: Session, settings: Settings, found: list[Relation]) -> list[Relation]:
     """Return the tables whose rows are left out, and say so."""
-    patterns = exclusions.parse(settings.backup_exclude_table_data)
+    patterns = parse(settings.backup_exclude_table_data)
     if not patterns:
         return []
     for text in exclusions.unmatched(patterns, found):

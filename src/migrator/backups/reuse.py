@@ -17,6 +17,7 @@ from migrator.backups.manifest import Backup
 from migrator.backups.stores import open_store
 from migrator.errors import MigratorError
 from migrator.postgres import Session
+from migrator.schema.patterns import parse
 from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
@@ -39,7 +40,7 @@ def find(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Ba
     if not recent:
         return None
     identity = (*snapshot.identity(session), session.facts.database_oid)
-    patterns = exclusions.parse(settings.backup_exclude_table_data)
+    patterns = parse(settings.backup_exclude_table_data)
     found = snapshot.relations(session) if patterns else []
     left_out = {table.shown for table in exclusions.find(session, patterns, found)}
     for backup in recent:

@@ -172,7 +172,7 @@ class Verifier:
         report = {"code": exit_code(told), "outcome": "", "message": "", "findings": [], **told.document}
         self._board.verified(Verification(time.time(), report))
         said = (report["code"], report["message"])
-        if report["code"] == ExitCode.VERIFY_FAILED and said != self._said:
+        if report["code"] in (ExitCode.VERIFY_FAILED, ExitCode.DRIFTED) and said != self._said:
             log.warning("verify failed: %s", report["message"], extra={"findings": len(report["findings"])})
         self._said = said
 

@@ -1,0 +1,211 @@
+"""Drift: whether the live schema is still what the last run left.
+
+A run that changed the schema and verified it keeps a snapshot of what it left in the ledger, in the same statement as
+its own row.  `verify` compares the schema with the newest of them, and so does a run before it changes anything.  Where
+nobody can say what the schema should be (no snapshot yet; the version rows have moved since), nothing is compared, and
+that is said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from migrator import ledger
+from migrator.errors import Drifted, HistoryError
+from migrator.ledger import Author
+from migrator.outcome import Finding, Severity
+from migrator.past import Left, read_left
+from migrator.postgres import QueryFailed, Session
+from migrator.schema.difference import Difference, differences
+from migrator.schema.patterns import Pattern, parse, split
+from migrator.schema.snapshot import Item, Snapshot, Unreadable, take, unpack
+from migrator.settings import Settings
+from migrator.stages.lock import holder
+from migrator.versions import VersionTable
+
+log = logging.getLogger("migrator")
+
+_SHOWN = 5
+_ACCEPT = "migrator repair --accept-schema"
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What came of a comparison with what a run left: the differences, or (``unknown``) why there was none."""
+
+    differences: tuple[Difference, ...] = ()
+    left: Left | None = None
+    unknown: str = ""
+    switched_off: bool = False
+
+    def __str__(self) -> str:
+        if self.unknown:
+            return f"its schema was not compared: {self.unknown}"
+        run = self.left.run_id if self.left else ""
+        if not self.differences:
+            return f"its schema is what run {run} left"
+        count = len(self.differences)
+        return f"its schema is not what run {run} left ({count} difference{'' if count == 1 else 's'})"
+
+    def findings(self, severity: Severity) -> tuple[Finding, ...]:
+        """Return a finding for each difference, or a warning that nobody knows."""
+        if self.unknown and not self.switched_off:
+            return (
+                Finding("drift-unknown", Severity.WARNING, "the schema", f"not compared: {self.unknown}"),
+            )
+        return tuple(
+            Finding(_rule(item), severity, str(item.item), item.sentence) for item in self.differences
+        )
+
+
+def _rule(difference: Difference) -> str:
+    if difference.after is None:
+        return "drift-missing"
+    return "drift-added" if difference.before is None else "drift-changed"
+
+
+def look(session: Session, settings: Settings, *, alone: bool) -> Drift:
+    """Compare the live schema with what the last run left; ``alone`` where the run lock is held.
+
+    Raises QueryFailed where the connection is lost.
+    """
+    if settings.drift == "off":
+        return Drift(unknown="MIGRATOR_DRIFT=off", switched_off=True)
+    try:
+        return _look(session, parse(settings.drift_ignore), alone=alone)
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        return Drift(unknown=f"it could not be read: {error.text.rstrip('.')}")
+
+
+def _look(session: Session, ignored: Sequence[Pattern], *, alone: bool) -> Drift:
+    left = read_left(session)
+    if left is None:
+        return Drift(unknown=f"no run has left a snapshot of it yet; `{_ACCEPT}` takes one")
+    try:
+        before = unpack(left.snapshot)
+    except Unreadable as error:
+        return Drift(unknown=f"the snapshot of run {left.run_id} cannot be read: {error}")
+    now = take(session, left.ledger.quoted)
+    if before.versions != now.versions:
+        return Drift(unknown=_moved(before, now))
+    found = tuple(item for item in differences(before, now) if not _is_ignored(item.item, ignored))
+    if found and not alone and (running := holder(session)):
+        return Drift(unknown=f"it may be changing: {running[1]} is at work")
+    newest = read_left(session) if found else left
+    if newest is None or newest.run_id != left.run_id:
+        return Drift(unknown="a run has changed it in this moment")
+    return Drift(found, left)
+
+
+def _moved(before: Snapshot, now: Snapshot) -> str:
+    names = sorted(
+        name
+        for name in {*before.versions, *now.versions}
+        if before.versions.get(name) != now.versions.get(name)
+    )
+    rows = "; ".join(
+        f"{name} was at {_at(before.versions.get(name))} and is at {_at(now.versions.get(name))}"
+        for name in names
+    )
+    return f"its revision has moved since the last run that ended well ({rows})"
+
+
+def _at(rows: tuple[str, ...] | None) -> str:
+    return ", ".join(rows) or "base" if rows is not None else "nothing"
+
+
+def _is_ignored(item: Item, patterns: Sequence[Pattern]) -> bool:
+    names = [split(name) for name in {item.relation, item.name} if name]
+    return any(pattern.matches(*name) for pattern in patterns for name in names)
+
+
+def refuse(drift: Drift, *, at: Sequence[str]) -> None:
+    """Raise :class:`Drifted` where there are differences."""
+    if not drift.differences or drift.left is None:
+        return
+    count = len(drift.differences)
+    shown = "; ".join(f"{item.item}: {item.sentence}" for item in drift.differences[:_SHOWN])
+    more = f"; and {count - _SHOWN} more in the report" if count > _SHOWN else ""
+    raise Drifted(
+        f"The schema is not what run {drift.left.run_id} left on {drift.left.at:%Y-%m-%d %H:%M:%S %Z}: {shown}{more}.",
+        state=f"The database is at {', '.join(at) or 'base'}; this run changed nothing.",
+        next_step="put it back, or make it so in a revision; where it is right as it is: "
+        f"`{_ACCEPT}` (MIGRATOR_DRIFT_IGNORE for tables that others manage)",
+        findings=drift.findings(Severity.ERROR),
+    )
+
+
+def before_apply(
+    session: Session, settings: Settings, *, kind: str, at: Sequence[str]
+) -> tuple[Finding, ...]:
+    """Look before a run changes the schema; returns warnings, or (MIGRATOR_DRIFT=refuse, an upgrade) raises Drifted."""
+    if kind not in {"upgrade", "downgrade"}:
+        return ()
+    drift = look(session, settings, alone=True)
+    if not drift.differences:
+        return ()
+    if settings.drift == "refuse" and kind == "upgrade":
+        refuse(drift, at=at)
+    findings = drift.findings(Severity.WARNING)
+    for finding in findings[:_SHOWN]:
+        log.warning("since the last run: %s", finding, extra={"stage": "guard", "rule": finding.rule})
+    if len(findings) > _SHOWN:
+        log.warning("since the last run: %d more differences, in the report", len(findings) - _SHOWN)
+    return findings
+
+
+def leave(session: Session, settings: Settings, table: VersionTable | None) -> Mapping[str, Any] | None:
+    """Return the snapshot that the ledger is to keep of what a run leaves; None where it keeps none.
+
+    A run does not fail for want of it.
+    """
+    if table is None or not settings.ledger or settings.drift == "off":
+        return None
+    try:
+        return take(session, ledger.beside(table, session.value).quoted).pack()
+    except QueryFailed as error:
+        log.info("the ledger does not keep what the schema is now: %s", error.text)
+        return None
+
+
+def leave_anew(session: Session, settings: Settings, table: VersionTable) -> Mapping[str, Any] | None:
+    """Return a snapshot as :func:`leave` does, where the newest one is of other version rows, or there is none."""
+    try:
+        left = read_left(session)
+        known = unpack(left.snapshot).versions if left else None
+    except Unreadable:
+        known = None
+    snapshot = leave(session, settings, table)
+    return None if snapshot is None or snapshot["versions"] == known else snapshot
+
+
+def accept(session: Session, settings: Settings, table: VersionTable | None, author: Author) -> Drift:
+    """Keep the live schema as the one that is right, under the run lock; returns what had been different.
+
+    Raises :class:`HistoryError` where there is no version table, and QueryFailed.
+    """
+    if table is None:
+        raise HistoryError(
+            "There is no version table yet, and so no ledger that could keep the schema.",
+            next_step="run `migrator upgrade` first",
+        )
+    drift = look(session, settings._replace(drift="warn"), alone=True)
+    snapshot = take(session, ledger.beside(table, session.value).quoted).pack()
+    row = author.row(
+        ledger.SCHEMA,
+        ledger.SCHEMA_ROW,
+        table,
+        command="repair --accept-schema",
+        message=f"accepted: {drift}",
+        details={
+            "schema": snapshot,
+            "differences": [f"{item.item}: {item.sentence}" for item in drift.differences],
+        },
+    )
+    ledger.append(session, table, [row])
+    return drift

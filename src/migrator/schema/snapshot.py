@@ -1,0 +1,260 @@
+"""A snapshot of the live schema: what is there, in a form in which two of them can be compared.
+
+Read in one statement, with an empty search path, so that every name comes with its schema.  Expressions and bodies
+(defaults, checks, index and view definitions, functions, policies) are kept as a hash: a snapshot is stored in the
+ledger, and a text in one of them may be a secret.  To write them out, Postgres locks their tables as a SELECT does.
+
+Left out is what an extension owns, what is not schema (owners, grants, comments, storage parameters, statistics
+targets, whether a materialised view is populated), indexes that are not valid (a finding of their own), the ledger
+itself, and partitions: those who use them make and drop them on a schedule, and they have their parent's columns.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from migrator.contents import LEDGER
+from migrator.postgres import QueryFailed, Session
+from migrator.versions import read_all
+
+
+class Item(NamedTuple):
+    """One thing in the schema.
+
+    ``relation`` is the table (or view, or sequence) that it is, or is of; empty for what has none.  ``attributes`` are
+    for people, ``definition`` is the hash of the rest.
+    """
+
+    kind: str
+    relation: str
+    name: str
+    attributes: str
+    definition: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Return what makes it the same thing in two snapshots."""
+        return self.kind, self.relation, self.name
+
+    @property
+    def is_relation(self) -> bool:
+        """Whether other things are parts of it."""
+        return self.relation == self.name
+
+    def __str__(self) -> str:
+        if self.kind == "column":
+            return f"column {self.relation}.{self.name}"
+        named_in_full = (
+            self.kind in {"index", "sequence", "statistics"} or not self.relation or self.is_relation
+        )
+        return f"{self.kind} {self.name}" + ("" if named_in_full else f" of {self.relation}")
+
+
+class Snapshot(NamedTuple):
+    """A schema at one moment, and where and at which revisions it was taken.
+
+    ``versions`` are the rows of every version table.  ``place`` tells a database from a restored copy of it, in which
+    Postgres may write the very same definitions otherwise.
+    """
+
+    items: tuple[Item, ...]
+    versions: Mapping[str, tuple[str, ...]]
+    major: int
+    place: tuple[int | None, ...]
+
+    def pack(self) -> dict[str, Any]:
+        """Return it as JSON-ready data, a tenth of its size."""
+        text = json.dumps([list(item) for item in self.items], ensure_ascii=False, separators=(",", ":"))
+        return {
+            "format": _FORMAT,
+            "major": self.major,
+            "place": list(self.place),
+            "versions": dict(self.versions),
+            "items": base64.b64encode(zlib.compress(text.encode("utf-8", "surrogateescape"))).decode(),
+        }
+
+
+class Unreadable(ValueError):
+    """What was packed cannot be unpacked: it is damaged, or of a later migrator."""
+
+
+def unpack(data: Mapping[str, Any]) -> Snapshot:
+    """Return what was packed; raises :class:`Unreadable`."""
+    try:
+        if data["format"] != _FORMAT:
+            raise Unreadable(f"it has the format {data['format']}, of another migrator")
+        unzipped = zlib.decompressobj()
+        text = unzipped.decompress(base64.b64decode(data["items"]), _LARGEST)
+        if not unzipped.eof:
+            raise Unreadable("it is larger than any schema, or cut off")
+        return Snapshot(
+            tuple(Item(*map(str, item)) for item in json.loads(text.decode("utf-8", "surrogateescape"))),
+            {str(name): tuple(map(str, rows)) for name, rows in data["versions"].items()},
+            int(data["major"]),
+            tuple(data["place"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        raise error if isinstance(error, Unreadable) else Unreadable(f"it is damaged: {error}") from error
+
+
+_FORMAT = 1
+_LARGEST = 256_000_000  # bytes: some 500,000 tables
+_ATTEMPTS = 3
+_PASSING = frozenset({"55P03", "XX000", "42P01", "42704", "40001"})
+"""SQLSTATEs of a catalog that others change meanwhile: a lock, "cache lookup failed", an object that is gone."""
+
+
+def take(session: Session, beside: str) -> Snapshot:
+    """Read the live schema; ``beside`` is the quoted name of the ledger.  Raises QueryFailed."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _take(session, beside)
+        except QueryFailed as error:
+            if error.lost or error.sqlstate not in _PASSING:
+                raise
+            time.sleep(0.2)
+    return _take(session, beside)
+
+
+def _take(session: Session, beside: str) -> Snapshot:
+    session.query(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL search_path = '';"
+        " SET LOCAL lock_timeout = '2s'; SET LOCAL quote_all_identifiers = off"
+    )
+    try:
+        versions = {str(table): rows for table, rows in read_all(session)}
+        place = session.query(_PLACE, (beside,))[0]
+        found = (Item(*("" if value is None else value for value in row)) for row in session.query(_QUERY))
+        items = tuple(sorted(item._replace(kind=_RELATIONS.get(item.kind, item.kind)) for item in found))
+        return Snapshot(items, versions, session.facts.major, tuple(place))
+    finally:
+        if not session.closed:
+            session.query("ROLLBACK")
+
+
+_RELATIONS = {
+    "r": "table",
+    "p": "table",
+    "v": "view",
+    "m": "materialized view",
+    "f": "foreign table",
+    "c": "type",
+    "S": "sequence",
+}
+_PLACE = """
+SELECT oid::bigint, to_regclass(%s)::oid::bigint FROM pg_database WHERE datname = current_database()
+"""
+
+
+def _hash(text: str) -> str:
+    return f'hashtextextended({text} COLLATE "C", 0)::text'  # md5() is missing on FIPS systems
+
+
+# Of aggregates there is no definition as a text.
+_FUNCTION = "CASE prokind WHEN 'a' THEN pg_get_function_arguments(p.oid) ELSE pg_get_functiondef(p.oid) END"
+_POLICY = (
+    "concat_ws(' ', (SELECT string_agg(pg_get_userbyid(role), ', ' ORDER BY 1) FROM unnest(polroles) AS role),"
+    " pg_get_expr(polqual, polrelid), 'check', pg_get_expr(polwithcheck, polrelid))"
+)
+_QUERY = f"""
+WITH mine AS (
+  SELECT oid, nspname FROM pg_namespace n
+   WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'
+     AND (oid, 'pg_namespace'::regclass) NOT IN (SELECT objid, classid FROM pg_depend WHERE deptype = 'e')
+),
+owned AS (SELECT classid, objid FROM pg_depend WHERE deptype = 'e'),
+relations AS (
+  SELECT format('%I.%I', nspname, relname) AS name, c.* FROM pg_class c JOIN mine ON mine.oid = relnamespace
+   WHERE (c.oid, 'pg_class'::regclass) NOT IN (SELECT objid, classid FROM owned)
+     AND relpersistence <> 't' AND NOT relispartition AND relname <> '{LEDGER}'
+)
+SELECT relkind::text, name, name,
+       concat_ws(', ', CASE WHEN relkind = 'p' THEN 'partitioned by ' || pg_get_partkeydef(oid) END,
+                 CASE WHEN relpersistence = 'u' THEN 'unlogged' END,
+                 CASE WHEN relrowsecurity THEN 'row level security' END,
+                 CASE WHEN relforcerowsecurity THEN 'forced row level security' END),
+       CASE WHEN relkind IN ('v', 'm') THEN
+         {_hash("pg_get_viewdef(r.oid)")} END
+  FROM relations r WHERE relkind IN ('r', 'p', 'v', 'm', 'f', 'c')
+UNION ALL
+SELECT 'column', name, quote_ident(attname),
+       concat_ws(' ', format_type(atttypid, atttypmod),
+                 CASE WHEN attcollation <> typcollation THEN
+                   'collate ' || (SELECT quote_ident(collname) FROM pg_collation WHERE oid = attcollation) END,
+                 CASE WHEN attnotnull THEN 'not null' END,
+                 CASE attidentity WHEN 'a' THEN 'identity' WHEN 'd' THEN 'identity by default' END,
+                 CASE WHEN attgenerated <> '' THEN 'generated' WHEN atthasdef THEN 'default' END),
+       (SELECT {_hash("pg_get_expr(adbin, adrelid)")} FROM pg_attrdef d WHERE adrelid = attrelid AND adnum = attnum)
+  FROM relations r JOIN pg_attribute a ON attrelid = r.oid JOIN pg_type t ON t.oid = atttypid
+ WHERE relkind IN ('r', 'p', 'v', 'm', 'f', 'c') AND attnum > 0 AND NOT attisdropped
+UNION ALL
+SELECT CASE WHEN conrelid = 0 THEN 'domain constraint' ELSE 'constraint' END,
+       coalesce(name, format_type(contypid, NULL)), quote_ident(conname),
+       concat_ws(' ', CASE contype WHEN 'c' THEN 'check' WHEN 'f' THEN 'foreign key' WHEN 'p' THEN 'primary key'
+                                   WHEN 'u' THEN 'unique' WHEN 'x' THEN 'exclude' ELSE contype::text END,
+                 CASE WHEN NOT convalidated THEN 'not valid' END),
+       {_hash("pg_get_constraintdef(k.oid)")}
+  FROM pg_constraint k JOIN mine ON mine.oid = connamespace LEFT JOIN relations r ON r.oid = conrelid
+ WHERE conparentid = 0 AND contype NOT IN ('n', 't') AND (conrelid = 0 OR name IS NOT NULL)
+   AND (contypid, 'pg_type'::regclass) NOT IN (SELECT objid, classid FROM owned)
+UNION ALL
+SELECT 'index', r.name, i.name, concat_ws(' ', CASE WHEN indisunique THEN 'unique' END, 'on', r.name),
+       {_hash("pg_get_indexdef(indexrelid)")}
+  FROM pg_index x JOIN relations r ON r.oid = indrelid JOIN relations i ON i.oid = indexrelid
+ WHERE (indisvalid OR i.relkind = 'I')
+   AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = x.indexrelid AND k.conrelid = x.indrelid
+                   AND k.contype IN ('p', 'u', 'x'))
+UNION ALL
+SELECT 'trigger', name, quote_ident(tgname),
+       CASE tgenabled WHEN 'D' THEN 'disabled' WHEN 'R' THEN 'on replicas' WHEN 'A' THEN 'always' ELSE 'enabled' END,
+       {_hash("pg_get_triggerdef(g.oid)")}
+  FROM pg_trigger g JOIN relations r ON r.oid = tgrelid
+ WHERE NOT tgisinternal AND coalesce(to_jsonb(g) ->> 'tgparentid', '0') = '0'
+UNION ALL
+SELECT 'rule', name, quote_ident(rulename), '', {_hash("pg_get_ruledef(w.oid)")}
+  FROM pg_rewrite w JOIN relations r ON r.oid = ev_class WHERE rulename <> '_RETURN'
+UNION ALL
+SELECT 'policy', name, quote_ident(polname),
+       concat_ws(' ', CASE WHEN polpermissive THEN 'permissive' ELSE 'restrictive' END, 'for',
+                 CASE polcmd WHEN 'r' THEN 'select' WHEN 'a' THEN 'insert' WHEN 'w' THEN 'update'
+                             WHEN 'd' THEN 'delete' ELSE 'all' END),
+       {_hash(_POLICY)}
+  FROM pg_policy p JOIN relations r ON r.oid = polrelid
+UNION ALL
+SELECT 'statistics', name, format('%I.%I', mine.nspname, stxname), '',
+       {_hash("pg_get_statisticsobjdef(s.oid)")}
+  FROM pg_statistic_ext s JOIN mine ON mine.oid = stxnamespace JOIN relations r ON r.oid = stxrelid
+UNION ALL
+SELECT CASE prokind WHEN 'p' THEN 'procedure' WHEN 'a' THEN 'aggregate' ELSE 'function' END, '',
+       format('%I.%I(%s)', nspname, proname, pg_get_function_identity_arguments(p.oid)),
+       concat_ws(' ', 'returns ' || format_type(prorettype, NULL), CASE WHEN prosecdef THEN 'security definer' END),
+       {_hash(_FUNCTION)}
+  FROM pg_proc p JOIN mine ON mine.oid = pronamespace
+ WHERE (p.oid, 'pg_proc'::regclass) NOT IN (SELECT objid, classid FROM owned)
+UNION ALL
+SELECT CASE typtype WHEN 'd' THEN 'domain' ELSE 'type' END, '', format('%I.%I', nspname, typname),
+       concat_ws(' ', CASE WHEN typtype = 'd' THEN format_type(typbasetype, typtypmod) END,
+                 CASE WHEN typnotnull THEN 'not null' END,
+                 (SELECT string_agg(quote_literal(enumlabel), ', ' ORDER BY enumsortorder)
+                    FROM pg_enum WHERE enumtypid = t.oid)),
+       {_hash("concat(typdefault, typcollation::text)")}
+  FROM pg_type t JOIN mine ON mine.oid = typnamespace
+ WHERE typtype IN ('d', 'e', 'r') AND (t.oid, 'pg_type'::regclass) NOT IN (SELECT objid, classid FROM owned)
+UNION ALL
+SELECT relkind::text,
+       coalesce((SELECT o.name FROM pg_depend d JOIN relations o ON o.oid = d.refobjid
+                  WHERE d.classid = 'pg_class'::regclass AND d.objid = r.oid AND d.deptype IN ('a', 'i')
+                    AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0 LIMIT 1), name), name,
+       concat_ws(' ', format_type(seqtypid, NULL), 'start', seqstart, 'increment', seqincrement, 'from', seqmin,
+                 'to', seqmax, CASE WHEN seqcycle THEN 'cycle' END), ''
+  FROM pg_sequence JOIN relations r ON r.oid = seqrelid
+UNION ALL
+SELECT 'schema', '', quote_ident(nspname), '', '' FROM mine
+UNION ALL
+SELECT 'extension', '', quote_ident(extname), '', '' FROM pg_extension
+"""  # noqa: S608 - constants only
