@@ -10,16 +10,20 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from migrator.backups import in_place, psql
+from migrator.backups import in_place, psql, side_schema
+from migrator.backups.restored import Restored
 from migrator.backups.side_schema import restore_tables
 from migrator.errors import BackupFailed, RestoreFailed, SettingsError
 from migrator.interruption import Interrupt
 from migrator.postgres import as_typed, quote_identifier
 from migrator.service import MigrationService
+from tests.support.projects import linear_history
+from tests.support.runner import Runner
 from tests.support.servers import Database, Server
 
 from .conftest import LARGE, RICH, Workbench
 from .test_kill import POINTS, kill_after, nobody_is_left, start
+from .test_proof_condemns import stand_in
 
 Bench = Callable[..., Workbench]
 MORE = """
@@ -321,8 +325,12 @@ def test_from_within_killed(number: int, app: Database, workbench: Bench) -> Non
 
 
 def tables(
-    bench: Workbench, *names: str, schema: str = "", run_id: str = "20260101T000000Z-abcdef"
-) -> object:
+    bench: Workbench,
+    *names: str,
+    schema: str = "",
+    run_id: str = "20260101T000000Z-abcdef",
+    committed: Callable[[], None] = lambda: None,
+) -> Restored:
     """Restore tables in this process."""
     return restore_tables(
         bench.target,
@@ -332,6 +340,7 @@ def tables(
         schema=schema,
         run_id=run_id,
         application_name="migrator/t",
+        committed=committed,
     )
 
 
@@ -354,12 +363,102 @@ def test_a_table_comes_back_beside(each_database: Database, workbench: Bench) ->
         " ORDER BY 1"
     )
     assert each_database.psql(keys, [where]) == [("T a,b_pkey",), ("T a,b_Ü_key",), ("everything_pkey",)]
-    assert where in restored.message  # type: ignore[attr-defined]
-    assert "DROP SCHEMA" in restored.next_step  # type: ignore[attr-defined]
+    assert where in restored.message
+    assert "DROP SCHEMA" in restored.next_step
     with pytest.raises(RestoreFailed, match="already exists"):
         tables(bench, "child_of", schema=where)
     tables(bench, "parent", "measured", schema="look")
     assert each_database.psql("SELECT a FROM look.parent") == [(1,)]
+
+
+def test_a_table_whose_rows_were_left_out_comes_back_empty_and_it_says_so(
+    database: Database, workbench: Bench
+) -> None:
+    database.execute("CREATE TABLE t AS SELECT 1 AS a; CREATE TABLE audit AS SELECT 1 AS a")
+    bench = workbench(database, MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA="audit")
+    bench.back_up()
+    restored = tables(bench, "t", "audit", schema="side")
+    assert (
+        "Not in this backup are the rows of public.audit (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."
+        in restored.notes
+    )
+    assert "Not in this backup" not in tables(bench, "t", schema="other").message
+    assert database.psql("SELECT (SELECT count(*) FROM side.t), (SELECT count(*) FROM side.audit)") == [
+        (1, 0)
+    ]
+
+
+@pytest.mark.parametrize("place", ["psql", "notes"])
+def test_tables_a_signal_after_the_commit_undoes_nothing(
+    place: str, database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.execute("CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(database)
+    bench.back_up()
+    module, name = (psql, "run") if place == "psql" else (side_schema, "_partitioned")
+    real = getattr(module, name)
+
+    def interrupted(*given: object, **named: object) -> None:
+        real(*given, **named)
+        raise Interrupt("SIGTERM")
+
+    monkeypatch.setattr(module, name, interrupted)
+    told: list[str] = []
+    restored = tables(bench, "t", schema="side", committed=lambda: told.append("committed"))
+    assert "It was committed before this came in between: SIGTERM." in restored.message
+    assert told
+    assert database.psql("SELECT a FROM side.t") == [(1,)]
+
+
+def test_tables_a_signal_before_the_commit_undoes_all(
+    database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.execute("CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(database)
+    bench.back_up()
+    monkeypatch.setattr(psql, "COMMIT", psql.COMMIT.replace("COMMIT", "SELECT pg_sleep(60); COMMIT"))
+    real = psql.Ended.note
+
+    def interrupt(self: psql.Ended, chunk: bytes) -> None:
+        real(self, chunk)
+        if self.whole:
+            raise Interrupt("SIGTERM")
+
+    monkeypatch.setattr(psql.Ended, "note", interrupt)
+    with pytest.raises(Interrupt):
+        tables(bench, "t", schema="side", committed=lambda: pytest.fail("it was not"))
+    assert database.psql("SELECT to_regnamespace('side')") == [(None,)]
+
+
+def test_tables_that_were_committed_are_not_called_unchanged(
+    database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.execute("CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(database)
+    bench.back_up()
+    real = side_schema.comparison
+    monkeypatch.setattr(side_schema, "comparison", lambda tables: "COMMIT; " + real(tables))
+    with pytest.raises(
+        RestoreFailed, match=r"did not end well: .*the transaction has ended before"
+    ) as caught:
+        tables(bench, "t", schema="side")
+    assert caught.value.state == "The tables are in schema side; nothing else was changed."
+
+
+def test_the_command_says_what_is_there_when_a_signal_comes_late(
+    database: Database, run_migrator: Runner, project: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SIGTERM when psql has committed, and before anybody knows."""
+    database.execute("CREATE TABLE t AS SELECT 1 AS a")
+    folder = project(revisions=linear_history(1))
+    assert run_migrator("backup", cwd=folder, database=database).code == 0
+    late = 'case "$*" in *--version*) exec $real "$@";; esac\n$real "$@"\nkill -TERM $PPID\nsleep 60\n'
+    programs = stand_in(tmp_path / "bin", database.server, psql=late)
+    arguments = ("restore", "latest", "--table", "t", "--into-schema", "side")
+    result = run_migrator(*arguments, cwd=folder, database=database, env={"MIGRATOR_PG_BIN": str(programs)})
+    assert result.code == 0, result
+    assert "It was committed before" in result.stdout + result.stderr
+    assert database.psql("SELECT a FROM side.t") == [(1,)]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from migrator import process
 from migrator.backups import archive, databases
 from migrator.backups import restore as module
 from migrator.backups.side_schema import restore_tables
-from migrator.errors import AccessDenied, LockBusy, NoSuchBackup, RestoreFailed
+from migrator.errors import AccessDenied, BackupFailed, LockBusy, NoSuchBackup, RestoreFailed
 from tests.support.servers import Database, Server
 
 from .conftest import Workbench
+from .test_verify_backup import prove
 
 Bench = Callable[..., Workbench]
 
@@ -229,6 +230,14 @@ def test_a_standby_is_refused(private_server: Callable[..., Server], workbench: 
         restore_tables(
             bench.target, bench.settings, backup.id, ["t"], schema="", run_id="run3", application_name="x"
         )
+    for variables, name in (
+        ({}, "MIGRATOR_DATABASE_URL"),
+        ({"MIGRATOR_VERIFY_URL": server.url("postgres")}, "MIGRATOR_VERIFY_URL"),
+    ):
+        with pytest.raises(BackupFailed, match="is a standby, where no database can be made") as proof:
+            prove(workbench(database, **variables), "restore")
+        assert proof.value.next_step.startswith(f"point {name} at the primary")
+    assert prove(bench, "read").id == backup.id
 
 
 class Stop(BaseException):

@@ -68,9 +68,7 @@ def text(backup: Backup, table: Layout) -> str:
         f"{backup.dump_format} format{', ' + backup.compression if backup.compression else ''}",
         "encrypted to": ", ".join(backup.encrypted_to),
         "without rows of": ", ".join(backup.excluded_table_data),
-        "not proven": ""
-        if backup.verified
-        else "no backup until `migrator verify-backup` proves it",
+        "not proven": "" if backup.verified else "no backup until `migrator verify-backup` proves it",
         "place": backup.place,
         "sha256": backup.stored[0],
     }

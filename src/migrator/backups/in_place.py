@@ -31,7 +31,7 @@ from migrator.target import Target
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_TIMEOUT = "15s"
 _PATIENCE = 20.0  # seconds for the server to notice that psql is gone
-_AFTER_THE_COMMIT = (Interrupt, QueryFailed, ConnectFailed, archive.RestoreStopped)
+AFTER_THE_COMMIT = (Interrupt, QueryFailed, ConnectFailed, archive.RestoreStopped)
 _SUBSCRIPTION = re.compile(r"\d+; \d+ \d+ SUBSCRIPTION - (.*) \S+$")
 
 _EMPTY = """
@@ -151,11 +151,14 @@ class Job:
         return connect(self.target, self.application_name, self.settings.connect_timeout)
 
 
-def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compared, str, list[str]]:
+def replace(
+    job: Job, own: Callable[[], frozenset[int]] | None, committed: Callable[[], None]
+) -> tuple[Compared, str, list[str]]:
     """Put the backup in the place of what the database holds; all of that is as it was where this raises.
 
-    ``own``: see :class:`~migrator.backups.restore.Wishes`.  Returns what was compared, the id of the backup that
-    was made before, and what did not come back.  Raises RestoreFailed, BackupFailed, or losses.WouldLose.
+    ``own``: see :class:`~migrator.backups.restore.Wishes`.  ``committed`` is called as soon as it is.  Returns what was
+    compared, the id of the backup that was made before, and what did not come back.
+    Raises RestoreFailed, BackupFailed, or losses.WouldLose.
     """
     backup = job.backup
     with job.connect() as session:
@@ -171,16 +174,18 @@ def replace(job: Job, own: Callable[[], frozenset[int]] | None) -> tuple[Compare
     try:
         notes += subscriptions(client, job.path)
         _run(job, client, major, limit, ended)
+        committed()
         notes += _notes(job)
     except BaseException as error:
         with process.uninterrupted(forget=True):
-            fate = _fate(job, ended)
-        if fate == "aborted":
+            found = fate(job, ended)
+        if found == "aborted":
             if isinstance(error, archive.RestoreStopped):
                 raise _stopped(job, error) from error
             raise
-        if fate != "committed" or not ended.whole or not isinstance(error, _AFTER_THE_COMMIT):
-            raise _changed(job, safety, fate, error) from error
+        if found != "committed" or not ended.whole or not isinstance(error, AFTER_THE_COMMIT):
+            raise _changed(job, safety, found, error) from error
+        committed()
         notes.append(f"It was committed before this came in between: {error}. ANALYZE may be left to do.")
     counted = [table.rows for table in backup.tables.values() if table.rows is not None]
     return Compared(len(backup.tables), len(counted), sum(counted)), safety, notes
@@ -206,7 +211,7 @@ def _run(job: Job, client: Client, major: int, limit: str, ended: psql.Ended) ->
         )
 
 
-def _fate(job: Job, ended: psql.Ended) -> str:
+def fate(job: Job, ended: psql.Ended) -> str:
     """Find out whether the transaction was "committed" or "aborted" ("" where that cannot be told), and end it."""
     if ended.transaction is None:
         return "" if ended.sent else "aborted"
@@ -215,9 +220,9 @@ def _fate(job: Job, ended: psql.Ended) -> str:
     try:
         with job.connect() as session:
             while True:
-                fate = str(session.value("SELECT txid_status(%s)", [number]))
-                if fate != "in progress":
-                    return fate
+                found = str(session.value("SELECT txid_status(%s)", [number]))
+                if found != "in progress":
+                    return found
                 if time.monotonic() > deadline:
                     return ""
                 session.query("SELECT pg_terminate_backend(%s)", [pid])
@@ -239,9 +244,9 @@ def _stopped(job: Job, stopped: archive.RestoreStopped) -> Exception:
     )
 
 
-def _changed(job: Job, safety: str, fate: str, error: BaseException) -> RestoreFailed:
+def _changed(job: Job, safety: str, found: str, error: BaseException) -> RestoreFailed:
     """Return the error of a restore that may have changed the database."""
-    certain = "was" if fate == "committed" else "may have been"
+    certain = "was" if found == "committed" else "may have been"
     return RestoreFailed(
         f"The restore of {job.backup.id} into the database as it is did not end well: {error}",
         state=f"The database {certain} changed; what was in it before is in backup {safety}.",

@@ -221,8 +221,7 @@ class _Restore:
         job = in_place.Job(
             self._target, self._settings, self._backup, self._path, self._run_id, self._application_name
         )
-        compared, safety, notes = in_place.replace(job, self._wishes.own)
-        self._wishes.swapped()
+        compared, safety, notes = in_place.replace(job, self._wishes.own, self._wishes.swapped)
         try:
             if self._wishes.before_swap is not None:
                 with self._inside(self._target.database) as session:

@@ -41,11 +41,13 @@ class Place:
 
 
 def check(place: Place) -> ServerFacts:
-    """Refuse a role that may not create databases; return what its server is.
+    """Refuse a standby, and a role that may not create databases; return what its server is.
 
     Raises :class:`BackupFailed`, ConnectFailed, QueryFailed.
     """
     with place.connect() as session:
+        if session.facts.in_recovery:
+            raise _standby(place)
         may_create, user = session.query(
             "SELECT rolsuper OR rolcreatedb, rolname::text FROM pg_roles WHERE rolname = current_user"
         )[0]
@@ -57,6 +59,16 @@ def check(place: Place) -> ServerFacts:
                 "MIGRATOR_VERIFY_URL, or set MIGRATOR_BACKUP_VERIFY=read",
             )
         return session.facts
+
+
+def _standby(place: Place) -> BackupFailed:
+    name = "MIGRATOR_VERIFY_URL" if place.elsewhere else "MIGRATOR_DATABASE_URL"
+    other = "" if place.elsewhere else "name another server in MIGRATOR_VERIFY_URL, "
+    return BackupFailed(
+        f"{place.target} is a standby, where no database can be made that a backup could be restored into.",
+        next_step=f"point {name} at the primary (several hosts with target_session_attrs=read-write find it), {other}"
+        "or prove by reading (MIGRATOR_BACKUP_VERIFY=read, verify-backup --how read)",
+    )
 
 
 def left_over(session: Session, database: str) -> list[str]:

@@ -13,12 +13,13 @@ import re
 import time
 from collections.abc import Callable, Sequence
 
-from migrator.backups import archive, clients, psql
+from migrator import process
+from migrator.backups import archive, clients, in_place, psql
 from migrator.backups.in_place import Job, archive_format, chosen, comparison
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restored import Restored, failed, failing, refuse_standby, warn_unproven
 from migrator.backups.stores import open_store
-from migrator.errors import SettingsError
+from migrator.errors import RestoreFailed, SettingsError
 from migrator.postgres import quote_identifier
 from migrator.settings import Settings
 from migrator.target import Target
@@ -87,10 +88,12 @@ def restore_tables(
     schema: str,
     run_id: str,
     application_name: str,
+    committed: Callable[[], None] = lambda: None,
 ) -> Restored:
     """Restore tables of a backup into a schema of the database, which is made where it is not there.
 
-    Nothing else is touched, and where this raises RestoreFailed, nothing at all.
+    Nothing else is touched; where this raises, nothing at all, unless the error says otherwise.  ``committed`` is
+    called as soon as the tables are there, when no signal may say any more that nothing was changed.
     """
     started = time.monotonic()
     store = open_store(settings.backup_url, settings)
@@ -100,7 +103,7 @@ def restore_tables(
     names = _names(backup, wanted)
     with failing(backup), archive.opened(store, backup, settings) as path:
         job = Job(target, settings, backup, path, run_id, application_name)
-        notes = _restore(job, names, schema)
+        notes = _restore(job, names, schema, committed)
     counts = [backup.tables[name.shown].rows for name in names]
     counted = [rows for rows in counts if rows is not None]
     restored = Restored(
@@ -139,7 +142,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
+def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[[], None]) -> list[str]:
     backup, quoted = job.backup, quote_identifier(schema)
     with job.connect() as session:
         refuse_standby(session)
@@ -149,6 +152,7 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
         f"{quoted}.{quote_identifier(name.name)}": Table(backup.tables[name.shown].rows) for name in names
     }
     first = f"CREATE SCHEMA IF NOT EXISTS {quoted};"
+    ended, notes = psql.Ended(), [_LEFT_OUT, *_without_rows(backup, names)]
     try:
         with chosen(client, job.path, _wanted(backup, names)) as listed:
             psql.run(
@@ -165,25 +169,61 @@ def _restore(job: Job, names: Sequence[_Name], schema: str) -> list[str]:
                 first=first,
                 last=comparison(expected),
                 change=_renaming(names, quoted, major),
-                ended=psql.Ended(),
+                ended=ended,
             )
-    except archive.RestoreStopped as stopped:
-        raise failed(
-            backup,
-            f"The tables were not restored into schema {schema}: {stopped.said}",
-            "put right what it says, or restore all of it beside: "
-            f"`migrator restore {backup.id} --to {job.target.database}_look`",
-        ) from stopped
+            committed()
+            notes += _partitioned(job, schema)
+    except BaseException as error:
+        with process.uninterrupted(forget=True):
+            found = in_place.fate(job, ended)
+            if found == "committed":
+                committed()
+        if found == "aborted" and isinstance(error, archive.RestoreStopped):
+            raise _not_restored(job, schema, error) from error
+        if found == "aborted":
+            raise
+        if found != "committed" or not ended.whole or not isinstance(error, in_place.AFTER_THE_COMMIT):
+            raise _uncertain(job, schema, found, error) from error
+        notes.append(f"It was committed before this came in between: {error}.")
+    return notes
+
+
+def _not_restored(job: Job, schema: str, stopped: archive.RestoreStopped) -> RestoreFailed:
+    return failed(
+        job.backup,
+        f"The tables were not restored into schema {schema}: {stopped.said}",
+        "put right what it says, or restore all of it beside: "
+        f"`migrator restore {job.backup.id} --to {job.target.database}_look`",
+    )
+
+
+def _uncertain(job: Job, schema: str, found: str, error: BaseException) -> RestoreFailed:
+    """Return the error of a restore whose tables are there, or may be."""
+    certain = "are" if found == "committed" else "may be"
+    return RestoreFailed(
+        f"The restore of tables of {job.backup.id} did not end well: {error}",
+        state=f"The tables {certain} in schema {schema}; nothing else was changed.",
+        next_step="look what is there; drop those tables before they are restored again",
+    )
+
+
+def _without_rows(backup: Backup, names: Sequence[_Name]) -> list[str]:
+    """Say which of the tables come back empty, because their rows were left out of the backup."""
+    empty = [name.shown for name in names if name.shown in backup.excluded_table_data]
+    if not empty:
+        return []
+    return [f"Not in this backup are the rows of {_some(empty)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."]
+
+
+def _partitioned(job: Job, schema: str) -> list[str]:
+    """Say which of the tables hold no rows themselves."""
     with job.connect() as session:
-        partitioned = session.query(
+        found = session.query(
             "SELECT c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
             " WHERE n.nspname = %s AND c.relkind = 'p'",
             [schema],
         )
-    empty = [
-        f"{name} is partitioned: its rows are in its partitions, to be named too." for (name,) in partitioned
-    ]
-    return [_LEFT_OUT, *empty]
+    return [f"{name} is partitioned: its rows are in its partitions, to be named too." for (name,) in found]
 
 
 def _renaming(names: Sequence[_Name], schema: str, server_major: int) -> Callable[[bytes], bytes]:

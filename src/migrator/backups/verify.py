@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator
 
-from migrator.backups import archive, clients, proof
+from migrator.backups import archive, clients, proof, scratch
 from migrator.backups.manifest import Backup, Proof
 from migrator.backups.proof import READ, RESTORE
 from migrator.backups.store import Store
@@ -37,10 +37,14 @@ def verify(
     with _writing(backup):
         try:
             with judging():
+                place = (
+                    proof.place_of(settings, settings.target, application_name) if how == RESTORE else None
+                )
+                if place is not None:  # before all of it is read
+                    scratch.check(place)
                 backup = backup.proven(_read(store, backup, settings, run_id))
-                if how == RESTORE:
+                if place is not None:
                     with archive.opened(store, backup, settings) as path:
-                        place = proof.place_of(settings, settings.target, application_name)
                         backup = backup.proven(proof.restored(place, settings, backup, path, run_id, None))
         except Unproven as failure:
             store.note(backup.unproven(proof.failed_proof(how, run_id, started, str(failure)), before))
