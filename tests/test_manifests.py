@@ -363,6 +363,8 @@ def test_the_overlay_of_the_documentation_builds(tmp_path: Path) -> None:
     mine.mkdir()
     (mine / "kustomization.yaml").write_text(block)
     (mine / "database-url.txt").write_text("postgresql://shop@elsewhere/shop")
+    for name in ("access-key-id", "secret-access-key"):
+        (mine / name).write_text("mine")
 
     objects = documents(kustomize(mine))
 
@@ -370,6 +372,10 @@ def test_the_overlay_of_the_documentation_builds(tmp_path: Path) -> None:
         validate(item, VERSIONS[-1])
     secret = next(item for item in objects if item["metadata"]["name"].startswith("shop-database"))
     assert base64.b64decode(secret["data"]["url"]) == b"postgresql://shop@elsewhere/shop"
+    keys = next(item for item in objects if item["metadata"]["name"].startswith("shop-backups"))
+    assert {base64.b64decode(value) for value in keys["data"].values()} == {b"mine"}
+    images = {container["image"] for item in objects for container in containers_of(item)}
+    assert images == {"registry.example/shop-migrations:1.4.2", "registry.example/shop-backend:1.4.2"}
     settings = of_kind(objects, "ConfigMap")["data"]
     assert settings["MIGRATOR_BACKUP_URL"] == "s3://your-bucket/shop"
     assert settings["MIGRATOR_LOCK_TIMEOUT"] == "3s"
