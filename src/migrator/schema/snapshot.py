@@ -124,7 +124,7 @@ def take(session: Session, beside: str) -> Snapshot:
 def _take(session: Session, beside: str) -> Snapshot:
     session.query(
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL search_path = '';"
-        " SET LOCAL lock_timeout = '2s'; SET LOCAL quote_all_identifiers = off"
+        " SET LOCAL lock_timeout = '2s'; SET LOCAL quote_all_identifiers = off; SET LOCAL jit = off"
     )
     try:
         versions = {str(table): rows for table, rows in read_all(session)}
