@@ -106,6 +106,7 @@ class _Aim:
     def __init__(self, target: Target, settings: Settings, *, password_only: bool = False) -> None:
         self.target = target
         self._settings, self._password_only = settings, password_only
+        self.grace = settings.rotation_grace
         self._deadline = time.monotonic() + settings.wait_timeout
         self._state: State = ()
         self.refused_at: float | None = None
@@ -132,7 +133,9 @@ class _Aim:
         files = self.target.source
         if files is not None:
             self._state = files.state()
-            self.target = self.target.fresh() if self._password_only else files.now()
+            known, self.target = self.target, self.target.fresh() if self._password_only else files.now()
+            if self.target != known:
+                log.info("%s was replaced: what it says now counts", self.places)
         return self.target
 
     def can_pass(self, error: BaseException) -> bool:
@@ -145,17 +148,17 @@ class _Aim:
         return error.refusal is Refusal.TRANSIENT or self._being_replaced(error)
 
     def _being_replaced(self, error: ConnectFailed) -> bool:
-        files, grace = self.target.source, self._settings.rotation_grace
+        files = self.target.source
         if files is None or not self._settings.wait_timeout:
             return False
         if self._is_replaced():
             self.pause = 0.1
             return True
-        if not grace or not _about_secrets(error) or not files.kept_up:
+        if not self.grace or not _about_secrets(error) or not files.kept_up:
             return False
         now = time.monotonic()
         self.refused_at = self.refused_at or now
-        left = self.refused_at + grace - now
+        left = self.refused_at + self.grace - now
         self.pause = max(0.1, min(_BETWEEN_LOGINS, left))
         return left > 0
 
@@ -193,7 +196,12 @@ class _Complaint:
             self._said, self._at = text, now
             log.info("waiting for %s (%.0f s left): %s", self._aim.target, max(0.0, self._aim.left), text)
             if self._aim.refused_at is not None:
-                log.warning("this passes only if %s is about to be replaced", self._aim.places)
+                seconds = max(0.0, min(self._aim.left, self._aim.grace - self._aim.refused_for))
+                log.warning(
+                    "this passes only if %s is about to be replaced: %.0f s for that",
+                    self._aim.places,
+                    seconds,
+                )
 
 
 def _denied(aim: _Aim, error: ConnectFailed) -> AccessDenied:
