@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,63 @@ def test_a_copy_is_made_of_what_cannot_be_read_twice() -> None:
     backup = dataclasses.replace(BACKUP, place="s3://b/a.dump.age", encrypted_to=("age1x",))
     command = archive.by_hand(backup, "d", "--no-owner")
     assert command.startswith(
-        "aws s3 cp s3://b/a.dump.age - | age -d -i KEY_FILE > COPY.dump && pg_restore --list COPY.dump | grep -vE "
+        "aws s3 cp s3://b/a.dump.age - | age -d -i KEY_FILE > COPY.dump"
+        " && { echo 'BEGIN;' && pg_restore --list COPY.dump | grep -vE "
     )
-    assert " | pg_restore --no-owner --file=- --use-list=/dev/stdin COPY.dump | sed " in command
+    assert (
+        " | pg_restore --no-owner --file=- --use-list=/dev/stdin COPY.dump && echo 'COMMIT WORK;' || "
+        in command
+    )
+
+
+DAMAGED: list[Callable[[Path], object]] = [
+    lambda place: os.truncate(place, place.stat().st_size * 6 // 10),  # in the middle of rows
+    lambda place: os.truncate(place, place.stat().st_size - 10),  # where only a little is missing
+    lambda place: os.truncate(place, 200),
+    Path.unlink,
+]
+
+
+@pytest.mark.parametrize("options", [(), ("--no-owner", "--no-privileges")])
+@pytest.mark.parametrize("damage", DAMAGED, ids=["middle", "end", "head", "gone"])
+def test_a_damaged_dump_changes_nothing(
+    damage: Callable[[Path], object], options: tuple[str, ...], database: Database, workbench: Bench
+) -> None:
+    """Whatever has come until pg_restore found out, and by any shell."""
+    database.execute(
+        "CREATE TABLE t (a text); INSERT INTO t SELECT md5(g::text) FROM generate_series(1, 20000) g;"
+        " CREATE TABLE u AS SELECT a FROM t ORDER BY a"
+    )
+    bench = workbench(database, MIGRATOR_BACKUP_FORMAT="custom", MIGRATOR_BACKUP_COMPRESSION="gzip:1")
+    backup = bench.back_up()
+    database.execute("DELETE FROM t WHERE a < '8'")
+    before = database.dump()
+    damage(Path(backup.place))
+    command = archive.by_hand(backup, database.name, *options)
+    if options:  # into an empty database
+        database.execute("DROP TABLE t, u")
+        before = database.dump()
+    done = run_by_hand(command, database)
+    assert done.returncode == 3, done
+    assert "pg_restore: error" in done.stderr
+    assert database.dump() == before
+
+
+def test_a_damaged_folder_changes_nothing(database: Database, workbench: Bench) -> None:
+    database.execute("CREATE TABLE t AS SELECT 1 AS a; CREATE TABLE u AS SELECT 1 AS a")
+    backup = workbench(database, MIGRATOR_BACKUP_FORMAT="directory").back_up()
+    max(Path(backup.place).glob("[0-9]*")).unlink()
+    database.execute("DELETE FROM t")
+    before = database.dump()
+    done = run_by_hand(archive.by_hand(backup, database.name), database)
+    assert (done.returncode, database.dump()) == (3, before), done
+
+
+def run_by_hand(command: str, database: Database) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/sh", "-c", command],
+        env={**database.environment(), "PATH": f"{database.server.bin}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

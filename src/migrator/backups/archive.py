@@ -49,6 +49,9 @@ _ONE_TRANSACTION = (
     "/^-- Data for Name: .*; Type: BLOBS; /,/^COMMIT;$/{/^BEGIN;$/d;/^COMMIT;$/d}",
 )
 """Edits for sed: rows stay as they are, and the transaction round the large objects, whose COMMIT ends ours, goes."""
+_WHOLE = r"echo 'COMMIT WORK;' || printf '\n\\.\npg_restore failed: nothing was restored;\n'"
+"""What a shell writes when pg_restore has ended: a COMMIT that sed leaves alone, or the end of the rows that it was in
+and what is no SQL, so that psql ends with 3 in any shell (``set -o pipefail`` is not everywhere)."""
 _NOT_FOR_PSQL = re.compile(rb"^SET transaction_timeout = 0;\n", re.MULTILINE)
 
 
@@ -298,7 +301,8 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
     It does so in place, or (not ``clean``) into an empty database.  With ``--no-owner`` it is for a role that may act
     for nobody else: into an empty database, and without event triggers, which only a superuser may make.
 
-    What pg_restore writes first is for newer servers only, and is left out; likewise pg_attver (see above).
+    What pg_restore writes first is for newer servers only, and is left out; likewise pg_attver (see above).  The COMMIT
+    is written only when pg_restore has ended well; ``psql --single-transaction`` would commit what came until it died.
     """
     as_another = "--no-owner" in options
     cleaning = ("--clean", "--if-exists") if clean and not as_another else ()
@@ -313,7 +317,7 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
         if feeds:  # it is read twice
             first, place, feeds = " | ".join(feeds) + " > COPY.dump && ", "COPY.dump", []
         feeds = [
-            first + shlex.join(("pg_restore", "--list", place)),
+            shlex.join(("pg_restore", "--list", place)),
             shlex.join(("grep", "-vE", _EVENT_TRIGGER)),
         ]
         reading += ["--use-list=/dev/stdin", place]
@@ -321,20 +325,12 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
         reading.append(place)
     edits = ["1,20{/^SET transaction_timeout = 0;$/d}", *_ONE_TRANSACTION]
     edits += ["/^ALTER .* ALTER COLUMN .* SET (pg_attver=[0-9]*);$/d"] if backup.oddities else []
-    return " | ".join(
+    source = " | ".join((*feeds, shlex.join(reading)))
+    return first + " | ".join(
         (
-            *feeds,
-            shlex.join(reading),
+            f"{{ echo 'BEGIN;' && {source} && {_WHOLE}; }}",
             shlex.join(("sed", *(word for edit in edits for word in ("-e", edit)))),
-            shlex.join(
-                (
-                    "psql",
-                    "--quiet",
-                    "--single-transaction",
-                    "--set=ON_ERROR_STOP=1",
-                    f"--dbname={_dbname(database)}",
-                )
-            ),
+            shlex.join(("psql", "--quiet", "--set=ON_ERROR_STOP=1", f"--dbname={_dbname(database)}")),
         )
     )
 
