@@ -10,12 +10,12 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from migrator.backups import in_place, psql, side_schema
+from migrator.backups import event_triggers, in_place, psql, side_schema
 from migrator.backups.restored import Restored
 from migrator.backups.side_schema import restore_tables
 from migrator.errors import BackupFailed, RestoreFailed, SettingsError
 from migrator.interruption import Interrupt
-from migrator.postgres import as_typed, quote_identifier
+from migrator.postgres import as_typed, connect, quote_identifier
 from migrator.service import MigrationService
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
@@ -282,6 +282,46 @@ def test_from_within_who_holds_a_lock_is_ended_or_named(
         bench.restore(run_id="run3")
     admin.close()
     assert app.psql("SELECT count(*) FROM t") == [(10,)]
+
+
+EVENT_TRIGGER = (
+    "CREATE FUNCTION audit() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN END $$;"
+    ' CREATE EVENT TRIGGER "an audit" ON ddl_command_start EXECUTE FUNCTION audit();'
+)
+
+
+@pytest.mark.parametrize("owner", ["postgres", "app_role"])
+def test_from_within_event_triggers_are_named_before_anything_is_done(
+    owner: str, app: Database, workbench: Bench
+) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(app)
+    without = bench.back_up()
+    app.execute(f"{EVENT_TRIGGER} ALTER FUNCTION audit() OWNER TO {owner}")
+    bench.back_up()
+    as_app(app, "DELETE FROM t")
+    before, files = app.dump(), bench.files()
+    with pytest.raises(RestoreFailed, match=r"has event triggers \(an audit\).*app_role is none") as caught:
+        bench.restore()
+    assert "restore as a superuser" in caught.value.next_step
+    with pytest.raises(
+        RestoreFailed, match=r"There are event triggers \(an audit\) that .* does not have"
+    ) as caught:
+        bench.restore(without.id)
+    assert (app.dump(), bench.files()) == (before, files)
+    app.execute(caught.value.next_step.partition("as one: ")[2].partition(" then")[0])
+    bench.restore(without.id)
+    assert app.psql("SELECT a FROM t") == [(1,)]
+
+
+def test_from_within_who_may_make_event_triggers_is_not_refused(database: Database, workbench: Bench) -> None:
+    database.execute(EVENT_TRIGGER)
+    bench = workbench(database)
+    backup = bench.back_up()
+    lines = ["1; 3466 2 EVENT TRIGGER - an audit postgres"]
+    with connect(bench.target, "migrator/t", 10) as session:
+        event_triggers.refuse(session, backup, lines)
+    assert database.psql("SELECT evtname::text FROM pg_event_trigger") == [("an audit",)]
 
 
 def test_from_within_no_backup_no_restore(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from migrator import process
-from migrator.backups import archive, clients, losses, psql, temporary
+from migrator.backups import archive, clients, event_triggers, losses, psql, temporary
 from migrator.backups.clients import Client
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restored import Compared, failed
@@ -163,12 +163,17 @@ def replace(
     backup = job.backup
     with job.connect() as session:
         major = session.facts.major
+        client = clients.for_restore(job.settings, major, backup.client_major)
+        try:
+            listed = contents(client, job.path)
+        except archive.RestoreStopped as stopped:
+            raise _stopped(job, stopped) from stopped
+        event_triggers.refuse(session, backup, listed)
         safety = _back_up(job, session)
         limit = ""
         if own is not None:
             losses.refuse_another_server(session, backup)
             limit = _UNWRITTEN.format(limit=losses.refuse_losses(session, backup, own()) + 1)
-    client = clients.for_restore(job.settings, major, backup.client_major)
     ended = psql.Ended()
     notes: list[str] = []
     try:
