@@ -75,6 +75,28 @@ def test_a_thirty_fails_the_job_at_once(shop: Shop) -> None:
     print(shop.kubectl.describe("job", JOB))
 
 
+def test_a_secret_replaced_under_a_refused_pod_is_what_it_logs_in_with(shop: Shop) -> None:
+    """The kubelet writes it into the volume of the running pod within a minute or so: no try is lost."""
+    objects = shop.rendered(OVERLAYS / "job", address=shop.cluster.address_of(shop.database, "wrong"))
+    of_kind(objects, "ConfigMap")["data"] |= {"MIGRATOR_ROTATION_GRACE": "5m", "MIGRATOR_WAIT_TIMEOUT": "5m"}
+    shop.apply(*objects)
+    (pod,) = wait_for(lambda: shop.pods(PODS), 30, lambda: "no pod")
+    name = pod["metadata"]["name"]
+    shop.wait_until_started(name, "migrator")
+    wait_for(
+        lambda: "about to be replaced" in shop.kubectl.logs(name, "migrator"),
+        60,
+        lambda: shop.kubectl.logs(name, "migrator"),
+    )
+    secret = of_kind(objects, "Secret")
+    secret["data"] = {"url": encoded(shop.cluster.address_of(shop.database))}
+    shop.kubectl.apply(secret)
+    wait_for(lambda: condition(shop, "Complete"), 240, shop.explain)
+    assert codes(shop) == [0]
+    assert shop.versions() == HEADS
+    print(shop.kubectl.logs(name, "migrator"))
+
+
 def test_a_revision_that_fails_fails_the_job_at_once(shop: Shop) -> None:
     objects = shop.rendered(OVERLAYS / "job")
     slow.mounted(of_kind(objects, "Job")["spec"]["template"])

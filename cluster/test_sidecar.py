@@ -83,7 +83,9 @@ def test_it_outlives_an_outage_of_the_database_and_ends_with_zero(shop: Shop) ->
 
 
 def test_a_run_that_fails_is_seen_and_the_backend_does_not_start(shop: Shop) -> None:
-    shop.apply(*shop.rendered(OVERLAYS / "sidecar", address=shop.cluster.address_of(shop.database, "wrong")))
+    objects = shop.rendered(OVERLAYS / "sidecar", address=shop.cluster.address_of(shop.database, "wrong"))
+    of_kind(objects, "ConfigMap")["data"]["MIGRATOR_ROTATION_GRACE"] = "0"
+    shop.apply(*objects)
     name = only_pod(shop)["metadata"]["name"]
     ended = shop.wait_for_exit(name, "migrator")
     assert ended["exitCode"] == 30
