@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from migrator.outcome import ExitCode
+from tests.support.gates import Gate
 from tests.support.load import Load
 from tests.support.outcomes import done, left_behind, refusal, unchanged
+from tests.support.pace import Stopwatch, slowness
 from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner, Running
 from tests.support.servers import Database
@@ -55,13 +58,13 @@ def test_a_lock_that_comes_free_is_got_in_the_end(
     done(run_migrator("upgrade", "r001", cwd=folder, database=database))
     reader = database.connect()
     reader.cursor().execute("SELECT * FROM t1")
-    env = {**SHORT, "MIGRATOR_LOCK_RETRIES": "100"}
+    env = {**SHORT, "MIGRATOR_LOCK_TIMEOUT": "1s", "MIGRATOR_LOCK_RETRIES": "100"}
     run = start_migrator("upgrade", destination, "--format", "json", cwd=folder, database=database, env=env)
     run.wait_for(lambda: retried(run))
     # While it pauses it holds nothing that others wait for.
     run.wait_for(lambda: "blocked by pid" in run.stderr)
     reader.close()
-    result = done(run.finish(60))
+    result = done(run.finish())
     assert [item["revision"] for item in result.answer["revisions"]] == ["r002", "r003", "r004"]
     assert database.psql("SELECT version_num FROM alembic_version") == [("r004",)]
     assert left_behind(database) == []
@@ -75,7 +78,7 @@ def test_who_blocks_is_named_while_waiting_and_at_the_end(
     with unchanged(database):
         reader = database.connect(application_name="nightly report")
         reader.cursor().execute("SELECT * FROM t1 -- of last month")
-        env = {"MIGRATOR_LOCK_TIMEOUT": "1500ms", "MIGRATOR_LOCK_RETRIES": "1"}
+        env = {"MIGRATOR_LOCK_TIMEOUT": "3s", "MIGRATOR_LOCK_RETRIES": "1"}
         result = run_migrator(cwd=folder, database=database, env=env)
         pid = reader.info.backend_pid
         reader.close()
@@ -135,28 +138,28 @@ def test_only_blockers_idle_in_transaction_are_ended_and_only_when_told(
 
 
 def test_a_blocker_that_works_is_never_ended(
-    database: Database, project: Project, run_migrator: Runner
+    database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     folder = project(revisions=HISTORY)
     done(run_migrator("upgrade", "r002", cwd=folder, database=database))
     busy = (
         f"PGPASSWORD={shlex.quote(database.server.password)} exec {database.server.bin}/psql -qAt -h 127.0.0.1"
         f" -p {database.server.port} -U {database.server.user} {database.name}"
-        " -c 'BEGIN; SELECT count(*) FROM t1; SELECT pg_sleep(6); COMMIT'"
+        f" -c 'BEGIN; SELECT count(*) FROM t1; {Gate.statement}; COMMIT'"
     )
-    with subprocess.Popen(["sh", "-c", busy], stdout=subprocess.DEVNULL) as reader:
-        asleep = (
-            "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
-        )
-        while not database.psql(asleep):
+    with Gate(database) as gate, subprocess.Popen(["sh", "-c", busy], stdout=subprocess.DEVNULL) as reader:
+        while not gate.reached():
             time.sleep(0.05)
         env = {
             "MIGRATOR_LOCK_TIMEOUT": "1s",
             "MIGRATOR_LOCK_RETRIES": "50",
             "MIGRATOR_TERMINATE_BLOCKERS_AFTER": "1s",
         }
-        result = done(run_migrator(cwd=folder, database=database, env=env))
-        assert reader.wait(20) == 0
+        run = start_migrator(cwd=folder, database=database, env=env)
+        run.wait_for(lambda: run.stderr.count("trying again") >= 3)
+        gate.open()
+        result = done(run.finish())
+        assert reader.wait(60) == 0
     assert "blocked by" in result.stderr
     assert "ended pid" not in result.stderr
 
@@ -165,21 +168,30 @@ def test_a_lost_deadlock_is_tried_again(
     database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
     both = (
-        "op.execute('LOCK TABLE t1')\nop.execute('SELECT pg_sleep(1.5)')\nop.execute('LOCK TABLE t2')\n"
+        f"op.execute('LOCK TABLE t1')\nop.execute('{Gate.statement}')\nop.execute('LOCK TABLE t2')\n"
         "op.execute('CREATE TABLE t3 (id int)')"
     )
     folder = project(revisions=[*linear_history(2), Revision("r003", "r002", both)])
     done(run_migrator("upgrade", "r002", cwd=folder, database=database))
+    gate = Gate(database)
     run = start_migrator(cwd=folder, database=database, env={"MIGRATOR_LOCK_TIMEOUT": "60s"})
-    asleep = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
-    run.wait_for(lambda: database.psql(asleep))
-    with database.connect() as rival:
-        cursor = rival.cursor()
-        cursor.execute("SET deadlock_timeout = '1min'")  # so that the migration is the one that loses
-        cursor.execute("LOCK TABLE t2")
-        cursor.execute("LOCK TABLE t1")
-    rival.close()
-    result = done(run.finish(60))
+    run.wait_for(gate.reached)
+
+    def lock() -> None:
+        with database.connect(application_name="the rival") as rival:
+            cursor = rival.cursor()
+            cursor.execute("SET deadlock_timeout = '1min'")  # so that the migration is the one that loses
+            cursor.execute("LOCK TABLE t2")
+            cursor.execute("LOCK TABLE t1")
+        rival.close()
+
+    locking = threading.Thread(target=lock)
+    locking.start()
+    waits = "SELECT 1 FROM pg_stat_activity WHERE application_name = 'the rival' AND wait_event = 'relation'"
+    run.wait_for(lambda: database.psql(waits))
+    gate.open()
+    locking.join(60)
+    result = done(run.finish())
     assert "deadlock" in result.stderr
     assert "trying again" in result.stderr
     assert database.psql("SELECT to_regclass('t3') IS NOT NULL") == [(True,)]
@@ -216,7 +228,7 @@ def test_a_concurrent_build_waits_for_as_long_as_it_takes(
     done(run_migrator("upgrade", "r001", cwd=folder, database=database))
     writer = database.connect()
     writer.cursor().execute("INSERT INTO t1 VALUES (1, 'x')")
-    env = {**SHORT, "MIGRATOR_STATEMENT_TIMEOUT": "500ms"}
+    env = {**SHORT, "MIGRATOR_STATEMENT_TIMEOUT": "1500ms"}
     run = start_migrator(cwd=folder, database=database, env=env)
     run.wait_for(lambda: "blocked by pid" in run.stderr)
     building = (
@@ -225,7 +237,7 @@ def test_a_concurrent_build_waits_for_as_long_as_it_takes(
     run.wait_for(lambda: database.psql(building))
     writer.commit()
     writer.close()
-    done(run.finish(60))
+    done(run.finish())
     assert database.psql("SELECT indisvalid FROM pg_index WHERE indexrelid = 't1_note'::regclass") == [
         (True,)
     ]
@@ -273,16 +285,24 @@ def test_no_request_waits_longer_than_the_lock_timeout_and_the_migration_gets_th
     database.execute("INSERT INTO t1 SELECT g, 'x' FROM generate_series(1, 1000) g")
     report = database.connect(application_name="long report")
     env = {"MIGRATOR_LOCK_TIMEOUT": f"{LOCK_TIMEOUT}s", "MIGRATOR_LOCK_RETRIES": "100"}
-    with Load(database, BUSY) as load:
+    with Stopwatch() as watch, Load(database, BUSY) as load:
         report.cursor().execute("SELECT count(*) FROM t1")
         run = start_migrator("--format", "json", cwd=folder, database=database, env=env)
-        run.wait_for(lambda: run.stderr.count("trying again") >= 3, timeout=60)
+        run.wait_for(lambda: run.stderr.count("trying again") >= 3)
         report.close()
-        result = done(run.finish(120))
-        time.sleep(0.5)  # the traffic goes on after it, too
+        result = done(run.finish())
+        after = time.monotonic()  # the traffic goes on after it, too
+        run.wait_for(
+            lambda: all(
+                sum(item.client == name and item.began > after for item in list(load.requests)) > 20
+                for name in BUSY
+            ),
+            ended=True,
+        )
     assert [item["revision"] for item in result.answer["revisions"]] == ["r003", "r004"]
     assert load.errors() == []
     # Some did wait behind the ALTER, or nothing would have been shown; and all were answered in time.
-    assert LOCK_TIMEOUT / 2 < load.slowest() <= LOCK_TIMEOUT + 1
-    assert all(sum(item.client == name for item in load.requests) > 20 for name in BUSY)
+    assert load.slowest() > LOCK_TIMEOUT / 2
+    late = load.slowest() - LOCK_TIMEOUT - watch.missed
+    assert late <= 1 or late <= slowness()
     assert left_behind(database) == []

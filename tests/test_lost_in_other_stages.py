@@ -14,7 +14,9 @@ from migrator.postgres import QueryFailed, Session, connect
 from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
 from migrator.target import parse
 from tests.support.env_text import env
+from tests.support.gates import Gate
 from tests.support.outcomes import done, left_behind, refusal, unchanged
+from tests.support.pace import Stopwatch
 from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.proxy import Proxy
 from tests.support.runner import Runner, Running
@@ -28,6 +30,9 @@ RUNS = (
     " AND application_name LIKE 'migrator/%' AND application_name {} '% backup'"
 )
 CONTROL, DUMP = RUNS.format("NOT LIKE"), RUNS.format("LIKE")
+OURS = (
+    "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'migrator/%'"
+)
 AGAIN = "beginning again (1 of 3)"
 
 
@@ -47,7 +52,7 @@ def test_while_waiting_for_the_run_lock(database: Database, project: Project, st
     database.psql(CONTROL)
     run.wait_for(AGAIN)
     other.close()
-    done(run.finish(60))
+    done(run.finish())
     assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
     assert left_behind(database) == []
 
@@ -72,7 +77,7 @@ def test_the_control_connection_during_the_backup(
     backing_up(database, run)
     database.psql(CONTROL)
     holder.close()
-    result = done(run.finish(60))
+    result = done(run.finish())
     assert AGAIN in result.stderr
     assert [item["revision"] for item in result.answer["revisions"]] == ["r002"]
     assert len(list(run_migrator.backups.rglob("*.dump"))) == 1  # the one that the run knows of
@@ -88,7 +93,7 @@ def test_the_dumps_own_connection(
     run = start_migrator(cwd=project(revisions=linear_history(2)), database=database)
     backing_up(database, run)
     database.psql(DUMP)
-    refusal(run.finish(60), ExitCode.BACKUP_FAILED)
+    refusal(run.finish(), ExitCode.BACKUP_FAILED)
     holder.close()
     assert database.psql("SELECT version_num FROM alembic_version") == [("r001",)]
     assert not list(run_migrator.backups.rglob("*.dump"))
@@ -106,7 +111,7 @@ def test_a_restart_during_the_backup(
     run = start_migrator(cwd=project(revisions=linear_history(2)), database=database)
     backing_up(database, run)
     server.restart("immediate")
-    result = done(run.finish(60))
+    result = done(run.finish())
     assert AGAIN in result.stderr
     assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
     assert len(list(run_migrator.backups.rglob("*.dump"))) == 1
@@ -119,15 +124,21 @@ def test_while_env_py_is_loaded(
     server = private_server()
     database = server.create_database()
     mark = tmp_path / "loading"
-    slow = env(before=f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(3)")
-    run = start_migrator(cwd=project(slow, revisions=linear_history(2)), database=database)
+    slow = env(
+        before=f"import pathlib, time; pathlib.Path({str(mark)!r}).touch()\n"
+        "while not pathlib.Path('go').exists():\n    time.sleep(0.02)\n"
+    )
+    folder = project(slow, revisions=linear_history(2))
+    run = start_migrator(cwd=folder, database=database)
     run.wait_for(mark.exists)
     if how == "restart":
         server.restart("fast")
     else:
         database.psql(CONTROL)
-    run.wait_for("the control connection was lost", timeout=8)
-    done(run.finish(60))
+        run.wait_for(lambda: not database.psql(OURS))
+    (folder / "go").touch()
+    run.wait_for("the control connection was lost")
+    done(run.finish())
     assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
     assert left_behind(database) == []
 
@@ -135,9 +146,10 @@ def test_while_env_py_is_loaded(
 ASSERTION = """\
 [[assertions]]
 name = "slow"
-sql = "SELECT count(*) FROM (SELECT pg_sleep(3)) AS s"
+sql = "SELECT slowly()"
 expect = 1
 """
+SLOWLY = f"op.execute('CREATE FUNCTION slowly() RETURNS int LANGUAGE plpgsql AS $$ BEGIN {Gate.body} RETURN 1; END $$')"
 
 
 @pytest.mark.parametrize("how", ["ended", "restart"])
@@ -146,14 +158,17 @@ def test_while_verifying(
 ) -> None:
     server = private_server()
     database = server.create_database()
-    folder = project({"migrations/verify.toml": ASSERTION}, revisions=linear_history(2))
+    revisions = [*linear_history(1), Revision("r002", "r001", SLOWLY)]
+    folder = project({"migrations/verify.toml": ASSERTION}, revisions=revisions)
+    gate = Gate(database)
     run = start_migrator("--format", "json", cwd=folder, database=database)
-    run.wait_for(lambda: database.psql("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    run.wait_for(gate.reached)
     if how == "restart":
         server.restart("fast")
     else:
         database.psql(CONTROL)
-    result = done(run.finish(60))
+        gate.open()
+    result = done(run.finish())
     assert "the connection was lost while verifying" in result.stderr
     assert [item["revision"] for item in result.answer["revisions"]] == ["r001", "r002"]
     assert left_behind(database) == []
@@ -171,7 +186,7 @@ def test_a_stall_while_inspecting_is_bounded(
     run.wait_for("waiting for the run lock")
     with unchanged(database):
         proxy.stall()
-        refusal(run.finish(110), ExitCode.UNREACHABLE, "did not answer within 3 s")
+        refusal(run.finish(), ExitCode.UNREACHABLE, "did not answer within 3 s")
         other.close()
         proxy.close()
 
@@ -192,7 +207,7 @@ def test_a_revision_that_computes_is_left_alone(
         "connection.exec_driver_sql('INSERT INTO t1 VALUES (2)')",
     )
     run = start_migrator(cwd=project(revisions=[*linear_history(1), computes]), database=database)
-    result = done(run.finish(60))
+    result = done(run.finish())
     assert "lost" not in result.stderr
     assert database.psql("SELECT id FROM t1 ORDER BY 1") == [(1,), (2,)]
 
@@ -222,19 +237,31 @@ def test_a_query_may_take_as_long_as_the_server_works_on_it(database: Database) 
 
 def test_a_query_with_a_limit_ends_at_it(database: Database) -> None:
     with session(database, database.url) as impatient:
-        began = time.monotonic()
-        with pytest.raises(QueryFailed, match="no answer for 1 s") as caught:
+        with Stopwatch() as watch, pytest.raises(QueryFailed, match="no answer for 1 s") as caught:
             impatient.value("SELECT pg_sleep(30)", timeout=1)
-        assert time.monotonic() - began < 10
+        assert watch.seconds < 10
         assert caught.value.lost
         impatient.reconnect(5)
         assert impatient.answers()
 
 
 def test_an_answer_that_was_lost_is_not_waited_for(database: Database, proxy: Proxy) -> None:
+    database.execute(
+        f"CREATE FUNCTION slowly() RETURNS int LANGUAGE plpgsql AS $$ BEGIN {Gate.body} RETURN 1; END $$"
+    )
+    gate = Gate(database)
+
+    def lose() -> None:
+        while not gate.reached():
+            time.sleep(0.02)
+        proxy.stall(port, direction="down")
+        gate.open()
+
     with session(database, proxy.environment(database)["MIGRATOR_DATABASE_URL"]) as stalled:
         ((port,),) = database.psql("SELECT client_port FROM pg_stat_activity WHERE pid = %s", (stalled.pid,))
-        threading.Timer(0.5, lambda: proxy.stall(port, direction="down")).start()
+        losing = threading.Thread(target=lose)
+        losing.start()
         with pytest.raises(QueryFailed, match="no answer for") as caught:
-            stalled.value("SELECT pg_sleep(2)")
+            stalled.value("SELECT slowly()")
+        losing.join()
         assert caught.value.lost

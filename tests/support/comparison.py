@@ -37,8 +37,8 @@ class Comparison:
         words = (*options, "upgrade", destination)
         running = self.run.start(*words, cwd=folder, env=env, database=self.database)
         other = plain_alembic.start(*words, cwd=folder, database=self.plain, env=env, driver=driver)
-        said, _ = other.communicate(timeout=60)
-        result = running.finish(60)
+        said, _ = other.communicate(timeout=180)
+        result = running.finish()
         assert other.returncode == 0, said
         assert result.code == 0, result
         assert self.database.dump(LEDGER) == self.plain.dump(), result

@@ -62,7 +62,7 @@ def unchanged(database: Database) -> Iterator[None]:
     assert left_behind(database) == []
 
 
-def left_behind(database: Database, patience: float = 5) -> list[tuple[object, ...]]:
+def left_behind(database: Database, patience: float = 30) -> list[tuple[object, ...]]:
     """Return migrator's sessions and advisory locks that are still there after `patience` seconds."""
     deadline = time.monotonic() + patience
     while True:

@@ -18,6 +18,8 @@ from tests.support import leaks
 from tests.support.servers import Database
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 180.0
+"""Seconds after which what is waited for counts as never coming: many times what a busy machine takes."""
 
 
 def migrator_command() -> list[str]:
@@ -107,17 +109,22 @@ class Running:
         """End it as `kill -9` does, its children left to find out."""
         self.process.kill()
 
-    def wait_for(self, text: str | Callable[[], object], timeout: float = 30) -> None:
-        """Wait until `text` stands in its output, or until the given function returns something true."""
-        deadline = time.monotonic() + timeout
+    def wait_for(self, text: str | Callable[[], object], *, ended: bool = False) -> None:
+        """Wait until `text` stands in its output, or until the given function returns something true.
+
+        Fails where the process ends first, unless it has `ended` already and what it did is waited for.
+        """
+        deadline = time.monotonic() + PATIENCE
         while True:
+            over = not ended and self.process.poll() is not None  # before the look: its last words count
+            late = time.monotonic() > deadline
             if text() if callable(text) else text in self.stdout + self.stderr:
                 return
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{text!r} did not come within {timeout} s:\n{self.finish(1)}")
+            if over or late:
+                raise AssertionError(f"{text!r} did not come within {PATIENCE} s:\n{self.finish(1)}")
             time.sleep(0.02)
 
-    def finish(self, timeout: float = 120) -> Result:
+    def finish(self, timeout: float = PATIENCE) -> Result:
         """Wait for its end; kill all of it and fail if it takes longer than `timeout` seconds."""
         if self.result is not None:
             return self.result
@@ -149,13 +156,13 @@ class Running:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.process.wait(10)
+        self.process.wait(PATIENCE)
 
     def end(self) -> None:
         """Kill what is left of it: the command if it still runs, and what it started and left behind."""
         if self.process.poll() is None:
             self._kill_all()
-        self.finish(10)
+        self.finish()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -201,7 +208,7 @@ class Runner:
         self.runs.append(run)
         return run
 
-    def __call__(self, *arguments: str, timeout: float = 120, **options: Any) -> Result:
+    def __call__(self, *arguments: str, timeout: float = PATIENCE, **options: Any) -> Result:
         """Run the command to its end; `cwd`, `env` and `database` are those of `start`."""
         return self.start(*arguments, **options).finish(timeout)
 
