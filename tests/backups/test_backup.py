@@ -133,9 +133,11 @@ def test_truncation_is_found_by_reading(database: Database, workbench: Bench, fr
 
 def test_a_statement_timeout_of_the_role_does_not_end_it(database: Database, workbench: Bench) -> None:
     database.execute("CREATE TABLE t AS SELECT g, repeat(md5(g::text), 40) FROM generate_series(1, 20000) g")
-    database.execute(f"ALTER DATABASE {database.name} SET statement_timeout = '20ms'")
-    database.execute(f"ALTER DATABASE {database.name} SET idle_in_transaction_session_timeout = '20ms'")
-    database.execute(f"ALTER DATABASE {database.name} SET default_transaction_isolation = 'serializable'")
+    database.execute(  # at once: what comes after it has 20 ms
+        f"ALTER DATABASE {database.name} SET statement_timeout = '20ms';"
+        f" ALTER DATABASE {database.name} SET idle_in_transaction_session_timeout = '20ms';"
+        f" ALTER DATABASE {database.name} SET default_transaction_isolation = 'serializable'"
+    )
     assert workbench(database).back_up().tables["public.t"].rows == 20000
 
 

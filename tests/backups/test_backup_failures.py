@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from migrator.errors import BackupFailed
 from migrator.postgres import connect
 from migrator.stages.backup import preflight
 from tests.support import leaks
+from tests.support.proxy import Proxy
 from tests.support.servers import Database, Server
 
 from .conftest import APPLICATION, Workbench
@@ -87,6 +89,14 @@ def noise(database: Database, megabytes: int) -> None:
         "CREATE TABLE noise AS SELECT string_agg(decode(md5(random()::text || g || h), 'hex'), '') AS bytes"
         f" FROM generate_series(1, {megabytes * 10}) g, generate_series(1, 6250) h GROUP BY g"
     )
+
+
+@contextlib.contextmanager
+def slow_network(database: Database) -> Iterator[str]:
+    """Give an address by which 10 MB take ten seconds and more: whoever is to be caught in the middle is."""
+    with Proxy(database.server.port) as network:
+        network.throttle(1e6)
+        yield network.environment(database)["MIGRATOR_DATABASE_URL"]
 
 
 def test_a_disk_that_fills_up(small_disk: Path, database: Database, workbench: Bench) -> None:
@@ -207,10 +217,9 @@ def test_a_locked_table_ends_the_wait(
 
 def test_pg_dump_killed_midway_leaves_nothing(database: Database, workbench: Bench) -> None:
     noise(database, 15)
-    bench = workbench(database)
 
     def kill() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if any(
                 (bench.folder / name).stat().st_size > 100_000 for name in bench.files() if "dump" in name
@@ -221,11 +230,13 @@ def test_pg_dump_killed_midway_leaves_nothing(database: Database, workbench: Ben
             if b"--snapshot" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, 9)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(BackupFailed, match="signal 9"):
-        bench.back_up()
-    killer.join()
+    with slow_network(database) as address:
+        bench = workbench(database, DATABASE_URL=address)
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(BackupFailed, match="signal 9"):
+            bench.back_up()
+        killer.join()
     assert bench.files() == []
 
 
@@ -233,19 +244,20 @@ def test_the_server_gone_midway(private_server: Callable[..., Server], workbench
     server = private_server()
     database = server.create_database()
     noise(database, 15)
-    bench = workbench(database)
 
     def crash() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not any(name.endswith(".dump.part") for name in bench.files()):
             time.sleep(0.002)
         server.stop("immediate")
 
-    crasher = threading.Thread(target=crash)
-    crasher.start()
-    with pytest.raises(BackupFailed):
-        bench.back_up()
-    crasher.join()
+    with slow_network(database) as address:
+        bench = workbench(database, DATABASE_URL=address)
+        crasher = threading.Thread(target=crash)
+        crasher.start()
+        with pytest.raises(BackupFailed):
+            bench.back_up()
+        crasher.join()
     assert bench.files() == []
     server.start()
-    assert bench.back_up().tables["public.noise"].rows == 150
+    assert workbench(database).back_up().tables["public.noise"].rows == 150

@@ -22,7 +22,7 @@ from migrator.errors import BackupFailed
 from tests.support.servers import Database, Server
 
 from .conftest import RICH, Workbench
-from .test_backup_failures import noise
+from .test_backup_failures import noise, slow_network
 from .test_backup_failures import small_disk as small_disk
 
 Bench = Callable[..., Workbench]
@@ -251,24 +251,25 @@ def test_a_server_that_goes_away_midway(private_server: Callable[..., Server], w
     database = server.create_database()
     noise(database, 12)
     database.execute("CREATE TABLE second AS SELECT * FROM noise")
-    bench = workbench(database, **PARALLEL)
 
     def crash() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if any(directory.size_of(path) > 100_000 for path in bench.folder.glob("*.dir.part")):
                 break
             time.sleep(0.002)
         server.stop("immediate")
 
-    crasher = threading.Thread(target=crash)
-    crasher.start()
-    with pytest.raises(BackupFailed):
-        bench.back_up()
-    crasher.join()
+    with slow_network(database) as address:
+        bench = workbench(database, **PARALLEL, DATABASE_URL=address)
+        crasher = threading.Thread(target=crash)
+        crasher.start()
+        with pytest.raises(BackupFailed):
+            bench.back_up()
+        crasher.join()
     assert bench.files() == []
     server.start()
-    assert bench.back_up().tables["public.second"].rows == 120
+    assert workbench(database, **PARALLEL).back_up().tables["public.second"].rows == 120
 
 
 def test_somebody_queues_for_the_whole_table_meanwhile(fresh: Database, workbench: Bench) -> None:
@@ -280,7 +281,7 @@ def test_somebody_queues_for_the_whole_table_meanwhile(fresh: Database, workbenc
     def queue() -> None:
         connection = fresh.connect()
         with connection.cursor() as cursor:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 cursor.execute(
                     "SELECT count(DISTINCT pid) FROM pg_locks"

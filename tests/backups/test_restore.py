@@ -106,6 +106,13 @@ def test_a_newer_client_restores_onto_an_older_server(
     server.drop_database(database.name)
 
 
+def wait_until(wanted: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not wanted():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_sessions_are_ended_and_find_the_new_database(database: Database, workbench: Bench) -> None:
     database.execute("CREATE TABLE t AS SELECT 'old' AS a")
     bench = workbench(database)
@@ -133,8 +140,9 @@ def test_sessions_are_ended_and_find_the_new_database(database: Database, workbe
     busy = database.connect()
     busy.cursor().execute("UPDATE t SET a = 'in a transaction'")
     try:
+        wait_until(lambda: seen)
         restored = bench.restore()
-        time.sleep(0.3)
+        wait_until(lambda: seen[-1] == "old")
     finally:
         stop.set()
         for worker in workers:

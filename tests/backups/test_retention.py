@@ -193,7 +193,7 @@ def test_two_at_once(database: Database, workbench: Bench) -> None:
         subprocess.Popen(command, cwd=bench.folder, env=environment, stdout=-1, stderr=-1) for _ in range(3)
     ]
     for process in running:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         assert process.returncode == 0, out + err
     assert {name.partition(".")[0] for name in bench.files()} == {copy.id for copy in copies[:3]}
     assert len(FolderStore(bench.folder).backups()) == 3

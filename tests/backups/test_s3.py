@@ -237,7 +237,7 @@ def test_a_killed_upload_is_no_backup_and_goes_away(
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"here\n"
         worker.send_signal(number)
-        worker.communicate(timeout=30)
+        worker.communicate(timeout=180)
         assert worker.returncode == (23 if number == signal.SIGTERM else -9)
         assert store.backups() == []
         left = bucket.uploads() + bucket.names()

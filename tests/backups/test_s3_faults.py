@@ -19,6 +19,7 @@ from tests.support.buckets import SECRET, Bucket, Fault, FaultyProxy
 
 from .test_s3 import MEGABYTE, add, open_it
 
+LATE = 6.0  # seconds
 CONTENT = os.urandom(17 * MEGABYTE)  # two parts
 
 
@@ -30,9 +31,17 @@ def proxy(moto: str) -> Iterator[FaultyProxy]:
 
 
 @pytest.fixture
-def store(bucket: Bucket, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    """A store that is reached through the proxy, and that waits less between attempts and for answers."""
-    monkeypatch.setattr(s3_client, "READ_TIMEOUT", 3.0)
+def store(
+    bucket: Bucket,
+    proxy: FaultyProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> S3Store:
+    """A store that is reached through the proxy, and that makes fewer attempts; and waits less for the late answer."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and getattr(callspec.params.get("fault"), "delay", 0) == LATE:
+        monkeypatch.setattr(s3_client, "READ_TIMEOUT", LATE / 2)
     monkeypatch.setattr(s3_client, "ATTEMPTS", 3)
     return open_it(bucket, tmp_path, proxy.address)
 
@@ -58,7 +67,7 @@ PASSES = [
     Fault("put", cut="before", times=1, ending=".json"),
     Fault("put", ask=True, cut="before", times=1, ending=".json"),
     Fault("any", delay=0.3, times=5),
-    Fault("part", delay=4.0, times=1),
+    Fault("part", delay=LATE, times=1),
 ]
 
 
