@@ -167,12 +167,12 @@ class Compose:
         """Ask the backend; the status is 0 where nobody answers."""
         try:
             with urllib.request.urlopen(
-                f"http://127.0.0.1:{port or self.port}{path}", timeout=10
+                f"http://127.0.0.1:{port or self.port}{path}", timeout=60
             ) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:
             return 0, None
 
     def up(self) -> None:

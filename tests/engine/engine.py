@@ -156,7 +156,7 @@ class Engine:
         """Start a container in the background; return its id."""
         return self.run("run", "-d", *arguments, timeout=timeout).stdout.strip()
 
-    def wait(self, container: str, timeout: float = 60) -> int:
+    def wait(self, container: str, timeout: float = 300) -> int:
         """Wait for a container to end; return its exit code."""
         return int(self.run("wait", container, timeout=timeout).stdout)
 

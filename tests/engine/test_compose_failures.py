@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine.compose import Compose
 from tests.engine.containers import wait_for
+from tests.support.pace import Stopwatch
 from tests.support.projects import Revision, linear_history, write_project
 
 pytestmark = pytest.mark.engine
@@ -97,7 +98,9 @@ def test_a_run_that_is_stopped_in_the_middle_rolls_back(recipe: Recipe) -> None:
     assert compose.inspect("migrator")["State"]["Status"] == "running"
     wait_for(lambda: database_answers(compose) and compose.psql(ASLEEP) == ["1"], 60, "r002 runs")
 
-    compose.run("stop", timeout=STOP_SECONDS)
+    with Stopwatch() as watch:
+        compose.run("stop")
+    assert watch.within(STOP_SECONDS)
 
     assert compose.exit_code("migrator") == 23, compose.logs("migrator")
     compose.run("start", "db")

@@ -101,7 +101,7 @@ def free_port() -> int:
 def get(port: int, path: str) -> tuple[int, str]:
     """Return status and body of an answer; 0 where nobody answers."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -137,8 +137,14 @@ def test_twenty_replicas_start_at_once(pods: Pods) -> None:
     names = [pod["metadata"]["name"] for pod in made]
     pods.play(shop.settings, *made, start=False)
 
-    for starting in pods.start(*names):
-        said = starting.communicate(timeout=120)[0]
+    # Until two of them are there, nobody works: however long podman takes from one to the next.
+    with pods.gate(shop.database, f"SELECT pg_advisory_lock({LOCK_CLASS}, {RUN_LOCK})"):
+        starts = pods.start(*names)
+        ours = "application_name LIKE 'migrator/%' AND datname = current_database()"
+        runs = f"SELECT count(*) >= 2 FROM pg_stat_activity WHERE {ours}"
+        wait_for(lambda: shop.psql(runs) == ["t"], 60, "two runs are at work")
+    for starting in starts:
+        said = starting.communicate(timeout=600)[0]
         assert starting.returncode == 0, said
 
     states = [pods.inspect(f"{name}-migrator")["State"] for name in names]
@@ -164,7 +170,7 @@ def test_workers_wait_until_somebody_has_migrated(shop: Shop) -> None:
 
     shop.migrate()
 
-    said = starting.communicate(timeout=60)[0]
+    said = starting.communicate(timeout=300)[0]
     assert starting.returncode == 0, said
     waited, working = (pods.inspect(f"{name}-{container}")["State"] for container in ("migrator", "worker"))
     assert waited["ExitCode"] == 0

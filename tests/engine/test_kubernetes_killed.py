@@ -6,6 +6,7 @@ A history with gates (projects/stages) holds a run in a stage for as long as a s
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Shop:
         """Return the rows of a query."""
         return self.pods.psql(sql, self.database)
 
-    def start(self, *arguments: str) -> str:
+    def start(self, *arguments: str, wait_timeout: str = "30s") -> str:
         """Play the Job's next pod; return its container's name."""
         objects = documents(_text())
         self.made += 1
@@ -75,7 +76,7 @@ class Shop:
         if arguments:
             pod["spec"]["containers"][0]["args"] = [*arguments]
         settings = of_kind(objects, "ConfigMap")
-        settings["data"] |= {"MIGRATOR_WAIT_TIMEOUT": "10s", "MIGRATOR_RUN_LOCK_TIMEOUT": "60s"}
+        settings["data"] |= {"MIGRATOR_WAIT_TIMEOUT": wait_timeout, "MIGRATOR_RUN_LOCK_TIMEOUT": "60s"}
         claim = of_kind(objects, "PersistentVolumeClaim")
         claim["metadata"]["name"] = f"backups-{self.database}"
         claims = [claim] if self.made == 1 else []  # podman makes a volume, and refuses to find it there
@@ -84,10 +85,14 @@ class Shop:
 
     def files(self) -> list[str]:
         """Return the names of the files among the backups."""
-        volume = f"backups-{self.database}"
-        folder = self.pods.podman.run("volume", "inspect", "--format", "{{.Mountpoint}}", volume).stdout
-        found = call(*as_root("find", folder.strip(), "-type", "f", "-printf", "%P\n")).stdout
+        found = call(*as_root("find", self.volume, "-type", "f", "-printf", "%P\n")).stdout
         return sorted(found.splitlines())
+
+    @property
+    def volume(self) -> str:
+        """Where the backups' volume lies on this machine."""
+        name = f"backups-{self.database}"
+        return self.pods.podman.run("volume", "inspect", "--format", "{{.Mountpoint}}", name).stdout.strip()
 
     def is_whole(self) -> None:
         """Check what must be true whatever has happened: one truth, no lock of ours, no half backup."""
@@ -167,7 +172,7 @@ def test_killed_in_a_stage(shop: Shop, stage: str) -> None:
 
 def test_killed_while_it_waits_for_postgres(shop: Shop) -> None:
     shop.pods.secret(shop.secret, shop.pods.address(shop.database, host="not-there"))
-    container = shop.start()
+    container = shop.start(wait_timeout="5m")
     wait_for(lambda: "waiting for" in shop.pods.podman.logs(container), 30, "it waits")
     shop.pods.podman.run("kill", "--signal=KILL", container)
     assert shop.pods.wait(container) == 137
@@ -179,9 +184,15 @@ def test_killed_while_it_waits_for_postgres(shop: Shop) -> None:
 def test_killed_while_a_dump_is_written(shop: Shop) -> None:
     row = "repeat(md5(n::text), 2) || repeat(md5((-n)::text), 2)"
     shop.psql(f"INSERT INTO items SELECT n, {row} FROM generate_series(10000, 700000) AS n")
-    container = shop.start()
-    wait_for(shop.files, 30, "a file is among the backups")
-    shop.pods.podman.run("kill", "--signal=KILL", container)
+    with shop.pods.gate(shop.database, GATES["backup"]):
+        container = shop.start()
+        wait_for(stands(shop, "backup", container), 30, "the run is in backup")
+        process = shop.pods.inspect(container)["State"]["Pid"]
+        # Beforehand, and in one go: by the time that podman has been asked twice, the dump may be over.
+        written = f'[ -n "$(find {shop.volume} -type f -size +64k)" ]'
+        until = f"while [ -e /proc/{process} ] && ! {written}; do :; done"
+        killer = subprocess.Popen(as_root("sh", "-c", f"{until}; kill -9 {process}"))
+    assert killer.wait(180) == 0
     assert shop.pods.wait(container) == 137
     left = shop.files()
     assert left
@@ -194,7 +205,7 @@ def test_killed_while_a_dump_is_written(shop: Shop) -> None:
 def test_a_node_loses_its_network(shop: Shop, stage: str) -> None:
     """Nothing comes through any more, and nobody says so: the server lets go, and another node's pod finishes."""
     with shop.pods.gate(shop.database, GATES[stage]):
-        container = shop.start()
+        container = shop.start(wait_timeout="10s")
         wait_for(stands(shop, stage, container), 30, f"the run is in {stage}")
         process = str(shop.pods.inspect(container)["State"]["Pid"])
         for chain in ("INPUT", "OUTPUT"):
@@ -202,5 +213,5 @@ def test_a_node_loses_its_network(shop: Shop, stage: str) -> None:
     shop.is_whole()
     shop.is_finished()
     # The pod without a network is not left hanging: nothing was committed, so that trying again is what helps.
-    assert shop.pods.wait(container, 120) in {ExitCode.UNREACHABLE, ExitCode.BACKUP_FAILED}
+    assert shop.pods.wait(container) in {ExitCode.UNREACHABLE, ExitCode.BACKUP_FAILED}
     shop.is_whole()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tests.engine.containers import Migrator, wait_for
 from tests.engine.engine import ROOT
 from tests.engine.test_image import LOCKED_DOWN, STOP_SECONDS
 from tests.support import leaks
+from tests.support.pace import Stopwatch
 from tests.support.projects import Revision, linear_history
 
 pytestmark = pytest.mark.engine
@@ -81,8 +81,8 @@ def _ask(migrator: Migrator, container: str, image: str) -> dict[str, Any]:
 
 
 def _stopped(migrator: Migrator, container: str, code: int) -> None:
-    begun = time.monotonic()
-    migrator.engine.run("stop", "-t", "60", container, timeout=90)
+    with Stopwatch() as watch:
+        migrator.engine.run("stop", "-t", "60", container)
     ran = migrator.finished(container)
     assert ran.code == code, ran.output
-    assert time.monotonic() - begun < STOP_SECONDS
+    assert watch.within(STOP_SECONDS)
