@@ -15,6 +15,7 @@ import pytest
 from migrator.outcome import ExitCode
 from tests.support import installations
 from tests.support.outcomes import done, left_behind, refusal
+from tests.support.programs import Held
 from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
 from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database, Server
@@ -238,17 +239,36 @@ def test_who_writes_meanwhile_is_ended_and_has_written_nothing_that_is_lost(
     ],
 )
 def test_what_others_make_while_it_is_restored_is_not_lost(
-    quiet: Database, project: Project, start_migrator: Callable[..., Running], sql: str, role: str
+    quiet: Database,
+    project: Project,
+    start_migrator: Callable[..., Running],
+    tmp_path: Path,
+    sql: str,
+    role: str,
 ) -> None:
     """A lock on tables keeps nobody from these: either nothing is restored, or it was not committed."""
     quiet.execute("CREATE SEQUENCE numbers; SELECT lo_from_bytea(4711, 'x')")
     as_role(quiet, role)
     folder = project(each_in_its_own(), revisions=failing())
-    running = start_migrator("--on-failure", "restore", cwd=folder, database=quiet)
-    running.wait_for(") into ")
-    try:
-        quiet.execute(sql)
-    except psycopg2.Error:
+    held = Held(tmp_path / "bin", quiet.server.bin, "pg_restore", when="--dbname=")
+    env = {"MIGRATOR_PG_BIN": str(held.folder)}
+    running = start_migrator("--on-failure", "restore", cwd=folder, database=quiet, env=env)
+    running.wait_for(held.reached)
+    refused: list[psycopg2.Error] = []
+
+    def make() -> None:
+        try:
+            quiet.psql(sql)
+        except psycopg2.Error as error:
+            refused.append(error)
+
+    making = threading.Thread(target=make)
+    making.start()
+    waits = "SELECT 1 FROM pg_stat_activity WHERE query = %s AND wait_event_type = 'Lock'"
+    running.wait_for(lambda: not making.is_alive() or quiet.server.psql(waits, [sql]))
+    held.go()
+    making.join(60)
+    if refused:
         assert "lo_" in sql
         assert role == "postgres"
         restored(running.finish(), quiet)
@@ -260,15 +280,18 @@ def test_what_others_make_while_it_is_restored_is_not_lost(
 
 
 def test_temporary_tables_of_others_are_no_loss(
-    quiet: Database, project: Project, start_migrator: Callable[..., Running]
+    quiet: Database, project: Project, start_migrator: Callable[..., Running], tmp_path: Path
 ) -> None:
+    held = Held(tmp_path / "bin", quiet.server.bin, "pg_restore", when="--dbname=")
     with contextlib.closing(quiet.connect()) as before:
         before.cursor().execute("CREATE TEMPORARY TABLE mine AS SELECT 1 AS a")
         before.commit()
         folder = project(each_in_its_own(), revisions=failing())
-        running = start_migrator("--on-failure", "restore", cwd=folder, database=quiet)
-        running.wait_for(") into ")
+        env = {"MIGRATOR_PG_BIN": str(held.folder)}
+        running = start_migrator("--on-failure", "restore", cwd=folder, database=quiet, env=env)
+        running.wait_for(held.reached)
         quiet.execute("CREATE TEMPORARY TABLE mine AS SELECT 1 AS a")
+        held.go()
         restored(running.finish(), quiet)
 
 
@@ -384,11 +407,12 @@ def test_a_downgrade_that_fails_too(quiet: Database, project: Project, run_migra
 def test_replicas_that_waited_do_not_try_it_either(
     quiet: Database, project: Project, start_migrator: Callable[..., Running]
 ) -> None:
-    folder = project(
-        each_in_its_own(), revisions=failing('import time\ntime.sleep(2)\nraise RuntimeError("half way")')
-    )
+    fails = "import os, time\nwhile not os.path.exists('go'):\n    time.sleep(0.02)\nraise RuntimeError('half way')"
+    folder = project(each_in_its_own(), revisions=failing(fails))
     env = {"MIGRATOR_ON_FAILURE": "restore"}
     runs = [start_migrator(cwd=folder, database=quiet, env=env) for _ in range(4)]
+    runs[0].wait_for(lambda: sum("waiting for the run lock" in run.stderr for run in runs) == 3)
+    (folder / "go").touch()
     results: list[Result] = [run.finish() for run in runs]
     codes = sorted(result.code for result in results)
     assert codes == [35, 35, 35, 42], "\n".join(map(str, results))
