@@ -207,8 +207,8 @@ sys.excepthook = lambda *_: os._exit(1)
 """
 THREADS = """
 import concurrent.futures, threading, time
-threading.Thread(target=time.sleep, args=(60,)).start()
-concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 60)
+threading.Thread(target=time.sleep, args=(600,)).start()
+concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 600)
 """
 HABITS = {
     "dictConfig": env(before=DICT_CONFIG),
@@ -231,7 +231,7 @@ def test_habits_that_reach_beyond_env(habit: str, project: Project, compare: Com
 def test_threads_that_never_end(project: Project, run_migrator: Runner, database: Database) -> None:
     result = run_migrator(cwd=project(env(before=THREADS), revisions=THREE), database=database)
     assert result.code == 0, result
-    assert result.seconds < 20, result
+    assert result.seconds < 170, result
 
 
 LOGGING_INI = (Path(__file__).parent / "support" / "env_files" / "file_config.ini").read_text()

@@ -83,11 +83,11 @@ def installed(folder: Path, env: dict[str, str], out: Path) -> list[tuple[int, s
             child = subprocess.Popen(command, cwd=folder, env=env, stdout=stdout, stderr=stderr)
         started.append((child, place))
     try:
-        codes = [child.wait(180) for child, _ in started]
+        codes = [child.wait(600) for child, _ in started]
     finally:
         for child, _ in started:
             child.kill()
-            child.wait(10)
+            child.wait(60)
     return [
         (code, (place / "stdout").read_text(), (place / "stderr").read_text())
         for code, (_, place) in zip(codes, started, strict=True)
@@ -98,7 +98,7 @@ def forked(folder: Path, env: dict[str, str], out: Path) -> list[tuple[int, str,
     """Run the command line fifty times at once in forked processes, which all arrive within a moment."""
     runs = [Forked("upgrade", "--format", "json", cwd=folder, env=env, out=out / str(n)) for n in range(RUNS)]
     try:
-        codes = [run.finish(180) for run in runs]
+        codes = [run.finish(600) for run in runs]
     finally:
         for run in runs:
             run.end()

@@ -157,7 +157,7 @@ def test_names_at_a_terminal(hostile: Database, project: Project, run_migrator: 
             except OSError:  # EIO: nobody has the other end any more
                 break
     os.close(ours)
-    assert child.wait(10) == 0, seen
+    assert child.wait(60) == 0, seen
     text = (
         seen.decode().replace("\r\n", "\n").replace("\r\x1b[K", "")
     )  # the bar's own way to the line's start

@@ -16,6 +16,7 @@ import pytest
 from migrator.outcome import ExitCode
 from tests.support.leaks import process_tree
 from tests.support.outcomes import done, refusal, unchanged
+from tests.support.pace import Stopwatch
 from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
 from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database, free_port
@@ -40,13 +41,19 @@ def unignored() -> Iterator[None]:
 def interrupt(run: Running, number: signal.Signals = signal.SIGTERM, *words: str) -> Result:
     """Send a signal; assert that the run, with all that it started, ends soon and says so."""
     family = process_tree(run.pid)
-    run.send(number)
-    began = time.monotonic()
-    result = run.finish(30)
-    seconds = time.monotonic() - began
+    result = ended(run, number, within=GONE)
     refusal(result, ExitCode.INTERRUPTED, number.name, "run it again", *words)
-    assert seconds < GONE, f"{seconds:.1f} s: {result}"
     assert not [pid for pid in family if alive(pid)]
+    return result
+
+
+def ended(run: Running, *numbers: signal.Signals, within: float) -> Result:
+    """Send signals; return how the run ended, within so many seconds."""
+    with Stopwatch() as watch:
+        for number in numbers:
+            run.send(number)
+        result = run.finish()
+    assert watch.within(within), f"{watch.seconds:.1f} s: {result}"
     return result
 
 
@@ -235,8 +242,7 @@ def test_while_pg_dump_runs(
         run = start_migrator(cwd=folder, database=database, env={"MIGRATOR_PG_BIN": str(programs)})
         run.wait_for((programs / "started").exists)
         if body.startswith("trap"):  # a child that is deaf to SIGTERM costs the grace that it is given
-            run.send()
-            refusal(run.finish(10), ExitCode.INTERRUPTED)
+            refusal(ended(run, signal.SIGTERM, within=10), ExitCode.INTERRUPTED)
         else:
             interrupt(run)
     assert list(run_migrator.backups.iterdir()) == []
@@ -286,8 +292,7 @@ def test_while_verify_looks_at_what_was_done(
     folder = project({"migrations/verify.toml": VERIFY_SLOWLY}, revisions=linear_history(1))
     run = start_migrator(cwd=folder, database=database)
     run.wait_for(waiting_for(database, "PgSleep"))
-    run.send()
-    result = run.finish(10)
+    result = ended(run, signal.SIGTERM, within=10)
     refusal(result, ExitCode.PARTIAL, "SIGTERM", "The database is at r001", "`migrator verify`")
     assert database.psql("SELECT version_num FROM alembic_version") == [("r001",)]
 
@@ -300,8 +305,7 @@ def test_after_some_revisions_were_committed(
     folder = project({"migrations/env.py": env}, revisions=slow("SELECT pg_sleep(60)"))
     run = start_migrator("--format", "json", cwd=folder, database=database)
     run.wait_for(waiting_for(database, "PgSleep"))
-    run.send()
-    result = run.finish(10)
+    result = ended(run, signal.SIGTERM, within=10)
     refusal(
         result,
         ExitCode.PARTIAL,
@@ -323,10 +327,8 @@ def test_a_second_signal_does_not_stop_the_telling(
     with unchanged(database):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for(waiting_for(database, "PgSleep"))
-        run.send(signal.SIGINT)
-        run.send(signal.SIGTERM)
-        run.send(signal.SIGTERM)
-        refusal(run.finish(10), ExitCode.INTERRUPTED)
+        result = ended(run, signal.SIGINT, signal.SIGTERM, signal.SIGTERM, within=10)
+        refusal(result, ExitCode.INTERRUPTED)
 
 
 def test_at_any_moment_of_the_start(database: Database, project: Project, start_migrator: Start) -> None:
@@ -336,7 +338,6 @@ def test_at_any_moment_of_the_start(database: Database, project: Project, start_
     for tenths in range(0, 14, 2):
         run = start_migrator("check", cwd=folder, database=database)
         time.sleep(tenths / 20)
-        run.send()
-        done_or_not.add(run.finish(10).code)
+        done_or_not.add(ended(run, signal.SIGTERM, within=10).code)
         assert "Traceback" not in run.stderr, run.stderr
     assert done_or_not <= {-signal.SIGTERM, ExitCode.INTERRUPTED, ExitCode.PENDING}, done_or_not

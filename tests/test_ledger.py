@@ -52,7 +52,7 @@ Run = Callable[..., Result]
 def plain(database: Database, folder: Path, *arguments: str) -> None:
     """Run plain Alembic to its end."""
     process = plain_alembic.start(*arguments, cwd=folder, database=database, env={})
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
 
 
@@ -244,7 +244,7 @@ def test_attempts_leave_each_revision_once(
     database.execute("CREATE TABLE busy (id int)")
     revisions = [*linear_history(2), Revision("r003", "r002", "ALTER TABLE busy ADD x int")]
     folder = project(KINDS[kind], revisions=revisions)
-    variables = {**OFF, "MIGRATOR_LOCK_TIMEOUT": "200ms"}
+    variables = {**OFF, "MIGRATOR_LOCK_TIMEOUT": "1s", "MIGRATOR_LOCK_RETRIES": "100"}
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SELECT * FROM busy")
         running = start_migrator("--baseline", "base", cwd=folder, database=database, env=variables)

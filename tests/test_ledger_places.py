@@ -271,7 +271,7 @@ def test_the_recipe_for_plain_alembic(database: Database, project: Project, run:
     folder = project(env(top=MODELS + RECIPE, configure=configure), revisions=THREE)
     done(run(cwd=folder))
     process = plain_alembic.start("check", cwd=folder, database=database, env={})
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert " ".join(RECIPE.split()) in " ".join(Path("docs/ledger.md").read_text().split())
 
@@ -286,7 +286,7 @@ def test_twenty_pods_add_one_row(
     bring_to(database, 3)
     running = [start_migrator(cwd=folder, database=database, env=OFF) for _ in range(20)]
     for one in running:
-        done(one.finish(120))
+        done(one.finish())
     assert events(database) == [("found", name) for name in ALL]
     assert runs(database) == [("upgrade", "OK")]
     before = database.dump()

@@ -139,9 +139,9 @@ def test_masking_is_quick_on_a_long_text() -> None:
 
     redact = Redactor([*SECRETS, "%" * 60, "\\" * 60, " " * 60])
     text = ("% " * 50 + "\\" * 200 + "a line of a log with 100% of what it takes; ") * 300
-    started = time.monotonic()
+    started = time.process_time()
     redact(text)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.usefixtures("secret")

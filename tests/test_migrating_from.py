@@ -159,7 +159,7 @@ def test_the_script_is_one(tmp_path: Path) -> None:
 def alembic(folder: Path, database: Database, *arguments: str) -> None:
     """Run plain Alembic to its end, which has to be a success."""
     process = plain_alembic.start(*arguments, cwd=folder, database=database, env={})
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
 
 

@@ -64,7 +64,7 @@ def test_the_statements_are_plain_alembics(
                 done(run_migrator(*arguments, cwd=folder, database=database, env=OFF))
             else:
                 process = plain_alembic.start(*arguments, cwd=folder, database=database, env={})
-                said, _ = process.communicate(timeout=60)
+                said, _ = process.communicate(timeout=180)
                 assert process.returncode == 0, said
         lines = seen.read_text().splitlines()
         texts.append([line for line in lines if line.startswith(("UPDATE", "INSERT", "DELETE"))])

@@ -62,7 +62,7 @@ def pooler(server: Server, database: Database, tmp_path: Path) -> Iterator[Poole
         running.append(subprocess.Popen([str(PROGRAM), str(ini)], stdout=log, stderr=log, **options))  # type: ignore[call-overload]
         log.close()
         url = database.url.replace(f":{server.port}/", f":{listen}/")
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while True:
             try:
                 psycopg2.connect(url).close()
@@ -75,7 +75,7 @@ def pooler(server: Server, database: Database, tmp_path: Path) -> Iterator[Poole
     yield start
     for child in running:
         child.terminate()
-        child.wait(10)
+        child.wait(60)
 
 
 def test_transaction_pooling_is_refused(

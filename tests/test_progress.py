@@ -82,7 +82,7 @@ def test_the_servers_progress_stands_on_the_bar(
         "INSERT INTO t1 SELECT n, repeat('x', 400) FROM generate_series(1, 600) n; ANALYZE t1"
     )
     run = start(run_migrator, folder, database, terminal)
-    assert run.wait(60) == 0
+    assert run.wait(180) == 0
     shown = terminal.close()
     bars = re.findall(r"\r\x1b\[K\[[#.]{24}\] 0/1 \(building index[^,]*, (\d+) %\) r002 an index", shown)
     assert bars, shown
@@ -100,11 +100,11 @@ def test_who_is_in_the_way_stands_on_the_bar(
     reader = database.connect()
     reader.cursor().execute("SELECT * FROM t1")
     run = start(run_migrator, folder, database, terminal)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while "(waiting for AccessExclusiveLock on t1) r002" not in terminal.text and time.monotonic() < deadline:
         time.sleep(0.05)
     reader.close()
-    assert run.wait(60) == 0
+    assert run.wait(180) == 0
     shown = terminal.close()
     assert "[........................] 0/1 (waiting for AccessExclusiveLock on t1) r002" in shown
     for line in re.split(r"[\r\n]+", shown):

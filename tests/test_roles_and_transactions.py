@@ -85,7 +85,7 @@ def test_it_is_owned_by_the_role_after_a_wait_for_a_lock(
         Revision("r002", "r001", "ALTER TABLE busy ADD x int"),
     ]
     folder = project(env(), revisions=revisions)
-    variables = {**OFF, "MIGRATOR_ROLE": owner, "MIGRATOR_LOCK_TIMEOUT": "200ms"}
+    variables = {**OFF, "MIGRATOR_ROLE": owner, "MIGRATOR_LOCK_TIMEOUT": "1s", "MIGRATOR_LOCK_RETRIES": "100"}
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SELECT * FROM busy")
         run = start_migrator("--baseline", "base", cwd=folder, database=database, env=variables)

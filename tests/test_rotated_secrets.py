@@ -99,7 +99,7 @@ def test_an_address_replaced_while_postgres_is_away_is_the_one_that_counts(
         run.wait_for("waiting for postgresql://")
         login.rotate()
         login.replace()
-        result = done(run.finish(60))
+        result = done(run.finish())
     assert login.rows() == [("r002",)]
     assert REPLACED not in result.stderr
     assert f":{login.database.server.port}/" in (tmp_path / "report.json").read_text()
@@ -112,7 +112,7 @@ def test_a_login_refused_before_the_file_is_replaced_passes_after_it(
     run = start_migrator(cwd=project(revisions=linear_history(2)), database=login.database, env=login.env)
     run.wait_for(REPLACED)
     login.replace()
-    done(run.finish(60))
+    done(run.finish())
     assert login.rows() == [("r002",)]
 
 
@@ -271,7 +271,7 @@ def test_pg_dump_and_env_py_log_in_with_the_password_of_then(
     if lag:
         run.wait_for(REPLACED)
         login.replace()
-    result = done(run.finish(60))
+    result = done(run.finish())
     assert login.rows() == [("r002",)]
     assert len(list(run_migrator.backups.glob("*.json"))) == 1
     assert "env.py was told" in result.stdout + result.stderr
@@ -301,7 +301,7 @@ def test_who_waits_for_current_goes_on_with_the_password_of_then(
     waiting.wait_for(REPLACED)
     login.replace()
     done(run_migrator(cwd=folder, database=login.database, env=login.env))
-    assert "nothing is pending" in done(waiting.finish(60)).stdout
+    assert "nothing is pending" in done(waiting.finish()).stdout
 
 
 def test_a_run_with_nothing_to_do_is_as_patient(
@@ -314,4 +314,4 @@ def test_a_run_with_nothing_to_do_is_as_patient(
     run = start_migrator(cwd=folder, database=login.database, env=login.env)
     run.wait_for(REPLACED)
     login.replace()
-    assert "Nothing to do" in (result := done(run.finish(60))).stdout + result.stderr
+    assert "Nothing to do" in (result := done(run.finish())).stdout + result.stderr

@@ -111,7 +111,7 @@ def test_all_end_where_plain_alembic_ends(
 ) -> None:
     theirs = write(project, plain.one, plain.two, name="theirs")
     running = plain_alembic.start("upgrade", "head", cwd=theirs, database=plain.one, env={})
-    said, _ = running.communicate(timeout=60)
+    said, _ = running.communicate(timeout=180)
     assert running.returncode == 0, said
 
     folder = write(project, pair.one, pair.two)

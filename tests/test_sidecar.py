@@ -111,7 +111,7 @@ def test_nothing_to_do_is_ready_too(
 
 def test_a_run_that_fails_ends_it_with_its_code(sidecar: Callable[..., Sidecar], database: Database) -> None:
     one = sidecar(revisions=[Revision("r001", None, "SELECT 1/0")])
-    refusal(one.running.finish(60), ExitCode.ROLLED_BACK, "division by zero")
+    refusal(one.running.finish(), ExitCode.ROLLED_BACK, "division by zero")
     assert database.psql("SELECT to_regclass('alembic_version')") == [(None,)]
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_is_killed_is_said_to_be(
     one.wait_for(lambda: database.psql(sleeping), "the revision")
     (child,) = children(one.running.pid)
     os.kill(child, signal.SIGKILL)
-    result = one.running.finish(30)
+    result = one.running.finish()
     assert result.code == 128 + signal.SIGKILL, result
     assert "killed by SIGKILL, as happens at a memory limit" in result.logs[-1]["message"]
     assert line.read_text() == result.logs[-1]["message"]
@@ -152,7 +152,7 @@ def test_a_sidecar_that_is_killed_takes_its_run_with_it(
     sleeping = "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(300)' AND state = 'active'"
     one.wait_for(lambda: database.psql(sleeping), "the revision")
     one.running.kill()
-    one.running.finish(30)
+    one.running.finish()
     deadline = time.monotonic() + 60
     while database.psql(sleeping):
         assert time.monotonic() < deadline, "the run goes on alone"
@@ -222,7 +222,7 @@ def test_it_takes_the_options_of_a_run(
     folder = project(revisions=linear_history(1))
     os.rename(folder / "alembic.ini", folder / "other.ini")
     one = start(run_migrator, folder, database, "-c", "other.ini", "-x", "a=b", "--wait-timeout", "1s")
-    refusal(one.running.finish(60), ExitCode.UNREACHABLE, "did not answer within 1 s")
+    refusal(one.running.finish(), ExitCode.UNREACHABLE, "did not answer within 1 s")
 
 
 def test_at_a_terminal_it_says_how_the_run_ended(sidecar: Callable[..., Sidecar]) -> None:
@@ -272,7 +272,7 @@ def test_it_listens_on_ipv6_and_on_names(listen: str, sidecar: Callable[..., Sid
     (found, *_) = socket.getaddrinfo(
         listen.rpartition(":")[0].strip("[]"), one.port, family, socket.SOCK_STREAM
     )
-    with socket.create_connection(found[4][:2], timeout=10) as connection:
+    with socket.create_connection(found[4][:2], timeout=60) as connection:
         connection.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.0 200 OK")
 
@@ -352,8 +352,8 @@ def test_what_is_too_large_is_refused(standing: Sidecar) -> None:
 
 def test_connections_that_say_nothing_keep_nobody_out(sidecar: Callable[..., Sidecar]) -> None:
     one = sidecar()
-    silent = [socket.create_connection(("127.0.0.1", one.port), timeout=30) for _ in range(60)]
-    half = [socket.create_connection(("127.0.0.1", one.port), timeout=30) for _ in range(60)]
+    silent = [socket.create_connection(("127.0.0.1", one.port), timeout=60) for _ in range(60)]
+    half = [socket.create_connection(("127.0.0.1", one.port), timeout=60) for _ in range(60)]
     try:
         for connection in half:
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: local")

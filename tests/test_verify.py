@@ -158,18 +158,18 @@ def test_an_index_that_another_session_builds_is_left_alone(
     thread.start()
     count = "SELECT count(*) FROM pg_index WHERE NOT indisvalid"
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while database.psql(count) != [(1,)]:
             assert time.monotonic() < deadline, "the build did not start"
             time.sleep(0.02)
         assert catalog.invalid_indexes(plain_session) == ()
         database.psql("SELECT pg_terminate_backend(%s)", (builder.info.backend_pid,))
-        thread.join(10)
+        thread.join(60)
         assert [str(index) for index in catalog.invalid_indexes(plain_session)] == ["public.lines_note_idx"]
     finally:
         writer.close()
         builder.close()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_a_lock_that_is_no_build_hides_nothing(database: Database, plain_session: Session) -> None:

@@ -16,7 +16,10 @@ import pytest
 from migrator.postgres import ConnectFailed, Refusal, classify, connect
 from migrator.target import Target, parse
 from tests.support import PLANTED, installations, leaks
+from tests.support.pace import Stopwatch
 from tests.support.servers import Server, free_port
+
+PATIENCE = 60.0  # seconds, where it is not the time that is tested
 
 LANGUAGES = {
     "C": "password authentication failed",
@@ -88,13 +91,12 @@ def speaker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         server.remove()
 
 
-def refused(target: Target | str, timeout: float = 5.0) -> ConnectFailed:
+def refused(target: Target | str, timeout: float = PATIENCE) -> ConnectFailed:
     """Fail to connect, within the time and without giving the password away."""
     target = parse(target) if isinstance(target, str) else target
-    started = time.monotonic()
-    with pytest.raises(ConnectFailed) as caught:
+    with Stopwatch() as watch, pytest.raises(ConnectFailed) as caught:
         connect(target, "test", timeout)
-    assert time.monotonic() - started < timeout + 0.5
+    assert watch.within(timeout + 0.5)
     error = caught.value
     assert error.text
     assert "\n" not in error.text
@@ -142,7 +144,7 @@ def test_tls_that_the_server_has_not(speaker: Server) -> None:
         error = refused(f"{speaker.url('app')}?sslmode={mode}")
         assert error.refusal is Refusal.DENIED, error.text
     for mode in ("disable", "allow", "prefer"):
-        connect(parse(f"{speaker.url('app')}?sslmode={mode}"), "test", 5).close()
+        connect(parse(f"{speaker.url('app')}?sslmode={mode}"), "test", PATIENCE).close()
 
 
 @pytest.mark.parametrize(
@@ -165,14 +167,14 @@ def test_parameters_that_can_never_work(speaker: Server, query: str) -> None:
 
 def test_too_many_clients_of_a_role(speaker: Server) -> None:
     target = parse(speaker.url("app", "single"))
-    with connect(target, "first", 5) as session:
+    with connect(target, "first", PATIENCE) as session:
         error = refused(target)
         assert (error.refusal, error.sqlstate) == (Refusal.TRANSIENT, "53300")
         assert session.value("SELECT 1") == 1
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            connect(target, "second", 5).close()
+            connect(target, "second", PATIENCE).close()
             return
         except ConnectFailed:
             assert time.monotonic() < deadline
@@ -198,14 +200,14 @@ def test_too_many_clients_of_the_server(speaker: Server) -> None:
 def test_a_server_that_starts_up_or_shuts_down(private_server: Callable[..., Server], language: str) -> None:
     server = private_server(settings={"lc_messages": language})
     target = parse(server.url())
-    with connect(target, "keeps it from stopping", 5) as session:
+    with connect(target, "keeps it from stopping", PATIENCE) as session:
         assert server.process is not None
         server.process.terminate()  # "smart": no new sessions, the old ones go on
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         refusal = None
         while refusal is None:
             try:
-                connect(target, "test", 2).close()
+                connect(target, "test", PATIENCE).close()
             except ConnectFailed as error:
                 refusal = (error.refusal, error.sqlstate)
             assert time.monotonic() < deadline, "it did not shut down"
@@ -223,7 +225,7 @@ def test_a_server_that_starts_up_or_shuts_down(private_server: Callable[..., Ser
     starting.start()
     try:
         codes = set()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while "57P03" not in codes and time.monotonic() < deadline:
             error = refused(target)
             assert error.refusal is Refusal.TRANSIENT
@@ -250,7 +252,7 @@ def test_a_port_where_nobody_listens() -> None:
 
 
 def test_a_name_that_does_not_resolve() -> None:
-    error = refused("postgresql://u:p@no-such-host.invalid/db")
+    error = refused("postgresql://u:p@no-such-host.invalid/db", 5)
     assert error.refusal is Refusal.TRANSIENT
     assert "no-such-host.invalid" in error.text or "no answer within" in error.text
 
@@ -322,10 +324,8 @@ def test_a_server_that_does_not_answer_is_bounded(
     talk: Callable[[socket.socket, threading.Event], None], timeout: float
 ) -> None:
     with listener(talk) as port:
-        started = time.monotonic()
         error = refused(f"postgresql://u:p@127.0.0.1:{port}/db", timeout)
         assert error.refusal is Refusal.TRANSIENT
-        assert time.monotonic() - started < timeout + 0.5
 
 
 def test_several_silent_hosts_are_bounded_together() -> None:
@@ -357,7 +357,7 @@ def test_of_several_hosts_one_that_answers_is_enough(speaker: Server) -> None:
     url = speaker.url("app").replace(
         f"127.0.0.1:{speaker.port}", f"127.0.0.1:{free_port()},127.0.0.1:{speaker.port}"
     )
-    with connect(parse(url), "test", 5) as session:
+    with connect(parse(url), "test", PATIENCE) as session:
         assert session.value("SELECT current_database()") == "app"
 
 
@@ -370,7 +370,7 @@ def test_a_refusal_by_one_of_several_hosts_is_known(speaker: Server) -> None:
 
 def test_an_open_session(speaker: Server) -> None:
     with connect(
-        parse(speaker.url("app", "plain") + "?application_name=theirs"), "migrator run-1", 5
+        parse(speaker.url("app", "plain") + "?application_name=theirs"), "migrator run-1", PATIENCE
     ) as session:
         assert session.facts.major == speaker.major
         assert (session.facts.database, session.facts.user) == ("app", "plain")
@@ -389,11 +389,11 @@ def test_no_thread_and_no_connection_is_left_behind(speaker: Server) -> None:
         return [thread.name for thread in threading.enumerate() if thread.name == "connect"]
 
     for _ in range(5):
-        connect(parse(speaker.url("app", "plain")), "test", 5).close()
+        connect(parse(speaker.url("app", "plain")), "test", PATIENCE).close()
         refused(speaker.url("app", "plain", "wrong"))
         with contextlib.suppress(ConnectFailed):
             connect(parse(speaker.url("app", "plain")), "test", 0.004).close()  # given up at any point
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while (sessions() or threads()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (sessions(), threads()) == (0, [])
@@ -432,7 +432,7 @@ def test_tls_that_cannot_be_trusted(private_server: Callable[..., Server], tmp_p
     url = server.url()
     right, wrong = tmp_path / "server.crt", tmp_path / "other.crt"
     for query in ("sslmode=require", f"sslmode=verify-ca&sslrootcert={right}"):
-        with connect(parse(f"{url}?{query}"), "test", 5) as session:
+        with connect(parse(f"{url}?{query}"), "test", PATIENCE) as session:
             assert session.value("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()") is True
     for query in (
         f"sslmode=verify-full&sslrootcert={right}",  # made out to another name

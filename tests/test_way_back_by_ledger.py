@@ -246,7 +246,7 @@ def test_a_lock_that_is_not_to_be_had_is_asked_for_again(
 ) -> None:
     images.build(linear_history(3), 2)
     images.upgrade()
-    env = {**OFF, "MIGRATOR_LOCK_TIMEOUT": "200ms"}
+    env = {**OFF, "MIGRATOR_LOCK_TIMEOUT": "1s", "MIGRATOR_LOCK_RETRIES": "100"}
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SELECT * FROM t3")
         running = start_migrator("downgrade", "r002", cwd=images.older, database=database, env=env)

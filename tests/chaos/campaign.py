@@ -23,7 +23,7 @@ from tests.support.proxy import Proxy
 from tests.support.servers import Database
 
 WORKERS = 3
-PATIENCE = 12.0
+PATIENCE = 60.0
 """Seconds until the locks of a dead run are gone: the server looks after its client every 2 s while it works."""
 
 
@@ -118,14 +118,14 @@ class Trial:
         if not self.what.at_once:
             self._look(victim)
         second = self._start({})
-        must(second.finish(90) == 0, f"the second run ended with {second.code}")
+        must(second.finish(300) == 0, f"the second run ended with {second.code}")
         if self.what.at_once:
             invariants.backups_whole(self.backups)
         invariants.nothing_held(self.database, PATIENCE)
         invariants.complete(self.database)
         before = self.database.psql("SELECT count(*) FROM migrator_ledger")
         third = self._start({})
-        must(third.finish(60) == 0, f"the third run ended with {third.code}")
+        must(third.finish(300) == 0, f"the third run ended with {third.code}")
         must("Nothing to do" in third.stdout, "the third run did something")
         must(
             self.database.psql("SELECT count(*) FROM migrator_ledger") == before,
@@ -157,7 +157,7 @@ class Trial:
         self.missed = run.code is not None
         with contextlib.closing(holder) if holder else contextlib.nullcontext():
             self._inject(run)
-        run.finish(120)
+        run.finish(300)
         if self._proxy:
             self._proxy.resume()
         return run
@@ -219,7 +219,7 @@ def _hit(proxy: Proxy, fault: str, lasts: float, run: Forked) -> None:
         time.sleep(lasts)
         proxy.resume()
     elif fault == "cut":
-        run.finish(120)
+        run.finish(300)
 
 
 def _refuse(proxy: Proxy) -> Callable[[], None]:

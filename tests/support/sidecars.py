@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import leaks
+from tests.support.pace import Stopwatch
 from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database
 
@@ -58,7 +59,7 @@ class Sidecar:
         body: Any = None,
     ) -> Reply:
         """Ask for a page; fails if the answer gives the planted password away."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
             connection.request(method, path, body=body, headers=dict(headers or {}))
             answer = connection.getresponse()
@@ -97,9 +98,12 @@ class Sidecar:
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
     def stop(self) -> Result:
-        """Send SIGTERM, and return how it ended."""
-        self.running.send(signal.SIGTERM)
-        return self.running.finish(20)
+        """Send SIGTERM, and return how it ended, within what Kubernetes waits for."""
+        with Stopwatch() as watch:
+            self.running.send(signal.SIGTERM)
+            result = self.running.finish()
+        assert watch.within(20), result
+        return result
 
 
 def start(
