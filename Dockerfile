@@ -73,8 +73,13 @@ RUN set -eu; \
         --report /build/migrator.json /build/dist/*.whl; \
     python3 -m compileall -q --invalidation-mode unchecked-hash /opt/migrator
 
+# The full image has Debian's libpq, with the client programs: psycopg2 uses that one.
 FROM build AS build-full
+RUN set -eu; \
+    python3 /build/trim.py /opt/migrator --system-libpq; \
+    /opt/migrator/bin/python -c 'import psycopg2'
 
+# The slim one's psycopg2 keeps its wheel's own libpq: its /opt/migrator is copied into images that have none.
 FROM build AS build-slim
 RUN python3 /build/trim.py /opt/migrator \
         boto3 botocore jmespath pyrage python-dateutil s3transfer six urllib3; \
@@ -95,7 +100,7 @@ FROM runtime-${VARIANT}
 COPY --from=bill /opt/migrator /opt/migrator
 
 # HOME: a user id that is not in /etc/passwd has none, and programs look for it.
-# SSL_CERT_FILE: for sslrootcert=system; psycopg2's own OpenSSL looks where its wheel was built.
+# SSL_CERT_FILE: for sslrootcert=system; the slim image's psycopg2 has an OpenSSL that looks where its wheel was built.
 # PYTHONPATH: what an env.py imports beyond migrator's own dependencies goes to /app/.deps.
 ENV PATH=/opt/migrator/bin:/usr/lib/postgresql/client:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/tmp \
