@@ -354,7 +354,9 @@ def test_a_run_with_nothing_to_do_neither_looks_nor_accepts(
     done(
         run(cwd=folder, MIGRATOR_EDITED="warn")
     )  # another image with the same heads: its digest is another one
-    refusal(run("verify", cwd=folder, MIGRATOR_EDITED="warn"), ExitCode.DRIFTED, "table public.t1: it is gone")
+    refusal(
+        run("verify", cwd=folder, MIGRATOR_EDITED="warn"), ExitCode.DRIFTED, "table public.t1: it is gone"
+    )
 
 
 def test_a_run_with_work_warns_and_goes_on_or_refuses(database: Database, project: Project, run: Run) -> None:
@@ -442,6 +444,47 @@ def test_two_services_in_one_database(database: Database, project: Project, run:
     assert "is what run" in done(run("verify", cwd=other)).stdout
     database.execute("CREATE TABLE by_hand (id int)")
     refusal(run("verify", cwd=one), ExitCode.DRIFTED, "public.by_hand")
+
+
+def test_another_applications_schema_is_its_own_affair(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    """Two applications with a role and a schema each: neither may read the other's version table and ledger."""
+    server = database.server
+    names = {side: server.create_role(f"{side}_{database.name}") for side in ("one", "two")}
+    folders, envs = {}, {}
+    for side, role in names.items():
+        database.execute(
+            f'CREATE SCHEMA {side} AUTHORIZATION "{role}"; ALTER ROLE "{role}" SET search_path = {side}'
+        )
+        folders[side] = project(
+            env(configure=f"version_table_schema='{side}'"), revisions=linear_history(1), name=side
+        )
+        envs[side] = {**OFF, "MIGRATOR_DATABASE_URL": server.url(database.name, user=role)}
+    database.execute(
+        f'REVOKE ALL ON SCHEMA public FROM PUBLIC; REVOKE "{names["one"]}" FROM "{names["two"]}"'
+    )
+
+    def call(side: str, *words: str) -> Result:
+        return run_migrator(*words, cwd=folders[side], database=database, env=envs[side])
+
+    for side in names:
+        done(call(side, "upgrade", "--baseline", "base"))
+    database.execute("CREATE TABLE two.later (id int); CREATE INDEX ON two.t1 (note)")
+    assert "is what run" in done(call("one", "verify")).stdout
+    refusal(call("two", "verify"), ExitCode.DRIFTED, "table two.later", "index two.t1_note_idx")
+    database.execute("DROP TABLE one.t1")
+    refusal(call("one", "verify"), ExitCode.DRIFTED, "table one.t1: it is gone")
+    for role in names.values():
+        database.execute(f'DROP OWNED BY "{role}" CASCADE; DROP ROLE "{role}"')
+
+
+def test_a_table_of_the_applications_with_a_version_number_is_no_version_table(database: Database) -> None:
+    database.execute("CREATE TABLE documents (id int, version_num varchar(9)); CREATE SCHEMA sales")
+    database.execute(
+        "CREATE TABLE sales.buyers (version_num text); INSERT INTO sales.buyers VALUES ('b'), ('a')"
+    )
+    assert snapshot(database).versions == {"sales.buyers": ("a", "b")}
 
 
 def test_while_a_run_is_at_work_nothing_is_said(database: Database, project: Project, run: Run) -> None:

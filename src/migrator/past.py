@@ -257,13 +257,20 @@ def read_needed_backups(session: Session) -> frozenset[str]:
 def read_left(session: Session) -> Left | None:
     """Return the newest snapshot of the schema, in whichever ledger of the database; None where there is none.
 
-    Raises QueryFailed where a ledger cannot be read: nobody knows then.
+    Raises QueryFailed where none can be read: nobody knows then.
     """
-    found = [
-        Left(run_id, at, snapshot or {}, table)
-        for table in _ledgers(session)
-        for run_id, at, snapshot in _read(session, table, _LEFT, ())
-    ]
+    found, denied = [], None
+    for table in _ledgers(session):
+        try:
+            rows = _read(session, table, _LEFT, ())
+        except QueryFailed as error:
+            if error.sqlstate != "42501":
+                raise
+            denied = error  # another application's, unless there is no other one
+            continue
+        found += [Left(run_id, at, snapshot or {}, table) for run_id, at, snapshot in rows]
+    if denied and not found:
+        raise denied
     return max(found, key=lambda left: left.at, default=None)
 
 

@@ -102,14 +102,36 @@ def _search(
     return [(table, rows) for table, rows in found if known & set(rows)] or found
 
 
-def read_all(session: Session) -> list[tuple[VersionTable, tuple[str, ...]]]:
-    """Return every version table that the role may read, of whatever history, with its rows."""
-    found = []
-    for schema, name in session.query(_VERSION_TABLES):
-        table = VersionTable(name, schema)
-        if session.value("SELECT has_table_privilege(to_regclass(%s), 'SELECT')", (table.quoted,)):
-            found.append((table, read_rows(session, table)))
-    return found
+class Elsewhere(NamedTuple):
+    """Every version table of a database with its rows, of whatever history; and the schemas of those out of reach."""
+
+    rows: dict[str, tuple[str, ...]]
+    hidden: frozenset[str]
+
+
+# Nothing but a version table has this one column; another one's version_num may be in a million rows.
+_ALL = """
+SELECT n.nspname::text, c.relname::text,
+       has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
+ WHERE c.relkind = 'r' AND n.nspname !~ '^pg_' AND (c.relnatts = 1 OR c.relname = 'alembic_version')
+"""
+
+
+def read_all(session: Session) -> Elsewhere:
+    """Read every version table that the role may read, in one statement."""
+    found = session.query(_ALL)
+    readable = [VersionTable(name, schema) for schema, name, may in found if may]
+    each = (
+        f"SELECT {number}, array_agg(version_num::text ORDER BY version_num::text) FROM {table.quoted}"  # noqa: S608 - quoted
+        for number, table in enumerate(readable)
+    )
+    rows = session.query(" UNION ALL ".join(each)) if readable else []
+    return Elsewhere(
+        {str(readable[number]): tuple(values or ()) for number, values in rows},
+        frozenset(schema for schema, _, may in found if not may),
+    )
 
 
 # A schema that the role may not use is left out of its search path, and what is in it seems not to be there.

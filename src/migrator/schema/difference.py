@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from migrator.schema.patterns import split
 from migrator.schema.snapshot import Item, Snapshot
 
 
@@ -40,10 +41,14 @@ def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:
     """Compare two snapshots; what is part of a table that is gone, or new, goes without saying.
 
     Definitions are compared where both were taken in the same database under the same major: elsewhere Postgres may
-    write the same ones otherwise.
+    write the same ones otherwise.  What is in a schema of another application's counts in neither.
     """
     exact = before.place == after.place and None not in before.place and before.major == after.major
-    old, new = ({item.key: item for item in snapshot.items} for snapshot in (before, after))
+    hidden = before.hidden | after.hidden
+    old, new = (
+        {item.key: item for item in snapshot.items if not hidden or schema_of(item) not in hidden}
+        for snapshot in (before, after)
+    )
     gone = [item for key, item in old.items() if key not in new]
     came = [item for key, item in new.items() if key not in old]
     changed = [
@@ -57,6 +62,11 @@ def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:
         *(Difference(None, item) for item in _whole(came)),
     ]
     return tuple(found)
+
+
+def schema_of(item: Item) -> str:
+    """Return the schema that a thing is in, or is; empty for an extension."""
+    return "" if item.kind == "extension" else split(item.relation or item.name)[0]
 
 
 def _differ(one: Item, other: Item, exact: bool) -> bool:

@@ -59,13 +59,15 @@ class Snapshot(NamedTuple):
     """A schema at one moment, and where and at which revisions it was taken.
 
     ``versions`` are the rows of every version table.  ``place`` tells a database from a restored copy of it, in which
-    Postgres may write the very same definitions otherwise.
+    Postgres may write the very same definitions otherwise.  ``hidden`` are the schemas with a version table that the
+    role may not read: another application's, which changes them as it likes.
     """
 
     items: tuple[Item, ...]
     versions: Mapping[str, tuple[str, ...]]
     major: int
     place: tuple[int | None, ...]
+    hidden: frozenset[str] = frozenset()
 
     def pack(self) -> dict[str, Any]:
         """Return it as JSON-ready data, a tenth of its size."""
@@ -75,6 +77,7 @@ class Snapshot(NamedTuple):
             "major": self.major,
             "place": list(self.place),
             "versions": dict(self.versions),
+            "hidden": sorted(self.hidden),
             "items": base64.b64encode(zlib.compress(text.encode("utf-8", "surrogateescape"))).decode(),
         }
 
@@ -97,6 +100,7 @@ def unpack(data: Mapping[str, Any]) -> Snapshot:
             {str(name): tuple(map(str, rows)) for name, rows in data["versions"].items()},
             int(data["major"]),
             tuple(data["place"]),
+            frozenset(map(str, data["hidden"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
         raise error if isinstance(error, Unreadable) else Unreadable(f"it is damaged: {error}") from error
@@ -127,11 +131,11 @@ def _take(session: Session, beside: str) -> Snapshot:
         " SET LOCAL lock_timeout = '2s'; SET LOCAL quote_all_identifiers = off; SET LOCAL jit = off"
     )
     try:
-        versions = {str(table): rows for table, rows in read_all(session)}
+        versions, hidden = read_all(session)
         place = session.query(_PLACE, (beside,))[0]
         found = (Item(*("" if value is None else value for value in row)) for row in session.query(_QUERY))
         items = tuple(sorted(item._replace(kind=_RELATIONS.get(item.kind, item.kind)) for item in found))
-        return Snapshot(items, versions, session.facts.major, tuple(place))
+        return Snapshot(items, versions, session.facts.major, tuple(place), hidden)
     finally:
         if not session.closed:
             session.query("ROLLBACK")
