@@ -109,7 +109,7 @@ def test_two_heads_are_named_with_both_ways_out(
     folder = project(revisions=two_heads())
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)
-    refusal(result, BAD, "r002", "fork", "`migrator alembic merge heads", "`migrator upgrade heads`")
+    refusal(result, BAD, "r002", "fork", "`migrator merge heads", "`migrator upgrade heads`")
 
     # both ways out lead out
     done(run_migrator("upgrade", "heads", cwd=folder, database=database))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrator import cli
+from migrator.arguments import PASSED_ON
 from migrator.outcome import ExitCode
 from tests.support import PLANTED
 from tests.support.outcomes import done, left_behind, refusal, unchanged
@@ -281,7 +282,10 @@ def test_alembic_upgrade_as_sql(database: Database, at_second: Path, run_migrato
     database.server.drop_database(other.name)
 
 
-def test_alembic_revision_autogenerate(database: Database, project: Project, run_migrator: Runner) -> None:
+@pytest.mark.parametrize("through", [("alembic",), ()])
+def test_alembic_revision_autogenerate(
+    through: tuple[str, ...], database: Database, project: Project, run_migrator: Runner
+) -> None:
     app = (
         "import sqlalchemy as sa\nmetadata = sa.MetaData()\n"
         "sa.Table('t1', metadata, sa.Column('id', sa.Integer, primary_key=True), sa.Column('note', sa.Text))\n"
@@ -289,7 +293,7 @@ def test_alembic_revision_autogenerate(database: Database, project: Project, run
     )
     folder = project({"app.py": app}, revisions=linear_history(1), env="imports_app")
     done(run_migrator(cwd=folder, database=database))
-    words = ("alembic", "revision", "--autogenerate", "-m", "fresh table", "--rev-id", "r002")
+    words = (*through, "revision", "--autogenerate", "-m", "fresh table", "--rev-id", "r002")
     with unchanged(database):
         done(run_migrator(*words, cwd=folder, database=database))
     (written,) = (folder / "migrations" / "versions").glob("r002_*.py")
@@ -299,12 +303,13 @@ def test_alembic_revision_autogenerate(database: Database, project: Project, run
     assert database.psql("SELECT to_regclass('fresh')::text") == [("fresh",)]
 
 
+@pytest.mark.parametrize("through", [("alembic",), ()])
 def test_alembic_merge_branches_history_and_current(
-    database: Database, project: Project, run_migrator: Runner
+    through: tuple[str, ...], database: Database, project: Project, run_migrator: Runner
 ) -> None:
     folder = project(revisions=[*linear_history(2), Revision("fork", "r001")])
     assert "branchpoint" in done(run_migrator("alembic", "branches", cwd=folder, database=database)).stdout
-    done(run_migrator("alembic", "merge", "-m", "one again", "heads", cwd=folder, database=database))
+    done(run_migrator(*through, "merge", "-m", "one again", "heads", cwd=folder, database=database))
     done(run_migrator(cwd=folder, database=database))
     current = done(run_migrator("alembic", "current", "-v", cwd=folder, database=database)).stdout
     assert "one again" in current
@@ -370,7 +375,7 @@ def test_a_failure_under_alembics_own_command_is_no_defect_of_ours(
 # -- help ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "alembic"])
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in PASSED_ON])
 def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.build_parser().parse_args([command, "--help"])

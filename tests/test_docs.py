@@ -18,6 +18,7 @@ import yaml
 from alembic.config import CommandLine
 
 from migrator import cli, errors, settings
+from migrator.arguments import PASSED_ON
 from migrator.outcome import ExitCode
 from migrator.schema import expectations
 
@@ -198,8 +199,10 @@ def test_every_command_parses(page: str, command: str) -> None:
     if "--help" in words or words == ["..."]:
         words = [word for word in words if word not in {"--help", "...", "COMMAND"}]
     arguments = cli.build_parser().parse_args(words)
-    if arguments.__dict__.get("command") == "alembic" and arguments.arguments not in ([], ["..."]):
-        CommandLine(prog="alembic").parser.parse_args(arguments.arguments)
+    command = arguments.__dict__.get("command")
+    if command in PASSED_ON and arguments.arguments not in ([], ["..."]):
+        own = [] if command == "alembic" else [command]
+        CommandLine(prog="alembic").parser.parse_args([*own, *arguments.arguments])
 
 
 # -- messages ---------------------------------------------------------------------------------------------

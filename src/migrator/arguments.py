@@ -19,6 +19,10 @@ _SWITCHES = frozenset(
 )
 
 
+PASSED_ON = frozenset({"alembic", "revision", "merge"})
+"""Commands whose arguments are Alembic's, all of them."""
+
+
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         # A switch alone means true, and must not take the word after it, which may be the command.
@@ -57,9 +61,9 @@ def make_parser(
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
             epilog=f"example:\n  {example}",
-            parents=[] if name == "alembic" else [after],
-            prefix_chars="\0" if name == "alembic" else "-",
-            add_help=name != "alembic",
+            parents=[] if name in PASSED_ON else [after],
+            prefix_chars="\0" if name in PASSED_ON else "-",
+            add_help=name not in PASSED_ON,
             conflict_handler="resolve" if name == "backup" else "error",  # its --name is not Alembic's
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -179,5 +183,5 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         what.add_argument(
             "--accept-schema", action="store_true", help="what the schema is now is what it should be"
         )
-    if name == "alembic":
+    if name in PASSED_ON:
         parser.add_argument("arguments", nargs="*")

@@ -73,13 +73,32 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "accept the edited files of applied revisions as what was applied, or the schema as it is",
         "migrator repair --accept 1a2b3c4d5e6f",
     ),
+    "revision": (
+        "write a new revision file (Alembic's own command)",
+        'migrator revision --autogenerate -m "add orders"',
+    ),
+    "merge": (
+        "write a revision that joins heads (Alembic's own command)",
+        'migrator merge heads -m "one again"',
+    ),
     "settings": ("show every setting, its value, and where that comes from", "migrator settings"),
     "alembic": ("hand over to Alembic's own command line", "migrator alembic upgrade head --sql"),
 }
 
 
 NO_TARGET = frozenset(
-    {"settings", "history", "heads", "show", "freeze", "backups", "verify-backup", "alembic"}
+    {
+        "settings",
+        "history",
+        "heads",
+        "show",
+        "freeze",
+        "backups",
+        "verify-backup",
+        "revision",
+        "merge",
+        "alembic",
+    }
 )
 """Commands that work without a database."""
 

@@ -206,10 +206,23 @@ def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer
 
 def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Hand over to Alembic's own command line, with this target and without migrator's stages."""
+    return _hand_over(service, list(arguments.arguments))
+
+
+def revision(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Write a revision file, as Alembic does."""
+    return _hand_over(service, ["revision", *arguments.arguments])
+
+
+def merge(service: MigrationService, arguments: argparse.Namespace) -> Answer:
+    """Write a revision that joins heads, as Alembic does."""
+    return _hand_over(service, ["merge", *arguments.arguments])
+
+
+def _hand_over(service: MigrationService, words: list[str]) -> Answer:
     from migrator.aftermath import outside_of_stages
     from migrator.history import hand_over
 
-    words = list(arguments.arguments)
     changes = bool({"upgrade", "downgrade", "stamp"} & set(words)) and "--sql" not in words
     if changes:
         log.warning(
@@ -252,6 +265,8 @@ HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]]
         ledger,
         repair,
         settings,
+        revision,
+        merge,
         alembic,
     )
 }

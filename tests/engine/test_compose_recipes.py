@@ -110,7 +110,7 @@ def test_development(recipe: Recipe, developer: tuple[int, int]) -> None:
     models = project / "shop" / "models.py"
     models.write_text(models.read_text() + "    phone: Mapped[str | None]\n")
     before = set(project.rglob("*"))
-    said = compose.migrator("alembic", "revision", "--autogenerate", "-m", "a phone number for customers")
+    said = compose.migrator("revision", "--autogenerate", "-m", "a phone number for customers")
     (made,) = set(project.rglob("*")) - before
     assert made.name.endswith("_a_phone_number_for_customers.py"), said
     assert (made.stat().st_uid, made.stat().st_gid) == (uid, gid)

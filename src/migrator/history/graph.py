@@ -119,7 +119,7 @@ class History:
             places = ", ".join(str(place) for place in script._version_locations)
             raise HistoryError(
                 f"There is no revision in {places}.",
-                next_step="check what is mounted there; `migrator alembic revision -m ...` makes a first one",
+                next_step="check what is mounted there; `migrator revision -m ...` makes a first one",
             )
         return script
 
@@ -320,7 +320,7 @@ class History:
                 heads = ", ".join(self.heads)
                 raise HistoryError(
                     f"The history has several heads ({heads}), so {destination or 'head'!r} names no one revision.",
-                    next_step="merge them (`migrator alembic merge heads -m ...`), or run `migrator upgrade heads`",
+                    next_step="merge them (`migrator merge heads -m ...`), or run `migrator upgrade heads`",
                 ) from error
             raise HistoryError(f"{text}.", next_step="`migrator history` lists the revisions") from error
 
