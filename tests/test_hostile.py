@@ -178,7 +178,7 @@ def test_a_blocker_with_a_hostile_name_is_named(
     try:
         with holder.cursor() as cursor:
             cursor.execute(f"LOCK TABLE t1 /* {HOSTILE.replace('%', '%%')} */")
-        limits = {"MIGRATOR_LOCK_TIMEOUT": "200ms", "MIGRATOR_LOCK_RETRIES": "1"}
+        limits = {"MIGRATOR_LOCK_TIMEOUT": "3s", "MIGRATOR_LOCK_RETRIES": "0"}
         result = run_migrator("upgrade", cwd=folder, database=database, env={**env, **limits})
     finally:
         holder.close()
