@@ -385,6 +385,40 @@ def test_the_overlay_of_the_documentation_builds(tmp_path: Path) -> None:
     assert all(set(references(item)) <= there for item in objects)
 
 
+def test_a_deployment_of_ones_own_takes_the_foundation_and_the_buckets_components(tmp_path: Path) -> None:
+    own = (K8S / "backend" / "deployment.yaml").read_text().replace("shop-backend", "api")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "deployment.yaml").write_text(own)
+    (tmp_path / "own" / "kustomization.yaml").write_text("resources: [deployment.yaml]\n")
+    shutil.copytree(K8S, tmp_path / "k8s")
+    parts = ("s3-identity", "s3-key", "drift", "namespace")
+    (tmp_path / "kustomization.yaml").write_text(
+        "resources: [k8s/foundation, own]\n"
+        f"components: [{', '.join(f'k8s/components/{name}' for name in parts)}]\n"
+        "secretGenerator: [{name: shop-backups, literals: [access-key-id=mine, secret-access-key=mine]}]\n"
+    )
+    objects = documents(kustomize(tmp_path))
+    there = {(item["kind"], item["metadata"]["name"]) for item in objects}
+    assert ("Deployment", "api") in there
+    assert all(set(references(item)) <= there for item in objects)
+    mounted = {mount["mountPath"] for mount in migrator_of(objects, "api")["volumeMounts"]}
+    assert "/etc/shop-backups" in mounted
+    assert "/backups" not in mounted
+
+
+def test_the_key_of_a_shipped_overlay_is_replaced_by_whoever_builds_on_it(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    (tmp_path / "kustomization.yaml").write_text(
+        "resources: [k8s/overlays/job-s3]\n"
+        "secretGenerator: [{name: shop-backups, behavior: replace, literals: [access-key-id=mine]}]\n"
+    )
+    objects = documents(kustomize(tmp_path))
+    (secret,) = (item for item in objects if item["metadata"]["name"].startswith("shop-backups"))
+    assert secret["data"] == {"access-key-id": base64.b64encode(b"mine").decode()}
+    assert secret["metadata"]["namespace"] == "shop"
+    assert f"'secretName': '{secret['metadata']['name']}'" in str(objects)
+
+
 def test_the_documentation_names_every_overlay_and_component() -> None:
     page = (ROOT / "docs" / "kubernetes.md").read_text()
     assert [name for name in OVERLAYS if f"overlays/{name}`" not in page and f"`{name}`" not in page] == []
