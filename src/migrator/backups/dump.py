@@ -201,7 +201,7 @@ class _Work:
                 globals_note=globals_note,
             )
             backup, unproven = proving.prove(ready.store, part, backup)
-            backup = replace(backup, seconds=round(time.monotonic() - started, 3))
+            backup = replace(backup, seconds=round(time.monotonic() - started, 3), stored_tag=part.tag)
             beside = {roles.ENDING: globals_sql} if globals_sql else {}
             backup = ready.store.add(part, backup, beside)
         if unproven is not None:

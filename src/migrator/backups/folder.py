@@ -75,6 +75,10 @@ class FolderStore:
         """Yield a backup's bytes as they are stored, read from the disk; raises OSError."""
         return file_chunks(Path(backup.place))
 
+    def tag(self, backup: Backup) -> str:
+        """Return that a folder has no other name for a file's content than its checksum."""
+        return ""
+
     @contextlib.contextmanager
     def local(self, backup: Backup) -> Iterator[Path]:
         """Yield a path with what is stored of a backup: here, the file itself."""

@@ -92,7 +92,8 @@ class Backup:
     ``place`` is where it was found, and not in the file.
 
     ``sha256`` and ``size_bytes`` are of what pg_dump wrote; ``stored_sha256`` and ``stored_bytes`` of what is in the
-    store, where that is encrypted (to the keys in ``encrypted_to``).  ``schema_sha256``, ``sequences`` and
+    store, where that is encrypted (to the keys in ``encrypted_to``); ``stored_tag`` is the bucket's ETag of the object
+    that was read back.  ``schema_sha256``, ``sequences`` and
     ``large_objects`` (how many, and their hash) are what a restored copy is compared with; ``excluded_table_data``
     names the tables whose rows were left out; ``spelling`` has the settings that pg_dump wrote definitions under.
     ``next_xid`` is the next transaction id in the dump's snapshot.
@@ -124,6 +125,7 @@ class Backup:
     encrypted_to: tuple[str, ...] = ()
     stored_sha256: str = ""
     stored_bytes: int = 0
+    stored_tag: str = ""
     compression: str = ""
     jobs: int = 1
     excluded_table_data: tuple[str, ...] = ()

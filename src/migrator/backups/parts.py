@@ -25,6 +25,7 @@ class LocalPart:
     """What a file and a folder have in common: the name, the lock, and how they go or get their name."""
 
     encrypted_to: tuple[str, ...] = ()
+    tag = ""
 
     def __init__(self, path: Path, backup_id: str) -> None:
         self.id = backup_id

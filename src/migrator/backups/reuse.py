@@ -1,9 +1,9 @@
 """Find a backup that is as good as a new one: MIGRATOR_BACKUP_MAX_AGE, and only where that is set.
 
 It must be of this very database (cluster, timeline and oid, and not only the name), at these very revisions, proven
-as a new one would be, leave out no rows that a new one would have, and still be there (in a folder, byte for byte: one
-in a bucket is not read again).  What was written since it was made is not in it: that is what whoever sets the age
-agrees to.
+as a new one would be, leave out no rows that a new one would have, and still be there: in a folder byte for byte; in a
+bucket as the very object that was read back when it was proven, by its ETag, or else byte for byte too.  What was
+written since it was made is not in it: that is what whoever sets the age agrees to.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from migrator.backups import archive, directory, exclusions, snapshot
 from migrator.backups.manifest import Backup
+from migrator.backups.store import Store, checksum
 from migrator.backups.stores import open_store
 from migrator.errors import MigratorError
 from migrator.postgres import Session
@@ -31,7 +32,8 @@ def find(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Ba
     if settings.backup_max_age is None:
         return None
     try:
-        candidates = open_store(settings.backup_url, settings).backups(session.facts.database)
+        store = open_store(settings.backup_url, settings)
+        candidates = store.backups(session.facts.database)
     except MigratorError as error:
         LOGGER.warning("no backup can be reused: %s", error.message)
         return None
@@ -44,7 +46,7 @@ def find(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Ba
     found = snapshot.relations(session) if patterns else []
     left_out = {table.shown for table in exclusions.find(session, patterns, found)}
     for backup in recent:
-        why = _unfit(backup, revisions, identity, left_out, settings.backup_verify) or _gone(backup)
+        why = _unfit(backup, revisions, identity, left_out, settings.backup_verify) or _gone(store, backup)
         if not why:
             return backup
         LOGGER.info("%s is not reused: %s", backup.id, why)
@@ -78,19 +80,24 @@ def _unfit(
     return ""
 
 
-def _gone(backup: Backup) -> str:
-    """Return what is wrong with what is stored here, or ``""``; a bucket is not read, which takes as long as a dump."""
+def _gone(store: Store, backup: Backup) -> str:
+    """Return what is wrong with what is stored, or ``""``.
+
+    Nothing but a write gives an object another ETag, and buckets keep checksums of their own against what time does to
+    disks; so one that has the ETag with which it was read back is not read again, which would take as long as a dump.
+    """
     place = Path(backup.place)
-    if not place.is_absolute():
-        return ""
     try:
-        size = directory.size_of(place) if place.is_dir() else place.stat().st_size
-    except OSError as error:
-        return str(error.strerror)
-    if size != backup.stored[1]:
-        return f"it has {size} bytes and not {backup.stored[1]}"
-    try:
-        found = archive.checksum_of(place)
+        if not place.is_absolute():
+            if backup.stored_tag and store.tag(backup) == backup.stored_tag:
+                return ""
+            LOGGER.info("reading %s again: it may not be the object that was proven", backup.id)
+            found = checksum(store.chunks(backup))
+        else:
+            size = directory.size_of(place) if place.is_dir() else place.stat().st_size
+            if size != backup.stored[1]:
+                return f"it has {size} bytes and not {backup.stored[1]}"
+            found = archive.checksum_of(place)
     except OSError as error:
         return str(error.strerror)
     return "" if found == backup.stored else "it is not what was written"

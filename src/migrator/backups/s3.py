@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,10 +107,10 @@ class S3Store:
         """Return where an object is, for people."""
         return f"s3://{self.bucket}/{self.key(name)}"
 
-    def read(self, name: str) -> Iterator[bytes]:
+    def read(self, name: str, on_tag: Callable[[str], object] = lambda _: None) -> Iterator[bytes]:
         """Yield an object's bytes; where the connection breaks, go on from there.  Raises OSError.
 
-        The tag makes sure that it is still the same object.
+        The tag, which ``on_tag`` is told, makes sure that it is still the same object.
         """
         place, tag, attempts = 0, "", 0
         while True:
@@ -120,6 +120,7 @@ class S3Store:
                 with self.asking("s3:GetObject"):
                     answer = self.client.get_object(Bucket=self.bucket, Key=self.key(name), **more)
                     tag = answer["ETag"]
+                    on_tag(tag)
                     left = answer["ContentLength"]
                     if place and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
                         raise S3Failure(str(self), f"{name} cannot be read from its middle", "run again")
@@ -318,6 +319,12 @@ class S3Store:
     def chunks(self, backup: Backup) -> Iterator[bytes]:
         """Yield a backup's bytes as they are stored; raises OSError."""
         return self.read(backup.place.rpartition("/")[2])
+
+    def tag(self, backup: Backup) -> str:
+        """Return the ETag that a dump has now; raises OSError."""
+        name = backup.place.rpartition("/")[2]
+        with self.asking("s3:GetObject"):
+            return str(self.client.head_object(Bucket=self.bucket, Key=self.key(name))["ETag"])
 
     def local(self, backup: Backup) -> AbstractContextManager[Path]:
         """Yield a file on this machine with what is stored of a backup, removed afterwards; raises OSError."""

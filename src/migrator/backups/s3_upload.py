@@ -97,6 +97,7 @@ class S3Part:
         self.name = name
         self.size = 0
         self.kept = False
+        self.tag = ""
         self._store = store
         self._first = first_size(expected)
         self._slab = _Slab(self._first)
@@ -257,7 +258,10 @@ class S3Part:
 
     def chunks(self) -> Iterator[bytes]:
         """Yield what is stored, read back from the bucket; raises OSError."""
-        return self._store.read(self.name)
+        return self._store.read(self.name, self._note_tag)
+
+    def _note_tag(self, tag: str) -> None:
+        self.tag = tag
 
     @contextlib.contextmanager
     def local(self) -> Iterator[Path]:

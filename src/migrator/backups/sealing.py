@@ -173,6 +173,11 @@ class SealedPart:
             raise self._failure
         raise OSError(f"the encryption failed: {self._failure}") from self._failure
 
+    @property
+    def tag(self) -> str:
+        """Return the store's own name for what was read back."""
+        return self.inner.tag
+
     def chunks(self) -> Iterator[bytes]:
         """Yield what is stored, encrypted, read back from there; raises OSError."""
         return self.inner.chunks()

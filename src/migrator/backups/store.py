@@ -62,6 +62,11 @@ class Part(Protocol):
         """Return the checksum and the size of what is stored; known after :meth:`sync`."""
         ...
 
+    @property
+    def tag(self) -> str:
+        """Return the store's own name (ETag) for the content that :meth:`chunks` has read; empty where it has none."""
+        ...
+
     def sync(self) -> None:
         """Have all of it where it will be read back from; raises OSError."""
         ...
@@ -119,6 +124,10 @@ class Store(Protocol):
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
         """Yield a backup's bytes as they are stored; raises OSError."""
+        ...
+
+    def tag(self, backup: Backup) -> str:
+        """Return the store's own name (ETag) for what is stored of a backup now, or an empty text; raises OSError."""
         ...
 
     def local(self, backup: Backup) -> AbstractContextManager[Path]:
