@@ -17,6 +17,7 @@ import pyrage
 import pytest
 
 from migrator.backups import description, verify
+from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
 from migrator.backups.stores import open_store
 from migrator.errors import BackupFailed, NoSuchBackup
@@ -178,6 +179,31 @@ def test_renamed_by_hand(database: Database, workbench: Bench) -> None:
     (bench.folder / f"{backup.id}.json").rename(bench.folder / "other.json")
     with pytest.raises(BackupFailed, match="was renamed"):
         prove(bench, wanted="other")
+
+
+@pytest.mark.parametrize("case", ["good", "damaged", "unproven"])
+def test_where_nothing_can_be_noted(
+    case: str, database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found out is said all the same."""
+    database.execute("CREATE TABLE t (a int)")
+    bench = workbench(database)
+    backup = bench.back_up()
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(FolderStore, "_small", read_only)
+    monkeypatch.setattr(FolderStore, "mark_bad", read_only)
+    said = f"{backup.id} is proven, but that cannot be noted: .*Read-only"
+    if case == "damaged":
+        flip(Path(backup.place))
+        said = "is not what was written: .* could not be renamed so that it is not taken for one: .*Read-only"
+    if case == "unproven":
+        monkeypatch.setattr(verify.scratch, "check", read_only)
+        said = f"The proof of {backup.id} was not finished"
+    with pytest.raises(BackupFailed, match=said):
+        prove(bench, "restore" if case == "unproven" else "read")
 
 
 def test_a_manifest_of_a_later_version(database: Database, workbench: Bench) -> None:

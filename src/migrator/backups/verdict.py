@@ -60,11 +60,7 @@ def refuse(store: Store, backup: Backup, unproven: Unproven) -> NoReturn:
     """
     try:
         for old in store.backups(backup.database):
-            same = (old.system_identifier, old.database_oid) == (
-                backup.system_identifier,
-                backup.database_oid,
-            )
-            if same and not old.verified and old.id != backup.id:
+            if not old.verified and old.id != backup.id and _same_database(old, backup):
                 store.remove(old)
                 LOGGER.info("removed %s, which was never proven: %s takes its place", old.id, backup.id)
     except (OSError, BackupFailed) as error:
@@ -73,6 +69,11 @@ def refuse(store: Store, backup: Backup, unproven: Unproven) -> NoReturn:
         f"{unproven.of(backup)} It was kept as {backup.place}, and is not taken for a backup until it is proven.",
         next_step=f"{unproven.next_step}, then run again; or prove this one: `migrator verify-backup {backup.id}`",
     ) from unproven
+
+
+def _same_database(one: Backup, other: Backup) -> bool:
+    cluster = one.system_identifier == other.system_identifier
+    return cluster and one.database_oid == other.database_oid and one.target == other.target
 
 
 @contextlib.contextmanager

@@ -7,10 +7,8 @@ one that only cannot be restored here (a role or an extension is missing, the se
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
 
 from migrator.backups import archive, clients, proof, scratch
 from migrator.backups.manifest import Backup, Proof
@@ -34,31 +32,34 @@ def verify(
     """
     started, before = time.monotonic(), backup.verified
     LOGGER.info("proving %s (%s) ...", backup.id, how)
-    with _writing(backup):
+    try:
+        with judging():
+            place = proof.place_of(settings, settings.target, application_name) if how == RESTORE else None
+            if place is not None:  # before all of it is read
+                scratch.check(place)
+            backup = backup.proven(_read(store, backup, settings, run_id))
+            if place is not None:
+                with archive.opened(store, backup, settings) as path:
+                    backup = backup.proven(proof.restored(place, settings, backup, path, run_id, None))
+    except Unproven as failure:
+        done = proof.failed_proof(how, run_id, started, str(failure))
         try:
-            with judging():
-                place = (
-                    proof.place_of(settings, settings.target, application_name) if how == RESTORE else None
-                )
-                if place is not None:  # before all of it is read
-                    scratch.check(place)
-                backup = backup.proven(_read(store, backup, settings, run_id))
-                if place is not None:
-                    with archive.opened(store, backup, settings) as path:
-                        backup = backup.proven(proof.restored(place, settings, backup, path, run_id, None))
-        except Unproven as failure:
-            store.note(backup.unproven(proof.failed_proof(how, run_id, started, str(failure)), before))
-            raise BackupFailed(
-                failure.of(backup),
-                next_step=f"{failure.next_step}, and run verify-backup again; the backup was kept",
-            ) from failure
-        except Failed as failure:
-            kept = store.mark_bad(backup, str(failure), backup.database)
-            raise BackupFailed(
-                f"{failure} {backup.id} is no backup any more: it was renamed to {kept}.",
-                next_step="take another backup now: migrator backup; see `migrator backups` for older ones",
-            ) from failure
+            store.note(backup.unproven(done, before))
+        except OSError as error:
+            LOGGER.warning("that its proof was not finished is not noted in the manifest: %s", error)
+        raise BackupFailed(
+            failure.of(backup),
+            next_step=f"{failure.next_step}, and run verify-backup again; the backup was kept",
+        ) from failure
+    except Failed as failure:
+        raise _condemned(store, backup, failure) from failure
+    try:
         store.note(backup)
+    except OSError as error:
+        raise BackupFailed(
+            f"{backup.id} is proven, but that cannot be noted: {error}.",
+            next_step="make its place writable, and run verify-backup again",
+        ) from error
     if not backup.verified:
         LOGGER.warning("a checksum proves too little: %s is still not taken for a backup", backup.id)
     LOGGER.info("%s is proven: %s", backup.id, backup.proofs[-1].how)
@@ -89,13 +90,13 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
     return proof.proof(READ, run_id, started)
 
 
-@contextlib.contextmanager
-def _writing(backup: Backup) -> Iterator[None]:
-    """Turn what noting or renaming can raise into :class:`BackupFailed`."""
+def _condemned(store: Store, backup: Backup, failure: Failed) -> BackupFailed:
+    """Rename a bad backup, so that nothing takes it for one; return the error that says so."""
     try:
-        yield
+        kept = f"is no backup any more: it was renamed to {store.mark_bad(backup, str(failure), backup.database)}."
     except OSError as error:
-        raise BackupFailed(
-            f"The outcome of the proof of {backup.id} cannot be written: {error}.",
-            next_step="make its place writable, and run verify-backup again",
-        ) from error
+        kept = f"is no backup any more, and could not be renamed so that it is not taken for one: {error}."
+    return BackupFailed(
+        f"{failure} {backup.id} {kept}",
+        next_step="take another backup now: migrator backup; see `migrator backups` for older ones",
+    )
