@@ -13,7 +13,10 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from migrator.postgres import ConnectFailed, Refusal, classify, connect
+from migrator import settings
+from migrator.errors import Unreachable
+from migrator.postgres import ConnectFailed, Refusal, Session, classify, connect
+from migrator.stages.wait import wait
 from migrator.target import Target, parse
 from tests.support import PLANTED, installations, leaks
 from tests.support.pace import Stopwatch
@@ -326,6 +329,32 @@ def test_a_server_that_does_not_answer_is_bounded(
     with listener(talk) as port:
         error = refused(f"postgresql://u:p@127.0.0.1:{port}/db", timeout)
         assert error.refusal is Refusal.TRANSIENT
+
+
+@pytest.mark.parametrize(
+    ("told", "refusal", "words"),
+    [
+        ("3D000", Refusal.NO_DATABASE, "nobody created the database within 1 s"),
+        ("", Refusal.TRANSIENT, "the last one: Connection refused"),
+    ],
+)
+def test_an_attempt_for_which_there_was_no_time_does_not_hide_what_the_others_were_told(
+    told: str, refusal: Refusal, words: str
+) -> None:
+    """At the end of a wait an attempt gets what is left, in which a busy server does not get to answer."""
+    attempts: list[float] = []
+
+    def busy(target: Target, name: str, seconds: float) -> Session:
+        attempts.append(seconds)
+        if len(attempts) == 1:
+            raise ConnectFailed(refusal, "Connection refused", told)
+        raise ConnectFailed(Refusal.TRANSIENT, f"no answer within {seconds:.1f} s")
+
+    environment = {"DATABASE_URL": "postgresql://me@db/shop", "MIGRATOR_WAIT_TIMEOUT": "1s"}
+    loaded = settings.load({}, {**environment, "MIGRATOR_WAIT_FOR_DATABASE": "true"}, "/nonexistent")
+    with pytest.raises(Unreachable, match=words):
+        wait(loaded.required_target, loaded, "test", connect=busy)
+    assert len(attempts) > 1
 
 
 def test_several_silent_hosts_are_bounded_together() -> None:

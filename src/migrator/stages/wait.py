@@ -55,8 +55,8 @@ def _wait(
     def attempt() -> Session:
         # Even a wait of 0 seconds makes one honest attempt.
         longest = settings.connect_timeout if settings.wait_timeout == 0 else aim.left
-        seconds = max(0.05, min(settings.connect_timeout, longest))
-        return connect(aim.take(), application_name, seconds)
+        aim.given = max(0.05, min(settings.connect_timeout, longest))
+        return connect(aim.take(), application_name, aim.given)
 
     pause = wait_random_exponential(multiplier=0.25, max=5)
 
@@ -74,7 +74,7 @@ def _wait(
     try:
         session = retrying(attempt)
     except RetryError as error:
-        last = error.last_attempt.exception()
+        last = aim.told or error.last_attempt.exception()
         reason = last.text if isinstance(last, ConnectFailed) else str(last)
         if isinstance(last, ConnectFailed) and last.refusal is Refusal.DENIED:
             raise _denied(aim, last) from None
@@ -110,6 +110,10 @@ class _Aim:
         self._deadline = time.monotonic() + settings.wait_timeout
         self._state: State = ()
         self.refused_at: float | None = None
+        self.given = 0.0
+        """Seconds that the attempt may take."""
+        self.told: ConnectFailed | None = None
+        """What an attempt that was not cut short failed with, or what was said to one that was."""
         self.pause = 0.0
         """Seconds until the next attempt, where it was a login that was refused; 0 leaves it to who waits."""
 
@@ -143,6 +147,10 @@ class _Aim:
         self.pause = 0.0
         if not isinstance(error, ConnectFailed):
             return False
+        if not error.silent or self.given >= self._settings.connect_timeout:
+            self.told = (
+                error  # the last attempt's fraction of a second is no time for a busy server to answer
+            )
         if error.refusal is Refusal.NO_DATABASE and self._settings.wait_for_database:
             return True
         return error.refusal is Refusal.TRANSIENT or self._being_replaced(error)
