@@ -134,6 +134,7 @@ def test_a_run_that_is_killed_when_the_index_is_whole(
         ("applied", 2),
         ("begun", 2),
         ("run", 2),
+        ("schema", 2),
     ]  # a run on an empty database notes no beginning
 
 

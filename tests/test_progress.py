@@ -47,7 +47,7 @@ class Terminal:
     def close(self) -> str:
         """Return all that was written."""
         os.close(self.slave)
-        self._thread.join(10)
+        self._thread.join(60)
         os.close(self._master)
         return self.text
 
