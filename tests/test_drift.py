@@ -213,7 +213,7 @@ CREATE OR REPLACE VIEW sales.rich AS SELECT id FROM sales.orders WHERE total > 1
 
 
 def snapshot(database: Database) -> Snapshot:
-    with connect(parse_address(database.url), "test", 5) as session:
+    with connect(parse_address(database.url), "test", 60) as session:
         return take(session, "sales.buyers")
 
 
@@ -504,7 +504,7 @@ def test_no_secret_gets_into_a_snapshot(database: Database, project: Project, ru
         " CREATE FUNCTION f(a text DEFAULT 's3cr3t-3') RETURNS text LANGUAGE sql AS $$SELECT 's3cr3t-4'$$;"
         " CREATE VIEW v AS SELECT 's3cr3t-5' AS x; CREATE INDEX i ON plain (x) WHERE x = 's3cr3t-6'"
     )
-    with connect(parse_address(database.url), "test", 5) as session:
+    with connect(parse_address(database.url), "test", 60) as session:
         found = take(session, "plain")
     assert "s3cr3t" not in str(found)
     assert {item.name for item in found.items} >= {"public.plain", "public.v", "public.i"}

@@ -226,7 +226,7 @@ def test_the_server_is_told_to_look_after_its_client(
 
 def session(database: Database, url: str) -> Session:
     """Connect as migrator does."""
-    return connect(parse(url), "migrator/test", 5)
+    return connect(parse(url), "migrator/test", 60)
 
 
 def test_a_query_may_take_as_long_as_the_server_works_on_it(database: Database) -> None:
@@ -241,7 +241,7 @@ def test_a_query_with_a_limit_ends_at_it(database: Database) -> None:
             impatient.value("SELECT pg_sleep(30)", timeout=1)
         assert watch.seconds < 10
         assert caught.value.lost
-        impatient.reconnect(5)
+        impatient.reconnect(60)
         assert impatient.answers()
 
 

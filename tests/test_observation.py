@@ -34,7 +34,7 @@ def observe(database: Database, work: Work, *, driver: str = "psycopg2", autocom
     level = {"isolation_level": "AUTOCOMMIT"} if autocommit else {}
 
     def go(connection: Any) -> None:
-        with connect(parse(database.url), "test", 10) as session:
+        with connect(parse(database.url), "test", 60) as session:
             work(connection, Observation(connection, session, {"alembic_version", "migrator_ledger"}))
 
     if driver == "asyncpg":

@@ -23,13 +23,13 @@ def test_a_question_that_takes_longer(each_database: Database) -> None:
         f" ALTER DATABASE {each_database.name} SET idle_in_transaction_session_timeout = '20ms'"
     )
     target = parse(each_database.url)
-    with connect(target, "migrator/test", 10, also=lambda: "pg_sleep(0.1)::text || 'slept'") as session:
+    with connect(target, "migrator/test", 60, also=lambda: "pg_sleep(0.1)::text || 'slept'") as session:
         assert session.also == ("slept",)
         assert session.value("SELECT pg_sleep(0.1)::text || 'again'") == "again"
         session.query("BEGIN")
         assert session.value("SELECT current_setting('idle_in_transaction_session_timeout')") == "0"
         session.query("ROLLBACK")
-        session.reconnect(10)
+        session.reconnect(60)
         assert session.value("SELECT pg_sleep(0.1)::text || 'still'") == "still"
 
 
@@ -39,7 +39,7 @@ def test_the_newest_timeouts(servers: Callable[[str], Server]) -> None:
     try:
         for name in ("transaction_timeout", "idle_session_timeout"):
             database.execute(f"ALTER DATABASE {database.name} SET {name} = '30s'")
-        with connect(parse(database.url), "migrator/test", 10) as session:
+        with connect(parse(database.url), "migrator/test", 60) as session:
             shown = "SELECT current_setting('transaction_timeout'), current_setting('idle_session_timeout')"
             assert session.query(shown) == [("0", "0")]
     finally:

@@ -278,12 +278,12 @@ def test_pg_dump_and_env_py_log_in_with_the_password_of_then(
 
 
 def test_a_lost_connection_is_made_again_with_the_password_of_then(login: Login) -> None:
-    with connect(login.load().required_target, "test", 5) as session:
+    with connect(login.load().required_target, "test", 60) as session:
         login.rotate()
         with pytest.raises(ConnectFailed):
-            session.reconnect(5)
+            session.reconnect(60)
         login.replace()
-        session.reconnect(5)
+        session.reconnect(60)
         assert session.value("SELECT current_user::text") == login.role
 
 

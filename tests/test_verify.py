@@ -21,7 +21,7 @@ from tests.support.servers import Database, Server
 @pytest.fixture
 def session(database: Database) -> Iterator[Session]:
     """A session of migrator's own on an empty database."""
-    with connect(parse_address(database.url), "test", 5) as session:
+    with connect(parse_address(database.url), "test", 60) as session:
         yield session
 
 
@@ -29,7 +29,7 @@ def session(database: Database) -> Iterator[Session]:
 def plain_session(server: Server, database: Database) -> Iterator[Session]:
     """A session of a role without any privilege."""
     role = server.create_role(f"plain_{database.name}")
-    with connect(parse_address(server.url(database.name, user=role)), "test", 5) as session:
+    with connect(parse_address(server.url(database.name, user=role)), "test", 60) as session:
         yield session
     server.psql(f'DROP ROLE "{role}"')
 
@@ -43,7 +43,7 @@ def make_invalid_index(database: Database) -> None:
 def test_a_sound_database_has_no_findings(each_database: Database) -> None:
     each_database.execute(SCHEMA)
     at = frozenset({"r1"})
-    with connect(parse_address(each_database.url), "test", 5) as session:
+    with connect(parse_address(each_database.url), "test", 60) as session:
         for expectations in (None, Expectations(), parse(EXPECTED)):
             assert (
                 verify(
@@ -236,7 +236,7 @@ def test_a_constraint_that_is_not_enforced_is_not_one_to_validate(servers: Calla
     database.execute("CREATE TABLE t (a int); ALTER TABLE t ADD CONSTRAINT c CHECK (a > 0) NOT ENFORCED")
     database.execute("ALTER TABLE t ADD CONSTRAINT n NOT NULL a NOT VALID")
     assert database.psql("SELECT count(*) FROM pg_constraint WHERE NOT convalidated") == [(2,)]
-    with connect(parse_address(database.url), "test", 5) as session:
+    with connect(parse_address(database.url), "test", 60) as session:
         assert catalog.not_valid_constraints(session) == {"public.t.n"}
 
 

@@ -20,7 +20,7 @@ from tests.support.servers import Database, Server
 @pytest.fixture
 def session(database: Database) -> Iterator[Session]:
     """A session of migrator's own on an empty database."""
-    with connect(parse_address(database.url), "test", 5) as session:
+    with connect(parse_address(database.url), "test", 60) as session:
         yield session
 
 
@@ -28,7 +28,7 @@ def session(database: Database) -> Iterator[Session]:
 def plain_session(server: Server, database: Database) -> Iterator[Session]:
     """A session of a role without any privilege."""
     role = server.create_role(f"plain_{database.name}")
-    with connect(parse_address(server.url(database.name, user=role)), "test", 5) as session:
+    with connect(parse_address(server.url(database.name, user=role)), "test", 60) as session:
         yield session
     server.psql(f'DROP ROLE "{role}"')
 
@@ -218,7 +218,7 @@ def test_a_database_in_another_encoding(server: Server) -> None:
     at = frozenset({"r1"})
     text = assertion("SELECT 'é'", "'é'") + assertion("SELECT '€'", "'€'").replace("'it'", "'euro'")
     try:
-        with connect(parse_address(server.url("latin")), "test", 5) as session:
+        with connect(parse_address(server.url("latin")), "test", 60) as session:
             found = verify(
                 session, expected=at, actual=at, not_valid_before=frozenset(), expectations=parse(text)
             )

@@ -17,7 +17,7 @@ from tests.support.servers import Database
 @pytest.fixture
 def session(database: Database) -> Iterator[Session]:
     """A session of migrator's own on an empty database."""
-    with connect(parse_address(database.url), "test", 5) as session:
+    with connect(parse_address(database.url), "test", 60) as session:
         yield session
 
 
@@ -182,7 +182,7 @@ def test_types_are_the_same_however_written(each_database: Database, search_path
     expected = "".join(f"c{number} = '{text}'\n" for number, text in enumerate(TYPES.values()))
     text = f'[tables."accounts.types".columns]\n{expected}s = "status"'
     at = frozenset({"r1"})
-    with connect(parse_address(each_database.url), "test", 5) as session:
+    with connect(parse_address(each_database.url), "test", 60) as session:
         found = verify(
             session, expected=at, actual=at, not_valid_before=frozenset(), expectations=parse(text)
         )

@@ -57,7 +57,7 @@ class Workbench:
 
     def back_up(self, **options: Any) -> Backup:
         """Back the database up in this process."""
-        with connect(self.target, APPLICATION, 10) as session:
+        with connect(self.target, APPLICATION, 60) as session:
             given = {"run_id": "run1", "revisions": ("r1",), "application_name": APPLICATION}
             return back_up(session, self.settings, **{**given, **options})
 

@@ -319,7 +319,7 @@ def test_from_within_who_may_make_event_triggers_is_not_refused(database: Databa
     bench = workbench(database)
     backup = bench.back_up()
     lines = ["1; 3466 2 EVENT TRIGGER - an audit postgres"]
-    with connect(bench.target, "migrator/t", 10) as session:
+    with connect(bench.target, "migrator/t", 60) as session:
         event_triggers.refuse(session, backup, lines)
     assert database.psql("SELECT evtname::text FROM pg_event_trigger") == [("an audit",)]
 

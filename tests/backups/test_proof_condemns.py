@@ -247,7 +247,7 @@ def test_in_a_run_too(
     assert store.get("latest", database.name) == older
     for how in ("read", "restore"):
         again = workbench(database, MIGRATOR_BACKUP_MAX_AGE="1h", MIGRATOR_BACKUP_VERIFY=how)
-        with connect(again.target, APPLICATION, 10) as session:
+        with connect(again.target, APPLICATION, 60) as session:
             assert reuse.find(session, again.settings, ("r1",)) == (older if how == "read" else None)
     assert prove(workbench(database), "restore", kept.id).verified == "restore"
     assert store.get("latest", database.name).id == kept.id

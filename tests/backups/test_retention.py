@@ -151,7 +151,7 @@ def backups_of(bench: Workbench, count: int, **facts: object) -> list[Backup]:
 
 def pruned(bench: Workbench, policy: str, *, dry_run: bool = False) -> retention.Pruned:
     settings = bench.settings._replace(backup_keep=policy)
-    with connect(bench.target, APPLICATION, 10) as session:
+    with connect(bench.target, APPLICATION, 60) as session:
         return prune(session, settings, dry_run=dry_run)
 
 
@@ -275,7 +275,7 @@ def test_what_the_ledger_needs(database: Database) -> None:
             f" ('{run_id}', {number}, now() + interval '{minute} min', '{event}', 'alembic_version', '{backup_id}',"
             f" {'NULL' if code is None else code})"
         )
-    with connect(parse(database.url), APPLICATION, 10) as session:
+    with connect(parse(database.url), APPLICATION, 60) as session:
         assert read_needed_backups(session) == {"backup-changed", "backup-failed", "backup-killed"}
         session.query("CREATE SCHEMA other")
         session.query(f"CREATE TABLE other.{ledger.NAME} AS SELECT * FROM {ledger.NAME} WHERE run_id = 'old'")

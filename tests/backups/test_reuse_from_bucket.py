@@ -35,7 +35,7 @@ def bench(database: Database, workbench: Bench, bucket: Bucket, proxy: FaultyPro
 
 
 def reused(bench: Workbench) -> Backup | None:
-    with connect(bench.target, APPLICATION, 10) as session:
+    with connect(bench.target, APPLICATION, 60) as session:
         return reuse.find(session, bench.settings, ("r1",))
 
 

@@ -132,7 +132,7 @@ def test_room_for_a_second_copy(
     database: Database, workbench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = workbench(database)
-    with connect(bench.target, APPLICATION, 10) as session:
+    with connect(bench.target, APPLICATION, 60) as session:
         space.check_scratch(session, Sizes(10**6, 10**6))
         assert caplog.text == ""
         with pytest.raises(BackupFailed, match=r"needs about 1000000\.0 TB on the server") as caught:

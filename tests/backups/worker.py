@@ -25,7 +25,7 @@ def main(verb: str, folder: str, wanted: str = "latest") -> int:
     try:
         print("ready", flush=True)
         if verb == "back_up":
-            with connect(target, name, 10) as session:
+            with connect(target, name, 60) as session:
                 back_up(session, settings, run_id=run_id, revisions=(), application_name=name)
         else:
             restore(target, settings, wanted, to=None, run_id=run_id, application_name=name, replace=True)

@@ -126,7 +126,7 @@ class Server:
                 preexec_fn=_die_with_parent,
                 **self._as_account(),
             )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             try:
                 self.connect().close()
@@ -183,7 +183,7 @@ class Server:
 
     def connect(self, dbname: str = "postgres", **options: Any) -> psycopg2.extensions.connection:
         """Connect as the superuser, or as `user=` with `password=`."""
-        given = {"user": self.user, "password": self.password, "connect_timeout": 10, **options}
+        given = {"user": self.user, "password": self.password, "connect_timeout": 60, **options}
         session: psycopg2.extensions.connection = psycopg2.connect(
             host=self.host, port=self.port, dbname=dbname, **given
         )
