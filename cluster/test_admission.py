@@ -10,8 +10,9 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -105,7 +106,7 @@ def _yaml(page: str) -> list[str]:
 def test_every_rendering_of_the_chart_is_admitted(shop: Shop, tmp_path: Path) -> None:
     helm, classes = Helm(tmp_path), {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass"}
     shop.kubectl.apply({**classes, "metadata": {"name": "migrations"}, "value": 0})  # which an example names
-    values = [*MATRIX.values(), *EXAMPLES]
+    values: list[Mapping[str, Any] | Path] = [*MATRIX.values(), *EXAMPLES]
     objects = itertools.chain.from_iterable(helm.template(one) for one in values)
     print(len(values), "renderings of", admit(shop, objects), "different objects")
 

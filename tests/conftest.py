@@ -26,6 +26,8 @@ from tests.support.projects import Revision, write_project
 from tests.support.runner import Runner, Running
 from tests.support.servers import Database, Server
 
+pytest_plugins = ["tests.engine.fixtures"]
+
 MAJORS = ("debian", "embedded")
 OURS = ("MIGRATOR_", "POSTGRES_", "PG", "SQLALCHEMY_")
 
@@ -45,8 +47,8 @@ class ByPlace(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
     def _split_scope(self, nodeid: str) -> str:
         """Return what a test shares with others."""
         place = nodeid.partition("::")[0]
-        shared = ("tests/engine/", "tests/histories/")
-        return next((folder for folder in shared if place.startswith(folder)), place)
+        shared = {"tests/engine/": "engine", "tests/image/": "engine", "tests/histories/": "histories"}
+        return next((name for folder, name in shared.items() if place.startswith(folder)), place)
 
 
 @pytest.hookimpl(optionalhook=True)

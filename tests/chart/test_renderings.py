@@ -55,7 +55,7 @@ def test_every_example_is_in_the_readme() -> None:
 # -- order ------------------------------------------------------------------------------------------------
 
 
-def annotations(item: dict[str, Any]) -> dict[str, str]:
+def annotations_of(item: dict[str, Any]) -> dict[str, str]:
     """Return an object's annotations."""
     return dict(item["metadata"].get("annotations", {}))
 
@@ -72,13 +72,13 @@ def two(objects: list[dict[str, Any]], kind: str) -> list[dict[str, str]]:
     else:
         assert hooks["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
         assert {**hooks["spec"], "podSelector": None} == {**ours["spec"], "podSelector": None}
-    return [annotations(ours), annotations(hooks)]
+    return [annotations_of(ours), annotations_of(hooks)]
 
 
 @pytest.mark.parametrize("mode", ["hook", "hook-late"])
 def test_what_a_hook_needs_is_there_before_it(mode: str, helm: Helm) -> None:
     objects = helm.template(merged(LEAST, MODES[mode], BACKUPS["claim"]))
-    job = annotations(of_kind(objects, "Job"))
+    job = annotations_of(of_kind(objects, "Job"))
     for kind in ("ServiceAccount", "NetworkPolicy"):
         ours, needed = two(objects, kind)
         assert not any(name.startswith("helm.sh/") for name in ours)
@@ -89,10 +89,10 @@ def test_what_a_hook_needs_is_there_before_it(mode: str, helm: Helm) -> None:
 
 def test_argo_cd_expands_before_the_sync_and_contracts_after_it(helm: Helm) -> None:
     objects = helm.template(merged(LEAST, MODES["argocd-both"], BACKUPS["identity"]))
-    hooks = {annotations(item)["argocd.argoproj.io/hook"]: item for item in of(objects, "Job")}
+    hooks = {annotations_of(item)["argocd.argoproj.io/hook"]: item for item in of(objects, "Job")}
     assert [item["args"] for item in containers_of(hooks["PreSync"])] == [["upgrade", "8b20de"]]
     assert [item["args"] for item in containers_of(hooks["PostSync"])] == [["upgrade", "head"]]
-    wave = int(annotations(hooks["PreSync"])["argocd.argoproj.io/sync-wave"])
+    wave = int(annotations_of(hooks["PreSync"])["argocd.argoproj.io/sync-wave"])
     for kind in ("ServiceAccount", "NetworkPolicy"):
         ours, needed = two(objects, kind)
         assert ours == {}
@@ -103,7 +103,7 @@ def test_argo_cd_expands_before_the_sync_and_contracts_after_it(helm: Helm) -> N
 
 @pytest.mark.parametrize("name", [name for name in MATRIX if "-made-" in name])
 def test_a_volume_with_backups_is_never_a_hook_and_outlives_the_release(name: str, helm: Helm) -> None:
-    claim = annotations(of_kind(helm.template(MATRIX[name]), "PersistentVolumeClaim"))
+    claim = annotations_of(of_kind(helm.template(MATRIX[name]), "PersistentVolumeClaim"))
     assert claim == {
         "helm.sh/resource-policy": "keep",
         "argocd.argoproj.io/sync-options": "Prune=false,Delete=false",

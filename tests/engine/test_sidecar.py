@@ -13,7 +13,7 @@ import yaml
 
 from tests.engine.containers import Migrator, wait_for
 from tests.engine.engine import ROOT
-from tests.engine.test_image import LOCKED_DOWN, STOP_SECONDS
+from tests.image.test_run import LOCKED_DOWN, STOP_SECONDS
 from tests.support import leaks
 from tests.support.pace import Stopwatch
 from tests.support.projects import Revision, linear_history

@@ -14,8 +14,8 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from tests.engine.conftest import VERSION
 from tests.engine.engine import ROOT, Engine, call
+from tests.engine.fixtures import VERSION
 from tests.engine.images import figures, look, python, refused_build
 
 pytestmark = pytest.mark.engine

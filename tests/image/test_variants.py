@@ -154,8 +154,8 @@ def test_a_derived_image_can_freeze_its_history(migrator: Migrator, frozen: str)
 @pytest.fixture(scope="module")
 def python_base(engine: Engine) -> Iterator[str]:
     """A backend's image that has another Python, in another place."""
-    standin = Path(__file__).parent / "standins" / "python" / "Dockerfile"
-    engine.build(Path(__file__).parent / "projects" / "derived", BACKEND, "-f", str(standin))
+    standin = ROOT / "tests" / "engine" / "standins" / "python" / "Dockerfile"
+    engine.build(ROOT / "tests" / "engine" / "projects" / "derived", BACKEND, "-f", str(standin))
     yield BACKEND
     engine.run("rmi", "-f", BACKEND, expect=None)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import PLANTED_ROOTS, VERSION
 from tests.engine.containers import Migrator, wait_for
 from tests.engine.engine import Engine, reach, sudo
+from tests.engine.fixtures import PLANTED_ROOTS, VERSION
 from tests.support.pace import Stopwatch
 from tests.support.projects import Revision, linear_history
 
