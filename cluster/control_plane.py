@@ -10,9 +10,10 @@ from pathlib import Path
 
 import yaml
 from tests.support.certificates import Authority
+from tests.support.ports import free_port
 
 from cluster.kubectl import Kubectl
-from cluster.services import free_port, listens, running
+from cluster.services import listens, running
 
 NODE = "node"
 SERVICES = "10.96.0.0/16"

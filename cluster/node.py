@@ -11,10 +11,11 @@ from pathlib import Path
 
 import yaml
 from tests.engine.engine import Engine, call, find_program, install, reach
+from tests.support.ports import free_port
 
 from cluster.control_plane import NODE, ControlPlane
 from cluster.kubectl import is_true
-from cluster.services import free_port, running
+from cluster.services import running
 
 PACKAGES = ("containerd", "runc", "containernetworking-plugins", "catatonit", "iproute2", "iptables")
 START_SECONDS = 120

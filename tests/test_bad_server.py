@@ -15,9 +15,10 @@ from migrator.outcome import ExitCode
 from tests.support import PLANTED
 from tests.support.outcomes import done, refusal, unchanged
 from tests.support.pace import Stopwatch
+from tests.support.ports import free_port
 from tests.support.projects import bring_to, linear_history
 from tests.support.runner import Result, Runner
-from tests.support.servers import Database, Server, free_port
+from tests.support.servers import Database, Server
 
 Project = Callable[..., Path]
 

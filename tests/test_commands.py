@@ -13,9 +13,10 @@ from migrator.arguments import PASSED_ON
 from migrator.outcome import ExitCode
 from tests.support import PLANTED
 from tests.support.outcomes import done, left_behind, refusal, unchanged
+from tests.support.ports import free_port
 from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner
-from tests.support.servers import Database, Server, free_port
+from tests.support.servers import Database, Server
 
 Project = Callable[..., Path]
 

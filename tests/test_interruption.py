@@ -17,9 +17,10 @@ from migrator.outcome import ExitCode
 from tests.support.leaks import process_tree
 from tests.support.outcomes import done, refusal, unchanged
 from tests.support.pace import Stopwatch
+from tests.support.ports import free_port
 from tests.support.projects import ENV_FILES, Revision, bring_to, linear_history
 from tests.support.runner import Result, Runner, Running
-from tests.support.servers import Database, free_port
+from tests.support.servers import Database
 
 Project = Callable[..., Path]
 Start = Callable[..., Running]

@@ -14,9 +14,10 @@ import pytest
 from migrator.outcome import ExitCode
 from tests.support.installations import apt_install
 from tests.support.outcomes import done, refusal, unchanged
+from tests.support.ports import free_port
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
-from tests.support.servers import Database, Server, free_port
+from tests.support.servers import Database, Server
 
 Project = Callable[..., Path]
 Pooler = Callable[[str], str]

@@ -20,7 +20,8 @@ from migrator.stages.wait import wait
 from migrator.target import Target, parse
 from tests.support import PLANTED, installations, leaks
 from tests.support.pace import Stopwatch
-from tests.support.servers import Server, free_port
+from tests.support.ports import free_port
+from tests.support.servers import Server
 
 PATIENCE = 60.0  # seconds, where it is not the time that is tested
 

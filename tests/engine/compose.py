@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from tests.engine.containers import USER, unique, wait_for
 from tests.engine.engine import CACHE, ROOT, Engine, call, find_program, has_compose_plugin, install, reach
 from tests.engine.standins import BASE_IMAGE
 from tests.support import leaks
+from tests.support.ports import free_port
 
 STANDALONE, PLUGIN = "docker-compose", "docker compose"
 PLUGINS = CACHE / "docker-config" / "cli-plugins"
@@ -232,10 +232,3 @@ def running(compose: Compose) -> Iterator[Compose]:
         yield compose
     finally:
         compose.down()
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,9 +11,10 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.engine.compose import Compose, free_port
+from tests.engine.compose import Compose
 from tests.engine.containers import secret_file
 from tests.support import PLANTED
+from tests.support.ports import free_port
 from tests.support.projects import Revision
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import socket
 import urllib.error
 import urllib.request
 from typing import Any
@@ -21,6 +20,7 @@ from tests.engine.containers import wait_for
 from tests.engine.engine import ROOT, Engine
 from tests.engine.pods import Pods, playable
 from tests.support.kubernetes import documents, kustomize, of_kind, reaction
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -89,13 +89,6 @@ class Shop:
 def shop(pods: Pods) -> Shop:
     """The overlay with the Job, and a database."""
     return Shop(pods, "overlays/job")
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("0.0.0.0", 0))  # noqa: S104 - podman binds there, too
-        return int(probe.getsockname()[1])
 
 
 def get(port: int, path: str) -> tuple[int, str]:

@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -25,6 +24,7 @@ from urllib.parse import quote
 import psycopg2
 
 from tests.support import PLANTED
+from tests.support.ports import free_port
 
 SETTINGS = {
     "fsync": "off",
@@ -285,14 +285,6 @@ def normalise(dump: str) -> str:
             in_rows = line.startswith("COPY ") and line.endswith(" FROM stdin;")
         kept.append(line)
     return "\n".join(kept) + "\n"
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def server_account() -> pwd.struct_passwd | None:
