@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -342,3 +343,29 @@ def test_at_any_moment_of_the_start(database: Database, project: Project, start_
         done_or_not.add(ended(run, signal.SIGTERM, within=10).code)
         assert "Traceback" not in run.stderr, run.stderr
     assert done_or_not <= {-signal.SIGTERM, ExitCode.INTERRUPTED, ExitCode.PENDING}, done_or_not
+
+
+def test_a_signal_within_a_finalizer_is_not_lost() -> None:
+    """Python drops what is raised in a weakref's callback; the import system has such callbacks."""
+    program = """
+import os, signal, time, weakref
+from migrator.interruption import Interrupt, Interruption
+
+class Thing: pass
+def gone(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000): pass  # the handler runs here
+
+Interruption().install()
+try:
+    thing = Thing()
+    watched = weakref.ref(thing, gone)
+    del thing
+    print("dropped", flush=True)
+    time.sleep(60)
+except Interrupt as error:
+    print(error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["dropped", "SIGTERM"], done
+    assert done.stderr == ""

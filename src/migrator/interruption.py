@@ -11,11 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from migrator import quiet
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 log = quiet.get_logger("migrator")
 
@@ -51,6 +57,7 @@ class Interruption:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self.retake()
+        sys.unraisablehook = self._raise_again
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 
     def retake(self) -> None:
@@ -89,6 +96,18 @@ class Interruption:
             self._raised = True
             raise Interrupt(self.received)
 
+    def _raise_again(self, lost: UnraisableHookArgs) -> None:
+        """Send the signal anew whose exception Python dropped, for it came within a finalizer or a weakref's callback.
+
+        https://docs.python.org/3/library/sys.html#sys.unraisablehook
+        """
+        if not isinstance(lost.exc_value, Interrupt):
+            sys.__unraisablehook__(lost)
+            return
+        self._raised = False
+        number = signal.Signals[lost.exc_value.name]
+        threading.Thread(target=_send, args=(number,), name="signal again", daemon=True).start()
+
     def _watch(self, reader: int) -> None:
         while True:
             numbers = set(os.read(reader, 64))
@@ -103,3 +122,8 @@ class Interruption:
                 except Exception as error:  # noqa: BLE001 - the thread must live on for the next callback
                     with contextlib.suppress(Exception):  # the terminal that hung up takes no word
                         log.warning("could not cancel the running statement: %s", error)
+
+
+def _send(number: signal.Signals) -> None:
+    time.sleep(0.01)  # until what the exception was lost in has ended
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
