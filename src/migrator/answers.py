@@ -252,7 +252,7 @@ def of_accepted_schema(drift: Drift) -> Answer:
     lines = [f"accepted {item['place']}: {item['difference']}" for item in found]
     return Answer(
         {"differences": found, "unknown": drift.unknown},
-        "\n".join([*lines, f"The schema is kept as it is now; until now {drift}."]),
+        "\n".join([*lines, f"The schema as it is now is what counts. Before, {drift}."]),
     )
 
 
