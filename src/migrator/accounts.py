@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 from migrator import bookkeeping
-from migrator.drift import leave_anew
+from migrator.drift import snapshot_if_moved
 from migrator.edited import EDITED
 from migrator.history import History
 from migrator.interruption import Interrupt
@@ -87,7 +87,7 @@ def settle_up(this: Run, session: Session, history: History, found: Inspection) 
             if held and not _settled(history, found, standing):
                 author = this.record.author(this.settings.actor)
                 bookkeeping.settle(session, history, table, standing.entries, found.current, author)
-                schema = leave_anew(session, this.settings, table)
+                schema = snapshot_if_moved(session, this.settings, table)
                 bookkeeping.close(session, table, author, this.record.succeeded(), digest, schema=schema)
     except QueryFailed as error:
         log.info("the ledger was left as it is: %s", error.text)

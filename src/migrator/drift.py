@@ -17,7 +17,7 @@ from migrator import ledger
 from migrator.errors import Drifted, HistoryError
 from migrator.ledger import Author
 from migrator.outcome import Finding, Severity
-from migrator.past import Left, read_left
+from migrator.past import LastSnapshot, read_last_snapshot
 from migrator.postgres import QueryFailed, Session
 from migrator.schema.difference import Difference, differences
 from migrator.schema.patterns import Pattern, parse, split
@@ -37,14 +37,14 @@ class Drift:
     """What came of a comparison with what a run left: the differences, or (``unknown``) why there was none."""
 
     differences: tuple[Difference, ...] = ()
-    left: Left | None = None
+    last: LastSnapshot | None = None
     unknown: str = ""
     switched_off: bool = False
 
     def __str__(self) -> str:
         if self.unknown:
             return f"its schema was not compared: {self.unknown}"
-        run = self.left.run_id if self.left else ""
+        run = self.last.run_id if self.last else ""
         if not self.differences:
             return f"its schema is what run {run} left"
         count = len(self.differences)
@@ -67,7 +67,7 @@ def _rule(difference: Difference) -> str:
     return "drift-added" if difference.before is None else "drift-changed"
 
 
-def look(session: Session, settings: Settings, *, alone: bool) -> Drift:
+def compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
     """Compare the live schema with what the last run left; ``alone`` where the run lock is held.
 
     Raises QueryFailed where the connection is lost.
@@ -75,31 +75,31 @@ def look(session: Session, settings: Settings, *, alone: bool) -> Drift:
     if settings.drift == "off":
         return Drift(unknown="MIGRATOR_DRIFT=off", switched_off=True)
     try:
-        return _look(session, parse(settings.drift_ignore), alone=alone)
+        return _compare(session, parse(settings.drift_ignore), alone=alone)
     except QueryFailed as error:
         if error.lost:
             raise
         return Drift(unknown=f"it could not be read: {error.text.rstrip('.')}")
 
 
-def _look(session: Session, ignored: Sequence[Pattern], *, alone: bool) -> Drift:
-    left = read_left(session)
-    if left is None:
+def _compare(session: Session, ignored: Sequence[Pattern], *, alone: bool) -> Drift:
+    last = read_last_snapshot(session)
+    if last is None:
         return Drift(unknown=f"no run has left a snapshot of it yet; `{_ACCEPT}` takes one")
     try:
-        before = unpack(left.snapshot)
+        before = unpack(last.snapshot)
     except Unreadable as error:
-        return Drift(unknown=f"the snapshot of run {left.run_id} cannot be read: {error}")
-    now = take(session, left.ledger.quoted)
+        return Drift(unknown=f"the snapshot of run {last.run_id} cannot be read: {error}")
+    now = take(session, last.ledger.quoted)
     if before.versions != now.versions:
         return Drift(unknown=_moved(before, now))
     found = tuple(item for item in differences(before, now) if not _is_ignored(item.item, ignored))
     if found and not alone and (running := holder(session)):
         return Drift(unknown=f"it may be changing: {running[1]} is at work")
-    newest = read_left(session) if found else left
-    if newest is None or newest.run_id != left.run_id:
+    newest = read_last_snapshot(session) if found else last
+    if newest is None or newest.run_id != last.run_id:
         return Drift(unknown="a run has changed it in this moment")
-    return Drift(found, left)
+    return Drift(found, last)
 
 
 def _moved(before: Snapshot, now: Snapshot) -> str:
@@ -126,13 +126,13 @@ def _is_ignored(item: Item, patterns: Sequence[Pattern]) -> bool:
 
 def refuse(drift: Drift, *, at: Sequence[str]) -> None:
     """Raise :class:`Drifted` where there are differences."""
-    if not drift.differences or drift.left is None:
+    if not drift.differences or drift.last is None:
         return
     count = len(drift.differences)
     shown = "; ".join(f"{item.item}: {item.sentence}" for item in drift.differences[:_SHOWN])
     more = f"; and {count - _SHOWN} more in the report" if count > _SHOWN else ""
     raise Drifted(
-        f"The schema is not what run {drift.left.run_id} left on {drift.left.at:%Y-%m-%d %H:%M:%S %Z}: {shown}{more}.",
+        f"The schema is not what run {drift.last.run_id} left on {drift.last.at:%Y-%m-%d %H:%M:%S %Z}: {shown}{more}.",
         state=f"The database is at {', '.join(at) or 'base'}; this run changed nothing.",
         next_step="put it back, or make it so in a revision; where it is right as it is: "
         f"`{_ACCEPT}` (MIGRATOR_DRIFT_IGNORE for tables that others manage)",
@@ -146,7 +146,7 @@ def before_apply(
     """Look before a run changes the schema; returns warnings, or (MIGRATOR_DRIFT=refuse, an upgrade) raises Drifted."""
     if kind not in {"upgrade", "downgrade"}:
         return ()
-    drift = look(session, settings, alone=True)
+    drift = compare(session, settings, alone=True)
     if not drift.differences:
         return ()
     if settings.drift == "refuse" and kind == "upgrade":
@@ -159,7 +159,9 @@ def before_apply(
     return findings
 
 
-def leave(session: Session, settings: Settings, table: VersionTable | None) -> Mapping[str, Any] | None:
+def snapshot_after(
+    session: Session, settings: Settings, table: VersionTable | None
+) -> Mapping[str, Any] | None:
     """Return the snapshot that the ledger is to keep of what a run leaves; None where it keeps none.
 
     A run does not fail for want of it.
@@ -173,14 +175,14 @@ def leave(session: Session, settings: Settings, table: VersionTable | None) -> M
         return None
 
 
-def leave_anew(session: Session, settings: Settings, table: VersionTable) -> Mapping[str, Any] | None:
-    """Return a snapshot as :func:`leave` does, where the newest one is of other version rows, or there is none."""
+def snapshot_if_moved(session: Session, settings: Settings, table: VersionTable) -> Mapping[str, Any] | None:
+    """Return what :func:`snapshot_after` does, where no snapshot is of the version rows of now."""
     try:
-        left = read_left(session)
-        known = unpack(left.snapshot).versions if left else None
+        last = read_last_snapshot(session)
+        known = unpack(last.snapshot).versions if last else None
     except Unreadable:
         known = None
-    snapshot = leave(session, settings, table)
+    snapshot = snapshot_after(session, settings, table)
     return None if snapshot is None or snapshot["versions"] == known else snapshot
 
 
@@ -194,7 +196,7 @@ def accept(session: Session, settings: Settings, table: VersionTable | None, aut
             "There is no version table yet, and so no ledger that could keep the schema.",
             next_step="run `migrator upgrade` first",
         )
-    drift = look(session, settings._replace(drift="warn"), alone=True)
+    drift = compare(session, settings._replace(drift="warn"), alone=True)
     snapshot = take(session, ledger.beside(table, session.value).quoted).pack()
     row = author.row(
         ledger.SCHEMA,

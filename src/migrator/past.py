@@ -65,7 +65,7 @@ WHERE l.backup_id IS NOT NULL AND (
 )
 """
 
-_LEFT = """
+_LAST_SNAPSHOT = """
 SELECT run_id, at, details->'schema' FROM {table} WHERE event = 'schema' ORDER BY at DESC LIMIT 1
 """
 
@@ -131,7 +131,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Left:
+class LastSnapshot:
     """What a run left: the packed snapshot of the schema, and the ledger that it is in."""
 
     run_id: str
@@ -254,7 +254,7 @@ def read_needed_backups(session: Session) -> frozenset[str]:
     )
 
 
-def read_left(session: Session) -> Left | None:
+def read_last_snapshot(session: Session) -> LastSnapshot | None:
     """Return the newest snapshot of the schema, in whichever ledger of the database; None where there is none.
 
     Raises QueryFailed where none can be read: nobody knows then.
@@ -262,13 +262,13 @@ def read_left(session: Session) -> Left | None:
     found, denied = [], None
     for table in _ledgers(session):
         try:
-            rows = _read(session, table, _LEFT, ())
+            rows = _read(session, table, _LAST_SNAPSHOT, ())
         except QueryFailed as error:
             if error.sqlstate != "42501":
                 raise
             denied = error  # another application's, unless there is no other one
             continue
-        found += [Left(run_id, at, snapshot or {}, table) for run_id, at, snapshot in rows]
+        found += [LastSnapshot(run_id, at, snapshot or {}, table) for run_id, at, snapshot in rows]
     if denied and not found:
         raise denied
     return max(found, key=lambda left: left.at, default=None)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from migrator.accounts import begin, on_the_books, settle_up
 from migrator.backups.manifest import summary
 from migrator.bookkeeping import Bookkeeper
-from migrator.drift import before_apply, leave
+from migrator.drift import before_apply, snapshot_after
 from migrator.edited import judge
 from migrator.errors import BackupFailed, Internal
 from migrator.failure import refuse_again, taking_back
@@ -120,7 +120,7 @@ def _stages(this: Run) -> None:
         with taking_back(this, history, lambda plan: _apply(this, session, history, found, plan)):
             table = _apply(this, session, history, found, found.plan)
             verify_patiently(this, session, table, expectations, history, not_valid)
-        record.schema = leave(session, settings, record.version_table)
+        record.schema = snapshot_after(session, settings, record.version_table)
         finding = tidy_up(session, settings)
         record.findings += (finding,) if finding else ()
 

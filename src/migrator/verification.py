@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from migrator.drift import look, refuse
+from migrator.drift import compare, refuse
 from migrator.errors import Internal, VerifyFailed
 from migrator.history import History
 from migrator.outcome import Finding, Severity
@@ -73,7 +73,7 @@ def verify_run(
         if errors:
             raise _verify_failed(errors, this, changed=record.before != record.after)
         if this.request.kind == "verify":
-            drift = look(session, this.settings, alone=False)
+            drift = compare(session, this.settings, alone=False)
             record.drift = details["drift"] = str(drift)
             refuse(drift, at=record.after)
             record.findings += drift.findings(Severity.WARNING)

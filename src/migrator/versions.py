@@ -102,7 +102,7 @@ def _search(
     return [(table, rows) for table, rows in found if known & set(rows)] or found
 
 
-class Elsewhere(NamedTuple):
+class VersionTables(NamedTuple):
     """Every version table of a database with its rows, of whatever history; and the schemas of those out of reach."""
 
     rows: dict[str, tuple[str, ...]]
@@ -119,7 +119,7 @@ SELECT n.nspname::text, c.relname::text,
 """
 
 
-def read_all(session: Session) -> Elsewhere:
+def read_all(session: Session) -> VersionTables:
     """Read every version table that the role may read, in one statement."""
     found = session.query(_ALL)
     readable = [VersionTable(name, schema) for schema, name, may in found if may]
@@ -128,7 +128,7 @@ def read_all(session: Session) -> Elsewhere:
         for number, table in enumerate(readable)
     )
     rows = session.query(" UNION ALL ".join(each)) if readable else []
-    return Elsewhere(
+    return VersionTables(
         {str(readable[number]): tuple(values or ()) for number, values in rows},
         frozenset(schema for schema, _, may in found if not may),
     )
