@@ -1,4 +1,4 @@
-# The migrator image. Build it with BuildKit; docs/image.md has the arguments, the tags and what the image is made of:
+# The migrator image. Build it with BuildKit; docs/reference/image.md has the arguments, the tags and what the image is made of:
 #
 #     docker build -t migrator .
 #     docker build -t migrator:slim --build-arg VARIANT=slim .

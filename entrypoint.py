@@ -1,6 +1,6 @@
-"""Hand over to :func:`migrator.cli.script`; the image's entrypoint and `python entrypoint.py` from a checkout."""
+"""Hand over to :func:`migrator.cli.main.script`; the image's entrypoint and `python entrypoint.py` from a checkout."""
 
-from migrator.cli import script
+from migrator.cli.main import script
 
 if __name__ == "__main__":
     script()

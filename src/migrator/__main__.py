@@ -1,6 +1,6 @@
 """Run migrator as ``python -m migrator``."""
 
-from migrator.cli import script
+from migrator.cli.main import script
 
 if __name__ == "__main__":
     script()

@@ -75,8 +75,9 @@ class SettingsError(MigratorError):
     def __init__(self, problems: Sequence[str], *, next_step: str = "") -> None:
         self.problems = tuple(problems)
         count = "a problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        told = "; ".join(self.problems)
         super().__init__(
-            f"{count} in the settings: " + "; ".join(self.problems) + ".",
+            f"{count} in the settings: {told}{'' if told.endswith('?') else '.'}",
             next_step=next_step or "correct it; `migrator settings` then shows each value and its source",
         )
 

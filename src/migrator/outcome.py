@@ -114,7 +114,8 @@ class RevisionResult(NamedTuple):
 class Outcome(NamedTuple):
     """How a run ended: the one value that every report is made from.
 
-    ``others`` are the outcomes, JSON-ready, of the other databases of an ``env.py`` that migrates several.
+    ``others`` are the outcomes, JSON-ready, of the other databases of an ``env.py`` that migrates several;
+    ``version_tables`` are those of an ``env.py`` that goes through several in this one.
     """
 
     run_id: str
@@ -136,6 +137,7 @@ class Outcome(NamedTuple):
     stages: tuple[StageResult, ...] = ()
     others: tuple[Mapping[str, Any], ...] = ()
     version_table: str = ""
+    version_tables: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON-ready data; ``code`` is the number and ``outcome`` its name."""
@@ -146,6 +148,7 @@ class Outcome(NamedTuple):
         for name, results in (("stages", self.stages), ("revisions", self.revisions)):
             document[name] = [{**item._asdict(), "seconds": round(item.seconds, 3)} for item in results]
         document["seconds"] = round(self.seconds, 3)
-        if not self.others:
-            del document["others"]
+        for name in ("others", "version_tables"):
+            if not document[name]:
+                del document[name]
         return document

@@ -5,39 +5,42 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from migrator import quiet
+from migrator.config.settings import Settings, load
 from migrator.errors import MigratorError, NoSuchDatabase, SettingsError
-from migrator.history import ProjectOptions
-from migrator.interruption import Interruption
-from migrator.logs import Logs, redact
-from migrator.record import Record, new_run_id
-from migrator.settings import Settings, load
+from migrator.pipeline.record import Record, new_run_id
+from migrator.postgres.errors import PATIENCE
+from migrator.project import ProjectOptions
+from migrator.runtime import lazy_logging
+from migrator.runtime.logs import Logs, redact
+from migrator.runtime.signals import Interruption
 
 # What a method needs beyond this is imported in it: a run with nothing to do pays for nothing else.
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
-    from migrator.backups.restored import Restored
+    from migrator.backups.restore.result import Restored
     from migrator.backups.retention import Pruned
-    from migrator.backups.store import Store
-    from migrator.books import Repair
-    from migrator.drift import Drift
-    from migrator.edited import Edit
-    from migrator.history import History, Revision
-    from migrator.history.freeze import Frozen
+    from migrator.backups.storage.interface import Store
+    from migrator.ledger.checksums import Edit
+    from migrator.ledger.queries import LastRun
+    from migrator.ledger.repair import Repair
     from migrator.outcome import Outcome
-    from migrator.past import LastRun
-    from migrator.postgres import Session
+    from migrator.pipeline.drift import Drift
+    from migrator.pipeline.fast_path.up_to_date import FrozenHistory
+    from migrator.postgres.session import Session
+    from migrator.project import History, Revision
+    from migrator.project.freeze import Frozen
 
-log = quiet.get_logger("migrator")
+log = lazy_logging.get_logger("migrator")
 
 
 class State(NamedTuple):
     """Where a database is: its revisions, what is pending, who is migrating it just now, and who did last.
 
-    ``edited`` are applied revisions whose file has changed since, and ``ahead`` is why this image may start although
-    the schema is newer.
+    ``edited`` are applied revisions whose file has changed since, ``ahead`` is why this image may start although
+    the schema is newer, and ``hint`` names the branches, where there are several and none is chosen.
     """
 
     target: str
@@ -50,6 +53,8 @@ class State(NamedTuple):
     last_run: LastRun | None = None
     edited: tuple[Edit, ...] = ()
     ahead: str = ""
+    hint: str = ""
+    version_tables: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 class MigrationService:
@@ -77,8 +82,9 @@ class MigrationService:
         self.project = project._replace(bootstrap=settings.bootstrap, export=export)
         self.run_id = run_id or new_run_id()
         self.logs = logs or Logs(settings.log_format, settings.log_level, self.run_id)
-        self._interruption = interruption or Interruption()
+        self.interruption = interruption or Interruption()
         redact.add(settings.secrets)
+        PATIENCE.seconds = settings.wait_timeout
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> MigrationService:
@@ -87,9 +93,9 @@ class MigrationService:
 
     # -- what changes the database ---------------------------------------------------------------------
 
-    def upgrade(self, destination: str = "head") -> Outcome:
-        """Apply what is pending up to ``destination``, through every stage."""
-        return self._run("upgrade", destination)
+    def upgrade(self, destination: str = "") -> Outcome:
+        """Apply what is pending up to ``destination`` (or MIGRATOR_DESTINATION, or head), through every stage."""
+        return self._run("upgrade", destination or self.settings.destination or "head")
 
     def downgrade(self, destination: str, *, yes: bool = False) -> Outcome:
         """Revert to ``destination`` (such as ``-1``), through every stage; to base needs ``yes``."""
@@ -100,45 +106,50 @@ class MigrationService:
         return self._run("stamp", destination)
 
     def verify(self) -> Outcome:
-        """Check that the database is at the heads and as ``verify.toml`` expects; changes nothing."""
-        return self._run("verify", "heads")
+        """Check that the database is at MIGRATOR_DESTINATION (or the heads), and as ``verify.toml`` expects."""
+        return self._run("verify", self.settings.goal)
 
     def _run(self, kind: str, destination: str, *, yes: bool = False) -> Outcome:
         """Run for the target, and then for each further database of an ``env.py`` that migrates several."""
         if kind == "upgrade":
-            from migrator.glance import glance
+            from migrator.pipeline.fast_path.up_to_date import glance
 
-            outcome = glance(self.settings, self.project, destination, self.run_id, self._interruption)
+            outcome = glance(self.settings, self.project, destination, self.run_id, self.interruption)
             if outcome is not None:
                 return outcome
-        quiet.wake()
+        lazy_logging.wake()
         first = self._run_one(kind, destination, yes=yes)
         if int(first.code) or not self._migrates_several():
             return first
-        from migrator.several import run_others
+        from migrator.pipeline.multidb import run_others
 
-        return run_others(first, self.others, lambda other: other._run_one(kind, destination, yes=yes))
+        return run_others(
+            first,
+            lambda: self.others(read_only=kind == "verify"),
+            lambda other: other._run_one(kind, destination, yes=yes),
+            self.interruption,
+        )
 
     def _run_one(self, kind: str, destination: str, *, yes: bool) -> Outcome:
-        from migrator import pipeline
-        from migrator.run import Request, Run
+        from migrator.pipeline import pipeline
+        from migrator.pipeline.context import Request, Run
 
         record = Record(kind, self.settings.target, self.run_id)
         request = Request(kind, destination, yes)
-        return pipeline.run(Run(request, self.settings, self.project, record, self.logs, self._interruption))
+        return pipeline.run(Run(request, self.settings, self.project, record, self.logs, self.interruption))
 
     # -- several databases -----------------------------------------------------------------------------
 
-    def others(self) -> tuple[MigrationService, ...]:
+    def others(self, *, read_only: bool = True) -> tuple[MigrationService, ...]:
         """Return a service for each further database of an ``env.py`` that migrates several; that is loaded for it.
 
         Raises :class:`SettingsError`, and whatever ``env.py`` raises.
         """
         if not self._migrates_several():
             return ()
-        from migrator.history.several import survey
+        from migrator.pipeline.apply.env_targets import survey
 
-        history, target = self.history(), self.settings.required_target
+        history, target = self.history(read_only=read_only), self.settings.required_target
         with self._session() as session:
             addresses = survey(history, session, before_configure=self._take_back)
         project = self.project._replace(told=target)
@@ -147,7 +158,7 @@ class MigrationService:
                 self.settings._replace(target=address),
                 project,
                 logs=self.logs,
-                interruption=self._interruption,
+                interruption=self.interruption,
                 run_id=self.run_id,
             )
             for address in addresses
@@ -163,8 +174,8 @@ class MigrationService:
             return False
         from pathlib import Path
 
-        from migrator import layout
-        from migrator.history.several import env_file
+        from migrator.pipeline.apply.env_targets import env_file
+        from migrator.project import layout
 
         found, folder = layout.read(self.project, Path.cwd()), Path.cwd()
         return layout.migrates_several(
@@ -174,15 +185,15 @@ class MigrationService:
     def _take_back(self) -> None:
         """Take logging and signals back from whatever the application made of them."""
         self.logs.install()
-        self._interruption.retake()
+        self.interruption.retake()
 
     # -- what only looks -------------------------------------------------------------------------------
 
-    def history(self) -> History:
-        """Read the revision graph; needs no database."""
-        from migrator.history import History
+    def history(self, *, read_only: bool = True) -> History:
+        """Read the revision graph; needs no database.  ``read_only``: what that loads of the application only reads."""
+        from migrator.project import History
 
-        history = History(self.project, self.settings.target)
+        history = History(self.project, self.settings.target, read_only=read_only)
         self.logs.install()  # what a revision file imports may have set up logging of its own
         return history
 
@@ -190,24 +201,28 @@ class MigrationService:
         """Write the history's manifest beside ``env.py``; with ``check``, raise where it would change."""
         from pathlib import Path
 
-        from migrator.history.freeze import keep
+        from migrator.project.freeze import keep
 
         return keep(self.history(), self.project, Path.cwd(), check=check)
 
     def wait(self) -> tuple[Session, int]:
         """Wait for Postgres; returns a session, which the caller closes, and the number of attempts."""
-        from migrator.stages.wait import wait
+        from migrator.pipeline.stages.wait import wait
 
         return wait(self.settings.required_target, self.settings, self.application_name)
 
     def wait_for_current(self) -> tuple[str, ...]:
         """Wait until nothing is pending, reading only; returns the revisions that the database is at."""
-        from migrator.currency import wait_for_current
-        from migrator.glance import frozen_history
+        from migrator.pipeline.fast_path.up_to_date import frozen_history
+        from migrator.pipeline.wait_for_current import wait_for_current
 
         found = [
             wait_for_current(
-                frozen_history(one.settings, one.project), one.history, one.settings, self.application_name
+                frozen_history(one.settings, one.project),
+                one.history,
+                one.settings,
+                self.application_name,
+                take_back=self._take_back,
             )
             for one in self.all()
         ]
@@ -215,12 +230,15 @@ class MigrationService:
 
     def state(self) -> State:
         """Return where the database is; raises for a state that a person must decide about."""
-        from migrator.stages.inspect import inspect
-        from migrator.stages.lock import holder
+        from migrator.pipeline.stages.inspect import asking, inspect
+        from migrator.pipeline.stages.lock import holder
 
         history = self.history()
         with self._session() as session:
-            found = inspect(session, history, self.settings, "upgrade", "heads", read_only=True)
+            ask = asking(session, history, self.settings, self._take_back, locked=False)
+            found = inspect(
+                session, history, self.settings, "upgrade", self.settings.goal, read_only=True, ask=ask
+            )
             running = holder(session)
             return State(
                 target=str(session.target),
@@ -233,21 +251,37 @@ class MigrationService:
                 last_run=found.standing.last,
                 edited=found.edits,
                 ahead=found.ahead,
+                hint=history.branch_hint(self.settings.destination),
+                version_tables={
+                    str(table): tuple(sorted(rows)) for table, rows in found.where.visits.items()
+                },
             )
 
     def current(self) -> tuple[str, ...]:
         """Return the revisions that the database is at, known to this history or not."""
-        from migrator.versions import read_version
-
         history = self.history()
         with self._session() as session:
-            return read_version(session, history, self.settings.version_table)[1]
+            return self._rows(session, history)
+
+    def _rows(self, session: Session, history: History | FrozenHistory) -> tuple[str, ...]:
+        """Return the revisions that the database is at; ``env.py`` is asked where only that knows the version table."""
+        from migrator.pipeline.fast_path.up_to_date import FrozenHistory
+        from migrator.pipeline.stages.inspect import asking
+        from migrator.postgres.version_table import read_version, seek
+
+        found = seek(session, history, self.settings.version_table)
+        if found.others:
+            known = self.history() if isinstance(history, FrozenHistory) else history
+            visits = asking(session, known, self.settings, self._take_back, locked=False)()
+            if visits:
+                return tuple(sorted(visits[0].rows))
+        return read_version(session, history, self.settings.version_table)[1]
 
     # -- the ledger ------------------------------------------------------------------------------------
 
     def ledger(self, limit: int = 20) -> list[dict[str, Any]]:
         """Return the newest rows of the ledger as they are."""
-        from migrator.books import read_ledger
+        from migrator.ledger.repair import read_ledger
 
         history = self.history()
         with self._session() as session:
@@ -255,38 +289,39 @@ class MigrationService:
 
     def repair(self, revisions: Sequence[str]) -> Repair:
         """Accept the edited files of applied revisions, under the run lock."""
-        from migrator.books import accept_edits
-        from migrator.stages.lock import lock
+        from migrator.ledger.repair import accept_edits
+        from migrator.pipeline.stages.lock import lock
 
         history = self.history()
         author = Record("repair", self.settings.target, self.run_id).author(self.settings.actor)
-        with self._session() as session, lock(session, self.settings):
+        changing = self.interruption.changing("migrator ledger")
+        with self._session() as session, lock(session, self.settings), changing:
             return accept_edits(session, history, self.settings, revisions, author)
 
     def accept_schema(self) -> Drift:
         """Keep the live schema as the one that is right, under the run lock; returns what had been different."""
-        from migrator.drift import accept
-        from migrator.stages.lock import lock
-        from migrator.versions import read_version
+        from migrator.pipeline.drift import accept
+        from migrator.pipeline.stages.lock import lock
+        from migrator.postgres.version_table import read_version
 
         history = self.history()
         author = Record("repair", self.settings.target, self.run_id).author(self.settings.actor)
         with self._session() as session, lock(session, self.settings):
             table, _ = read_version(session, history, self.settings.version_table)
-            return accept(session, self.settings, table, author)
+            with self.interruption.changing("migrator ledger"):
+                return accept(session, self.settings, table, author)
 
     # -- backups ---------------------------------------------------------------------------------------
 
     def backup(self, name: str = "") -> Backup:
         """Make a verified backup now, under the run lock."""
-        from migrator.glance import frozen_history
-        from migrator.stages.backup import back_up
-        from migrator.stages.lock import lock
-        from migrator.versions import read_version
+        from migrator.pipeline.fast_path.up_to_date import frozen_history
+        from migrator.pipeline.stages.backup import back_up
+        from migrator.pipeline.stages.lock import lock
 
         history = frozen_history(self.settings, self.project) or self.history()
         with self._session() as session, lock(session, self.settings):
-            _, current = read_version(session, history, self.settings.version_table)
+            current = self._rows(session, history)
             return back_up(
                 session,
                 self.settings,
@@ -298,10 +333,10 @@ class MigrationService:
 
     def verify_backup(self, backup_id: str, how: str = "") -> Backup:
         """Prove a backup by ``read`` or ``restore`` (as MIGRATOR_BACKUP_VERIFY says), and note that beside it."""
-        from migrator.backups import verify
+        from migrator.backups.verification import verify_stored
 
         store, backup = self._find_backup(backup_id)
-        return verify.verify(
+        return verify_stored.verify(
             store,
             backup,
             self.settings,
@@ -315,8 +350,8 @@ class MigrationService:
         return self._find_backup(backup_id)[1]
 
     def _find_backup(self, backup_id: str) -> tuple[Store, Backup]:
-        from migrator.backups.store import LATEST
-        from migrator.backups.stores import open_store
+        from migrator.backups.storage.interface import LATEST
+        from migrator.backups.storage.open import open_store
 
         settings = self.settings
         target = settings.required_target if backup_id == LATEST else settings.target
@@ -326,7 +361,7 @@ class MigrationService:
     def backups(self) -> list[dict[str, Any]]:
         """Return the backups in the folder, newest first."""
         from migrator.backups.manifest import summary
-        from migrator.backups.stores import open_store
+        from migrator.backups.storage.open import open_store
 
         return [summary(backup) for backup in open_store(self.settings.backup_url, self.settings).backups()]
 
@@ -353,7 +388,7 @@ class MigrationService:
         ``tables`` alone go into a schema of the target (``into_schema``, or one that is named after the run).  A backup
         that leaves out rows replaces it only where ``incomplete``, and never with ``drop_old``.
         """
-        from migrator.backups.side_schema import refuse_together, restore_tables
+        from migrator.backups.restore.tables import refuse_together, restore_tables
 
         refuse_together(to, tables, into_schema, drop_old)
         if tables:
@@ -365,16 +400,16 @@ class MigrationService:
                 schema=into_schema,
                 run_id=self.run_id,
                 application_name=self.application_name,
-                committed=self._interruption.shield,
+                committed=self.interruption.shield,
             )
         if not to and not replace:
             raise SettingsError(
                 ["restore without --to replaces the database: its sessions are ended"],
                 next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
             )
-        from migrator.backups.losses import Incomplete
-        from migrator.backups.restore import Wishes, restore
-        from migrator.stages.lock import lock
+        from migrator.backups.restore.restore import Wishes, restore
+        from migrator.backups.restore.write_detection import Incomplete
+        from migrator.pipeline.stages.lock import lock
 
         if to and to == self.settings.required_target.database:
             raise SettingsError(
@@ -398,9 +433,7 @@ class MigrationService:
                     run_id=self.run_id,
                     application_name=self.application_name,
                     replace=replace,
-                    wishes=Wishes(
-                        drop_old=drop_old, incomplete=incomplete, swapped=self._interruption.shield
-                    ),
+                    wishes=Wishes(drop_old=drop_old, incomplete=incomplete, swapped=self.interruption.shield),
                 )
             except Incomplete as error:
                 raise SettingsError(
@@ -414,15 +447,22 @@ class MigrationService:
 
     def _note(self, restored: Restored) -> None:
         """Add a row about the restore to the ledger that came back; a restore does not fail for want of it."""
-        from migrator.books import note_restore
-        from migrator.postgres import ConnectFailed, QueryFailed
+        from migrator.ledger.repair import note_restore
+        from migrator.postgres.session import ConnectFailed, QueryFailed
 
         if not self.settings.ledger:
             return
         author = Record("restore", self.settings.target, self.run_id).author(self.settings.actor)
         try:
             with self._session() as session:
-                note_restore(session, author, restored)
+                note_restore(
+                    session,
+                    author,
+                    self.settings.role,
+                    message=restored.message,
+                    seconds=restored.seconds,
+                    backup_id=restored.backup.id,
+                )
         except (MigratorError, ConnectFailed, QueryFailed) as error:
             log.warning("the ledger does not say that this was restored: %s", error)
 
@@ -434,5 +474,5 @@ class MigrationService:
     @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:
         session, _ = self.wait()
-        with session, self._interruption.calling(session.cancel):
+        with session, self.interruption.calling(session.cancel):
             yield session

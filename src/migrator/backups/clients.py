@@ -15,15 +15,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator import process, tags
+from migrator.config.database_url import ENVIRONMENT_NAMES, Target
+from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, RestoreFailed
-from migrator.logs import redact
-from migrator.settings import Settings
-from migrator.target import ENVIRONMENT_NAMES, Target
+from migrator.postgres.errors import ConnectFailed, Refusal
+from migrator.runtime import image_tags, resource_errors, subprocesses
+from migrator.runtime.logs import redact
 
 # Versioned folders come before PATH, where Debian has a wrapper in Perl that chooses by its own rules.
 _FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/libexec/postgresql*")
 _VERSION = re.compile(r"\(PostgreSQL\)\s+((\d+)\S*)")
+_PROGRAMS = ("pg_dump", "pg_restore")
 _VERSION_TIMEOUT = 20.0
 
 # Parameters of a connection string that hold no secret; those that have a variable go that way.
@@ -77,7 +79,7 @@ def installed(settings: Settings) -> list[Client]:
     """Return the clients there are, each once: those of MIGRATOR_PG_BIN alone where it is set."""
     clients = []
     for folder in _folders(settings):
-        versions = {_version_of(folder / program) for program in ("pg_dump", "pg_restore")}
+        versions = {_version_of(folder / program)[0] for program in _PROGRAMS}
         found = versions.pop()
         if found is not None and not versions:
             clients.append(Client(folder, *found))
@@ -98,19 +100,34 @@ def _folders(settings: Settings) -> Iterator[Path]:
             yield folder
 
 
+def _stopped(settings: Settings) -> str:
+    """Say why a program that is there could not be asked for its version; empty where none is there, or all were."""
+    for folder in _folders(settings):
+        for program in _PROGRAMS:
+            why = _version_of(folder / program)[1]
+            if why:
+                return f"{folder / program} cannot be started: {why}"
+    return ""
+
+
 @functools.cache
-def _version_of(program: Path) -> tuple[str, int] | None:
+def _version_of(program: Path) -> tuple[tuple[str, int] | None, str]:
+    """Return a program's version and major, or None and why it could not be asked, if it is there."""
     chunks: list[bytes] = []
     try:
-        finished = process.run(
+        finished = subprocesses.run(
             [program, "--version"],
-            environment=process.base_environment(),
+            environment=subprocesses.base_environment(),
             on_output=chunks.append,
             timeout=_VERSION_TIMEOUT,
         )
-    except (OSError, process.TimedOut):
-        return None
-    return parse_version(b"".join(chunks).decode("utf-8", "replace")) if finished.status == 0 else None
+    except OSError as error:
+        return None, resource_errors.cannot_start(error) if os.path.lexists(program) else ""
+    except subprocesses.TimedOut as error:
+        return None, str(error)
+    if finished.status != 0:
+        return None, last_words(finished)
+    return parse_version(b"".join(chunks).decode("utf-8", "replace")), ""
 
 
 def choose(clients: Sequence[Client], wanted: int, at_least: int = 0) -> Client | None:
@@ -137,7 +154,7 @@ def for_dump(
         return client
     raise BackupFailed(
         _explain(settings, clients, f"the server is PostgreSQL {server_version}", "dump"),
-        next_step=f"{_remedy(server_major)}, {otherwise}",
+        next_step=f"{_remedy(settings, clients, server_major)}, {otherwise}",
     )
 
 
@@ -149,12 +166,15 @@ def for_restore(settings: Settings, server_major: int, archive_major: int) -> Cl
         return client
     raise RestoreFailed(
         _explain(settings, clients, f"the backup was written by pg_dump {archive_major}", "read"),
-        next_step=_remedy(archive_major),
+        next_step=_remedy(settings, clients, archive_major),
     )
 
 
 def _explain(settings: Settings, clients: Sequence[Client], fact: str, verb: str) -> str:
     place = f" in {settings.pg_bin} (MIGRATOR_PG_BIN)" if settings.pg_bin else ""
+    stopped = "" if clients else _stopped(settings)
+    if stopped:
+        return f"{stopped}; and {fact}."
     if not clients:
         return f"There is no pg_dump and pg_restore of one version{place}, and {fact}."
     newest = max(clients, key=lambda client: client.major)
@@ -164,10 +184,22 @@ def _explain(settings: Settings, clients: Sequence[Client], fact: str, verb: str
     )
 
 
-def _remedy(major: int) -> str:
+def _remedy(settings: Settings, clients: Sequence[Client], major: int) -> str:
+    if not clients and _stopped(settings):
+        return "put that right and run again"
     return (
-        f"use (or build on) {tags.with_client(major)}, the image with the PostgreSQL {major} client, install "
+        f"use (or build on) {image_tags.with_client(major)}, the image with the PostgreSQL {major} client, install "
         f"postgresql-client-{major}, or name a folder that has it in MIGRATOR_PG_BIN"
+    )
+
+
+def remedy(error: Exception) -> str:
+    """Return what helps where the maintenance database is not there: for a pooler, mostly; else an empty text."""
+    if not isinstance(error, ConnectFailed) or error.refusal is not Refusal.NO_DATABASE:
+        return ""
+    return (
+        "databases are made from postgres or template1: let the pooler lead there as well, or give the address around"
+        " it in MIGRATOR_DIRECT_URL"
     )
 
 
@@ -182,7 +214,7 @@ def environment(target: Target, application_name: str, connect_timeout: float) -
         if name.startswith("PG") and name not in _NOT_INHERITED and not name.endswith("_FILE")
     }
     return {
-        **process.base_environment(),
+        **subprocesses.base_environment(),
         "PGCONNECT_TIMEOUT": str(max(2, math.ceil(connect_timeout))),
         **inherited,
         **{name: value for name, value in target.environment().items() if name not in _NOT_INHERITED},
@@ -208,9 +240,14 @@ def _conninfo_quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-def last_words(finished: process.Finished) -> str:
+_NO_CAUSE = "error: a worker process died unexpectedly"
+"""What comes last where a worker of pg_restore fails; its cause stands before it."""
+
+
+def last_words(finished: subprocesses.Finished) -> str:
     """Return what a client said when it failed, in one line and without secrets."""
     lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.endswith(_NO_CAUSE)] or lines
     errors = [number for number, line in enumerate(lines) if ": error:" in line or "FATAL" in line]
     told = lines[errors[-1] :] if errors else lines[-3:]
     text = " ".join(" ".join(told).split())

@@ -15,15 +15,31 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from migrator.backups.losses import Holder, WouldLose
+from migrator.backups.failures import WouldLose
 from migrator.backups.manifest import Properties
-from migrator.postgres import ConnectFailed, QueryFailed, Refusal, Session, connect, quote_identifier
-from migrator.target import Target
+from migrator.config.database_url import Target
+from migrator.postgres import connection_limit
+from migrator.postgres.session import (
+    ConnectFailed,
+    QueryFailed,
+    Refusal,
+    Session,
+    connect,
+    quote_identifier,
+    quote_literal,
+)
+from migrator.runtime.deadlines import PROBE
+
+if TYPE_CHECKING:
+    from migrator.backups.restore.write_detection import Holder
 
 LOGGER = logging.getLogger("migrator.restore")
 NAME_BYTES = 63
 """NAMEDATALEN - 1: Postgres cuts longer names off without a word."""
+DROP_PATIENCE = 120.0
+"""Seconds for one DROP DATABASE, which makes a checkpoint and waits for every process of the server to take note."""
 _KEPT_OF_NAME = 20  # bytes
 SWAP_PATIENCE = 15.0
 """Seconds to get everyone out of a database and rename it; a container is usually given 30 to end."""
@@ -45,14 +61,24 @@ class SwapFailed(Exception):
     """Two databases could not be swapped; neither was renamed."""
 
 
-def maintenance(target: Target, application_name: str, timeout: float, *, not_in: str = "") -> Session:
-    """Open a session in a database other than ``not_in``; raises ConnectFailed of the last one tried."""
+class SwapUnknown(Exception):
+    """Two databases may have been swapped, and nobody can be asked."""
+
+
+def maintenance(
+    target: Target, application_name: str, timeout: float, *, not_in: str = "", patient: bool = True
+) -> Session:
+    """Open a session in a database other than ``not_in``; raises ConnectFailed of the last one tried.
+
+    It waits for room unless it is not ``patient``: for what holds signals back.
+    """
+    open_session = connection_limit.connect if patient else connect
     failure: ConnectFailed | None = None
     for database in ("postgres", "template1"):
         if database == not_in:
             continue
         try:
-            session = connect(target.with_database(database), application_name, timeout)
+            session = open_session(target.with_database(database), application_name, timeout)
         except ConnectFailed as error:
             if error.refusal is Refusal.TRANSIENT:
                 raise  # whoever comes here must land in the same database, for locks are kept per database
@@ -81,12 +107,15 @@ def exists(session: Session, name: str) -> bool:
 
 
 def create(session: Session, name: str, properties: Properties) -> None:
-    """Create an empty database with another's encoding, locale, owner and tablespace; raises QueryFailed."""
+    """Create an empty database with another's encoding, locale, owner and tablespace; raises QueryFailed.
+
+    Nobody else can connect to it: everybody may by default, and could plant objects while it is filled.
+    """
     parts = [
         f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0",
         f"OWNER {quote_identifier(properties.owner)}",
-        f"ENCODING {literal(properties.encoding)}",
-        f"LC_COLLATE {literal(properties.collate)} LC_CTYPE {literal(properties.ctype)}",
+        f"ENCODING {quote_literal(properties.encoding)}",
+        f"LC_COLLATE {quote_literal(properties.collate)} LC_CTYPE {quote_literal(properties.ctype)}",
     ]
     if session.facts.major >= 15:
         parts.append(
@@ -95,28 +124,40 @@ def create(session: Session, name: str, properties: Properties) -> None:
             )
         )
     if properties.provider == "i":
-        parts.append(f"ICU_LOCALE {literal(properties.locale)}")
+        parts.append(f"ICU_LOCALE {quote_literal(properties.locale)}")
     if properties.provider == "b":
-        parts.append(f"BUILTIN_LOCALE {literal(properties.locale)}")
+        parts.append(f"BUILTIN_LOCALE {quote_literal(properties.locale)}")
     if properties.icu_rules:
-        parts.append(f"ICU_RULES {literal(properties.icu_rules)}")
+        parts.append(f"ICU_RULES {quote_literal(properties.icu_rules)}")
     if properties.tablespace:
         parts.append(f"TABLESPACE {quote_identifier(properties.tablespace)}")
-    session.query(" ".join(parts))
+    session.query(" ".join([*parts, "CONNECTION LIMIT 0"]))
+    quoted = quote_identifier(name)
+    session.query(f"REVOKE ALL ON DATABASE {quoted} FROM PUBLIC")
+    session.query(f"GRANT ALL ON DATABASE {quoted} TO CURRENT_USER")
+    session.query(f"ALTER DATABASE {quoted} CONNECTION LIMIT -1")
 
 
 def drop(session: Session, name: str) -> None:
-    """Drop a database if it is there, ending the sessions in it; raises QueryFailed."""
-    if session.facts.major >= 13:
-        session.query(f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE)")
-        return
-    terminate(session, name)
-    session.query(f"DROP DATABASE IF EXISTS {quote_identifier(name)}")
+    """Drop a database if it is there, ending the sessions in it; raises QueryFailed, after two minutes at the latest.
+
+    The server may wait for ever for one of its own processes that does not answer a signal barrier.
+    """
+    force = session.facts.major >= 13
+    if not force:
+        terminate(session, name)
+    command = f"DROP DATABASE IF EXISTS {quote_identifier(name)}{' WITH (FORCE)' if force else ''}"
+    session.query(f"SET statement_timeout = '{DROP_PATIENCE:.0f}s'")
+    try:
+        session.query(command, timeout=DROP_PATIENCE + PROBE)  # the server does not time its COMMIT
+    finally:
+        if not session.closed:
+            session.query("SET statement_timeout = 0")
 
 
 def mark(session: Session, name: str, original: str) -> None:
     """Write on a database that it is half restored, so that a later restore knows it for what it is."""
-    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {literal(_MARK + original)}")
+    session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(_MARK + original)}")
 
 
 def unmark(session: Session, name: str, original: str) -> None:
@@ -124,7 +165,7 @@ def unmark(session: Session, name: str, original: str) -> None:
     comment = session.value(
         "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = %s", [original]
     )
-    text = "NULL" if comment is None else literal(comment)
+    text = "NULL" if comment is None else quote_literal(comment)
     session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {text}")
 
 
@@ -167,13 +208,14 @@ def marked(session: Session, original: str) -> list[str]:
     return [
         name
         for name, comment in rows
+        if name != original  # whose owner may have written that comment
         if comment == _MARK + original
         or ((match := _SCRATCH_NAME.search(name)) and name == shorten(original, match[0]))
     ]
 
 
 def copy_privileges(session: Session, source: str, copy: str) -> None:
-    """Give a database the privileges of another; nothing to do where those are the default."""
+    """Give a new database the privileges of another, or the default where that has them or is not there."""
     rows = session.query(
         "SELECT pg_get_userbyid(d.datdba)::text, CASE a.grantee WHEN 0 THEN NULL"
         " ELSE pg_get_userbyid(a.grantee)::text END, a.privilege_type, a.is_grantable"
@@ -181,12 +223,13 @@ def copy_privileges(session: Session, source: str, copy: str) -> None:
         [source],
     )
     has_list = session.value("SELECT datacl IS NOT NULL FROM pg_database WHERE datname = %s", [source])
+    name, user = quote_identifier(copy), session.facts.user
+    owner = session.value("SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE datname = %s", [copy])
+    if user != owner:
+        session.query(f"REVOKE ALL ON DATABASE {name} FROM {quote_identifier(user)}")
     if not has_list:
+        session.query(f"GRANT CONNECT, TEMPORARY ON DATABASE {name} TO PUBLIC")
         return
-    name = quote_identifier(copy)
-    owner = session.value(
-        "SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE datname = %s", [source]
-    )
     session.query(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC, {quote_identifier(owner)}")
     for _, grantee, privilege, grantable in rows:
         to = "PUBLIC" if grantee is None else quote_identifier(grantee)
@@ -230,16 +273,10 @@ def _setting_statements(session: Session, source: str, copy: str) -> Iterator[tu
 
 def _setting_value(key: str, value: str) -> str:
     if key.lower() not in _LISTS:
-        return literal(value)
+        return quote_literal(value)
     names = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', value)
     listed = [quoted.replace('""', '"') if quoted or not bare else bare for quoted, bare in names]
-    return ", ".join(literal(item) for item in listed) or "''"
-
-
-def literal(text: str) -> str:
-    """Quote text for SQL, whatever ``standard_conforming_strings`` is."""
-    doubled = text.replace("'", "''")
-    return " E'" + doubled.replace("\\", "\\\\") + "'" if "\\" in text else f"'{doubled}'"
+    return ", ".join(quote_literal(item) for item in listed) or "''"
 
 
 @dataclass(frozen=True)
@@ -260,7 +297,7 @@ def terminate(session: Session, database: str, *, spare: int = 0) -> list[Left]:
     left = []
     for pid, user, name in others_in(session, database, spare=spare):
         try:
-            session.query("SELECT pg_terminate_backend(%s)", [pid])
+            session.terminate(pid)
         except QueryFailed as error:
             if error.lost:
                 raise
@@ -302,15 +339,31 @@ def swap(
         if failure is None:
             return
         if failure.lost:
-            if exists(helper, kept) and not exists(helper, replacement):
-                return  # it was committed, only the answer got lost
+            try:
+                committed = exists(helper, kept) and not exists(helper, replacement)
+            except QueryFailed as error:
+                raise SwapUnknown(f"the connection was lost: {error.text}") from error
+            if committed:
+                return  # only the answer got lost
             raise SwapFailed(f"the connection was lost: {failure.text}")
         again = failure.sqlstate in (_OBJECT_IN_USE, _LOCK_NOT_AVAILABLE) and not (
             holder and holder.session.closed
         )
         if not again or time.monotonic() > deadline:
-            who = "; ".join(str(item) for item in left)
+            who = "; ".join([*map(str, left), *_prepared(helper, current)])
             raise SwapFailed(failure.text + (f" ({who})" if who else ""))
+
+
+def _prepared(helper: Session, database: str) -> list[str]:
+    """Name the prepared transactions in a database, which no session holds; nothing where nobody answers."""
+    with contextlib.suppress(QueryFailed):
+        rows = helper.query(
+            "SELECT gid::text FROM pg_prepared_xacts WHERE database = %s ORDER BY 1", [database]
+        )
+        return [
+            f"ROLLBACK PREPARED {quote_literal(gid).strip()}; in {database} ends that one" for (gid,) in rows
+        ]
+    return []
 
 
 def _try_swap(
@@ -355,6 +408,8 @@ def _try_swap(
                     lost = error  # that session stays, so that the rename gives up
                 waiting = None
             renaming.join(0.05)
+    except QueryFailed as error:  # the rename goes on, and says itself how it ended
+        LOGGER.warning("the sessions in %s could not be ended: %s", current, error.text)
     finally:
         renaming.join()
     if lost and failures:
@@ -382,11 +437,13 @@ _KEPT_NAME = re.compile(r"(?s).*_before_(\d{8}T\d{6}Z)-[0-9a-f]{6}")
 def expired(session: Session, database: str, keep: float) -> list[str]:
     """Return the databases that restores of this one have set aside longer than ``keep`` seconds ago.
 
-    They are known by their name, which ends in the id of the run.
+    They are known by their name, which ends in the id of the run, and have the same owner: a name alone proves nothing.
     """
     found = []
     for (name,) in session.query(
-        "SELECT datname::text FROM pg_database WHERE datname LIKE '%%\\_before\\_%%'"
+        "SELECT k.datname::text FROM pg_database k JOIN pg_database d ON d.datdba = k.datdba AND d.datname = %s"
+        " WHERE k.datname LIKE '%%\\_before\\_%%'",
+        [database],
     ):
         match = _KEPT_NAME.fullmatch(name)
         if match is None or name != shorten(database, name[match.start(1) - len("_before_") :]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from migrator.backups import archive
+from migrator.backups import pg_restore
 from migrator.backups.manifest import Backup, human_size, summary
+from migrator.postgres.session import quote_identifier
 
 _PROVIDERS = {"c": ("libc", ""), "i": ("icu", "--icu-locale"), "b": ("builtin", "--builtin-locale")}
 Layout = Callable[[Sequence[Mapping[str, str]]], str]
@@ -17,13 +19,36 @@ Layout = Callable[[Sequence[Mapping[str, str]]], str]
 def data(backup: Backup) -> dict[str, Any]:
     """Return the manifest, with the backup's place and the commands that restore it."""
     document = dataclasses.asdict(backup)
-    return {**document, **summary(backup), "by_hand": list(by_hand(backup))}
+    return {
+        **document,
+        **summary(backup),
+        "by_hand": by_hand(backup),
+        "by_hand_why": pg_restore.not_plain(backup),
+    }
 
 
-def by_hand(backup: Backup) -> tuple[str, str]:
+def by_hand(backup: Backup) -> list[str]:
     """Return the commands that make a new database and restore a backup into it; libpq's variables say where."""
     name = f"{backup.database}_by_hand"
-    return shlex.join(["createdb", *_like(backup), "--", name]), archive.by_hand(backup, name, clean=False)
+    create = shlex.join(["createdb", *_like(backup), "--", name])
+    return [create, *_settings(backup, name), pg_restore.by_hand(backup, name, clean=False)]
+
+
+def _settings(backup: Backup, name: str) -> list[str]:
+    """Return the command that gives the new database the old one's settings: checks and views may read them."""
+    if not backup.own_settings:
+        return []
+    feeds = pg_restore.read_with(backup)
+    source = [] if feeds else [backup.place]
+    old = re.sub(r"([][\\.*^$/+?(){}|])", r"\\\1", backup.database.replace('"', '""'))
+    new = re.sub(r"([\\/&])", r"\\\1", quote_identifier(name))
+    edit = f's/^(ALTER (DATABASE|ROLE .* IN DATABASE)) "?{old}"? SET /\\1 {new} SET /p'
+    commands = (
+        shlex.join(("pg_restore", "--create", "--schema-only", "--file=-", *source)),
+        shlex.join(("sed", "-nE", edit)),
+        "psql --quiet --dbname=postgres",
+    )
+    return [" | ".join((*feeds, *commands))]
 
 
 def _like(backup: Backup) -> list[str]:
@@ -68,6 +93,7 @@ def text(backup: Backup, table: Layout) -> str:
         f"{backup.dump_format} format{', ' + backup.compression if backup.compression else ''}",
         "encrypted to": ", ".join(backup.encrypted_to),
         "without rows of": ", ".join(backup.excluded_table_data),
+        "left out": ", ".join(backup.not_dumped),
         "not proven": "" if backup.verified else "no backup until `migrator verify-backup` proves it",
         "place": backup.place,
         "sha256": backup.stored[0],
@@ -80,8 +106,9 @@ def text(backup: Backup, table: Layout) -> str:
     ]
     if rows:
         lines += ["", table(rows)]
-    create, restore = by_hand(backup)
-    return "\n".join([*lines, "", "without migrator, into a new database:", f"  {create}", f"  {restore}"])
+    lines += ["", "without migrator, into a new database:", *(f"  {command}" for command in by_hand(backup))]
+    why = pg_restore.not_plain(backup)
+    return "\n".join(lines + ([f"  # {why}"] if why else []))
 
 
 def _rows(rows: int | None, estimated: int | None) -> str:

@@ -1,16 +1,24 @@
-"""Event triggers, which only a superuser may make: what a role that is none would lose or could not bring back."""
+"""Event triggers: they come back last, and only by a superuser; what another would lose or could not bring back.
+
+They do whatever they do at each DDL, and a REFRESH MATERIALIZED VIEW of pg_restore's is one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from migrator.backups import archive
+from migrator.backups import pg_restore
+from migrator.backups.clients import Client
+from migrator.backups.failures import failed
 from migrator.backups.manifest import Backup
-from migrator.backups.restored import failed
-from migrator.postgres import QueryFailed, Session, quote_identifier
+from migrator.backups.storage import temporary
+from migrator.postgres.session import QueryFailed, Session, quote_identifier
 
 _ENTRY = re.compile(r"\d+; \d+ \d+ EVENT TRIGGER - (.*) \S+$")
+_LISTED = re.compile(rb"^\d+; \d+ \d+ (?:(?:COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
 _DENIED = "42501"
 # Whoever may is told that there is no such function; the right is looked at first, and no transaction id is taken.
 _TRY = "CREATE EVENT TRIGGER migrator_probe ON ddl_command_start EXECUTE FUNCTION pg_catalog.migrator_none()"
@@ -20,6 +28,29 @@ WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
   AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
 ORDER BY 1
 """
+
+
+@contextlib.contextmanager
+def apart(
+    client: Client, path: Path, without: re.Pattern[bytes] | None = None
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Yield pg_restore's options for all but an archive's event triggers, and for those alone; nothing without any.
+
+    The entries that ``without`` finds are in neither.  Raises RestoreStopped.
+    """
+    listed = pg_restore.script(client, path, "--list")
+    alone = b"".join(match[0] for match in _LISTED.finditer(listed))
+    kept = without.sub(b"", listed) if without else listed
+    if not alone and kept == listed:
+        yield (), ()
+        return
+    with temporary.in_memory(_LISTED.sub(b"", kept)) as others, temporary.in_memory(alone) as last:
+        yield (f"--use-list={others}",), (f"--use-list={last}",) if alone else ()
+
+
+def is_one(line: str) -> bool:
+    """Whether a line of an archive's table of contents is an event trigger's, or its comment's."""
+    return _LISTED.match(f"{line}\n".encode(errors="surrogateescape")) is not None
 
 
 def refuse(session: Session, backup: Backup, contents: Iterable[str]) -> None:
@@ -39,7 +70,7 @@ def refuse(session: Session, backup: Backup, contents: Iterable[str]) -> None:
             " none.",
             "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL), which brings them back as well; or "
             "without them, by hand into an empty database: "
-            + archive.by_hand(backup, "NEW_DATABASE", "--no-owner", "--no-privileges"),
+            + pg_restore.by_hand(backup, "NEW_DATABASE", "--no-owner", "--no-privileges"),
         )
     drops = " ".join(f"DROP EVENT TRIGGER {quote_identifier(name)};" for name in there)
     raise failed(

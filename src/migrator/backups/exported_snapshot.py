@@ -1,27 +1,33 @@
-"""One exported snapshot, and what the database holds in it: the dump and its row counts see the same instant.
+"""One exported snapshot, and what the database holds in it: the dump and what it is compared with see the same instant.
 
-``pg_export_snapshot`` hands the instant over to ``pg_dump --snapshot``.  A row count taken at any other time
-would prove nothing about the dump.
+``pg_export_snapshot`` hands the instant over to ``pg_dump --snapshot``.
+
+Where we read rows ourselves, we do so with ``COPY table TO STDOUT``, as pg_dump does, and never with a query.  COPY
+takes plain tables only: where a view has taken a table's name meanwhile, it fails.  And it plans nothing: the planner
+evaluates functions in expression indexes and in extended statistics, as whoever asks.  Tables belong to others, and so
+do those functions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from migrator.backups.manifest import Properties, Table
-from migrator.postgres import QueryFailed, Session, connect, quote_identifier
-from migrator.target import Target
+from migrator.backups.manifest import Properties
+from migrator.config.database_url import Target
+from migrator.postgres import connection_limit
+from migrator.postgres.session import QueryFailed, Session, quote_identifier
 
+LOGGER = logging.getLogger("migrator.backup")
+Result = TypeVar("Result")
 LOCK_WAIT = 60.0
 """Seconds to wait for a table that another session has locked; pg_dump is told the same."""
-COUNTED_BYTES = 100 * 1000 * 1000
-"""Tables whose rows take up more are not counted: the scan would cost what the dump's own costs.
-
-Decided by size and not by ``reltuples``, which is a guess and missing where nothing was analysed yet.
-"""
 _LOCK_SLICE = 1000  # milliseconds: a signal is answered between two waits, not in the middle of one
 _EMPTY_DATABASE = 8 * 1000 * 1000  # bytes: the catalogs of a database that holds nothing
 _LOCK_NOT_AVAILABLE = "55P03"
@@ -66,21 +72,28 @@ class Relation:
         """Return the quoted name, with its schema."""
         return f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
 
-    @property
+    @functools.cached_property
     def shown(self) -> str:
-        """Return the name for people and for the manifest: quoted only where SQL would need it."""
-        return ".".join(
-            part if part.isascii() and part.isidentifier() and part.islower() else quote_identifier(part)
-            for part in (self.schema, self.name)
-        )
+        """Return the name for people and for the manifest."""
+        return shown(self.schema, self.name)
+
+
+def shown(schema: str, name: str) -> str:
+    """Return a relation's name for people and for the manifest: quoted only where SQL would need it."""
+    return ".".join(
+        part if part.isascii() and part.isidentifier() and part.islower() else quote_identifier(part)
+        for part in (schema, name)
+    )
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes: of the whole database, and of what a dump may hold of it (all but indexes and what is always there)."""
+    """Bytes: of the whole database, of what a dump may hold of it (all but indexes and what is always there), and of
+    each table by oid, with its TOAST, as of the last VACUUM or ANALYZE of it."""
 
     database: int
     data: int
+    tables: Mapping[int, int]
 
 
 def relations(session: Session) -> list[Relation]:
@@ -100,23 +113,18 @@ def relations(session: Session) -> list[Relation]:
 
 
 def sizes(session: Session) -> Sizes:
-    """Measure the database."""
+    """Measure the database; no table is locked."""
     whole, indexes = session.query(
         "SELECT pg_database_size(current_database())::bigint,"
         " (SELECT coalesce(sum(relpages), 0)::bigint * current_setting('block_size')::int"
         "    FROM pg_class WHERE relkind = 'i')"
     )[0]
-    return Sizes(whole, max(0, whole - indexes - _EMPTY_DATABASE))
-
-
-def table_bytes(session: Session) -> dict[int, int]:
-    """Return what tables take up with their TOAST, in bytes by oid, as of the last VACUUM or ANALYZE of each."""
-    rows = session.query(
+    tables = session.query(
         "SELECT c.oid::bigint, (c.relpages + coalesce(t.relpages, 0))::bigint * current_setting('block_size')::int"
         " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_class t ON t.oid = c.reltoastrelid"
         " WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'"
     )
-    return {row[0]: row[1] for row in rows}
+    return Sizes(whole, max(0, whole - indexes - _EMPTY_DATABASE), dict(tables))
 
 
 def oddities(session: Session) -> tuple[str, ...]:
@@ -126,9 +134,28 @@ def oddities(session: Session) -> tuple[str, ...]:
     """
     rows = session.query(
         "SELECT DISTINCT split_part(o, '=', 1)::text FROM pg_attribute, unnest(attoptions) o"
-        " WHERE attnum > 0 AND NOT attisdropped ORDER BY 1"
+        " WHERE attoptions IS NOT NULL AND attnum > 0 AND NOT attisdropped ORDER BY 1"
     )
     return tuple(row[0] for row in rows if row[0] not in ("n_distinct", "n_distinct_inherited"))
+
+
+# As pg_user_mappings shows them, of which pg_dump writes what it sees.
+_HIDDEN = """
+SELECT 'options of the user mapping', quote_ident(coalesce(m.usename, 'public')) || ' on ' || quote_ident(m.srvname)
+  FROM pg_user_mappings m JOIN pg_foreign_server s ON s.oid = m.srvid, pg_roles me
+ WHERE me.rolname = current_user AND NOT me.rolsuper AND NOT CASE m.umuser WHEN 0 THEN pg_has_role(s.srvowner, 'USAGE')
+       ELSE m.usename = current_user AND (pg_has_role(s.srvowner, 'USAGE') OR has_server_privilege(s.oid, 'USAGE')) END
+UNION ALL
+SELECT 'subscription', quote_ident(subname)
+  FROM pg_subscription JOIN pg_database d ON d.oid = subdbid AND d.datname = current_database(), pg_roles me
+ WHERE me.rolname = current_user AND NOT me.rolsuper
+ ORDER BY 1, 2
+"""
+
+
+def not_dumped(session: Session) -> tuple[str, ...]:
+    """Name what pg_dump leaves out, without failing, for a role that is no superuser."""
+    return tuple(f"{kind} {name}" for kind, name in session.query(_HIDDEN))
 
 
 def identity(session: Session) -> tuple[str, int | None]:
@@ -147,13 +174,35 @@ def identity(session: Session) -> tuple[str, int | None]:
     return row[0], row[1]
 
 
-def next_xid(session: Session) -> int:
-    """Return the least transaction id (of the cluster, with its epoch) that the session's snapshot may not have seen.
+# A transaction of another database, as far as it still is in progress, cannot write into this one.
+_BOUNDS = """
+SELECT txid_snapshot_xmin(s)::bigint, txid_snapshot_xmax(s)::bigint, ARRAY(
+  SELECT x FROM txid_snapshot_xip(s) x
+   WHERE NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_xid::text::bigint = x % (2::bigint ^ 32)::bigint
+                        AND datname <> current_database())
+     AND NOT EXISTS (SELECT FROM pg_prepared_xacts WHERE transaction::text::bigint = x % (2::bigint ^ 32)::bigint
+                        AND database <> current_database()))
+  FROM txid_current_snapshot() s
+"""
 
-    Its xmin, not its xmax: a transaction that was under way and is committed later is not in the dump either.
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which transaction ids (of the cluster, with its epoch) a snapshot has not seen.
+
+    It has seen all below ``next``, and none from ``unseen`` on; of those in between it has not seen ``running``, which
+    were in progress and may write here.
     """
-    found: int = session.value("SELECT txid_snapshot_xmin(txid_current_snapshot())::bigint")
-    return found
+
+    next: int
+    unseen: int
+    running: tuple[int, ...]
+
+
+def bounds(session: Session) -> Bounds:
+    """Return which transaction ids the session's snapshot has not seen."""
+    next_, unseen, running = session.query(_BOUNDS)[0]
+    return Bounds(next_, unseen, tuple(running))
 
 
 def properties(session: Session) -> Properties:
@@ -175,60 +224,149 @@ def exported(target: Target, application_name: str, timeout: float) -> Iterator[
 
     The database's own timeouts are switched off in it: it has nothing to do while pg_dump works.
     """
-    with connect(target, application_name, timeout) as session:
+    with connection_limit.connect(target, application_name, timeout) as session:
         names = ["statement_timeout", "idle_in_transaction_session_timeout"]
         names += ["transaction_timeout"] if session.facts.major >= 17 else []
         for name in names:
             session.query(f"SET {name} = 0")
         session.query(f"SET lock_timeout = {_LOCK_SLICE}")
-        session.query("SET row_security = off")  # a count that leaves rows out must fail
-        session.query("SET search_path = ''")
+        session.query("SET row_security = off")  # what leaves rows out must fail
         session.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         yield session, session.value("SELECT pg_export_snapshot()")
 
 
-def count(session: Session, found: Sequence[Relation], excluded: Collection[str] = ()) -> dict[str, Table]:
-    """Count the rows of the tables in the session's transaction; raises :class:`LockedOut`.
+def count_exactly(session: Session, relation: Relation) -> int:
+    """Count a table's own rows, whatever that costs; raises QueryFailed."""
+    column = session.query(_NARROWEST, [relation.oid])
+    return copied(session, relation, column[0][0] if column else "")
 
-    Those of ``excluded`` (by the name that is shown) are not counted, for the dump has none of them.
 
-    In a transaction the counted tables stay locked (ACCESS SHARE, as pg_dump locks them itself) until its
-    end, so nobody can drop or truncate them between the count and the dump.
+# One of variable length where there is no other: the first is most often the key.
+_NARROWEST = """
+SELECT quote_ident(attname) FROM pg_attribute
+ WHERE attrelid = %s::bigint::oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+ ORDER BY attlen < 0, attlen, attnum LIMIT 1
+"""
+
+
+_IS_OURS = """
+SELECT l.oid FROM unnest(%s::bigint[], %s::text[]) AS l (oid, name)
+ WHERE to_regclass(l.name)::oid::bigint IS DISTINCT FROM l.oid
+    OR l.oid NOT IN (SELECT relation::bigint FROM pg_locks
+                      WHERE pid = pg_backend_pid() AND locktype = 'relation' AND relation IS NOT NULL)
+"""
+
+
+def replaced(session: Session, read: Sequence[Relation]) -> list[Relation]:
+    """Return which of the tables that were read by name are not the listed ones, and say so.
+
+    Reading has locked whatever bore the name, until the end of the transaction.
+    """
+    given = [[item.oid for item in read], [item.qualified for item in read]]
+    others = {row[0] for row in session.query(_IS_OURS, given)} if read else set()
+    found = [item for item in read if item.oid in others]
+    for item in found:
+        LOGGER.warning("the rows of %s were not counted: another table took its name meanwhile", item.shown)
+    return found
+
+
+def by_oid(session: Session, sql: str, relations: Mapping[int, Relation]) -> list[tuple[Any, ...]]:
+    """Ask about relations by their oids, all at once; one by one where one of them is locked; raises LockedOut."""
+    session.query("SAVEPOINT all_relations")
+    try:
+        rows = session.query(sql, [list(relations)])
+    except QueryFailed as error:
+        if error.lost or error.sqlstate != _LOCK_NOT_AVAILABLE:
+            raise
+        session.query("ROLLBACK TO SAVEPOINT all_relations")
+        rows = []
+        for oid, item in relations.items():
+            rows += when_free(session, item.shown, functools.partial(session.query, sql, [[oid]]))
+    session.query("RELEASE SAVEPOINT all_relations")
+    return rows
+
+
+def when_free(session: Session, name: str, work: Callable[[], Result]) -> Result:
+    """Do what needs a lock, again and again while another session has it; a signal is answered in between.
+
+    Within a savepoint: where it fails, the transaction goes on.  Raises :class:`LockedOut` and QueryFailed.
     """
     deadline = time.monotonic() + LOCK_WAIT
-    tables = {}
-    for relation in found:
-        if relation.kind == "S":
-            continue
-        if relation.kind == "r":
-            tables[relation.shown] = _count_one(session, relation, deadline, relation.shown in excluded)
-        else:
-            tables[relation.shown] = Table(None)
-    return tables
-
-
-def _count_one(session: Session, relation: Relation, deadline: float, excluded: bool) -> Table:
     while True:
         session.query("SAVEPOINT one_table")
         try:
-            rows = None
-            own, size = session.query(
-                "SELECT pg_relation_size(%s::oid), pg_table_size(%s::oid)", [relation.oid, relation.oid]
-            )[0]
-            if own <= COUNTED_BYTES and not excluded:
-                rows = count_exactly(session, relation)
+            found = work()
         except QueryFailed as error:
-            if error.sqlstate != _LOCK_NOT_AVAILABLE:
+            if error.lost:
                 raise
             session.query("ROLLBACK TO SAVEPOINT one_table")
+            if error.sqlstate != _LOCK_NOT_AVAILABLE:
+                raise
             if time.monotonic() > deadline:
-                raise LockedOut(relation.shown) from error
+                raise LockedOut(name) from error
             continue
         session.query("RELEASE SAVEPOINT one_table")
-        return Table(rows, relation.estimated_rows, size_bytes=size)
+        return found
 
 
-def count_exactly(session: Session, relation: Relation) -> int:
-    """Count a table's own rows, whatever that costs."""
-    rows: int = session.value(f"SELECT count(*) FROM ONLY {relation.qualified}")  # noqa: S608 - quoted
+def leniently(session: Session, what: str, work: Callable[[], Result], otherwise: Result) -> Result:
+    """Do what the backup does without, within a savepoint; where it fails, a warning says why."""
+    session.query("SAVEPOINT leniently")
+    try:
+        found = work()
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        session.query("ROLLBACK TO SAVEPOINT leniently")
+        LOGGER.warning("%s is not known: %s", what, error.text)
+        return otherwise
+    session.query("RELEASE SAVEPOINT leniently")
+    return found
+
+
+class Nowhere:
+    """Where rows go that are only counted."""
+
+    def write(self, data: bytes) -> int:
+        """Forget a row."""
+        return len(data)
+
+
+def copied(session: Session, relation: Relation, columns: str, sink: Any = None) -> int:
+    """Write a table's own rows into the sink, each as COPY's text; return their number; raises QueryFailed.
+
+    ``columns`` are quoted names; without any it is all of them.
+    """
+    listed = f" ({columns})" if columns else ""
+    text = f"COPY {relation.qualified}{listed} TO STDOUT"
+    rows: int = interruptibly(session, lambda: session.query(text, sink=sink or Nowhere()))[0][0]
     return rows
+
+
+def interruptibly(session: Session, work: Callable[[], Result]) -> Result:
+    """Do what may keep the server busy for long, and cancel it where a signal's handler raises.
+
+    psycopg2 waits inside libpq, where no handler runs; so it waits in another thread.
+    """
+    results: list[Result] = []
+    failures: list[QueryFailed] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except QueryFailed as error:
+            failures.append(error)
+
+    worker = threading.Thread(target=run, name="contents", daemon=True)
+    worker.start()
+    try:
+        while worker.is_alive():
+            worker.join(0.2)
+    except BaseException:
+        while worker.is_alive():
+            session.cancel()
+            worker.join(0.2)
+        raise
+    if failures:
+        raise failures[0]
+    return results[0]

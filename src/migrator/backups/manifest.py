@@ -26,15 +26,15 @@ class BadManifest(ValueError):
 class Table:
     """One table of a backup.
 
-    ``rows`` is exact, counted in the very snapshot that was dumped, or None where counting would have cost
-    a scan of a big table; ``estimated_rows`` is the planner's guess, or None where it has none.  ``content_hash``
-    is over all its rows (see contents.py), where the backup was proven by restoring it; ``size_bytes`` is what it
-    took on the server without its indexes, where it holds rows itself.
+    ``rows`` is exact, counted in what was dumped, or None where it holds none itself; ``estimated_rows`` is the
+    planner's guess, or None where it has none.  ``rows_hash`` is over all its rows (see fingerprint.py), where the
+    backup was proven by restoring it; ``size_bytes`` is what its rows take as text (what they took on the server, in
+    manifests of older versions).
     """
 
     rows: int | None
     estimated_rows: int | None = None
-    content_hash: str = ""
+    rows_hash: str = ""
     size_bytes: int | None = None
 
 
@@ -95,8 +95,12 @@ class Backup:
     store, where that is encrypted (to the keys in ``encrypted_to``); ``stored_tag`` is the bucket's ETag of the object
     that was read back.  ``schema_sha256``, ``sequences`` and
     ``large_objects`` (how many, and their hash) are what a restored copy is compared with; ``excluded_table_data``
-    names the tables whose rows were left out; ``spelling`` has the settings that pg_dump wrote definitions under.
-    ``next_xid`` is the next transaction id in the dump's snapshot.
+    names the tables whose rows were left out, and ``not_dumped`` what pg_dump left out, for its role was no
+    superuser; ``spelling`` has the settings that the dump was taken under, see session_settings.py, and
+    ``own_settings`` the names of what was not the server's (``*`` for the application's own).
+    ``next_xid`` is the least transaction id that the dump's snapshot may not have seen, and ``unseen_xid`` the least
+    that it has certainly not seen, as no later one (manifests without it hold that in ``next_xid``); ``running_xids``
+    are those in between that were in progress (manifests without it may mean all of them).
     """
 
     id: str
@@ -129,10 +133,14 @@ class Backup:
     compression: str = ""
     jobs: int = 1
     excluded_table_data: tuple[str, ...] = ()
+    not_dumped: tuple[str, ...] = ()
     globals_note: str = ""
     oddities: tuple[str, ...] = ()
     spelling: Mapping[str, str] = field(default_factory=dict)
+    own_settings: tuple[str, ...] = ()
     next_xid: int | None = None
+    unseen_xid: int | None = None
+    running_xids: tuple[int, ...] | None = None
     system_identifier: str = ""
     timeline: int | None = None
     database_oid: int = 0
@@ -166,11 +174,16 @@ class Backup:
         return dataclasses.replace(self.proven(proof), verified=verified)
 
     def to_json(self) -> str:
-        """Return the manifest's text."""
-        document = dataclasses.asdict(self)
+        """Return the manifest's text; each table has a line, for there may be thousands."""
+        document = {"format": PROVEN if self.verified else FORMAT, **vars(self), "tables": {}}
         del document["place"]
-        format_ = PROVEN if self.verified else FORMAT
-        return json.dumps({"format": format_, **document}, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(document, indent=2, ensure_ascii=False, default=vars)
+        encode = json.JSONEncoder(ensure_ascii=False).encode
+        lines = ",\n".join(
+            f"    {encode(name)}: {encode(vars(table))}" for name, table in self.tables.items()
+        )
+        before, empty, after = text.partition('\n  "tables": {}')
+        return f"{before}{empty[:-1]}\n{lines}\n  }}{after}\n" if lines else f"{text}\n"
 
 
 _STRENGTH = {"read": 1, "restore": 2}
@@ -201,7 +214,7 @@ def from_json(text: str, *, place: str = "") -> Backup:
         values["tables"] = {name: Table(**_known(Table, facts)) for name, facts in document["tables"].items()}
         values.update(_optional(document))
         backup = Backup(**{**values, "place": place})
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise BadManifest(f"something is missing in it: {error}") from None
     wrong = [
         item.name for item in dataclasses.fields(Backup) if not _fits(item.type, getattr(backup, item.name))
@@ -219,9 +232,10 @@ def _fits(declared: object, value: object) -> bool:
 
 def _optional(document: Mapping[str, Any]) -> dict[str, Any]:
     """Read the keys that manifests of older versions do not have, and that JSON has no type for."""
-    found: dict[str, Any] = {
-        name: tuple(document.get(name, ())) for name in ("encrypted_to", "excluded_table_data", "oddities")
-    }
+    names = ("encrypted_to", "excluded_table_data", "not_dumped", "oddities", "own_settings")
+    found: dict[str, Any] = {name: tuple(document.get(name, ())) for name in names}
+    running = document.get("running_xids")
+    found["running_xids"] = None if running is None else tuple(map(int, running))
     found["spelling"] = {str(key): str(value) for key, value in document.get("spelling", {}).items()}
     found["proofs"] = tuple(Proof(**_known(Proof, proof)) for proof in document.get("proofs", ()))
     found["sequences"] = {

@@ -17,18 +17,21 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from migrator import process
-from migrator.backups import directory, regular, temporary
 from migrator.backups.clients import Client, last_words
+from migrator.backups.failures import RestoreStopped
 from migrator.backups.manifest import Backup
-from migrator.backups.store import checksum, file_chunks
+from migrator.backups.sql_script import lines, statements, without_oddities
+from migrator.backups.storage import directory, safe_open, temporary
+from migrator.backups.storage.interface import checksum, file_chunks
+from migrator.config.settings import Settings
 from migrator.errors import DamagedBackup, RestoreFailed, SettingsError
-from migrator.logs import redact
-from migrator.settings import Settings
+from migrator.postgres import connection_limit
+from migrator.postgres.session import codec
+from migrator.runtime import subprocesses
 
 # What was restored is said in English: the client's words are, under LC_ALL=C.UTF-8; the server's may not be.
 _UNKNOWN_SETTING = re.compile(
@@ -37,12 +40,6 @@ _UNKNOWN_SETTING = re.compile(
     r"Command was: SET transaction_timeout = 0;\n+"
 )
 _IGNORED = re.compile(r"pg_restore: warning: errors ignored on restore: \d+\s*")
-_OF_A_ROLE = re.compile(
-    r"Command was: (ALTER .* OWNER TO|GRANT|REVOKE|ALTER DEFAULT PRIVILEGES|SET SESSION AUTH|CREATE EVENT TRIGGER)"
-)
-_OPTIONS = re.compile(
-    rb"^(ALTER [^\n]* ALTER COLUMN [^\n]* SET )\(([^\n()]*\bpg_attver=[^\n()]*)\);\n", re.MULTILINE
-)
 _EVENT_TRIGGER = "^[0-9]+; [0-9]+ [0-9]+ (EVENT TRIGGER|COMMENT - EVENT TRIGGER) "
 _ONE_TRANSACTION = (
     r"/^COPY .* FROM stdin;$/,/^\\\.$/b",
@@ -52,16 +49,30 @@ _ONE_TRANSACTION = (
 _WHOLE = r"echo 'COMMIT WORK;' || printf '\n\\.\npg_restore failed: nothing was restored;\n'"
 """What a shell writes when pg_restore has ended: a COMMIT that sed leaves alone, or the end of the rows that it was in
 and what is no SQL, so that psql ends with 3 in any shell (``set -o pipefail`` is not everywhere)."""
+ENCODING = re.compile(rb"^SET client_encoding = '(\w+)';", re.MULTILINE)
 _NOT_FOR_PSQL = re.compile(rb"^SET transaction_timeout = 0;\n", re.MULTILINE)
 
 
-class RestoreStopped(Exception):
-    """pg_restore failed; ``said`` is its last words, ``of_a_role`` whether an owner or a grant was the matter."""
-
-    def __init__(self, said: str) -> None:
-        super().__init__(said)
-        self.said = redact(" ".join(said.split()))[:800]
-        self.of_a_role = bool(_OF_A_ROLE.search(self.said))
+NAMES = (
+    "TimeZone",
+    "DateStyle",
+    "IntervalStyle",
+    "array_nulls",
+    "bytea_output",
+    "default_text_search_config",
+    "extra_float_digits",
+    "lc_monetary",
+    "lc_numeric",
+    "lc_time",
+    "quote_all_identifiers",
+    "standard_conforming_strings",
+    "transform_null_equals",
+    "xmlbinary",
+    "xmloption",
+)
+"""The settings that a copy is filled under, see session_settings.py."""
+SCRIPTS_OWN = ("standard_conforming_strings", "xmloption")
+"""What pg_restore's script sets for itself, and is read under."""
 
 
 def checksum_of(path: Path) -> tuple[str, int]:
@@ -81,7 +92,7 @@ def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
     if not backup.encrypted_to and place.is_absolute():
         try:
             found = checksum_of(place)
-        except regular.NotRegular as error:
+        except safe_open.NotRegular as error:
             raise _damaged(backup, f"{Path(error.filename).name}: {error.strerror}") from error
         _demand(backup, found, (backup.sha256, backup.size_bytes))
         yield place
@@ -108,7 +119,7 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
         yield from stored
         _demand(backup, stored.found, backup.stored)
         return
-    from migrator.backups import sealing
+    from migrator.backups.storage import encryption
 
     if not settings.backup_identity_file:
         raise RestoreFailed(
@@ -117,9 +128,9 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
             f"an empty database: {by_hand(backup, 'NEW_DATABASE', clean=False)}",
         )
     try:
-        plain = Tally(sealing.opened(stored, Path(settings.backup_identity_file)))
+        plain = Tally(encryption.opened(stored, Path(settings.backup_identity_file)))
         yield from plain
-    except sealing.CannotOpen as error:
+    except encryption.CannotOpen as error:
         for _ in stored:  # what the decryption did not read any more
             pass
         _demand(backup, stored.found, backup.stored)
@@ -182,40 +193,47 @@ def format_option(path: Path) -> str:
     return "--format=directory" if path.is_dir() else "--format=custom"
 
 
-def read_whole(client: Client, source: Path | Iterable[bytes]) -> process.Finished:
+def read_whole(
+    client: Client, source: Path | Iterable[bytes], on_data: Callable[[bytes], object] | None = None
+) -> subprocesses.Finished:
     """Have pg_restore decompress and parse all of an archive, restoring nothing.
 
-    ``source`` is a file or a folder, or the chunks of an archive in custom format.
+    ``source`` is a file or a folder, or the chunks of an archive in custom format.  ``on_data`` gets what it holds
+    beside the definitions, as SQL.
     """
+    written = ("--section=data", "--file=-") if on_data else ("--file=/dev/null",)
+    arguments: list[str | Path] = [client.pg_restore, *written]
+    feed: Iterable[bytes] | None = None
     if isinstance(source, Path):
-        arguments: list[str | Path] = [client.pg_restore, format_option(source), "--file=/dev/null", source]
-        feed: Iterable[bytes] | None = None
+        arguments += [format_option(source), source]
     else:
-        arguments, feed = [client.pg_restore, "--format=custom", "--file=/dev/null"], source
-    return process.run(arguments, environment=process.base_environment(), feed=feed)
+        arguments, feed = [*arguments, "--format=custom"], source
+    return subprocesses.run(
+        arguments, environment=subprocesses.base_environment(), feed=feed, on_output=on_data
+    )
+
+
+def codec_of(client: Client, path: Path) -> str:
+    """Return Python's name of the encoding that an archive's names and statements are in; raises RestoreStopped.
+
+    With an empty list of entries, pg_restore writes nothing but the settings that come first.
+    """
+    with temporary.in_memory(b"") as nothing:
+        found = ENCODING.search(script(client, path, f"--use-list={nothing}"))
+    return codec(found[1].decode()) if found else "utf-8"
 
 
 def script(client: Client, path: Path, *options: str) -> bytes:
     """Return what pg_restore would do as SQL; raises :class:`RestoreStopped`."""
     chunks: list[bytes] = []
-    finished = process.run(
+    finished = subprocesses.run(
         [client.pg_restore, *options, "--file=-", path],
-        environment=process.base_environment(),
+        environment=subprocesses.base_environment(),
         on_output=chunks.append,
     )
     if finished.status != 0:
         raise RestoreStopped(last_words(finished))
     return b"".join(chunks)
-
-
-def without_oddities(sql: bytes) -> bytes:
-    """Leave out the options that only one kind of server has: ``ALTER COLUMN ... SET (pg_attver=3)``."""
-
-    def rest(match: re.Match[bytes]) -> bytes:
-        kept = [item for item in match[2].split(b", ") if not item.strip().startswith(b"pg_attver=")]
-        return match[1] + b"(" + b", ".join(kept) + b");\n" if kept else b""
-
-    return _OPTIONS.sub(rest, sql)
 
 
 def restore_into(
@@ -227,22 +245,28 @@ def restore_into(
     *,
     jobs: int = 1,
     options: Sequence[str] = (),
+    before_post_data: Callable[[], None] | None = None,
 ) -> None:
     """Restore an archive (a file or a folder) into an empty database; raises :class:`RestoreStopped`.
 
-    It ends at the first error.  ``options`` are further ones of pg_restore.
+    It ends at the first error.  ``options`` are further ones of pg_restore.  With ``before_post_data``, which is called
+    ahead of indexes and views, each section has sessions of its own.
     """
     before = script(client, path, "--section=pre-data", *options)
     plain = without_oddities(before)
-    sections: list[tuple[str, ...]] = [()]
+    data, post_data = ("--section=data",), ("--section=post-data",)
+    sections: list[tuple[str, ...]] = [("--section=pre-data",), data, post_data] if before_post_data else [()]
     if plain != before:
-        _run_psql(client, _NOT_FOR_PSQL.sub(b"", plain, count=1), connection, environment)
-        sections = [("--section=data",), ("--section=post-data",)]
+        checked = b"".join(statements(lines([_NOT_FOR_PSQL.sub(b"", plain, count=1)]), bytes))
+        _run_psql(client, checked, connection, environment)
+        sections = [data, post_data]
     tolerant = client.major >= 17 > server_major
     if not tolerant:
         options = ("--exit-on-error", *options)
         options = (*options, f"--jobs={jobs}") if jobs > 1 else options  # else several would talk at once
     for section in sections:
+        if section == post_data and before_post_data:
+            before_post_data()
         arguments: list[str | Path] = [
             client.pg_restore,
             *options,
@@ -264,7 +288,13 @@ def _run_pg_restore(arguments: list[str | Path], environment: Mapping[str, str],
         if re.search(r"^Command was: ", said, re.MULTILINE):
             raise RestoreStopped(said)
 
-    finished = process.run(arguments, environment=environment, on_stderr=stop_at_an_error)
+    def restore() -> subprocesses.Finished:
+        seen.clear()
+        return subprocesses.run(arguments, environment=environment, on_stderr=stop_at_an_error)
+
+    # Workers connect by themselves, when the first session has made the tables already.
+    several = any(str(argument).startswith("--jobs=") for argument in arguments)
+    finished = restore() if several else connection_limit.run(restore)
     if finished.status == 0:
         return
     unexpected = _IGNORED.sub("", _UNKNOWN_SETTING.sub("", finished.stderr)).strip()
@@ -283,7 +313,9 @@ def _run_psql(client: Client, sql: bytes, connection: str, environment: Mapping[
         connection,
     ]
     try:
-        finished = process.run(arguments, environment=environment, feed=[sql])
+        finished = connection_limit.run(
+            lambda: subprocesses.run(arguments, environment=environment, feed=[sql])
+        )
     except FileNotFoundError as error:
         raise SettingsError(
             [
@@ -300,19 +332,11 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
 
     It does so in place, or (not ``clean``) into an empty database.  With ``--no-owner`` it is for a role that may act
     for nobody else: into an empty database, and without event triggers, which only a superuser may make.
-
-    What pg_restore writes first is for newer servers only, and is left out; likewise pg_attver (see above).  The COMMIT
-    is written only when pg_restore has ended well; ``psql --single-transaction`` would commit what came until it died.
     """
     as_another = "--no-owner" in options
     cleaning = ("--clean", "--if-exists") if clean and not as_another else ()
-    reading = ["pg_restore", *cleaning, *options, "--file=-"]
-    place, feeds = backup.place, []
-    if place.startswith("s3://"):
-        feeds.append(shlex.join(("aws", "s3", "cp", place, "-")))
-    if backup.encrypted_to:
-        feeds.append(shlex.join(("age", "-d", "-i", "KEY_FILE", *([] if feeds else [place]))))
-    first = ""
+    first, place, feeds = "", backup.place, read_with(backup)
+    reading = ["pg_restore", *cleaning, *options]
     if as_another:
         if feeds:  # it is read twice
             first, place, feeds = " | ".join(feeds) + " > COPY.dump && ", "COPY.dump", []
@@ -320,19 +344,65 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
             shlex.join(("pg_restore", "--list", place)),
             shlex.join(("grep", "-vE", _EVENT_TRIGGER)),
         ]
-        reading += ["--use-list=/dev/stdin", place]
-    elif not feeds:
-        reading.append(place)
+        reading += ["--use-list=/dev/stdin"]
+    source = [place] if as_another or not feeds else []
+    into = f"--dbname={_dbname(database)}"
+    if not not_plain(backup):
+        restoring = (*reading, "--exit-on-error", "--single-transaction", into, *source)
+        return first + " | ".join((*feeds, _options(backup) + shlex.join(restoring)))
     edits = ["1,20{/^SET transaction_timeout = 0;$/d}", *_ONE_TRANSACTION]
     edits += ["/^ALTER .* ALTER COLUMN .* SET (pg_attver=[0-9]*);$/d"] if backup.oddities else []
-    source = " | ".join((*feeds, shlex.join(reading)))
+    script = " | ".join((*feeds, shlex.join((*reading, "--file=-", *source))))
     return first + " | ".join(
         (
-            f"{{ echo 'BEGIN;' && {source} && {_WHOLE}; }}",
+            f"{{ echo 'BEGIN;' && {script} && {_WHOLE}; }}",
             shlex.join(("sed", *(word for edit in edits for word in ("-e", edit)))),
-            shlex.join(("psql", "--quiet", "--set=ON_ERROR_STOP=1", f"--dbname={_dbname(database)}")),
+            _options(backup) + shlex.join(("psql", "--quiet", "--set=ON_ERROR_STOP=1", into)),
         )
     )
+
+
+def read_with(backup: Backup) -> list[str]:
+    """Return the commands that write an archive to a pipe, where pg_restore cannot read it where it is."""
+    feeds = []
+    if backup.place.startswith("s3://"):
+        feeds.append(shlex.join(("aws", "s3", "cp", backup.place, "-")))
+    if backup.encrypted_to:
+        feeds.append(shlex.join(("age", "-d", "-i", "KEY_FILE", *([] if feeds else [backup.place]))))
+    return feeds
+
+
+def not_plain(backup: Backup) -> str:
+    """Say why pg_restore alone cannot restore it onto a server like the original; an empty text where it can.
+
+    Its SQL then goes through sed to psql.  The COMMIT is written only when pg_restore has ended well;
+    ``psql --single-transaction`` would commit what came until it died.
+    """
+    if backup.client_major >= 17 > backup.server_major:
+        return (
+            f"pg_restore {backup.client_major} begins with a setting that PostgreSQL {backup.server_major} does not "
+            "know; sed takes it out"
+        )
+    if backup.oddities:
+        return f"columns have options that other servers do not know ({', '.join(backup.oddities)}); sed takes them out"
+    return ""
+
+
+def _options(backup: Backup) -> str:
+    """Return the settings that the dump was taken under, as far as they were not the server's, for a shell."""
+    own = {
+        name: backup.spelling[name]
+        for name in NAMES
+        if name in backup.own_settings and name in backup.spelling
+    }
+    own |= {"array_nulls": "on"} if "array_nulls" in own else {}
+    given = " ".join(option(name, value) for name, value in own.items() if name not in SCRIPTS_OWN)
+    return f"PGOPTIONS={shlex.quote(given)} " if given else ""
+
+
+def option(name: str, value: str) -> str:
+    """Return a setting for PGOPTIONS."""
+    return "-c " + re.sub(r"([\\\s])", r"\\\1", f"{name}={value}")
 
 
 def _dbname(database: str) -> str:

@@ -1,7 +1,7 @@
 """Which backups stay: the newest ones, one a day, week or month, and all that something still needs.
 
 Never removed, whatever the policy says: the newest proven backup of a database; one that a person gave a name; the
-one that leads back from where the database is, by its ledger (see :func:`migrator.past.read_needed_backups`); and what
+one that leads back from where the database is, by its ledger (see :func:`read_needed_backups`); and what
 is not this very database's: one of that name on another server is another database.
 """
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from migrator import past
-from migrator.backups import snapshot
+from migrator.backups import exported_snapshot
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.store import BadDump, Store
-from migrator.backups.stores import open_store
-from migrator.errors import BackupFailed, SettingsError
-from migrator.postgres import QueryFailed, Session
-from migrator.settings import Settings
+from migrator.backups.storage.interface import BadDump, Store
+from migrator.backups.storage.open import open_store
+from migrator.config.settings import Settings
+from migrator.errors import AccessDenied, BackupFailed, SettingsError
+from migrator.ledger import queries
+from migrator.postgres.session import QueryFailed, Session
 
 LOGGER = logging.getLogger("migrator.backup")
 BAD_DAYS = 30
@@ -168,17 +168,17 @@ def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pru
             next_step="migrator prune --dry-run --keep last=5,daily=7,weekly=4, or set MIGRATOR_BACKUP_KEEP",
         )
     try:
-        needed = past.read_needed_backups(session)
-    except QueryFailed as error:
-        if error.lost:
+        needed = queries.read_needed_backups(session)
+    except (QueryFailed, AccessDenied) as error:
+        if isinstance(error, QueryFailed) and error.lost:
             raise
         raise BackupFailed(
-            f"The ledger cannot be read, so nobody knows which backups it needs: {error.text}.",
+            f"The ledger cannot be read, so nobody knows which backups it needs: {str(error).rstrip('.')}.",
             next_step="grant the role SELECT on migrator_ledger, and prune again",
         ) from error
     store = open_store(settings.backup_url, settings)
     database = session.facts.database
-    identifier, _ = snapshot.identity(session)
+    identifier, _ = exported_snapshot.identity(session)
     mine = [item for item in store.backups(database) if _is_ours(item, identifier, str(session.target))]
     found = Pruned(
         policy,

@@ -2,8 +2,9 @@
 
 It must be of this very database (cluster, timeline and oid, and not only the name), at these very revisions, proven
 as a new one would be, leave out no rows that a new one would have, and still be there: in a folder byte for byte; in a
-bucket as the very object that was read back when it was proven, by its ETag, or else byte for byte too.  What was
-written since it was made is not in it: that is what whoever sets the age agrees to.
+bucket as the very object that was read back when it was proven, by its ETag, or else byte for byte too.  It must not
+hold what a failed run has left: it would be named as the way back to before.  What was written since it was made is not
+in it: that is what whoever sets the age agrees to.
 """
 
 from __future__ import annotations
@@ -12,19 +13,25 @@ import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
-from migrator.backups import archive, directory, exclusions, snapshot
+from migrator.backups import exported_snapshot, pg_restore
+from migrator.backups.dump import exclusions
 from migrator.backups.manifest import Backup
-from migrator.backups.store import Store, checksum
-from migrator.backups.stores import open_store
+from migrator.backups.storage import directory
+from migrator.backups.storage.interface import Store, checksum
+from migrator.backups.storage.open import open_store
+from migrator.config.settings import Settings
 from migrator.errors import MigratorError
-from migrator.postgres import Session
+from migrator.ledger.unfinished_runs import made_over
+from migrator.postgres.session import Session
+from migrator.postgres.version_table import VersionTable
 from migrator.schema.patterns import parse
-from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
 
 
-def find(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Backup | None:
+def find(
+    session: Session, settings: Settings, revisions: tuple[str, ...], version_table: VersionTable | None
+) -> Backup | None:
     """Return the newest backup that can be reused; None where there is none, or none may be.
 
     Raises QueryFailed.
@@ -41,12 +48,19 @@ def find(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Ba
     recent = [backup for backup in candidates if 0 <= age(backup, now) <= settings.backup_max_age]
     if not recent:
         return None
-    identity = (*snapshot.identity(session), session.facts.database_oid)
+    identity = (*exported_snapshot.identity(session), session.facts.database_oid)
     patterns = parse(settings.backup_exclude_table_data)
-    found = snapshot.relations(session) if patterns else []
+    found = exported_snapshot.relations(session) if patterns else []
     left_out = {table.shown for table in exclusions.find(session, patterns, found)}
     for backup in recent:
-        why = _unfit(backup, revisions, identity, left_out, settings.backup_verify) or _gone(store, backup)
+        why = _unfit(backup, revisions, identity, left_out, settings.backup_verify)
+        if (
+            not why
+            and settings.ledger
+            and made_over(session, version_table, backup.next_xid, backup.unseen_xid)
+        ):
+            why = "it was made over what a failed run had left"
+        why = why or _gone(store, backup)
         if not why:
             return backup
         LOGGER.info("%s is not reused: %s", backup.id, why)
@@ -97,7 +111,7 @@ def _gone(store: Store, backup: Backup) -> str:
             size = directory.size_of(place) if place.is_dir() else place.stat().st_size
             if size != backup.stored[1]:
                 return f"it has {size} bytes and not {backup.stored[1]}"
-            found = archive.checksum_of(place)
+            found = pg_restore.checksum_of(place)
     except OSError as error:
         return str(error.strerror)
     return "" if found == backup.stored else "it is not what was written"

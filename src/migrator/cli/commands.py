@@ -6,23 +6,24 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from migrator import answers, quiet, report
-from migrator.answers import Answer
+from migrator.cli import formatters
+from migrator.config.settings import Settings
 from migrator.errors import HistoryError, MigratorError
-from migrator.history import ProjectOptions
-from migrator.interruption import Interruption
-from migrator.logs import Logs
 from migrator.outcome import Outcome
-from migrator.record import new_run_id
+from migrator.pipeline.record import new_run_id
+from migrator.project import ProjectOptions
+from migrator.runtime import lazy_logging, report
+from migrator.runtime.logs import Logs
+from migrator.runtime.report import Answer
+from migrator.runtime.signals import Interruption
 from migrator.service import MigrationService
-from migrator.settings import Settings
 
 if TYPE_CHECKING:
     import argparse
 
 __all__ = ["HANDLERS", "make_service", "new_run_id"]
 
-log = quiet.get_logger("migrator")
+log = lazy_logging.get_logger("migrator")
 
 
 def make_service(
@@ -38,8 +39,8 @@ def make_service(
 
 
 def upgrade(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Bring the database to a revision, ``head`` by default."""
-    return _finish(service, service.upgrade(getattr(arguments, "revision", "head")))
+    """Bring the database to a revision, MIGRATOR_DESTINATION by default."""
+    return _finish(service, service.upgrade(getattr(arguments, "revision", "")))
 
 
 def downgrade(service: MigrationService, arguments: argparse.Namespace) -> Answer:
@@ -58,50 +59,59 @@ def verify(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def _finish(service: MigrationService, outcome: Outcome) -> Answer:
-    """Hand the outcome to everyone who wants it, the log's last line first of all."""
+    """Hand the outcome to everyone who wants it; from here on nothing else can become of the run."""
+    service.interruption.settle(int(outcome.code))
+    return tell(service, outcome)
+
+
+def tell(service: MigrationService, outcome: Outcome) -> Answer:
+    """Write the outcome wherever it is looked for, the log last, which may be full; return it as an answer."""
     settings = service.settings
-    report.say(outcome, service.logs)
     if settings.report_file:
         report.write_file(outcome, settings.report_file)
     report.write_termination_message(outcome, settings.termination_log)
-    return answers.of_outcome(outcome)
+    report.say(outcome, service.logs)
+    return formatters.of_outcome(outcome)
 
 
 def current(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Show where the database is."""
-    return answers.of_current(service.current(), service.history().heads)
+    return formatters.of_current(service.current(), service.history().heads)
 
 
 def history(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """List the revisions."""
-    return answers.of_history(service.history())
+    return formatters.of_history(service.history())
 
 
 def heads(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """List the heads."""
-    return answers.of_revisions(service.history().find("heads"))
+    return formatters.of_revisions(service.history().find("heads"))
 
 
 def show(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Show one revision."""
-    return answers.of_show(service.history().find(arguments.revision))
+    return formatters.of_show(service.history().find(arguments.revision))
 
 
 def freeze(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Write the manifest, or check that it is current."""
-    return answers.of_frozen(service.freeze(check=arguments.check))
+    from migrator.pipeline.fast_path.up_to_date import why_not
+
+    frozen = service.freeze(check=arguments.check)
+    return formatters.of_frozen(frozen, why_not(service.settings, service.project))
 
 
 def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Say what is pending, in the exit code too."""
-    from migrator.edited import judge
+    from migrator.ledger.checksums import judge
 
     for one in service.all():
         state = one.state()
         judge(state.edited, service.settings.edited)
         if state.pending:
             break
-    return answers.of_check(state)
+    return formatters.of_check(state)
 
 
 def status(service: MigrationService, arguments: argparse.Namespace) -> Answer:
@@ -109,7 +119,7 @@ def status(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     state = service.state()
     database = service.settings.required_target.database
     mine = [row for row in _backups(service) if row["database"] == database and row["verified"]]
-    return answers.of_state(state, exit_code=arguments.exit_code, newest_backup=mine[0] if mine else None)
+    return formatters.of_state(state, exit_code=arguments.exit_code, newest_backup=mine[0] if mine else None)
 
 
 def _backups(service: MigrationService) -> list[dict[str, Any]]:
@@ -158,19 +168,19 @@ def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 def verify_backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Prove a backup again."""
-    return answers.of_backup(service.verify_backup(arguments.backup_id, arguments.how or ""), proven=True)
+    return formatters.of_backup(service.verify_backup(arguments.backup_id, arguments.how or ""), proven=True)
 
 
 def backups(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """List the backups, or show one."""
     if arguments.backups_action:
-        return answers.of_backup(service.show_backup(arguments.backup_id or "latest"))
-    return answers.of_backups(service.backups())
+        return formatters.of_backup(service.show_backup(arguments.backup_id or "latest"))
+    return formatters.of_backups(service.backups())
 
 
 def prune(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Remove old backups."""
-    return answers.of_pruned(service.prune(dry_run=arguments.dry_run))
+    return formatters.of_pruned(service.prune(dry_run=arguments.dry_run))
 
 
 def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
@@ -184,24 +194,24 @@ def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
         tables=arguments.tables,
         into_schema=arguments.into_schema,
     )
-    return answers.of_restored(restored)
+    return formatters.of_restored(restored)
 
 
 def ledger(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Show the ledger."""
-    return answers.of_ledger(service.ledger(max(1, arguments.limit)))
+    return formatters.of_ledger(service.ledger(max(1, arguments.limit)))
 
 
 def repair(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Accept edited files, or the schema as it is."""
     if arguments.accept_schema:
-        return answers.of_accepted_schema(service.accept_schema())
-    return answers.of_repair(service.repair(arguments.accept))
+        return formatters.of_accepted_schema(service.accept_schema())
+    return formatters.of_repair(service.repair(arguments.accept))
 
 
 def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     """Show the settings."""
-    return answers.of_settings(service.settings)
+    return formatters.of_settings(service.settings)
 
 
 def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
@@ -220,8 +230,8 @@ def merge(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def _hand_over(service: MigrationService, words: list[str]) -> Answer:
-    from migrator.aftermath import outside_of_stages
-    from migrator.history import hand_over
+    from migrator.pipeline.apply.failure import outside_of_stages
+    from migrator.project import hand_over
 
     changes = bool({"upgrade", "downgrade", "stamp"} & set(words)) and "--sql" not in words
     if changes:
@@ -233,6 +243,9 @@ def _hand_over(service: MigrationService, words: list[str]) -> Answer:
     except MigratorError:
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not changes:  # the reader has seen enough: `| head`
+            log.warning("not all of the answer was read: Broken pipe")
+            return Answer({}, "")
         log.debug("Alembic's own command failed", exc_info=True)
         raise outside_of_stages(error, changes=changes) from error
     if problem:

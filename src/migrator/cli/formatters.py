@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from migrator import report, settings
+from migrator.config import settings
 from migrator.outcome import ExitCode, Outcome
-from migrator.visible import json_text, visible, visible_lines
+from migrator.runtime import report
+from migrator.runtime.escaping import visible
+from migrator.runtime.report import Answer
 
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
-    from migrator.backups.restored import Restored
+    from migrator.backups.restore.result import Restored
     from migrator.backups.retention import Pruned
-    from migrator.books import Repair
-    from migrator.drift import Drift
-    from migrator.history import History, Revision
-    from migrator.history.freeze import Frozen
+    from migrator.ledger.repair import Repair
+    from migrator.pipeline.drift import Drift
+    from migrator.project import History, Revision
+    from migrator.project.freeze import Frozen
     from migrator.service import State
-
-
-class Answer(NamedTuple):
-    """One command's answer: JSON-ready data (or a function that makes it), text for people, and the exit code."""
-
-    data: Any
-    text: str
-    code: int = ExitCode.OK
-
-    def render(self, output_format: str) -> str:
-        """Return the answer as ``text`` or ``json``."""
-        if output_format == "json":
-            data = self.data() if callable(self.data) else self.data
-            return json_text(data, indent=2)
-        return visible_lines(self.text)
 
 
 def of_outcome(outcome: Outcome) -> Answer:
@@ -71,8 +58,8 @@ def of_show(found: Iterable[Revision]) -> Answer:
     return Answer([_revision(item) for item in revisions], "\n\n".join(blocks) or "base")
 
 
-def of_frozen(frozen: Frozen) -> Answer:
-    """Answer with the manifest's place, what it holds, and what has changed in it."""
+def of_frozen(frozen: Frozen, slow: str) -> Answer:
+    """Answer with the manifest's place, what it holds, what has changed in it, and why runs are still ``slow``."""
     manifest = frozen.manifest
     data = {
         "place": str(frozen.place),
@@ -80,10 +67,12 @@ def of_frozen(frozen: Frozen) -> Answer:
         "heads": list(manifest.heads),
         "revisions": len(manifest.revisions),
         "changes": list(frozen.changes),
+        "slow": slow,
     }
     count = f"{len(manifest.revisions)} revision{'' if len(manifest.revisions) == 1 else 's'}"
     what = f"written: {'; '.join(frozen.changes)}" if frozen.changes else "is current"
-    return Answer(data, f"{frozen.place} ({count}, {', '.join(manifest.heads)}) {what}")
+    note = f"\nA run with nothing to do takes the long way all the same: {slow}." if slow else ""
+    return Answer(data, f"{frozen.place} ({count}, {', '.join(manifest.heads)}) {what}{note}")
 
 
 def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] | None) -> Answer:
@@ -102,6 +91,9 @@ def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] 
         "edited": _edited(state),
         "newest_backup": newest_backup,
     }
+    several = state.version_tables if len(state.version_tables) > 1 else {}
+    if several:
+        data["version_tables"] = {name: list(ids) for name, ids in several.items()}
     backup = f"{newest_backup['id']} ({newest_backup['created']})" if newest_backup else "none"
     rows = [
         ("database", f"{state.target} (PostgreSQL {state.server_version})"),
@@ -113,6 +105,8 @@ def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] 
         ("backup", backup),
     ]
     rows += [("ahead", state.ahead)] if state.ahead else []
+    rows += [("branches", state.hint)] if state.hint and state.pending else []
+    rows += [("table", f"{name} at {', '.join(ids) or 'base'}") for name, ids in several.items()]
     lines = [f"{name + ':':<10}{visible(value)}" for name, value in rows]
     lines += [f"  {_line(item)}" for item in state.pending]
     lines += [f"edited:   {edit.entry.revision}: {edit.sentence}" for edit in state.edited]
@@ -127,11 +121,13 @@ def of_check(state: State) -> Answer:
         "current": list(state.current),
         "pending": [_revision(item) for item in state.pending],
         "edited": _edited(state),
+        "version_table": state.version_table,
     }
     if not state.pending:
         return Answer(data, f"nothing is pending: {', '.join(state.current) or 'base'}")
     lines = "\n".join(f"  {_line(item)}" for item in state.pending)
-    return Answer(data, f"{len(state.pending)} pending:\n{lines}", ExitCode.PENDING)
+    hint = f"\n{state.hint}" if state.hint else ""
+    return Answer(data, f"{len(state.pending)} pending:\n{lines}{hint}", ExitCode.PENDING)
 
 
 def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:

@@ -8,83 +8,26 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 # Importing makes a hundred thousand objects that stay: looking at them again and again for garbage takes longer
 # than a tenth of a run with nothing to do.  Here, before the first of our imports; this module is for programs only.
 gc.set_threshold(50_000, *gc.get_threshold()[1:])
 
-from migrator import logs, quiet, report, settings, surroundings  # noqa: E402
-from migrator.errors import Interrupted, MigratorError  # noqa: E402
-from migrator.interruption import Interrupt, Interruption  # noqa: E402
+from migrator.config import settings  # noqa: E402
+from migrator.errors import Interrupted, MigratorError, Partial  # noqa: E402
 from migrator.outcome import ExitCode  # noqa: E402
-from migrator.visible import json_text  # noqa: E402
+from migrator.runtime import lazy_logging, logs, report, stdio  # noqa: E402
+from migrator.runtime.escaping import json_text  # noqa: E402
+from migrator.runtime.signals import Interrupt, Interruption  # noqa: E402
 
 if TYPE_CHECKING:
     import argparse
 
-log = quiet.get_logger("migrator")
+    from migrator.runtime.report import Answer
 
-# command: (help, example)
-COMMANDS: Mapping[str, tuple[str, str]] = {
-    "upgrade": ("wait, lock, back up, apply, verify (the default command)", "migrator upgrade head"),
-    "downgrade": ("go back, with the same lock, backup and verify", "migrator downgrade -1"),
-    "stamp": ("set the version rows without running a revision", "migrator stamp 1a2b3c4d5e6f"),
-    "current": ("show the revision that the database is at", "migrator current"),
-    "history": ("list the revisions in this image, newest first", "migrator history"),
-    "heads": ("list the heads of the history", "migrator heads"),
-    "show": ("show one revision", "migrator show head"),
-    "freeze": (
-        "write manifest.json: what the image holds, for a diff and for fast runs",
-        "migrator freeze --check",
-    ),
-    "check": ("exit 3 if revisions are pending", "migrator check || echo pending"),
-    "status": ("show database, revision, what is pending, who is migrating", "migrator status --format json"),
-    "wait": ("wait for Postgres to answer a query, and do nothing else", "migrator wait --wait-timeout 2m"),
-    "wait-for-current": (
-        "wait until nothing is pending, reading only: for pods that must not migrate",
-        "migrator wait-for-current --wait-timeout 10m",
-    ),
-    "sidecar": (
-        "upgrade, then stay: /livez, /readyz, /metrics and / say whether the database is at this image's heads",
-        "migrator sidecar --sidecar-listen 0.0.0.0:8086",
-    ),
-    "backup": ("make a verified backup now", "migrator backup --name before-sale"),
-    "verify-backup": (
-        "prove a backup again: read all of it, or restore it into a scratch database and compare",
-        "migrator verify-backup latest --how restore",
-    ),
-    "backups": (
-        "list the backups, or show one and how to restore it by hand",
-        "migrator backups show latest",
-    ),
-    "prune": (
-        "remove the backups that MIGRATOR_BACKUP_KEEP does not keep",
-        "migrator prune --dry-run --keep last=5,daily=7,weekly=4,monthly=6",
-    ),
-    "restore": ("bring a backup back", "migrator restore latest --to shop_look"),
-    "verify": (
-        "check the schema against the heads, verify.toml and what the last run left",
-        "migrator verify",
-    ),
-    "ledger": ("show who changed the schema, when and how, newest first", "migrator ledger --limit 50"),
-    "repair": (
-        "accept the edited files of applied revisions as what was applied, or the schema as it is",
-        "migrator repair --accept 1a2b3c4d5e6f",
-    ),
-    "revision": (
-        "write a new revision file (Alembic's own command)",
-        'migrator revision --autogenerate -m "add orders"',
-    ),
-    "merge": (
-        "write a revision that joins heads (Alembic's own command)",
-        'migrator merge heads -m "one again"',
-    ),
-    "settings": ("show every setting, its value, and where that comes from", "migrator settings"),
-    "alembic": ("hand over to Alembic's own command line", "migrator alembic upgrade head --sql"),
-}
-
+log = lazy_logging.get_logger("migrator")
 
 NO_TARGET = frozenset(
     {
@@ -103,53 +46,101 @@ NO_TARGET = frozenset(
 """Commands that work without a database."""
 
 
+REPORTED = frozenset({"upgrade", "downgrade", "stamp", "verify"})
+"""Commands that write a report (MIGRATOR_REPORT_FILE) however they end."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every command."""
-    from migrator.arguments import make_parser
+    from migrator.cli.parser import make_parser
 
-    return make_parser(COMMANDS)
+    return make_parser()
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments; those of a container that is only started need no parser, which takes a while to make."""
     if not words or (words[0] == "upgrade" and len(words) <= 2 and words[-1][:1] not in {"-", ""}):
-        plain: Any = types.SimpleNamespace(
-            command="upgrade", revision=words[1] if len(words) == 2 else "head"
-        )
+        plain: Any = types.SimpleNamespace(command="upgrade", revision=words[1] if len(words) == 2 else "")
         return cast("argparse.Namespace", plain)
-    from migrator.arguments import make_parser
+    from migrator.cli.parser import make_parser
 
-    return make_parser(COMMANDS, words).parse_args(words)
+    return cast("argparse.Namespace", make_parser(words).parse_args(words))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code and never raises."""
-    logs.protect_streams()
-    as_json = False
+    stdio.open_streams()
     interruption = Interruption()
+    try:
+        return _main(argv, interruption)
+    except Exception as error:  # noqa: BLE001 - the machine does not even let the failure be told
+        return _bare_word(error, interruption)
+
+
+def _bare_word(error: Exception, interruption: Interruption) -> int:
+    """Say a failure without anything that would have to be loaded, opened or started for it."""
+    lacking = isinstance(error, (OSError, MemoryError, RuntimeError, ImportError))
+    code = ExitCode.UNREACHABLE if lacking else ExitCode.INTERNAL
+    state = (
+        "The database was not changed." if lacking else "`migrator current` shows the state of the database."
+    )
+    if interruption.unsure:
+        code, state = ExitCode.PARTIAL, f"What was committed is not known: `{interruption.unsure}` shows it."
+    text = f"{code.name} ({int(code)}): {type(error).__name__}: {error}. {state}\n"
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    return int(code)
+
+
+def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
+    as_json = False
+    interruption.last_word = lambda: _end_by_force(interruption)
     try:
         interruption.install()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         as_json = getattr(arguments, "format", "text") == "json"
         return _run(arguments, interruption)
     except MigratorError as error:
+        if _of_the_signal(error, interruption):
+            return _interrupted(interruption)
+        interruption.settle(int(error.code))
         return _say(error, as_json=as_json)
-    except Interrupt as error:
-        return _say(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"), as_json=False)
-    except BrokenPipeError:
-        return int(ExitCode.OK)
+    except Interrupt:
+        return _interrupted(interruption)
     except Exception as error:
-        from migrator.aftermath import translate
-
-        known = translate(error)
+        if _of_the_signal(error, interruption):
+            return _interrupted(interruption)
+        known = _meaning(error)
+        if known.code is ExitCode.UNREACHABLE and interruption.unsure:
+            known = Partial(
+                known.message,
+                state="What was committed is not known.",
+                next_step=f"`{interruption.unsure}` shows it",
+            )
         if known.code is ExitCode.INTERNAL:
             _ensure_logging()
             log.exception("unexpected")
+        interruption.settle(int(known.code))
         return _say(known, as_json=as_json)
+
+
+def _meaning(error: Exception) -> MigratorError:
+    from migrator.runtime import resource_errors
+
+    if why := resource_errors.lack(error):  # it may be that nothing more can be loaded
+        return resource_errors.without(why)
+    from migrator.pipeline.apply.failure import translate
+
+    return translate(error)
 
 
 def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     command = arguments.command or "upgrade"
+    if command == "completion":
+        from migrator.cli import completion
+
+        _write(completion.script(arguments.shell), wanted=True)
+        return int(ExitCode.OK)
     flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
     flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
     loaded = settings.load(
@@ -159,26 +150,90 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
         needs_target=command not in NO_TARGET,
     )
     # Only now, so that --help and a misspelt flag cost nothing: this imports psycopg2 and the rest.
-    with surroundings.hidden("ssl"):
+    with stdio.hidden("ssl"):
         import migrator.postgres  # noqa: F401 - see hidden()
-    from migrator import commands
+    from migrator.cli import commands
 
     run_id = commands.new_run_id()
     logs.redact.add(loaded.secrets)
     logging_ = logs.Logs(loaded.log_format, loaded.log_level, run_id)
     logging_.install_when_needed()
+    if command == "alembic":  # a script with other characters in it than were meant is worse than none
+        getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="strict")
     if command != "upgrade":  # which alone has a short way, on which nobody says anything
-        quiet.wake()
+        lazy_logging.wake()
     for warning in loaded.warnings:
         log.warning("%s", warning)
+    if command in REPORTED:
+        report.forget(loaded.report_file)
     service = commands.make_service(loaded, arguments, logging_, interruption, run_id)
-    answer = commands.HANDLERS[command](service, arguments)
     as_json = getattr(arguments, "format", "text") == "json"
-    if as_json or answer.code in (ExitCode.OK, ExitCode.PENDING):
-        # The sentence of a failure was the log's last line, and is not said twice.
-        text = answer.render("json" if as_json else "text")
-        print(text, end="\n" if text else "", flush=True)
+    interruption.tell = lambda outcome: _print(commands.tell(service, outcome), as_json=as_json)
+    answer = commands.HANDLERS[command](service, arguments)
+    interruption.settle(int(answer.code))
+    _print(answer, as_json=as_json)
     return int(answer.code)
+
+
+def _print(answer: Answer, *, as_json: bool) -> None:
+    """Print an answer; the sentence of a failure was the log's last line, and is not said twice."""
+    if as_json or answer.code in (ExitCode.OK, ExitCode.PENDING):
+        text = answer.render("json" if as_json else "text")
+        _write(text, wanted=as_json or not text)  # Alembic's own commands have printed it themselves
+
+
+def _of_the_signal(error: Exception, interruption: Interruption) -> bool:
+    if not interruption.received:
+        return False
+    from migrator.pipeline.context import of_a_signal
+
+    return of_a_signal(error)
+
+
+def _interrupted(interruption: Interruption, *, forced: bool = False) -> int:
+    """Say what is known of a command that a signal has ended: nothing of what was under way.
+
+    ``forced`` where the main thread hangs, and this one tells it in its place.
+    """
+    if interruption.outcome is not None:
+        outcome = interruption.outcome()
+        interruption.settle(int(outcome.code), forced=forced)
+        interruption.tell(outcome)
+        return int(outcome.code)
+    told: MigratorError = Interrupted(f"Interrupted by {interruption.received}.", next_step="run it again")
+    if interruption.unsure:
+        told = Partial(
+            f"Interrupted by {interruption.received}.",
+            state="What was committed is not known.",
+            next_step=f"`{interruption.unsure}` shows it",
+        )
+    interruption.settle(int(told.code), forced=forced)
+    return _say(told, as_json=False)
+
+
+def _end_by_force(interruption: Interruption) -> None:
+    """Write the outcome in the place of a main thread that hangs, and kill what it has started."""
+    if "migrator.runtime.subprocesses" in sys.modules:
+        from migrator.runtime.subprocesses import kill_all
+
+        kill_all()
+    for sentence in interruption.left:
+        log.warning("%s", sentence)
+    _interrupted(interruption, forced=True)
+
+
+def _write(text: str, *, wanted: bool) -> None:
+    """Print an answer; say where it did not get there, unless it is for a reader who has seen enough (``| head``).
+
+    The exit code says what happened to the database, also then.  ``wanted``: a program reads it, or it is a script.
+    """
+    print(text, end="\n" if text else "", flush=True)
+    lost = getattr(sys.stdout, "lost", None)
+    if lost is not None and (wanted or not isinstance(lost, BrokenPipeError)):
+        log.warning(
+            "the answer was not written to stdout, or not all of it: %s",
+            getattr(lost, "strerror", None) or lost,
+        )
 
 
 def _say(error: MigratorError, *, as_json: bool) -> int:
@@ -195,7 +250,7 @@ def _say(error: MigratorError, *, as_json: bool) -> int:
     }
     text = logs.redact(json_text(document, indent=2))
     if as_json:
-        print(text, flush=True)
+        _write(text, wanted=True)
     if os.environ.get("MIGRATOR_REPORT_FILE"):
         report.write_text(text, os.environ["MIGRATOR_REPORT_FILE"])
     report.write_termination_line(
@@ -206,7 +261,7 @@ def _say(error: MigratorError, *, as_json: bool) -> int:
 
 def _ensure_logging() -> None:
     """Set logging up for a failure that came before the settings were known."""
-    quiet.wake()
+    lazy_logging.wake()
     import logging
 
     if not logging.getLogger().handlers:
@@ -228,15 +283,15 @@ def script() -> NoReturn:
     container alive after the work is done.  Nor is Alembic taken to pieces, module by module, by an interpreter that
     ends: that takes longer than all that a run with nothing to do does.  What was registered to run at the exit runs.
     """
-    code = main()
+    try:
+        code = main()
+    except SystemExit as error:  # argparse's, after --help
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     others = [
         item for item in threading.enumerate() if item is not threading.main_thread() and not item.daemon
     ]
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (BrokenPipeError, ValueError):
-            code = code or 0
+        stream.flush()
     if others:
         _end_logging()
     else:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from migrator.rotation import SecretFiles
+    from migrator.config.secret_files import SecretFiles
 
 SCHEME = re.compile(r"^(postgres(?:ql)?)(?:\+([A-Za-z0-9_]+))?://", re.IGNORECASE)
 

@@ -11,8 +11,8 @@ import os
 import threading
 from collections.abc import Mapping
 
-from migrator.redaction import redact
-from migrator.target import Target, secrets_in
+from migrator.config.database_url import Target, secrets_in
+from migrator.runtime.redaction import redact
 
 _PASSWORDS = {"PG*": "PGPASSWORD", "POSTGRES_*": "POSTGRES_PASSWORD"}
 _READ_BY_LIBPQ = ("passfile", "sslcert", "sslkey", "sslrootcert", "sslcrl")
@@ -31,6 +31,9 @@ def watched(
     """
     name = _PASSWORDS.get(source, source)
     place = environment.get(f"{name}_FILE", "")
+    password = environment.get("PGPASSWORD_FILE", "")
+    if not place and password and target.password == variables.get("PGPASSWORD"):
+        name, place = "PGPASSWORD", password  # of an address that has none
     others = tuple(value for key, value in target.parameters if key in _READ_BY_LIBPQ and value)
     if not place and not others:
         return target
@@ -75,7 +78,7 @@ class SecretFiles:
             return self._target
 
     def _find(self) -> Target | None:
-        from migrator.sources import find_target
+        from migrator.config.sources import find_target
 
         try:
             with open(self._place, encoding="utf-8") as file:

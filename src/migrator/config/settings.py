@@ -11,36 +11,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from migrator.errors import SettingsError
-from migrator.readers import backup_url as backup_place
-from migrator.readers import (
+from migrator.config.database_url import BadAddress, Target, parse, secrets_in
+from migrator.config.sources import ADDRESS_VARIABLES as ADDRESS_VARIABLES
+from migrator.config.sources import ADDRESSES, find_target, pick, read_file, resolve_files, unknown_variables
+from migrator.config.sources import PASSWORD_VARIABLES as PASSWORD_VARIABLES
+from migrator.config.sources import SECRET_VARIABLES as SECRET_VARIABLES
+from migrator.config.sources import Option as Option
+from migrator.config.sources import default_text as default_text
+from migrator.config.sources import flag_name as flag_name
+from migrator.config.sources import variable_name as variable_name
+from migrator.config.value_parsers import backup_url as backup_place
+from migrator.config.value_parsers import (
     boolean,
     callable_name,
     choice,
     compression,
     duration,
+    goal,
     interval,
     keep,
     listen_address,
     optional_duration,
     optional_interval,
+    path,
     public_keys,
     relation,
+    revision,
     role_name,
     table_patterns,
     web_address,
     whole_number,
     worker_count,
 )
-from migrator.sources import ADDRESS_VARIABLES as ADDRESS_VARIABLES
-from migrator.sources import ADDRESSES, find_target, pick, read_file, resolve_files, unknown_variables
-from migrator.sources import PASSWORD_VARIABLES as PASSWORD_VARIABLES
-from migrator.sources import SECRET_VARIABLES as SECRET_VARIABLES
-from migrator.sources import Option as Option
-from migrator.sources import default_text as default_text
-from migrator.sources import flag_name as flag_name
-from migrator.sources import variable_name as variable_name
-from migrator.target import BadAddress, Target, parse, secrets_in
+from migrator.errors import SettingsError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,13 +120,18 @@ class Settings(NamedTuple):
     verify_url: str = setting(
         "", str, "another server for the scratch databases of proofs (else the target's)", **_HIDDEN
     )
+    verify_as_superuser: bool = setting(
+        False,
+        boolean,
+        "let a superuser prove backups by restore, and run assertions, though that runs functions of other roles",
+    )
     backup_recipients: str = setting(
         "",
         public_keys,
         "public keys (age1..., ssh-ed25519 ...) that backups are encrypted to, separated by commas or lines",
     )
     backup_identity_file: str = setting(
-        "", str, "a file with the private key that encrypted backups are read with"
+        "", path, "a file with the private key that encrypted backups are read with"
     )
     backup_keep: str = setting(
         "", keep, "which backups to keep, such as last=5,daily=7,weekly=4,monthly=6", shown="everything"
@@ -164,7 +172,7 @@ class Settings(NamedTuple):
     aws_session_token: str = setting(
         "", str, "S3: the token of a temporary key", **_HIDDEN, variable="AWS_SESSION_TOKEN"
     )
-    pg_bin: str = setting("", str, "a folder with pg_dump and pg_restore, instead of the installed ones")
+    pg_bin: str = setting("", path, "a folder with pg_dump and pg_restore, instead of the installed ones")
     restore_jobs: int = setting(
         0,
         worker_count,
@@ -197,7 +205,13 @@ class Settings(NamedTuple):
         "apply a revision again that has failed and was taken back, in the image that it failed in",
     )
     baseline: str = setting(
-        "", str, "the revision an existing schema without a version table is at (or 'base')"
+        "", revision, "the revision an existing schema without a version table is at (or 'base')"
+    )
+    destination: str = setting(
+        "",
+        goal,
+        "where `upgrade` goes and what `check`, `status`, `verify`, `wait-for-current` and the sidecar look for: head"
+        " (which it is where nothing is set), heads, a revision, or LABEL@head where one of several branches is meant",
     )
     version_table: str = setting(
         "", relation, "the version table, where it cannot be read from env.py: name or schema.name"
@@ -210,6 +224,9 @@ class Settings(NamedTuple):
     )
     drift_ignore: str = setting(
         "", table_patterns, "tables that others create and change, such as partman.*, celery_*: no drift"
+    )
+    drift_keep: int = setting(
+        5, whole_number, "how many snapshots of the schema the ledger keeps beside the newest"
     )
     ledger: bool = setting(
         True, boolean, "keep migrator_ledger beside the version table: who changed the schema, when and how"
@@ -249,11 +266,11 @@ class Settings(NamedTuple):
         " off)",
     )
     config: str = setting(
-        "", str, "alembic.ini or pyproject.toml of the project", flag="-c", variable="ALEMBIC_CONFIG"
+        "", path, "alembic.ini or pyproject.toml of the project", flag="-c", variable="ALEMBIC_CONFIG"
     )
-    report_file: str = setting("", str, "where the JSON outcome is also written")
+    report_file: str = setting("", path, "where the JSON outcome is also written")
     termination_log: str = setting(
-        "/dev/termination-log", str, "where the line for kubectl describe pod goes, if it is there"
+        "/dev/termination-log", path, "where the line for kubectl describe pod goes, if it is there"
     )
     sidecar_listen: str = setting(
         "127.0.0.1:8086",
@@ -286,6 +303,11 @@ class Settings(NamedTuple):
         """Render for a traceback: without the secrets."""
         shown = (f"{item.name}={getattr(self, item.name)!r}" for item in options() if not item.secret)
         return f"Settings(target={self.target!r}, {', '.join(shown)})"
+
+    @property
+    def goal(self) -> str:
+        """Return where the database is meant to be: every head, unless that is set."""
+        return self.destination or "heads"
 
     @property
     def required_target(self) -> Target:
@@ -362,7 +384,7 @@ def load(
     if target is not None and (
         target.parameters or any(f"{name}_FILE" in environment for name in SECRET_VARIABLES)
     ):
-        from migrator.rotation import watched
+        from migrator.config.secret_files import watched
 
         target = watched(target, sources["target"], environment, variables)
     # Also those of addresses that this run does not use: a user's env.py may print them.

@@ -1,6 +1,6 @@
 """Where settings come from: what one is declared with, and its text in flags, environment and file.
 
-Who declares them is :mod:`migrator.settings`; ``options`` are its declarations.
+Who declares them is :mod:`migrator.config.settings`; ``options`` are its declarations.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from migrator.target import BadAddress, Target, from_environment, parse
+from migrator.config.database_url import BadAddress, Target, from_environment, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,7 +116,7 @@ def read_file(
     for key, value in document.items():
         name = key.replace("-", "_")
         if name not in known:
-            problems.append(f"{file_name} [tool.migrator]: unknown key {key!r}{_suggest(name, known)}")
+            problems.append(f"{file_name} [tool.migrator]: unknown key {key!r}{did_you_mean(name, known)}")
         elif known[name].secret:
             problems.append(
                 f"{file_name} [tool.migrator]: {key} holds a password; set {variable_name(known[name])}"
@@ -135,7 +135,7 @@ def find_target(variables: Mapping[str, str], sources: dict[str, str], problems:
             field_name = "direct_url" if name == "MIGRATOR_DIRECT_URL" else "database_url"
             sources[field_name] = sources["target"] = name
             try:
-                return parse(variables[name])
+                return _with_password(parse(variables[name]), variables.get("PGPASSWORD", ""))
             except BadAddress as error:
                 problems.append(f"{name} is not a database address: {error}")
                 return None
@@ -152,6 +152,12 @@ def find_target(variables: Mapping[str, str], sources: dict[str, str], problems:
     return None
 
 
+def _with_password(target: Target, password: str) -> Target:
+    """Return the target with PGPASSWORD where its address has no password, as libpq does: it may come from a file."""
+    has_one = target.password or "password" in dict(target.parameters)
+    return target if has_one else target._replace(password=password)
+
+
 def unknown_variables(environment: Mapping[str, str], options: Iterable[Option]) -> Iterator[str]:
     """Yield a warning for each ``MIGRATOR_*`` variable that looks like a misspelt setting.
 
@@ -161,7 +167,7 @@ def unknown_variables(environment: Mapping[str, str], options: Iterable[Option])
     known |= {f"{name}_FILE": item for name, item in known.items() if item.secret}
     for name in sorted(environment):
         if name.startswith("MIGRATOR_") and name not in known and name not in _OTHER_VARIABLES:
-            suggestion = _suggest(name, known)
+            suggestion = did_you_mean(name, known)
             if suggestion:
                 yield f"{name} is not a setting{suggestion}"
 
@@ -169,10 +175,15 @@ def unknown_variables(environment: Mapping[str, str], options: Iterable[Option])
 _OTHER_VARIABLES = frozenset({"MIGRATOR_IMAGE_VERSION"})
 
 
-def _suggest(name: str, known: Mapping[str, Any]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean NAME?`` with the nearest of the ``known``, or nothing where none is near."""
     import difflib
 
-    # What all variables begin with would make any two of them alike.
-    short = {item.removeprefix("MIGRATOR_"): item for item in known}
-    close = difflib.get_close_matches(name.removeprefix("MIGRATOR_"), short, n=1, cutoff=0.7)
+    # A beginning that all share would make any two of them alike.
+    short = {_short(item): item for item in known}
+    close = difflib.get_close_matches(_short(name), short, n=1, cutoff=0.7)
     return f"; did you mean {short[close[0]]}?" if close else ""
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("MIGRATOR_").lstrip("-")

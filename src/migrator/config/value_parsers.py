@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -53,6 +53,13 @@ def whole_number(text: str) -> int:
     if not re.fullmatch(r"\d{1,3}|1000", text.strip()):
         raise ValueError(f"{text!r} is not a whole number from 0 to 1000")
     return int(text)
+
+
+def goal(text: str) -> str:
+    """Read a revision that a database can be meant to be at: not one that depends on where it is."""
+    if re.match(r"[+-]", text.strip()):
+        raise ValueError(f"{text!r} depends on where the database is: name a revision, head or LABEL@head")
+    return text.strip()
 
 
 def boolean(text: str) -> bool:
@@ -199,3 +206,42 @@ def table_patterns(text: str) -> str:
     if not re.fullmatch(rf"\s*({part}(\.{part})?\s*(,\s*|$))*", text):
         raise ValueError(f'{text!r} is not a list of tables such as audit_log, logs.*, "Odd name"')
     return text.strip()
+
+
+def path(text: str) -> str:
+    """Read the place of a file or folder as it is."""
+    return text
+
+
+def revision(text: str) -> str:
+    """Read a revision as it is: only the project knows which there are."""
+    return text
+
+
+_TYPE_NAMES: Mapping[Callable[[str], object], str] = {
+    duration: "DURATION",
+    interval: "DURATION",
+    optional_duration: "DURATION|none",
+    optional_interval: "DURATION|none",
+    whole_number: "N",
+    worker_count: "auto|N",
+    boolean: "true|false",
+    listen_address: "HOST:PORT",
+    goal: "REVISION",
+    revision: "REVISION",
+    relation: "NAME",
+    role_name: "NAME",
+    callable_name: "MODULE:CALLABLE",
+    backup_url: "URL",
+    web_address: "URL",
+    public_keys: "KEY,...",
+    keep: "POLICY",
+    compression: "auto|METHOD:N",
+    table_patterns: "TABLE,...",
+    path: "PATH",
+}
+
+
+def type_name(read: Callable[[str], object]) -> str:
+    """Return what people write for what ``read`` reads: ``DURATION``, ``N``, or its choices."""
+    return "|".join(getattr(read, "choices", ())) or _TYPE_NAMES.get(read, "TEXT")

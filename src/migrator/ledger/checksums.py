@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migrator.errors import Tampered
-from migrator.manifest import FileSums
+from migrator.ledger.queries import Entry, Standing
 from migrator.outcome import Finding, Severity
-from migrator.past import Entry, Standing
+from migrator.project.manifest import FileSums
 
 if TYPE_CHECKING:
-    from migrator.history import History
+    from migrator.project import History
 
 
 EDITED = "edited-revision"

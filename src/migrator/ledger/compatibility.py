@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from migrator.config.database_url import Target
 from migrator.errors import DatabaseAhead, HistoryError
-from migrator.past import Standing
-from migrator.target import Target
-from migrator.versions import VersionTable
+from migrator.ledger.queries import Standing
+from migrator.postgres.version_table import VersionTable
 
 if TYPE_CHECKING:
-    from migrator.history import History, Plan
+    from migrator.project import History, Plan
 
 
 def refuse_unknown_floors(history: History, plan: Plan) -> None:
@@ -87,7 +87,7 @@ def _ahead(
         f"{target} is at revision {_some(unknown)}, which this image does not have"
         f" (its newest is {heads}): the image is older than the schema, or another project's.{by}{reason}",
         next_step=f"{deploy}; to go back, {other}: `migrator downgrade {history.heads[0]}`"
-        + (", which works with this image too where the ledger has the SQL" if newest else "")
+        + (", which with this image shows the SQL that the ledger keeps, and asks first" if newest else "")
         + f"; if {table} is another project's, name this one's with MIGRATOR_VERSION_TABLE",
     )
 

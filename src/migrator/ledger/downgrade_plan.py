@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 
 from migrator.errors import HistoryError
-from migrator.past import WayBack
+from migrator.project.kept_downgrade import KeptDowngrade
 
 
 def choose(
-    ways: Sequence[WayBack], rows: Collection[str], destination: str, heads: Collection[str]
-) -> tuple[WayBack, ...]:
+    ways: Sequence[KeptDowngrade], rows: Collection[str], destination: str, heads: Collection[str]
+) -> tuple[KeptDowngrade, ...]:
     """Return what to revert, the newest first, so that the database ends at ``destination``.
 
     That may be ``base``, ``-N``, a revision or its unique prefix, or ``head`` for this image's ``heads``.
@@ -50,8 +51,30 @@ def choose(
     return tuple(chosen)
 
 
+def refuse_other_paths(chosen: Iterable[KeptDowngrade], path: str) -> None:
+    """Raise :class:`HistoryError` where a revision was applied under another search_path than the user's ``path``.
+
+    Names without a schema would mean other tables, and a row does not say what a session's path is.
+    """
+    there = _schemas(path)
+    other = next((way for way in chosen if way.search_path and _schemas(way.search_path) != there), None)
+    if other is None:
+        return
+    option = shlex.quote("-c search_path=" + other.search_path.replace("\\", "\\\\").replace(" ", "\\ "))
+    raise HistoryError(
+        f"{other.revision} was applied under the search_path {other.search_path}, and it is {path} here: the names in"
+        " its SQL may mean other tables.",
+        next_step=f"if that path is right: PGOPTIONS={option}, and the same command again; else downgrade with an image"
+        " that has the revision",
+    )
+
+
+def _schemas(path: str) -> list[str]:
+    return [name.strip() for name in path.split(",")]
+
+
 def rows_after(
-    ways: Sequence[WayBack], chosen: Iterable[WayBack], rows: Collection[str]
+    ways: Sequence[KeptDowngrade], chosen: Iterable[KeptDowngrade], rows: Collection[str]
 ) -> list[frozenset[str]]:
     """Return the version rows after each step; raises :class:`HistoryError` where a step does not fit."""
     now = frozenset(rows)
@@ -71,7 +94,7 @@ def rows_after(
     return steps
 
 
-def _resolve(ways: Sequence[WayBack], name: str) -> str:
+def _resolve(ways: Sequence[KeptDowngrade], name: str) -> str:
     exact = [way.revision for way in ways if way.revision == name]
     found = exact or [way.revision for way in ways if way.revision.startswith(name)]
     if len(found) != 1:
@@ -86,7 +109,7 @@ def _unknown(name: str) -> HistoryError:
     )
 
 
-def _ancestors(ways: Sequence[WayBack], names: Iterable[str]) -> set[str]:
+def _ancestors(ways: Sequence[KeptDowngrade], names: Iterable[str]) -> set[str]:
     parents = {way.revision: (*way.parents, *way.depends_on) for way in ways}
     seen: set[str] = set()
     waiting = list(names)
@@ -98,6 +121,6 @@ def _ancestors(ways: Sequence[WayBack], names: Iterable[str]) -> set[str]:
     return seen
 
 
-def _descendants(ways: Sequence[WayBack], names: Iterable[str]) -> set[str]:
+def _descendants(ways: Sequence[KeptDowngrade], names: Iterable[str]) -> set[str]:
     start = set(names)
     return {way.revision for way in ways if start & _ancestors(ways, [way.revision])}

@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from migrator import ledger, past
-from migrator.bookkeeping import about
-from migrator.edited import Edit, find_edits
+from migrator.config.settings import Settings
 from migrator.errors import HistoryError
-from migrator.history import History
-from migrator.ledger import Author
+from migrator.ledger import queries
+from migrator.ledger import table as ledger
+from migrator.ledger.checksums import Edit, find_edits
+from migrator.ledger.permissions import holes, question
+from migrator.ledger.table import Author
+from migrator.ledger.writer import about
 from migrator.outcome import ExitCode
-from migrator.postgres import Session
-from migrator.settings import Settings
-from migrator.versions import VersionTable, read_version
-
-if TYPE_CHECKING:
-    from migrator.backups.restored import Restored
+from migrator.postgres.session import Session
+from migrator.postgres.version_table import VersionTable, read_version
+from migrator.project import History
 
 log = logging.getLogger("migrator.ledger")
 
@@ -35,7 +34,7 @@ class Repair:
 def read_ledger(session: Session, history: History, settings: Settings, limit: int) -> list[dict[str, Any]]:
     """Return the newest ``limit`` rows, the newest first; none where there is no ledger."""
     table, _ = read_version(session, history, settings.version_table)
-    return past.read_rows(session, table, limit) if table else []
+    return queries.read_rows(session, table, limit, settings.role) if table else []
 
 
 def accept_edits(
@@ -46,7 +45,7 @@ def accept_edits(
     Raises :class:`HistoryError` for a revision that is not in the ledger, before anything is recorded.
     """
     table, _ = read_version(session, history, settings.version_table)
-    standing = past.read_standing(session, table)
+    standing = queries.read_standing(session, table, settings.role)
     wanted = list(dict.fromkeys(item.revision for name in names for item in history.find(name)))
     strangers = [name for name in wanted if name not in standing.entries]
     if table is None or strangers:
@@ -79,13 +78,19 @@ WHERE c.relname = %s AND c.relkind = 'r'
 """
 
 
-def note_restore(session: Session, author: Author, restored: Restored) -> None:
+def note_restore(
+    session: Session, author: Author, role: str, *, message: str, seconds: float, backup_id: str
+) -> None:
     """Add a row about a restore for every version table that a ledger of this database speaks of.
 
-    All of them were restored, whichever the project's is.  Raises QueryFailed.
+    All of them were restored, whichever the project's is.  A ledger that others can write is left alone: what they
+    have put on it would run as migrator.  ``role`` is MIGRATOR_ROLE.  Raises QueryFailed.
     """
     for (schema,) in session.query(_LEDGERS, (ledger.NAME,)):
         place = VersionTable(ledger.NAME, schema)
+        if holes(session.value(question(place, None, role=role))):
+            log.warning("the ledger %s does not say that this was restored: others can write it", place)
+            continue
         tables = session.query(f"SELECT DISTINCT version_table FROM {place.quoted}")  # noqa: S608 - quoted
         for (name,) in tables:
             table = VersionTable(name, schema)
@@ -96,8 +101,8 @@ def note_restore(session: Session, author: Author, restored: Restored) -> None:
                 command="restore",
                 code=int(ExitCode.OK),
                 outcome=ExitCode.OK.name,
-                message=restored.message,
-                seconds=round(restored.seconds, 3),
-                backup_id=restored.backup.id,
+                message=message,
+                seconds=round(seconds, 3),
+                backup_id=backup_id,
             )
             ledger.append(session, table, [row])

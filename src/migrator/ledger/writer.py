@@ -1,31 +1,26 @@
-"""Keep the ledger while the migration runs: on its own connection, in the very transaction of what is recorded.
-
-Rows of revisions that share a transaction may be written together, ahead of its end: docs/adr has when.
-"""
+"""Keep the ledger while the migration runs: on its own connection, in the very transaction of what is recorded."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from migrator import ledger, past
 from migrator.errors import AccessDenied
-from migrator.ledger import Author
-from migrator.logs import redact
+from migrator.ledger import permissions
+from migrator.ledger import sql as questions
+from migrator.ledger import table as ledger
+from migrator.ledger.table import Author
 from migrator.outcome import Outcome
-from migrator.postgres import Session
-from migrator.versions import VersionTable
+from migrator.postgres.session import QueryFailed, Session, quote_literal
+from migrator.postgres.version_table import VersionTable, place_of
+from migrator.runtime.logs import redact
 
 if TYPE_CHECKING:
-    from migrator.history import History, Plan, Revision, WayBack
+    from migrator.project import History, OfflineDowngrade, Plan, Revision
 
 log = logging.getLogger("migrator.ledger")
-
-_MOST_ROWS = 100
-_MOST_CHARACTERS = 1_000_000  # of SQL for the way back
 
 
 class Connection(Protocol):
@@ -41,11 +36,18 @@ class Connection(Protocol):
     def tell(self, sql: str, **values: str) -> Any:
         """Run a statement and return its first value, if it has one; parameters are written ``:name``."""
 
+    def find(self, name: str) -> tuple[str, str] | None:
+        """Return the schema in which the connection's search_path finds a relation, and its kind."""
+
     def ask_driver(self, sql: str) -> Any:
         """Return the first column of the first row, past SQLAlchemy."""
 
+    @property
+    def autocommits(self) -> bool:
+        """Whether each statement is a transaction of its own."""
+
     def may_have_dropped(self) -> bool:
-        """Whether a statement since the last call was one that may have dropped a table."""
+        """Whether a statement since the last call may have dropped a table, or granted something on it."""
 
 
 class Bookkeeper:
@@ -70,7 +72,7 @@ class Bookkeeper:
         self._command = command
         self._backup_id = backup_id
         self._enabled = enabled
-        self._ways_back: dict[str, WayBack] = {}
+        self._ways_back: dict[str, OfflineDowngrade] = {}
         self._connection: Connection | None = None
         self._table = VersionTable()
         self._ledger = VersionTable()
@@ -80,10 +82,6 @@ class Bookkeeper:
         self._standing: set[str] = set()
         self._rows: frozenset[str] = frozenset()
         self.number = after  # 0 is the row of the run itself
-        self._waiting: list[
-            tuple[float, dict[str, Any]]
-        ] = []  # rows, and when they came about (time.monotonic())
-        self._characters = 0
 
     def look_back(self, plan: Sequence[Revision]) -> dict[str, str]:
         """Render the way back of each revision that will be applied; returns why there is none, by revision.
@@ -107,23 +105,25 @@ class Bookkeeper:
         """Open the ledger beside ``table``, which holds ``rows``, and note what was done without migrator.
 
         It is made with its first row, so that a first revision that looks for tables sees none of ours.
-        Raises :class:`AccessDenied` where the role may not write it, or make it.
+        Raises :class:`AccessDenied` where the role may not write it, or make it, or where others can write it.
         """
         if not self._enabled:
             return
-        self.forget()
         self._connection, self._table, self._sure = connection, table, False
         self._rows = frozenset(rows)
-        self._ledger = ledger.beside(table, connection.ask)
-        self._search_path = str(connection.ask("SELECT current_setting('search_path')"))
+        self._ledger = ledger.beside(table, connection)
+        self._search_path = str(connection.ask("SELECT pg_catalog.current_setting('search_path')"))
         self._unicode = bool(connection.ask(ledger.TAKES_UNICODE))
         self._standing = set()
         if ledger.exists(self._ledger, connection.ask):
+            found = permissions.holes(connection.ask(permissions.question(self._ledger, table)))
+            if found:
+                raise permissions.refusal(self._ledger, found)
             _refuse_unless(
                 connection, _MAY_WRITE, self._ledger, "write", "GRANT SELECT, INSERT ON {ledger} TO {role}"
             )
-            names = past.STANDING_NAMES.format(
-                table=self._ledger.quoted, version_table=_inside_quotes(table.name)
+            names = questions.STANDING_NAMES.format(
+                table=self._ledger.quoted, version_table=quote_literal(table.name)
             )
             self._standing = set(json.loads(connection.ask(names) or "[]"))
         else:
@@ -134,13 +134,13 @@ class Bookkeeper:
 
     def done(
         self, revision: str, *, upgrade: bool, rows: Iterable[str], seconds: float, details: Mapping[str, Any]
-    ) -> None:
-        """Note that a revision was just applied or reverted, after which the version rows are ``rows``.
+    ) -> int:
+        """Add the row of a revision that was just applied or reverted, after which the version rows are ``rows``.
 
-        Its row is added by the next :meth:`flush`; ``details`` may be filled in until then.
+        Returns the id of the transaction that this was in, 0 where nothing is written.
         """
         if not self._enabled:
-            return
+            return 0
         after = frozenset(rows)
         if upgrade:
             self._standing.add(revision)
@@ -157,30 +157,34 @@ class Bookkeeper:
             search_path=self._search_path,
             way_back=None if way is None or way.statements is None else list(way.statements),
             no_way_back=None if way is None else way.reason or None,
-            details=details,
+            details=details or None,
         )
-        self._waiting.append((time.monotonic(), row))
-        self._characters += sum(map(len, (way and way.statements) or ()))
         self._rows = after
+        return self._write([row])
 
-    @property
-    def full(self) -> bool:
-        """Whether so much waits that it should be written, whatever comes next."""
-        return len(self._waiting) >= _MOST_ROWS or self._characters >= _MOST_CHARACTERS
+    def partial(self, revision: str, statement: str, *, upgrade: bool, session: Session | None) -> int:
+        """Note that a part of a revision is committed ahead of its version row, and must not run twice.
 
-    def flush(self) -> int:
-        """Write what waits; returns the id of the transaction that this was in, 0 where nothing was written."""
-        waiting, now = self._waiting, time.monotonic()
-        self.forget()
-        # The server's clock, and not this machine's.
-        rows = [{**row, "details": row["details"] or None, "age": round(now - at, 6)} for at, row in waiting]
-        return self._write(rows) if rows else 0
+        On the migration's connection, in the transaction that is about to be committed; on ``session`` where
+        ``statement`` is a transaction of its own.  Returns the id of the row's transaction, 0 where none is written.
+        """
+        if not self._enabled:
+            return 0
+        self.number += 1
+        shown = " ".join(statement.split())[:300]
+        # The column `revision` stays empty: an older image takes the newest row of a revision for what stands.
+        row = self._author.row(
+            ledger.PARTIAL,
+            self.number,
+            self._table,
+            command=self._command,
+            message=f"a part of {revision} leaves its transaction: {shown}",
+            backup_id=self._backup_id or None,
+            details={"revision": revision, "upgrade": upgrade, "statement": shown},
+        )
+        return self._write([row]) if session is None else ledger.append(session, self._table, [row])
 
-    def forget(self) -> None:
-        """Forget what waits: it was rolled back."""
-        self._waiting, self._characters = [], 0
-
-    def _way_back(self, revision: str) -> WayBack | None:
+    def _way_back(self, revision: str) -> OfflineDowngrade | None:
         """Return the SQL to keep, unless it names other tables than the revision does on this connection."""
         way = self._ways_back.get(revision)
         if way is None or way.statements is None or self._connection is None:
@@ -227,10 +231,24 @@ class Bookkeeper:
         # A revision may have dropped every table that it found.
         if self._connection.may_have_dropped() or not self._sure:
             self._sure = True
-            if not ledger.exists(self._ledger, self._connection.ask_driver):
-                self._connection.ask_driver(ledger.creation(self._ledger))
+            self._make_or_close(self._connection)
         statement = ledger.insertion(self._ledger, rows, unicode=self._unicode)
         return int(self._connection.ask_driver(statement))
+
+    def _make_or_close(self, connection: Connection) -> None:
+        """Make the ledger where it is missing; else take back what a revision has granted on all tables.
+
+        In the transaction of what did so: nobody else ever sees it open.
+        """
+        if ledger.exists(self._ledger, connection.ask_driver):
+            ledger.close_to_others(self._ledger, connection.ask_driver)
+            return
+        alone = connection.autocommits
+        if alone:
+            connection.tell("BEGIN")
+        ledger.create(self._ledger, connection.ask_driver)
+        if alone:
+            connection.tell("COMMIT")
 
 
 def differences(
@@ -286,24 +304,23 @@ def _tells_a_secret(statements: Sequence[str]) -> bool:
     return any(redact(text) != text for text in statements)
 
 
-_MAY_WRITE = "SELECT has_table_privilege('{ledger}', 'INSERT') AND has_table_privilege('{ledger}', 'SELECT')"
-_MAY_CREATE = "SELECT has_schema_privilege('{schema}', 'CREATE')"
+_MAY_WRITE = (
+    "SELECT pg_catalog.has_table_privilege({ledger}, 'INSERT')"
+    " AND pg_catalog.has_table_privilege({ledger}, 'SELECT')"
+)
+_MAY_CREATE = "SELECT pg_catalog.has_schema_privilege({schema}, 'CREATE')"
 
 
 def _refuse_unless(connection: Connection, question: str, place: VersionTable, what: str, grant: str) -> None:
     """Raise :class:`AccessDenied` unless the migration's role may do that to the ledger."""
-    names = {"ledger": _inside_quotes(place.quoted), "schema": _inside_quotes(place.schema)}
+    names = {"ledger": quote_literal(place.quoted), "schema": quote_literal(place.schema)}
     if connection.ask(question.format(**names)):
         return
-    role = connection.ask("SELECT current_user::text")
+    role = connection.ask("SELECT CAST(current_user AS pg_catalog.text)")
     statement = grant.format(ledger=place, schema=place.schema, role=role)
     raise AccessDenied(
         f"{role} may not {what} the ledger {place}.", next_step=f"{statement}; or MIGRATOR_LEDGER=off"
     )
-
-
-def _inside_quotes(text: str) -> str:
-    return text.replace("'", "''")
 
 
 def settle(
@@ -318,7 +335,7 @@ def settle(
     events = differences(history, standing, rows, ledger.FOUND, ledger.GONE)
     if not events:
         return
-    place = ledger.beside(table, session.value)
+    place = ledger.beside(table, session)
     log.info("%s", told(events, place, first=not ledger.exists(place, session.value)))
     ledger.append(
         session,
@@ -338,13 +355,17 @@ def begin(
     command: str,
     plan: Plan,
     indexes: Collection[str],
+    backup_id: str,
+    way_back: str,
 ) -> int:
-    """Note that a run is about to apply, where there is a ledger; raises QueryFailed.
+    """Note that a run is about to apply; raises QueryFailed.
 
-    ``indexes`` are those that it is to build and that are there.  Should the run be killed, the next one knows by this
-    which it has built.  Returns the id of the transaction, 0 where nothing was written.
+    ``indexes`` are those that it is to build and that are there: should the run end badly, the next one knows by this
+    which it has built.  ``way_back`` is the newest backup without anything that a failed run has left; it may be older
+    than this run's ``backup_id``.  Returns the id of the transaction, 0 where nothing was written: the first revision
+    of an empty database is not to see a table of ours.
     """
-    if not ledger.exists(ledger.beside(table, session.value), session.value):
+    if not plan.before and not ledger.exists(ledger.beside(table, session), session.value):
         return 0
     row = author.row(
         ledger.BEGUN,
@@ -353,9 +374,23 @@ def begin(
         command=command,
         message=f"{command}: {len(plan.revisions)} to {plan.kind}",
         rows_before=sorted(plan.before),
-        details={"pending": [item.revision for item in plan.revisions], "indexes": sorted(indexes)},
+        backup_id=backup_id or None,
+        details={
+            "pending": [item.revision for item in plan.revisions],
+            "indexes": sorted(indexes),
+            "way_back": way_back,
+        },
     )
-    return ledger.append(session, table, [row])
+    # One transaction, also where the ledger is made: a restore asks whether others have written since the backup.
+    session.query("BEGIN")
+    try:
+        number = ledger.append(session, table, [row], within=True)
+        session.query("COMMIT")
+    except (QueryFailed, AccessDenied):
+        if not session.closed:
+            session.query("ROLLBACK")
+        raise
+    return number
 
 
 def close(
@@ -366,14 +401,17 @@ def close(
     digest: str,
     failed: Mapping[str, str] | None = None,
     schema: Mapping[str, Any] | None = None,
+    keep: int = 0,
+    visits: Iterable[VersionTable] = (),
 ) -> None:
     """Add the row of the run itself, with how it ended; raises QueryFailed.
 
-    ``failed`` is what the next run needs to know of a failure that was taken back (see failure.py), ``schema`` the
-    packed snapshot of what this one leaves (see drift.py).
+    ``failed`` is what the next run needs to know of a failure that was taken back (see on_failure.py), ``schema`` the
+    packed snapshot of what this one leaves (see drift.py), ``keep`` how many earlier ones stay beside it, ``visits``
+    the version tables of an ``env.py`` that goes through several.
     Where the version table is not there, nothing was ever applied, and no ledger is begun for a failure.
     """
-    if not ledger.exists(table, session.value):
+    if place_of(session, table) is None:
         return
     row = author.row(
         ledger.RUN,
@@ -392,7 +430,10 @@ def close(
             "stages": {stage.stage: round(stage.seconds, 3) for stage in outcome.stages},
             "findings": [str(finding) for finding in outcome.findings],
             **({"failed": dict(failed)} if failed else {}),
+            **({"version_tables": pairs} if (pairs := [[one.schema, one.name] for one in visits]) else {}),
         },
     )
     left = [author.row(ledger.SCHEMA, ledger.SCHEMA_ROW, table, details={"schema": schema})] if schema else []
     ledger.append(session, table, [*left, row])
+    if schema:
+        ledger.prune(session, table, keep)

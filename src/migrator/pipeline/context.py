@@ -7,17 +7,26 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from migrator.aftermath import translate
-from migrator.errors import Interrupted, MigratorError, Partial
-from migrator.history import ProjectOptions
-from migrator.interruption import Interrupt, Interruption
-from migrator.lifeline import lost, revive
-from migrator.logs import Logs
-from migrator.outcome import Status
-from migrator.postgres import ConnectFailed, QueryFailed, Session
-from migrator.record import Record
-from migrator.settings import Settings
-from migrator.versions import VersionTable, read_rows
+from migrator.config.settings import Settings
+from migrator.errors import (
+    UNCHANGED,
+    BackupFailed,
+    Interrupted,
+    MigratorError,
+    Partial,
+    RestoreFailed,
+    Unreachable,
+)
+from migrator.outcome import ExitCode, Status
+from migrator.pipeline.apply.failure import translate
+from migrator.pipeline.record import Record
+from migrator.postgres.control_connection import lost, revive
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.postgres.version_table import VersionTable, read_rows
+from migrator.project import ProjectOptions
+from migrator.runtime.logs import Logs
+from migrator.runtime.resource_errors import lack
+from migrator.runtime.signals import Interrupt, Interruption
 
 log = logging.getLogger("migrator")
 
@@ -50,16 +59,34 @@ class Run:
         """Return the name under which the run's sessions are seen in pg_stat_activity."""
         return self.record.application_name
 
+    def take_back(self) -> None:
+        """Take logging and signals back from whatever the application made of them."""
+        self.logs.install()
+        self.interruption.retake()
+
 
 def harmless(this: Run, error: BaseException) -> bool:
     """Whether an error is a connection that was lost before anything was applied."""
     begun = any(stage.stage == "apply" and stage.status is not Status.SKIPPED for stage in this.record.stages)
-    return lost(error) and not begun and not this.interruption.received
+    waited = isinstance(error, ConnectFailed) and error.waited
+    return lost(error) and not waited and not begun and not this.interruption.received
+
+
+def of_a_signal(error: BaseException) -> bool:
+    """Whether an error may be no more than what a signal does: a query that is cut off, a program that is ended.
+
+    It takes the place of the :class:`Interrupt` where a clean-up fails of it.
+    """
+    if isinstance(error, RestoreFailed):
+        return error.state.startswith(UNCHANGED.rstrip("."))
+    return isinstance(error, (QueryFailed, ConnectFailed, Unreachable, BackupFailed))
 
 
 def known(this: Run, error: Exception | Interrupt) -> MigratorError:
     """Return the error that says what happened, whatever was raised."""
     record = this.record
+    if this.interruption.received and of_a_signal(error):
+        error = Interrupt(this.interruption.received)
     if isinstance(error, MigratorError):
         return error
     if lost(error) and record.after is not None and record.after != record.before:
@@ -68,11 +95,33 @@ def known(this: Run, error: Exception | Interrupt) -> MigratorError:
             state=f"The database is at {', '.join(record.after) or 'base'}.",
             next_step="`migrator verify` checks it",
         )
+    why = lack(error)
+    if why and record.after != record.before:
+        return Partial(
+            f"This machine lacks what the run needs: {why}.",
+            state="What was committed is not known."
+            if record.after is None
+            else f"The database is at {', '.join(record.after) or 'base'}.",
+            next_step="`migrator current` shows it, and `migrator verify` checks it",
+        )
     if not isinstance(error, Interrupt):
-        log.error("unexpected", exc_info=error)
-        return translate(error)
+        meaning = translate(error)
+        log.log(
+            logging.ERROR if meaning.code is ExitCode.INTERNAL else logging.DEBUG,
+            "unexpected",
+            exc_info=error,
+        )
+        return meaning
     this.interruption.shield()
-    if record.after is None or record.after == record.before:
+    if record.after is None and record.before is None:
+        return Interrupted(f"Interrupted by {error.name}.", next_step="run it again")
+    if record.after is None:
+        return Partial(
+            f"Interrupted by {error.name}.",
+            state="What was committed is not known.",
+            next_step="`migrator current` shows it",
+        )
+    if record.after == record.before:
         return Interrupted(f"Interrupted by {error.name}.", next_step="run it again")
     return Partial(
         f"Interrupted by {error.name} after the revisions were committed, before they were verified.",

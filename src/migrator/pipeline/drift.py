@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from migrator import ledger
+from migrator.config.settings import Settings
 from migrator.errors import Drifted, HistoryError
-from migrator.ledger import Author
+from migrator.ledger import table as ledger
+from migrator.ledger.queries import LastSnapshot, read_last_snapshot
+from migrator.ledger.table import Author
 from migrator.outcome import Finding, Severity
-from migrator.past import LastSnapshot, read_last_snapshot
-from migrator.postgres import QueryFailed, Session
+from migrator.pipeline.stages.lock import holder
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import VersionTable
 from migrator.schema.difference import Difference, differences
 from migrator.schema.patterns import Pattern, parse, split
 from migrator.schema.snapshot import Item, Snapshot, Unreadable, take, unpack
-from migrator.settings import Settings
-from migrator.stages.lock import holder
-from migrator.versions import VersionTable
 
 log = logging.getLogger("migrator")
 
@@ -75,15 +75,16 @@ def compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
     if settings.drift == "off":
         return Drift(unknown="MIGRATOR_DRIFT=off", switched_off=True)
     try:
-        return _compare(session, parse(settings.drift_ignore), alone=alone)
+        return _compare(session, settings, alone=alone)
     except QueryFailed as error:
         if error.lost:
             raise
         return Drift(unknown=f"it could not be read: {error.text.rstrip('.')}")
 
 
-def _compare(session: Session, ignored: Sequence[Pattern], *, alone: bool) -> Drift:
-    last = read_last_snapshot(session)
+def _compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
+    ignored = parse(settings.drift_ignore)
+    last = read_last_snapshot(session, settings.role)
     if last is None:
         return Drift(unknown=f"no run has left a snapshot of it yet; `{_ACCEPT}` takes one")
     try:
@@ -96,7 +97,7 @@ def _compare(session: Session, ignored: Sequence[Pattern], *, alone: bool) -> Dr
     found = tuple(item for item in differences(before, now) if not _is_ignored(item.item, ignored))
     if found and not alone and (running := holder(session)):
         return Drift(unknown=f"it may be changing: {running[1]} is at work")
-    newest = read_last_snapshot(session) if found else last
+    newest = read_last_snapshot(session, settings.role) if found else last
     if newest is None or newest.run_id != last.run_id:
         return Drift(unknown="a run has changed it in this moment")
     return Drift(found, last)
@@ -169,7 +170,7 @@ def snapshot_after(
     if table is None or not settings.ledger or settings.drift == "off":
         return None
     try:
-        return take(session, ledger.beside(table, session.value).quoted).pack()
+        return take(session, ledger.beside(table, session).quoted).pack()
     except QueryFailed as error:
         log.info("the ledger does not keep what the schema is now: %s", error.text)
         return None
@@ -178,7 +179,7 @@ def snapshot_after(
 def snapshot_if_moved(session: Session, settings: Settings, table: VersionTable) -> Mapping[str, Any] | None:
     """Return what :func:`snapshot_after` does, where no snapshot is of the version rows of now."""
     try:
-        last = read_last_snapshot(session)
+        last = read_last_snapshot(session, settings.role)
         known = unpack(last.snapshot).versions if last else None
     except Unreadable:
         known = None
@@ -197,7 +198,7 @@ def accept(session: Session, settings: Settings, table: VersionTable | None, aut
             next_step="run `migrator upgrade` first",
         )
     drift = compare(session, settings._replace(drift="warn"), alone=True)
-    snapshot = take(session, ledger.beside(table, session.value).quoted).pack()
+    snapshot = take(session, ledger.beside(table, session).quoted).pack()
     row = author.row(
         ledger.SCHEMA,
         ledger.SCHEMA_ROW,

@@ -16,21 +16,22 @@ import time
 from collections.abc import Iterator
 
 from migrator.backups import databases
+from migrator.config.database_url import Target
 from migrator.errors import AccessDenied, MigratorError
-from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
-from migrator.process import uninterrupted
-from migrator.run import Run
-from migrator.stages.lock import lock_if_free
-from migrator.target import Target
+from migrator.pipeline.context import Run
+from migrator.pipeline.stages.lock import lock_if_free
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier, quote_literal
+from migrator.runtime.subprocesses import uninterrupted
 
 log = logging.getLogger("migrator")
 
 MARK = "migrator: maintenance window "
 _PATIENCE = 5.0
+_BY_HAND = "the next run opens it, or by hand: GRANT CONNECT ON DATABASE"
 
 _MARKED = """
 SELECT datname::text, shobj_description(oid, 'pg_database') FROM pg_database
-WHERE starts_with(shobj_description(oid, 'pg_database'), %s)
+WHERE starts_with(shobj_description(oid, 'pg_database'), %s) ORDER BY datname <> %s
 """
 _GRANTS = """
 SELECT CASE a.grantee WHEN 0 THEN NULL ELSE pg_get_userbyid(a.grantee)::text END, bool_or(a.is_grantable)
@@ -39,7 +40,8 @@ WHERE d.datname = %s AND a.privilege_type = 'CONNECT' GROUP BY a.grantee
 """
 _STILL_MAY = """
 SELECT string_agg(rolname::text, ', ' ORDER BY rolname) FROM pg_roles
-WHERE rolcanlogin AND NOT rolsuper AND rolname <> current_user AND has_database_privilege(oid, %s, 'CONNECT')
+WHERE rolcanlogin AND NOT rolsuper AND rolname NOT IN (current_user, session_user)
+  AND has_database_privilege(oid, %s, 'CONNECT')
 """
 
 
@@ -50,14 +52,24 @@ def window(this: Run, session: Session) -> Iterator[None]:
         yield
         return
     _refuse_own_role(session)
-    with uninterrupted():
-        _close_the_door(session, this.record.run_id)
-    try:
-        _end_sessions(session)
-        yield
-    finally:
-        with uninterrupted():
-            reopen(session.target, this.application_name, this.settings.connect_timeout, this.record.run_id)
+    database, closed = session.target.database, False
+    left = f"{database} stays closed to other roles: {_BY_HAND} {quote_identifier(database)} TO PUBLIC"
+    with this.interruption.leaving(left):
+        try:
+            with uninterrupted():
+                _close_the_door(session, this.record.run_id)
+                closed = True
+            _end_sessions(session)
+            yield
+        finally:
+            if closed:
+                with uninterrupted():
+                    reopen(
+                        session.target,
+                        this.application_name,
+                        this.settings.connect_timeout,
+                        this.record.run_id,
+                    )
 
 
 def reopen_after_death(this: Run, session: Session) -> None:
@@ -77,15 +89,21 @@ def reopen_after_death(this: Run, session: Session) -> None:
 def reopen(target: Target, application_name: str, timeout: float, run_id: str) -> None:
     """Open the databases again that the window of a run has closed: the target, and the one that it was before."""
     try:
-        with databases.maintenance(target, application_name, timeout) as session:
-            for name, comment in session.query(_MARKED, [f"{MARK}{run_id} "]):
-                _open_the_door(session, name, comment)
+        with databases.maintenance(target, application_name, timeout, patient=False) as session:
+            for name, comment in session.query(_MARKED, [f"{MARK}{run_id} ", target.database]):
+                try:
+                    _open_the_door(session, name, comment)
+                except (QueryFailed, ValueError, LookupError, TypeError) as error:
+                    if name == target.database or (isinstance(error, QueryFailed) and error.lost):
+                        raise
+                    _roll_back(session)  # whoever owns another database may have written its comment
+                    log.warning("%s has the comment of a maintenance window, and is left as it is", name)
     except (QueryFailed, ConnectFailed, MigratorError) as error:
         log.error(
-            "%s could not be opened to other roles again (%s): the next run does it, or by hand: GRANT CONNECT ON"
-            " DATABASE %s TO PUBLIC",
+            "%s could not be opened to other roles again (%s): %s %s TO PUBLIC",
             target.database,
             error,
+            _BY_HAND,
             quote_identifier(target.database),
         )
 
@@ -93,7 +111,8 @@ def reopen(target: Target, application_name: str, timeout: float, run_id: str) -
 def _refuse_own_role(session: Session) -> None:
     rows = session.query(
         "SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database()"
-        " AND usename = current_user AND pid <> pg_backend_pid() AND application_name NOT LIKE 'migrator/%'"
+        " AND usename IN (current_user, session_user) AND pid <> pg_backend_pid()"
+        " AND application_name NOT LIKE 'migrator/%'"
     )
     if rows:
         who = ", ".join(f"{name or 'unnamed'} (pid {pid})" for pid, name in rows[:5])
@@ -101,6 +120,11 @@ def _refuse_own_role(session: Session) -> None:
             f"A maintenance window cannot keep out who logs in as {session.facts.user}, migrator's own role: {who}.",
             next_step="let the application log in as another role, or end these sessions and run again",
         )
+
+
+def _ourselves(session: Session) -> list[str]:
+    """Return our login and the role that it acts as, which ALTER ROLE ... SET role can make another."""
+    return list(session.query("SELECT current_user::text, session_user::text")[0])
 
 
 def _close_the_door(session: Session, run_id: str) -> None:
@@ -114,10 +138,12 @@ def _close_the_door(session: Session, run_id: str) -> None:
     before = json.dumps({"comment": comment, "connect": [list(row) for row in grants]}, ensure_ascii=True)
     try:
         session.query("BEGIN")
-        session.query(f"COMMENT ON DATABASE {database} IS {databases.literal(f'{MARK}{run_id} {before}')}")
-        session.query(f"GRANT CONNECT ON DATABASE {database} TO {quote_identifier(user)}")
+        session.query(f"COMMENT ON DATABASE {database} IS {quote_literal(f'{MARK}{run_id} {before}')}")
+        ours = _ourselves(session)
+        for name_of_ours in ours:
+            session.query(f"GRANT CONNECT ON DATABASE {database} TO {quote_identifier(name_of_ours)}")
         for grantee, _ in grants:
-            if grantee != user:
+            if grantee not in ours:
                 session.query(f"REVOKE CONNECT ON DATABASE {database} FROM {_role(grantee)} CASCADE")
         left = session.value(_STILL_MAY, [name])
         if left:
@@ -154,9 +180,10 @@ def _open_the_door(session: Session, name: str, comment: str) -> None:
     for grantee, grantable in before["connect"]:
         option = " WITH GRANT OPTION" if grantable and grantee is not None and grantee != user else ""
         session.query(f"GRANT CONNECT ON DATABASE {database} TO {_role(grantee)}{option}")
-    if user not in [grantee for grantee, _ in before["connect"]]:
-        session.query(f"REVOKE CONNECT ON DATABASE {database} FROM {quote_identifier(user)}")
-    text = "NULL" if before["comment"] is None else databases.literal(before["comment"])
+    for name_of_ours in _ourselves(session):
+        if name_of_ours not in [grantee for grantee, _ in before["connect"]]:
+            session.query(f"REVOKE CONNECT ON DATABASE {database} FROM {quote_identifier(name_of_ours)}")
+    text = "NULL" if before["comment"] is None else quote_literal(before["comment"])
     session.query(f"COMMENT ON DATABASE {database} IS {text}")
     session.query("COMMIT")
 

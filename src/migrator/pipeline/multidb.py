@@ -1,45 +1,60 @@
 """One command for all databases of an ``env.py`` that migrates several: a run for each, one outcome for all.
 
-See docs/adr/0014-several-databases.md.
+See docs/why/adr/0014-several-databases.md.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
-from migrator.aftermath import outside_of_stages
+from migrator.config.settings import Settings
 from migrator.errors import HistoryError, Interrupted, MigratorError
-from migrator.interruption import Interrupt
 from migrator.outcome import ExitCode, Outcome
-
-if TYPE_CHECKING:
-    from migrator.service import MigrationService
+from migrator.pipeline.apply.failure import outside_of_stages
+from migrator.runtime.signals import Interrupt, Interruption
 
 log = logging.getLogger("migrator")
 
 
+class OneDatabase(Protocol):
+    """What runs a request on one of the databases."""
+
+    settings: Settings
+
+
+Service = TypeVar("Service", bound=OneDatabase)
+
+
 def run_others(
     first: Outcome,
-    find: Callable[[], Sequence[MigrationService]],
-    run: Callable[[MigrationService], Outcome],
+    find: Callable[[], Sequence[Service]],
+    run: Callable[[Service], Outcome],
+    interruption: Interruption,
 ) -> Outcome:
     """Run for each of the other databases, until one fails; returns the outcome of the whole, ``first`` included."""
     outcomes: list[Outcome] = []
+
+    def interrupted() -> Outcome:
+        error = Interrupted(f"Interrupted by {interruption.received}.", next_step="run it again")
+        return combined(first, outcomes, error)
+
+    interruption.outcome = interrupted
+    interruption.whole = lambda outcome: combined(first, [*outcomes, outcome])
     try:
         for service in find():
             log.info("%s: next", service.settings.required_target)
             outcomes.append(run(service))
+            interruption.outcome = interrupted
             if outcomes[-1].code is not ExitCode.OK:
                 break
     except MigratorError as error:
         return combined(first, outcomes, error)
-    except Interrupt as error:
-        interrupted = Interrupted(f"Interrupted by {error.name}.", next_step="run it again")
-        return combined(first, outcomes, interrupted)
+    except Interrupt:
+        return interrupted()
     except SystemExit as error:
-        failed = HistoryError(f"env.py failed: it called sys.exit({error.code!r}).", next_step="mend env.py")
+        failed = HistoryError(f"env.py failed: it called sys.exit({error.code!r}).", next_step="fix env.py")
         return combined(first, outcomes, failed)
     except Exception as error:  # an env.py may raise anything
         log.debug("env.py failed", exc_info=True)

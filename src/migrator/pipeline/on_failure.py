@@ -12,14 +12,25 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 
-from migrator import ledger, past
-from migrator.errors import MigratorError, Partial, RestoreFailed, Unsafe, VerifyFailed, WasRestored
-from migrator.history import History, Plan
-from migrator.interruption import Interrupt
+from migrator.errors import (
+    HistoryError,
+    MigratorError,
+    Partial,
+    RestoreFailed,
+    Unsafe,
+    VerifyFailed,
+    WasRestored,
+)
+from migrator.ledger import queries
+from migrator.ledger import table as ledger
+from migrator.ledger.unfinished_runs import never_done
 from migrator.outcome import ExitCode, Finding, Severity
-from migrator.postgres import QueryFailed, Session
-from migrator.run import Run, harmless, known
-from migrator.stages.inspect import Inspection
+from migrator.pipeline.context import Run, harmless, known
+from migrator.pipeline.stages.inspect import Inspection
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import place_of
+from migrator.project import History, Plan
+from migrator.runtime.signals import Interrupt
 
 log = logging.getLogger("migrator")
 
@@ -53,7 +64,7 @@ def _untouched(this: Run) -> bool:
     if record.after is None:
         log.warning("nothing is taken back: what was committed is not known")
         return True
-    return record.after == record.before and not record.committed_parts
+    return record.after == record.before and not record.committed_parts and not record.revisions
 
 
 def _memory(this: Run, history: History) -> dict[str, str]:
@@ -76,7 +87,7 @@ def refuse_again(this: Run, session: Session, history: History, found: Inspectio
     """
     if this.settings.retry or not this.settings.ledger or this.request.kind != "upgrade":
         return
-    before = past.read_failed(session, found.version_table)
+    before = queries.read_failed(session, found.version_table, this.settings.role)
     if before is None or (before.digest, before.image) != (
         history.digest,
         os.environ.get("MIGRATOR_IMAGE_VERSION", ""),
@@ -92,12 +103,67 @@ def refuse_again(this: Run, session: Session, history: History, found: Inspectio
         severity=Severity.ERROR,
         place=before.revision or "verify",
         sentence=f"{what} failed in run {before.run_id} at {before.at:%Y-%m-%d %H:%M:%S %Z}, and {how}",
-        remedy="deploy an image in which it is mended, or --retry where something else was the cause",
+        remedy="deploy an image in which it is fixed, or --retry where something else was the cause",
     )
     raise Unsafe(
         f"This very image has failed here before: {finding.sentence}.",
-        next_step=f"mend it and deploy the changed image, or `migrator upgrade {this.request.destination} --retry`",
+        next_step=f"fix it and deploy the changed image, or `migrator upgrade {this.request.destination} --retry`",
         findings=[finding],
+    )
+
+
+def refuse_one_way(this: Run, found: Inspection) -> None:
+    """Raise :class:`HistoryError` where MIGRATOR_ON_FAILURE=downgrade would find no way back."""
+    if this.settings.on_failure != "downgrade" or this.request.kind != "upgrade" or not found.plan.one_way:
+        return
+    names = found.plan.one_way
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    raise HistoryError(
+        f"MIGRATOR_ON_FAILURE=downgrade has no way back: {told} {'has' if len(names) == 1 else 'have'} no downgrade(),"
+        " or one that only raises.",
+        next_step="write it, or set MIGRATOR_ON_FAILURE=restore (or stop)",
+    )
+
+
+def refuse_to_repeat(this: Run, session: Session, found: Inspection) -> None:
+    """Raise :class:`Unsafe` where a pending revision has a part that an earlier run has committed.
+
+    Also where a part of a downgrade is committed, whatever revision an upgrade would apply on top of it.
+    Not with MIGRATOR_RETRY; but that run too names the backup from before the part.  Only the ledger knows of it.
+    """
+    if not this.settings.ledger or this.request.kind == "stamp":
+        return
+    pending, upgrade = {item.revision for item in found.plan.revisions}, found.plan.kind != "downgrade"
+    left = queries.read_partial(session, found.version_table, this.settings.role)
+    parts = [
+        part
+        for part in left
+        if ((part.revision in pending and part.upgrade == upgrade) or (upgrade and not part.upgrade))
+        and not never_done(session, part.statement)
+    ]
+    if not parts:
+        return
+    this.record.backup_before_damage = backup = parts[0].backup_id
+    if this.settings.retry:
+        return
+    command = f"migrator {found.plan.kind} {this.request.destination} --retry"
+    findings = [
+        Finding(
+            rule="partly-committed",
+            severity=Severity.ERROR,
+            place=part.revision,
+            sentence=f"run {part.run_id} committed a part of {part.name} at {part.at:%Y-%m-%d %H:%M:%S %Z}, and"
+            f" not its version row; the part began with: {part.statement}",
+            remedy=f"undo that part by hand, then `{command}`"
+            + (f"; where the revision is complete, `migrator stamp {part.revision}`" if part.upgrade else ""),
+        )
+        for part in parts
+    ]
+    restore = f"; or `migrator restore {backup} --yes`, the backup from before it" if backup else ""
+    raise Unsafe(
+        f"What left its transaction is not run twice: {findings[0].sentence}.",
+        next_step=f"{findings[0].remedy}{restore}",
+        findings=findings,
     )
 
 
@@ -113,10 +179,9 @@ def _downgraded(
     reason = _no_way_back(this, history, before, rows)
     if reason:
         return _with(told, f"It was not downgraded: {reason}.")
-    plan = history.plan("downgrade", before[0] if before else "base", rows)
     log.warning("%s Reverting what this run has applied.", told.message)
     try:
-        run_plan(plan)
+        run_plan(history.plan("downgrade", before[0] if before else "base", rows))
     except (MigratorError, Interrupt) as error:
         what = error.message if isinstance(error, MigratorError) else f"interrupted by {error.name}."
         return Partial(
@@ -132,16 +197,16 @@ def _downgraded(
         )
     record.failed_for = _memory(this, history)
     left = (
-        f" A part of {record.failed_in} that it had committed is still there."
+        f" The committed part of {', '.join(record.committed_parts)} is still there."
         if record.committed_parts
         else ""
     )
-    data = f"; `migrator restore {record.backup_id} --yes` brings that back too" if record.backup_id else ""
+    data = f"; `migrator restore {record.way_back} --yes` brings that back too" if record.way_back else ""
     return Partial(
         f"{told.message} What this run had applied was reverted.",
         state=f"The database is at {_names(record.after)} again.{left} What the revisions deleted or changed in rows is"
         " not undone by a downgrade.",
-        next_step=f"mend it and deploy a changed image (this one refuses until then, or with --retry){data}",
+        next_step=f"fix it and deploy a changed image (this one refuses until then, or with --retry){data}",
     )
 
 
@@ -152,10 +217,12 @@ def _no_way_back(this: Run, history: History, before: tuple[str, ...], rows: tup
         return f"{this.request.kind} is no upgrade"
     if plan.baseline:
         return "the schema was adopted in this run, and a downgrade would delete what was there before"
+    if len(this.record.visits) > 1:
+        return "env.py goes through several version tables"
     if len(before) > 1:
         return f"it began at several heads ({', '.join(before)})"
     if set(rows) == set(before):
-        return f"what was committed is a part of {this.record.failed_in}, and no revision"
+        return f"what is committed is a part of {', '.join(this.record.committed_parts)}, and no revision"
     unknown = history.unknown(rows)
     return f"{', '.join(unknown)} is not of this image" if unknown else ""
 
@@ -165,8 +232,9 @@ def _no_way_back(this: Run, history: History, before: tuple[str, ...], rows: tup
 
 def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> MigratorError:
     """Restore this run's backup, and return the error that says how that went."""
-    from migrator.backups.losses import Incomplete, WouldLose
-    from migrator.backups.restore import Wishes, restore
+    from migrator.backups.failures import WouldLose
+    from migrator.backups.restore.restore import Wishes, restore
+    from migrator.backups.restore.write_detection import Incomplete
 
     settings, record = this.settings, this.record
     if not record.backup_id:
@@ -177,6 +245,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
     log.warning("%s Restoring %s.", told.message, record.backup_id)
     again = f"`migrator restore {record.backup_id} --yes`"
     remembered: list[bool] = []
+    was, record.after = record.after, None  # not known while it is restored
     try:
         with record.stage("restore") as details:
             restored = restore(
@@ -217,15 +286,31 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
             state=f"{told.state} The backup is {(record.backup or {}).get('place', record.backup_id)}.",
             next_step=f"{error.next_step}; then {again}" if error.next_step else again,
         )
+    finally:
+        record.after = was
     record.restored, record.after, record.revisions = True, record.before, ()
     kept = f" As the failure left it, it is now {restored.kept}." if restored.kept else ""
     kept += f" As the failure left it, it is in backup {restored.safety}." if restored.safety else ""
+    kept += _still_there(this)
     return WasRestored(
         _sentence(this, told),
         state=" ".join((f"The database is at {_names(record.before)} again.{kept}", *restored.notes)),
-        next_step="mend it and deploy a changed image ("
+        next_step="fix it and deploy a changed image ("
         + ("this one refuses until then, or with --retry)" if any(remembered) else _FORGOTTEN),
     )
+
+
+def _still_there(this: Run) -> str:
+    """Say what this run's own backup still holds: it was made over what an earlier run had left."""
+    record = this.record
+    if record.way_back == record.backup_id:
+        return ""
+    way = (
+        f"`migrator restore {record.way_back} --yes` goes back to before that"
+        if record.way_back
+        else "no backup is from before that"
+    )
+    return f" It still holds what an earlier run had committed of a revision that it did not finish; {way}."
 
 
 _FORGOTTEN = (
@@ -244,7 +329,7 @@ def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[
     Returns whether the next run will find it: not beside a version table that is not there yet.
     """
     record, table = this.record, this.record.version_table
-    if table is None or not this.settings.ledger or not ledger.exists(table, session.value):
+    if table is None or not this.settings.ledger or place_of(session, table) is None:
         log.warning("no ledger can remember that this failed: the next run will try it again")
         return False
     row = record.author(this.settings.actor).row(
@@ -275,7 +360,7 @@ def _with(told: MigratorError, sentence: str, next_step: str = "") -> MigratorEr
     return type(told)(
         told.message,
         state=f"{told.state} {sentence}".strip(),
-        next_step=f"{told.next_step}; {next_step}" if next_step else told.next_step,
+        next_step=f"{told.next_step}; {next_step}" if next_step not in told.next_step else told.next_step,
         findings=told.findings,
     )
 

@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from migrator import __version__, quiet
+from migrator import __version__
+from migrator.config.database_url import Target
 from migrator.errors import MigratorError
 from migrator.outcome import ExitCode, Finding, Outcome, RevisionResult, StageResult, Status
-from migrator.target import Target
-from migrator.versions import VersionTable
+from migrator.postgres.version_table import VersionTable
+from migrator.runtime import lazy_logging
 
 if TYPE_CHECKING:
-    from migrator.history import Plan
-    from migrator.ledger import Author
+    from migrator.ledger.table import Author
+    from migrator.project import Plan
 
-log = quiet.get_logger("migrator")
+log = lazy_logging.get_logger("migrator")
 
 
 def new_run_id() -> str:
@@ -39,12 +40,19 @@ class Record:
         self.stages: list[StageResult] = []
         self.plan: Plan | None = None
         self.version_table: VersionTable | None = None
+        self.visits: dict[VersionTable, frozenset[str]] = {}
+        """The rows that every version table of ``env.py`` is to have in the end, where it has several."""
+        self.home: VersionTable | None = None
+        """The version table that is found without ``env.py``, where that goes through several."""
         self.ahead = ""
         self.heads: tuple[str, ...] = ()
         self.before: tuple[str, ...] | None = None
         self.after: tuple[str, ...] | None = None
         self.revisions: tuple[RevisionResult, ...] = ()
         self.backup: Mapping[str, Any] | None = None
+        self.backup_before_damage: str | None = None
+        """The id of the backup of the first run whose committed parts are still there ahead of this run, empty where it
+        made none; None where nothing was there."""
         self.findings: tuple[Finding, ...] = ()
         self.transactions: set[int] = set()
         """The ids of the transactions that this run is known to have written in since its backup."""
@@ -52,7 +60,7 @@ class Record:
         self.failed_in = ""
         self.committed_parts: tuple[str, ...] = ()
         self.failed_for: Mapping[str, str] | None = None
-        """What the next run needs to know of a failure that was taken back; see failure.py."""
+        """What the next run needs to know of a failure that was taken back; see on_failure.py."""
         self.restored = False
         self.schema: Mapping[str, Any] | None = None
         """The packed snapshot of what the run leaves, for its ledger; see drift.py."""
@@ -67,7 +75,7 @@ class Record:
 
     def author(self, actor: str) -> Author:
         """Return whose rows this run adds to the ledger."""
-        from migrator.ledger import Author
+        from migrator.ledger.table import Author
 
         host = os.environ.get("POD_NAME") or os.uname().nodename
         return Author(self.run_id, actor, host, __version__, os.environ.get("MIGRATOR_IMAGE_VERSION", ""))
@@ -76,6 +84,14 @@ class Record:
     def backup_id(self) -> str:
         """Return the id of this run's backup, or an empty string."""
         return str(self.backup["id"]) if self.backup else ""
+
+    @property
+    def way_back(self) -> str:
+        """Return the id of the newest backup without what a failed run has left; an empty string where there is none.
+
+        It is this run's, unless an earlier one has committed a part of a revision: then this run's holds that part.
+        """
+        return self.backup_id if self.backup_before_damage is None else self.backup_before_damage
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -128,6 +144,7 @@ class Record:
             findings=self.findings,
             stages=tuple(self.stages),
             version_table=str(self.version_table or ""),
+            version_tables=tuple(map(str, self.visits)),
         )
 
     def _success(self) -> str:

@@ -6,19 +6,20 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from migrator import bookkeeping
-from migrator.drift import snapshot_if_moved
-from migrator.edited import EDITED
-from migrator.history import History
-from migrator.interruption import Interrupt
-from migrator.ledger import FOUND, GONE
+from migrator.errors import AccessDenied
+from migrator.ledger import writer
+from migrator.ledger.checksums import EDITED
+from migrator.ledger.queries import Standing, read_standing, read_visited
+from migrator.ledger.table import FOUND, GONE
 from migrator.outcome import Outcome
-from migrator.past import Standing, read_standing
-from migrator.postgres import ConnectFailed, QueryFailed, Session
-from migrator.run import Run, alive, harmless, known
-from migrator.stages.inspect import Inspection
-from migrator.stages.leftovers import built
-from migrator.stages.lock import lock_if_free
+from migrator.pipeline.context import Run, alive, harmless, known
+from migrator.pipeline.drift import snapshot_if_moved
+from migrator.pipeline.stages.inspect import Inspection
+from migrator.pipeline.stages.invalid_indexes import built
+from migrator.pipeline.stages.lock import lock_if_free
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.project import History
+from migrator.runtime.signals import Interrupt
 
 log = logging.getLogger("migrator.ledger")
 
@@ -38,19 +39,21 @@ def on_the_books(this: Run, session: Session, history: History) -> Iterator[None
 
 
 def begin(this: Run, session: Session, found: Inspection) -> None:
-    """Note that the run is about to apply, so that the next one knows what it left should it be killed."""
+    """Note that the run is about to apply, so that the next one knows what it left should it end badly."""
     table = found.version_table
     if table is None or not this.settings.ledger or not found.plan.revisions:
         return
     try:
         this.record.transactions.add(
-            bookkeeping.begin(
+            writer.begin(
                 session,
                 table,
                 this.record.author(this.settings.actor),
                 command=f"{this.request.kind} {this.request.destination}",
                 plan=found.plan,
                 indexes=[str(index) for index in built(session, found.plan)],
+                backup_id=this.record.backup_id,
+                way_back=this.record.way_back,
             )
         )
     except QueryFailed as error:
@@ -60,8 +63,8 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
 
 
 def _close(this: Run, session: Session, history: History, outcome: Outcome) -> None:
-    table = this.record.version_table
-    if table is None or not this.settings.ledger or this.record.restored:
+    tables = {table for table in (this.record.version_table, this.record.home) if table}
+    if not tables or not this.settings.ledger or this.record.restored:
         return  # the row of a run that restored came with what was restored
     author = this.record.author(this.settings.actor)
     # Edits that were let pass are told of each time: without a digest, no run with nothing to do takes it for settled.
@@ -70,30 +73,56 @@ def _close(this: Run, session: Session, history: History, outcome: Outcome) -> N
         with alive(this, session) as living:
             digest = "" if edited else history.digest
             record = this.record
-            bookkeeping.close(living, table, author, outcome, digest, record.failed_for, record.schema)
+            for table in tables:
+                schema = record.schema if table == record.version_table else None
+                writer.close(
+                    living,
+                    table,
+                    author,
+                    outcome,
+                    digest,
+                    record.failed_for,
+                    schema,
+                    keep=this.settings.drift_keep,
+                    visits=record.visits,
+                )
     except (ConnectFailed, QueryFailed) as error:
         log.warning("the ledger does not say how this run ended: %s", error.text)
+    except AccessDenied as error:  # it was opened to others meanwhile: the next run says so
+        log.warning("the ledger does not say how this run ended: %s", error)
 
 
 def settle_up(this: Run, session: Session, history: History, found: Inspection) -> None:
     """Bring the ledger up to date in a run with nothing to do, where another image or plain Alembic was at work."""
-    table, digest = found.version_table, history.digest
+    table, digest, role = found.version_table, history.digest, this.settings.role
     only_looks = this.request.kind == "verify" or not this.settings.ledger
-    if table is None or only_looks or found.ahead or found.edits or _settled(history, found, found.standing):
+    if table is None or only_looks or found.ahead or found.edits:
+        return
+    known = len(this.record.visits) < 2 or set(this.record.visits) == set(read_visited(session, table, role))
+    if known and _settled(history, found, found.standing):
         return
     try:
         with lock_if_free(session) as held:
-            standing = read_standing(session, table)
-            if held and not _settled(history, found, standing):
+            standing = read_standing(session, table, role)
+            if held and not (known and _settled(history, found, standing)):
                 author = this.record.author(this.settings.actor)
-                bookkeeping.settle(session, history, table, standing.entries, found.current, author)
+                writer.settle(session, history, table, standing.entries, found.current, author)
                 schema = snapshot_if_moved(session, this.settings, table)
-                bookkeeping.close(session, table, author, this.record.succeeded(), digest, schema=schema)
+                writer.close(
+                    session,
+                    table,
+                    author,
+                    this.record.succeeded(),
+                    digest,
+                    schema=schema,
+                    keep=this.settings.drift_keep,
+                    visits=this.record.visits,
+                )
     except QueryFailed as error:
         log.info("the ledger was left as it is: %s", error.text)
 
 
 def _settled(history: History, found: Inspection, standing: Standing) -> bool:
-    return standing.clean(history.digest) and not bookkeeping.differences(
+    return standing.clean(history.digest) and not writer.differences(
         history, standing.entries, found.current, FOUND, GONE
     )

@@ -6,20 +6,22 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from migrator.ahead import refuse_or_allow
+from migrator.config.settings import Settings
 from migrator.errors import NotCurrent
-from migrator.past import Standing, read_standing
-from migrator.postgres import QueryFailed, Session
-from migrator.settings import Settings
-from migrator.stages.wait import wait
-from migrator.versions import VersionTable, read_version
+from migrator.ledger.compatibility import refuse_or_allow
+from migrator.ledger.queries import Standing, read_standing
+from migrator.pipeline.stages.inspect import UNKNOWN, Ask, asking, find_tables
+from migrator.pipeline.stages.wait import wait
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import VersionTable, refusal
 
 if TYPE_CHECKING:
-    from migrator.glance import FrozenHistory
-    from migrator.history import History
+    from migrator.pipeline.apply.env_targets import Visit
+    from migrator.pipeline.fast_path.up_to_date import FrozenHistory
+    from migrator.project import History
 
 log = logging.getLogger("migrator.wait")
 
@@ -30,6 +32,7 @@ def wait_for_current(
     settings: Settings,
     application_name: str,
     *,
+    take_back: Callable[[], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[str, ...]:
     """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout`` seconds.
@@ -41,7 +44,7 @@ def wait_for_current(
     :class:`DatabaseAhead` for revisions that this image does not know, and whatever connecting raises.
     """
     deadline = time.monotonic() + settings.wait_timeout
-    wanted = _Wanted(frozen, load, settings, deadline, sleep)
+    wanted = _Wanted(frozen, load, settings, deadline, take_back, sleep)
     while True:
         rest = settings._replace(wait_timeout=wanted.left)
         session, _ = wait(settings.required_target, rest, application_name)
@@ -63,9 +66,10 @@ class _Wanted:
         load: Callable[[], History],
         settings: Settings,
         deadline: float,
+        take_back: Callable[[], None],
         sleep: Callable[[float], None],
     ) -> None:
-        self._frozen, self._load = frozen, load
+        self._frozen, self._load, self._take_back = frozen, load, take_back
         self._settings, self._deadline, self._sleep = settings, deadline, sleep
         self._said: tuple[str, float] = ("", 0.0)
 
@@ -81,18 +85,21 @@ class _Wanted:
     def on(self, session: Session) -> tuple[str, ...]:
         """Return the revisions as soon as nothing is pending."""
         while True:
-            known = self._frozen or self._history
-            table, current = read_version(session, known, self._settings.version_table)
+            table, current, sure = self._look(session, ask=None)
             pending = self._pending(session, table, current)
+            if not sure and (not pending or table is None):
+                table, current, _ = self._look(session, ask=lambda: self._ask(session))
+                pending = self._pending(session, table, current)
             if not pending:
                 return current
             at = ", ".join(current) or "base"
             if not self.left:
+                hint = self._history.branch_hint(self._settings.destination)
                 raise NotCurrent(
                     f"{session.target} is at {at} after {self._settings.wait_timeout:g} s;"
                     f" {pending} of this image's revisions {'is' if pending == 1 else 'are'} pending.",
                     next_step="see how the run that migrates is doing (`migrator status`), or wait longer with"
-                    " MIGRATOR_WAIT_TIMEOUT",
+                    f" MIGRATOR_WAIT_TIMEOUT{'; ' if hint else ''}{hint}",
                 )
             now = time.monotonic()
             if at != self._said[0] or now - self._said[1] >= 10:
@@ -102,19 +109,37 @@ class _Wanted:
                 )
             self._sleep(min(self.left, random.uniform(0.3, 1.0)))  # noqa: S311 - jitter, no secret
 
+    def _look(self, session: Session, ask: Ask | None) -> tuple[VersionTable | None, tuple[str, ...], bool]:
+        """Return the version table with the most that is pending, its rows, and whether these are sure to be all."""
+        known = self._frozen or self._history
+        where = find_tables(session, known, self._settings, self._count, ask)
+        if ask and where.table is None and where.others:
+            raise refusal(where.others)
+        return where.table, where.rows, not where.doubt
+
+    def _ask(self, session: Session) -> Sequence[Visit] | None:
+        return asking(session, self._history, self._settings, self._take_back, locked=False)()
+
+    def _count(self, rows: frozenset[str]) -> int:
+        if self._frozen and self._frozen.rows == rows:
+            return 0
+        if self._history.unknown(rows):
+            return UNKNOWN
+        return len(self._history.plan("upgrade", self._settings.goal, rows).revisions)
+
     def _pending(self, session: Session, table: VersionTable | None, current: tuple[str, ...]) -> int:
-        if self._frozen and self._frozen.rows_at_head == frozenset(current):
+        if self._frozen and self._frozen.rows == frozenset(current):
             return 0
         unknown = self._history.unknown(current)
         if unknown:
             why = refuse_or_allow(
                 self._history,
                 unknown,
-                read_standing(session, table) if self._settings.ledger else Standing(),
+                read_standing(session, table, self._settings.role) if self._settings.ledger else Standing(),
                 allow_ahead=self._settings.allow_ahead,
                 target=session.target,
                 table=table,
             )
             log.info("the schema is newer than this image, and %s", why)
             return 0
-        return len(self._history.plan("upgrade", "heads", current).revisions)
+        return self._count(frozenset(current))

@@ -1,171 +1,141 @@
-"""The stages in order, and nothing else: the table of contents of the product.
-
-::
-
-    wait -> inspect --nothing to do--> verify
-               |
-             lock -> inspect -> guard -> backup -> apply -> verify
-
-The run looks whether there is anything to do before it takes the lock, and again when it holds it.
-"""
+"""What each stage of a run is given, and what of its answer goes into the run's record."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
-from migrator.accounts import begin, on_the_books, settle_up
 from migrator.backups.manifest import summary
-from migrator.bookkeeping import Bookkeeper
-from migrator.drift import before_apply, snapshot_after
-from migrator.edited import judge
 from migrator.errors import BackupFailed, Internal
-from migrator.failure import refuse_again, taking_back
-from migrator.history import History, Plan
-from migrator.interruption import Interrupt
-from migrator.outcome import Finding, Outcome
-from migrator.past import read_dead_run
-from migrator.postgres import ConnectFailed, QueryFailed, Session
-from migrator.run import ATTEMPTS, Run, harmless, known, rows_now
+from migrator.ledger.checksums import judge
+from migrator.ledger.writer import Bookkeeper
+from migrator.outcome import Finding
+from migrator.pipeline import run_rows
+from migrator.pipeline.apply.apply import Application
+from migrator.pipeline.apply.apply import apply as apply_plan
+from migrator.pipeline.apply.downgrade_from_ledger import Reversal
+from migrator.pipeline.context import Run, rows_now
+from migrator.pipeline.drift import before_apply
+from migrator.pipeline.maintenance_window import reopen_after_death
+from migrator.pipeline.on_failure import refuse_again, refuse_one_way, refuse_to_repeat
+from migrator.pipeline.stages import guard as guarding
+from migrator.pipeline.stages.backup import back_up as make_backup
+from migrator.pipeline.stages.backup import check_client, decide, reusable, tidy_up, why_reused
+from migrator.pipeline.stages.inspect import Inspection, asking
+from migrator.pipeline.stages.inspect import inspect as look_at
+from migrator.pipeline.stages.invalid_indexes import clear, clear_after_death, left_behind
+from migrator.pipeline.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
+from migrator.pipeline.stages.standbys import wait_for_standbys
+from migrator.pipeline.stages.wait import log_in_again, wait
+from migrator.pipeline.verification import verify_patiently, verify_run
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import VersionTable
+from migrator.project import History, Plan
 from migrator.schema import catalog
 from migrator.schema.expectations import Expectations, read
-from migrator.settings import Settings
-from migrator.stages.apply import Application, apply
-from migrator.stages.backup import back_up, check_client, decide, reusable, tidy_up, why_reused
-from migrator.stages.guard import guard
-from migrator.stages.inspect import Inspection, inspect
-from migrator.stages.leftovers import clear, clear_after_death
-from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
-from migrator.stages.revert import Reversal
-from migrator.stages.wait import log_in_again, wait
-from migrator.verification import verify_patiently, verify_run
-from migrator.versions import VersionTable
-from migrator.window import reopen_after_death, window
 
-log = logging.getLogger("migrator")
+Wanted = Expectations | None
+"""What ``verify.toml`` says, None where there is none."""
 
 
-def run(this: Run) -> Outcome:
-    """Carry out a request from first to last stage; never raises, whatever happens."""
-    try:
-        _patiently(this)
-    except (Exception, Interrupt) as error:  # noqa: BLE001 - the one place that catches everything
-        return this.record.failed(known(this, error))
-    return this.record.succeeded()
-
-
-def _patiently(this: Run) -> None:
-    """Run the stages, from the first again where Postgres went away before anything was applied."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _stages(this)
-            return
-        except (QueryFailed, ConnectFailed) as error:
-            if attempt == ATTEMPTS or not harmless(this, error):
-                raise
-            log.warning(
-                "the connection was lost (%s); nothing was applied yet: beginning again (%d of %d)",
-                error.text.rstrip("."),
-                attempt,
-                ATTEMPTS - 1,
-            )
-
-
-def _stages(this: Run) -> None:
-    settings, record = this.settings, this.record
-    history = History(this.project, settings.required_target)
+def load(this: Run) -> tuple[History, Wanted]:
+    """Read the revision files and ``verify.toml``, without the database."""
+    history = History(this.project, this.settings.required_target, read_only=this.request.kind == "verify")
     this.logs.install()  # what a revision file imports may have set up logging of its own
-    expectations = read(history.location / "verify.toml")
-    record.heads = history.heads
-    with contextlib.ExitStack() as stack:
-        session = _wait(this)
-        this, settings = _aim(this, session, history)
-        stack.callback(session.close)
-        stack.enter_context(this.interruption.calling(session.cancel))
-        if this.request.kind != "verify":
-            reopen_after_death(this, session)
-        found = _inspect(this, session, history, settled=this.request.kind == "verify")
-        if this.request.kind != "verify" and not _nothing_to_do(this, found):
-            if not _why_no_backup(this, found):
-                check_client(session, settings)
-            with record.stage("lock") as details:
-                # Another run may have done the work while this one waited.
-                held = stack.enter_context(
-                    lock(
-                        session,
-                        settings,
-                        look=lambda: _work_done(this, session, history),
-                        session_ends=lambda: record.restored,
-                    )
-                )
-                details.update(waited=round(held.waited, 3))
-            if held.seen is None:
-                reopen_after_death(this, session)
-            found = _inspect(this, session, history, settled=True, seen=held.seen)
-        if this.request.kind == "verify" or _nothing_to_do(this, found):
-            verify_run(this, session, found.version_table, expectations, history)
-            settle_up(this, session, history, found)
-            return
-        refuse_again(this, session, history, found)
-        stack.enter_context(on_the_books(this, session, history))
-        with record.stage("guard"):
-            record.findings += guard(found.plan, yes=this.request.yes, tables=found.tables)
-            record.findings += before_apply(session, settings, kind=this.request.kind, at=found.current)
-        stack.enter_context(window(this, session))
-        _backup(this, session, found)
-        _clear_leftovers(this, session, found, expectations)
-        begin(this, session, found)
-        not_valid = catalog.not_valid_constraints(session)
-        with taking_back(this, history, lambda plan: _apply(this, session, history, found, plan)):
-            table = _apply(this, session, history, found, found.plan)
-            verify_patiently(this, session, table, expectations, history, not_valid)
-        record.schema = snapshot_after(session, settings, record.version_table)
-        finding = tidy_up(session, settings)
-        record.findings += (finding,) if finding else ()
+    this.record.heads = history.heads
+    return history, read(history.location / "verify.toml")
 
 
-def _wait(this: Run) -> Session:
+@contextlib.contextmanager
+def connected(this: Run, history: History) -> Iterator[tuple[Run, Session]]:
+    """Wait for Postgres, and yield the session with the run that is for the address which answered."""
     with this.record.stage("wait") as details:
         session, attempts = wait(this.settings.required_target, this.settings, this.application_name)
         details.update(attempts=attempts, server_version=session.facts.version)
-    return session
+    this = _aim(this, session, history)
+    with contextlib.closing(session), this.interruption.calling(session.cancel):
+        if this.request.kind != "verify":
+            reopen_after_death(this, session)
+        yield this, session
 
 
-def _aim(this: Run, session: Session, history: History) -> tuple[Run, Settings]:
+def _aim(this: Run, session: Session, history: History) -> Run:
     """Go on with what was connected to: another address, where its file was replaced while Postgres was waited for."""
-    settings = this.settings._replace(target=session.target)
     if session.target != this.settings.target:
         history.aim_at(session.target)
         this.record.target = session.target
-    return replace(this, settings=settings), settings
+    return replace(this, settings=this.settings._replace(target=session.target))
 
 
-def _inspect(
-    this: Run, session: Session, history: History, *, settled: bool, seen: Inspection | None = None
+@contextlib.contextmanager
+def run_lock(this: Run, session: Session, history: History, found: Inspection) -> Iterator[Inspection]:
+    """Hold the run lock within the block, and yield what there is to do now."""
+    if not _why_no_backup(this, found):
+        check_client(session, this.settings)
+    with contextlib.ExitStack() as stack:
+        with this.record.stage("lock") as details:
+            # Another run may have done the work while this one waited.
+            held = stack.enter_context(
+                lock(
+                    session,
+                    this.settings,
+                    look=lambda: _work_done(this, session, history),
+                    session_ends=lambda: this.record.restored,
+                )
+            )
+            details.update(waited=round(held.waited, 3))
+        if held.seen is None:
+            reopen_after_death(this, session)
+        yield inspect(this, session, history, settled=True, locked=True, seen=held.seen)
+
+
+def inspect(
+    this: Run,
+    session: Session,
+    history: History,
+    *,
+    settled: bool | None = None,
+    locked: bool = False,
+    seen: Inspection | None = None,
 ) -> Inspection:
     """Find out what there is to do, unless that was ``seen`` just now, under the lock that is still held."""
+    settled = this.request.kind == "verify" if settled is None else settled
     findings: tuple[Finding, ...] = ()
     with this.record.stage("inspect") as details:
-        found = seen or _look(this, session, history, settled=settled)
+        found = seen or _look(this, session, history, settled=settled, locked=locked)
         details.update(
             current=found.current,
             pending=[revision.revision for revision in found.plan.revisions],
         )
-        if not _nothing_to_do(this, found):  # else there is nothing to lose, and a glance need not ask
-            details.update(tables=found.tables, size_bytes=found.size)
+        if not nothing_to_do(this, found):  # else there is nothing to lose, and a glance need not ask
+            details.update(tables=found.tables)
         if this.request.kind != "stamp":
             details["edited"] = [edit.entry.revision for edit in found.edits]
             findings = judge(found.edits, this.settings.edited)
     record = this.record
     record.plan, record.before, record.after = found.plan, found.current, found.current
     record.version_table, record.ahead = found.version_table, found.ahead
+    if found.where.several:
+        record.home = found.where.home
+        record.visits = _wanted(this, history, found)
     record.findings += tuple(finding for finding in findings if finding not in record.findings)
     return found
 
 
-def _look(this: Run, session: Session, history: History, *, settled: bool) -> Inspection:
-    return inspect(
+def _wanted(this: Run, history: History, found: Inspection) -> dict[VersionTable, frozenset[str]]:
+    """Return the rows that each of several version tables is to have in the end."""
+    plan = found.plan
+    return {
+        place: rows if history.unknown(rows) else history.plan(plan.kind, plan.destination, rows).after
+        for place, rows in found.where.visits.items()
+    }
+
+
+def _look(
+    this: Run, session: Session, history: History, *, settled: bool, locked: bool = False
+) -> Inspection:
+    return look_at(
         session,
         history,
         this.settings,
@@ -173,17 +143,41 @@ def _look(this: Run, session: Session, history: History, *, settled: bool) -> In
         this.request.destination,
         read_only=this.request.kind == "verify",
         settled=settled,
+        ask=asking(session, history, this.settings, this.take_back, locked=locked),
     )
 
 
 def _work_done(this: Run, session: Session, history: History) -> Inspection | None:
     """Return what shows that another run has done the work; None while something is left to do."""
     found = _look(this, session, history, settled=True)
-    return found if _nothing_to_do(this, found) else None
+    return found if nothing_to_do(this, found) else None
 
 
-def _nothing_to_do(this: Run, found: Inspection) -> bool:
-    return found.plan.empty and this.settings.backup != "always"
+def nothing_to_do(this: Run, found: Inspection) -> bool:
+    """Whether there is nothing to apply, and no backup was asked for either."""
+    return found.plan.empty and found.sure and this.settings.backup != "always"
+
+
+def confirm(this: Run, session: Session, history: History, found: Inspection, expectations: Wanted) -> None:
+    """Verify where there is nothing to apply, and bring the ledger up to date."""
+    verify_run(this, session, found.version_table, expectations, history)
+    run_rows.settle_up(this, session, history, found)
+
+
+def refuse(this: Run, session: Session, history: History, found: Inspection) -> None:
+    """Raise where this run would do what failed before, or what cannot be undone as MIGRATOR_ON_FAILURE says."""
+    refuse_one_way(this, found)
+    refuse_again(this, session, history, found)
+    refuse_to_repeat(this, session, found)
+    wait_for_standbys(session, this.settings.wait_timeout)
+
+
+def guard(this: Run, session: Session, found: Inspection) -> None:
+    """Look for what would destroy data, and for drift."""
+    record = this.record
+    with record.stage("guard"):
+        record.findings += guarding.guard(found.plan, yes=this.request.yes, tables=found.tables)
+        record.findings += before_apply(session, this.settings, kind=this.request.kind, at=found.current)
 
 
 def _why_no_backup(this: Run, found: Inspection) -> str:
@@ -191,9 +185,10 @@ def _why_no_backup(this: Run, found: Inspection) -> str:
     return decide(this.settings.backup, pending, found.empty)
 
 
-def _backup(this: Run, session: Session, found: Inspection) -> None:
+def back_up(this: Run, session: Session, found: Inspection) -> None:
+    """Make the backup, unless there is a reason to have none or an earlier one is as good."""
     reason = _why_no_backup(this, found)
-    recent = None if reason else reusable(session, this.settings, found.current)
+    recent = None if reason else reusable(session, this.settings, found.current, found.version_table)
     if recent is not None:
         this.record.backup, reason = summary(recent), why_reused(recent)
     if reason:
@@ -202,7 +197,7 @@ def _backup(this: Run, session: Session, found: Inspection) -> None:
     with this.record.stage("backup") as details:
         log_in_again(session, this.settings, this.application_name)
         try:
-            backup = back_up(
+            backup = make_backup(
                 session,
                 this.settings,
                 run_id=this.record.run_id,
@@ -219,7 +214,7 @@ def _backup(this: Run, session: Session, found: Inspection) -> None:
         details.update(id=backup.id, size_bytes=backup.size_bytes)
 
 
-def _clear_leftovers(
+def clear_invalid_indexes(
     this: Run, session: Session, found: Inspection, expectations: Expectations | None
 ) -> None:
     """Look ahead of apply for indexes that a run before left; those that a pending revision builds are dropped."""
@@ -232,11 +227,22 @@ def _clear_leftovers(
         rebuild=rebuild,
         allowed=expectations.allowed_invalid_indexes if expectations else (),
     )
+    left = left_behind(session, found.version_table, found.plan) if this.settings.ledger else ()
+    if left and this.record.backup_before_damage is None:
+        this.record.backup_before_damage = left[0].backup_id
     if rebuild:
-        clear_after_death(session, found.plan, read_dead_run(session, found.version_table))
+        clear_after_death(session, found.plan, left)
 
 
-def _apply(
+def begin(this: Run, session: Session, found: Inspection) -> frozenset[str]:
+    """Note in the ledger that the run begins; return the constraints that are NOT VALID ahead of it."""
+    run_rows.begin(this, session, found)
+    not_valid = catalog.not_valid_constraints(session)
+    this.interruption.check()
+    return not_valid
+
+
+def apply(
     this: Run, session: Session, history: History, found: Inspection, plan: Plan
 ) -> VersionTable | None:
     """Run a plan: what was found, or the way back from it; returns the version table that ``env.py`` really uses."""
@@ -245,7 +251,7 @@ def _apply(
         record.skip("apply", "nothing is pending")
         return found.version_table
     if plan.kept:
-        return _revert(this, session, found)
+        return _downgrade_from_ledger(this, session, found)
     back = plan is not found.plan
     application = Application(
         session,
@@ -264,36 +270,53 @@ def _apply(
             enabled=this.settings.ledger,
             after=record.rows_booked,
         ),
+        known={} if back else found.where.visits,
+        about=found.where.about,
     )
 
     def rows() -> frozenset[str] | None:
         return rows_now(this, session, application.version_table)
 
+    was, record.after = record.after, None  # not known until it is looked at
     try:
         with record.stage("downgrade" if back else "apply"):
             log_in_again(session, this.settings, this.application_name)
-            apply(application, backup_id=record.backup_id, read_rows=rows)
+            apply_plan(application, backup_id=record.way_back, rows_now=rows)
     finally:
         if application.version_table is not None:
             record.version_table = application.version_table
             now = rows()
-            record.revisions = (*before, *application.committed(now))
+            record.revisions = before if now is None else (*before, *application.committed())
             record.after = None if now is None else tuple(sorted(now))
+            if found.where.several or len(application.visits) > 1:
+                passed = {place: passage.after for place, passage in application.visits.items()}
+                record.visits |= passed
+        else:
+            record.after = was
         record.transactions |= application.steps.transactions
         record.rows_booked = application.books.number
+        record.findings += tuple(application.steps.findings)
         if not back:
             record.failed_in = application.steps.running
-            record.committed_parts = tuple(application.steps.committed_parts)
+            record.committed_parts = tuple(dict.fromkeys(part.revision for part in application.unfinished))
     return application.version_table
 
 
-def _revert(this: Run, session: Session, found: Inspection) -> VersionTable | None:
+def _downgrade_from_ledger(this: Run, session: Session, found: Inspection) -> VersionTable | None:
     """Go back by the SQL that the ledger kept, for revisions that this image does not have."""
     record, table = this.record, found.version_table
     if table is None:
         raise Internal("a plan from a ledger without a version table")
     author = record.author(this.settings.actor)
-    reversal = Reversal(session, this.settings, table, author, f"downgrade {found.plan.destination}")
+    reversal = Reversal(
+        session,
+        this.settings,
+        table,
+        author,
+        f"downgrade {found.plan.destination}",
+        apply_lock=(LOCK_CLASS, APPLY_LOCK),
+    )
+    record.after = None  # not known until it is looked at
     try:
         with record.stage("apply") as details:
             details["from"] = "ledger"
@@ -303,3 +326,21 @@ def _revert(this: Run, session: Session, found: Inspection) -> VersionTable | No
         now = rows_now(this, session, table)
         record.after = None if now is None else tuple(sorted(now))
     return table
+
+
+def verify(
+    this: Run,
+    session: Session,
+    history: History,
+    table: VersionTable | None,
+    expectations: Wanted,
+    not_valid_before: frozenset[str],
+) -> None:
+    """Check what the run left."""
+    verify_patiently(this, session, table, expectations, history, not_valid_before)
+
+
+def remove_old_backups(this: Run, session: Session) -> None:
+    """Remove the backups that MIGRATOR_BACKUP_KEEP does not keep."""
+    finding = tidy_up(session, this.settings)
+    this.record.findings += (finding,) if finding else ()

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 
 from migrator.errors import LockBusy
-from migrator.postgres import ConnectFailed, QueryFailed, Refusal, Session
-from migrator.silence import PROBE
-from migrator.versions import VersionTable, read_rows
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Session
+from migrator.postgres.version_table import VersionTable, read_rows
+from migrator.runtime.deadlines import DEADLINES, PROBE
 
 log = logging.getLogger("migrator.watch")
 
@@ -45,7 +45,7 @@ def revive(session: Session, patience: float) -> bool:
     log.warning("the control connection was lost; connecting again")
     deadline = time.monotonic() + (0.0 if session.abandoned else max(_AT_LEAST, patience))
     while True:
-        left = deadline - time.monotonic()
+        left = DEADLINES.left(deadline)
         session.abandoned = left <= 0
         try:
             session.reconnect(max(1.0, min(PROBE, left)))
@@ -76,6 +76,11 @@ class Lifeline:
         self.held = True
         self.silent_since: float | None = None
         """Since when nothing answers at all (time.monotonic()); None where something does, if only to refuse."""
+
+    @property
+    def stayed(self) -> bool:
+        """Whether the connection was there all the time, as far as is known."""
+        return self.held and not self._lost_once
 
     def lose(self) -> None:
         """Note that the connection was lost; says so once."""

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterator
+
+
+class Patience:
+    """For how many seconds the process waits for a free connection, each time: MIGRATOR_WAIT_TIMEOUT."""
+
+    seconds = 0.0
+
+
+PATIENCE = Patience()
 
 
 class Refusal(enum.Enum):
@@ -22,6 +32,13 @@ class ConnectFailed(Exception):
         self.refusal = refusal
         self.text = text
         self.sqlstate = sqlstate
+        self.waited = False
+        """Whether it was tried again and again already, for as long as Postgres is waited for."""
+
+    @property
+    def no_room(self) -> bool:
+        """Whether the server, or a pooler before it, has no room for one more connection."""
+        return no_room(self.sqlstate, self.text)
 
     @property
     def silent(self) -> bool:
@@ -65,6 +82,7 @@ _CLIENT_SIDE_DENIALS = (
 )
 _INVALID_VALUE = r"invalid \S+ value: |could not match \d+ "
 _DENIED_CLASSES = ("28",)
+_OF_POOLERS = ("08", "XX000", "58000")
 _DENIED_CODES = frozenset(
     {
         "42501",  # insufficient_privilege
@@ -77,13 +95,99 @@ _DENIED_CODES = frozenset(
 )
 
 
+# What poolers say under codes that tell nothing (08P01, XX000): PgBouncer, Odyssey, pgcat, Supavisor.
+_POOLERS_DENY = re.compile(
+    r"authentication failed|auth failed|no such user|(?:wrong|incorrect|invalid) password|tenant or user not found"
+    r"|not allowed",
+    re.IGNORECASE,
+)
+
+
 def classify(sqlstate: str, text: str) -> Refusal:
     """Decide from SQLSTATE, or from libpq's own English text where there is none, whether waiting can help."""
-    if sqlstate == "3D000":  # invalid_catalog_name
+    of_a_pooler = sqlstate.startswith(_OF_POOLERS) and not no_room(sqlstate, text)
+    if sqlstate == "3D000" or (of_a_pooler and "no such database" in text):  # invalid_catalog_name
         return Refusal.NO_DATABASE
+    if of_a_pooler and _POOLERS_DENY.search(text):
+        return Refusal.DENIED
     if sqlstate:
         denied = sqlstate.startswith(_DENIED_CLASSES) or sqlstate in _DENIED_CODES
         return Refusal.DENIED if denied else Refusal.TRANSIENT
     if any(phrase in text for phrase in _CLIENT_SIDE_DENIALS) or re.search(_INVALID_VALUE, text):
         return Refusal.DENIED
     return Refusal.TRANSIENT
+
+
+# 53: insufficient_resources, of which 53300 is too_many_connections and 53400 configuration_limit_exceeded.
+# 57P03: cannot_connect_now.
+_NO_ROOM = ("53", "57P03")
+# For errors that came without their SQLSTATE, which psycopg2 does not have of a failed connection, and for poolers,
+# which send 08P01 or XX000 with it: PostgreSQL, PgBouncer, Odyssey, Pgpool-II, pgcat, Supavisor, RDS Proxy.
+_NO_ROOM_TEXT = re.compile(
+    r"too many (?:clients|connections|client connections|database connections|active clients)"
+    r"|remaining connection slots are reserved"
+    r"|the database system is (?:starting up|shutting down|in recovery mode|not (?:yet )?accepting connections)"
+    r"|no more connections allowed"
+    r"|max[_ ]client[_ ]?conn"
+    r"|max clients reached"
+    r"|query_wait_timeout"
+    r"|server_login_retry"
+    r"|timed[- ]out waiting to acquire database connection"
+    r"|could not get connection from the pool",
+    re.IGNORECASE,
+)
+
+
+def no_room(sqlstate: str, text: str) -> bool:
+    """Decide whether it was for want of a free connection that one could not be made: waiting can help then."""
+    if sqlstate and not sqlstate.startswith(_OF_POOLERS):
+        return sqlstate.startswith(_NO_ROOM)
+    return _NO_ROOM_TEXT.search(text) is not None
+
+
+def had_no_room(error: BaseException) -> bool:
+    """Decide the same of what any driver raised, through SQLAlchemy or not: psycopg2, psycopg 3, asyncpg, pg8000."""
+    return any(no_room(sqlstate_of(item), _words(item)) for item in chain(error) if _of_a_driver(item))
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all that it came from: a driver's is often wrapped twice."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        item = waiting.pop(0)
+        if isinstance(item, BaseException) and id(item) not in seen:
+            seen.add(id(item))
+            yield item
+            waiting += [getattr(item, "orig", None), item.__cause__, item.__context__]
+
+
+def sqlstate_of(error: BaseException) -> str:
+    """Return the SQLSTATE that an exception itself has; empty where it has none."""
+    for name in ("pgcode", "sqlstate"):
+        code = getattr(error, name, None)
+        if isinstance(code, str) and code:
+            return code
+    fields = error.args[0] if error.args else None  # pg8000 has the message's fields, by letter
+    return str(fields.get("C", "")) if isinstance(fields, dict) else ""
+
+
+def _words(error: BaseException) -> str:
+    """Return what the server said; a statement that SQLAlchemy adds could have anything in it."""
+    return " ".join(str(item) for item in error.args[:1])
+
+
+def _of_a_driver(error: BaseException) -> bool:
+    """Whether an error is about a connection or a statement, and not a program's own that has such words in it."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return bool(names & {"ConnectFailed", "QueryFailed", "Error", "PostgresError", "DBAPIError"})
+
+
+_CHILD_REFUSED = re.compile(
+    r"connection to server (?:at|on) .*? failed: |connection to database .*? failed: "
+)
+
+
+def child_refused(stderr: str) -> bool:
+    """Whether a program of PostgreSQL's could not connect; its own words are in English, the server's may not be."""
+    return _CHILD_REFUSED.search(stderr) is not None

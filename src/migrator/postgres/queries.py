@@ -6,23 +6,23 @@ LEDGER = "migrator_ledger"
 
 _SYSTEM = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
 
-_OURS = """NOT EXISTS (SELECT 1 FROM pg_depend d
-                   WHERE d.classid = '{0}'::regclass AND d.objid = {1}.oid AND d.deptype = 'e')"""
+# Found by the extensions, which are few, and not by the objects.
+_OURS = """{1}.oid NOT IN (SELECT d.objid FROM pg_depend d
+                   WHERE d.refclassid = 'pg_extension'::regclass AND d.classid = '{0}'::regclass AND d.deptype = 'e')"""
 
 CONTENTS = f"""
 SELECT count(*) FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm')) AS tables,
        count(*)
        + (SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
           WHERE {_SYSTEM} AND {_OURS.format("pg_proc", "p")})
-       + (SELECT count(*) FROM pg_largeobject_metadata) AS objects,
-       pg_database_size(current_database()) AS size
+       + (SELECT count(*) FROM pg_largeobject_metadata) AS objects
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p', 'f', 'm', 'v', 'S') AND {_SYSTEM} AND {_OURS.format("pg_class", "c")}
   AND c.relname <> '{LEDGER}'
-  AND NOT EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_index i ON i.indrelid = a.attrelid
-                  WHERE a.attrelid = c.oid AND a.attname = 'version_num' AND i.indisprimary AND c.relnatts = 1)
+  AND NOT (c.relnatts = 1 AND EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_index i ON i.indrelid = a.attrelid
+                  WHERE a.attrelid = c.oid AND a.attname = 'version_num' AND i.indisprimary OFFSET 0))
 """  # noqa: S608 - constants only
-"""Tables that no extension owns, all that could be lost, and the size; version table and ledger count as neither."""
+"""Tables that no extension owns, and all that could be lost; version table and ledger count as neither."""
 
 INVALID_INDEXES = """
 SELECT n.nspname, i.relname, t.relname, x.indisunique, x.indexrelid::bigint

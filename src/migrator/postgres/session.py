@@ -19,16 +19,22 @@ from typing import Any, NamedTuple
 import psycopg2
 import psycopg2.extensions
 
-from migrator.refusals import ConnectFailed as ConnectFailed
-from migrator.refusals import QueryFailed as QueryFailed
-from migrator.refusals import Refusal as Refusal
-from migrator.refusals import classify as classify
-from migrator.silence import DEADLINES, PATIENCE, PROBE, PROBES, Wait, shut_down
-from migrator.target import Target
+from migrator.config.database_url import Target
+from migrator.postgres import search_path
+from migrator.postgres.errors import ConnectFailed as ConnectFailed
+from migrator.postgres.errors import QueryFailed as QueryFailed
+from migrator.postgres.errors import Refusal as Refusal
+from migrator.postgres.errors import classify as classify
+from migrator.runtime import lazy_logging
+from migrator.runtime.deadlines import DEADLINES, PATIENCE, PROBE, PROBES, TELL, Wait, shut_down
+
+log = lazy_logging.get_logger("migrator")
 
 # Its stubs know no open-ended keyword arguments; libpq's parameters are open-ended.
 _open: Callable[..., psycopg2.extensions.connection] = psycopg2.connect
 
+# Texts come as bytes, for psycopg2 would raise where one of them is no UTF-8.
+_AS_BYTES = (psycopg2._psycopg.BYTES, psycopg2._psycopg.BYTESARRAY)
 _VERBOSE = 2  # PQERRORS_VERBOSE
 # A SQLSTATE has a digit: with several hosts, a word such as FATAL may stand at its place.
 _CODED = r"(?s):\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)"
@@ -58,8 +64,22 @@ class ServerFacts(NamedTuple):
         return self.version_number // 10000
 
 
+class Question(NamedTuple):
+    """What is asked with a session's first message: ``columns``, and the statements that come ``ahead`` of them."""
+
+    columns: str = ""
+    ahead: str = ""
+
+
+_NO_QUESTION = Question()
+
+
 class Session:
-    """One autocommit connection that migrator itself uses; safe to share between threads."""
+    """One autocommit connection that migrator itself uses; safe to share between threads.
+
+    It resolves names in pg_catalog and nowhere else (search_path.py); ``user_path`` is the search_path that the
+    address, the role or the database gave it.
+    """
 
     def __init__(
         self,
@@ -67,7 +87,7 @@ class Session:
         target: Target,
         application_name: str = "",
         timeout: float = 10.0,
-        also: str = "",
+        also: Question = _NO_QUESTION,
     ) -> None:
         self._connection = connection
         self._application_name = application_name
@@ -78,9 +98,13 @@ class Session:
         self.abandoned = False
         """Whether it was waited for in vain: it is asked again, and not waited for again."""
         self.target = target
+        self._ahead = ""  # what each message begins with
+        self._restricts = False  # whether the server can refuse the views of others
+        self.user_path = ""
         self.facts, self.also = self._read_facts(timeout, also)
         # Behind a pooler what is set may stay with a connection that somebody else gets next.
         self._patient = self.pooled
+        self._ahead = search_path.each_message(self._restricts) if self.pooled else ""
 
     def query(
         self,
@@ -88,22 +112,36 @@ class Session:
         parameters: Sequence[Any] | Mapping[str, Any] | None = None,
         *,
         timeout: float | None = None,
+        sink: Any = None,
     ) -> list[tuple[Any, ...]]:
         """Run one statement and return its rows (none for a statement that returns none).
+
+        ``COPY ... TO STDOUT`` writes each row into the ``sink``, and returns the number of rows.
 
         It may take as long as the server works on it, but no answer is waited for that will not come; with
         ``timeout`` it ends, and the connection with it, after that many seconds.  Raises :class:`QueryFailed`.
         """
         late = self._ask_elsewhere if timeout is None else self._give_up
-        with self._lock, DEADLINES.limit(PATIENCE if timeout is None else timeout, late) as wait:
+        seconds = PATIENCE if timeout is None else timeout
+        with self._lock, DEADLINES.limit(seconds, late, self._end) as wait:
+            if DEADLINES.over:
+                self.close()
+                raise QueryFailed(_NO_TIME, lost=True)
             try:
                 self._wait = wait
                 with self._connection.cursor() as cursor:
                     if not self._patient:
                         _insist(cursor, no_timeouts(self.facts.major))
                         self._patient = True
-                    cursor.execute(sql, parameters)
-                    return list(cursor.fetchall()) if cursor.description else []
+                    if self._ahead and sink is None and not _ALONE.match(sql):
+                        sql = (self._ahead if parameters is None else self._ahead.replace("%", "%%")) + sql
+                    if sink is not None:
+                        cursor.copy_expert(sql, sink)
+                        return [(cursor.rowcount,)]
+                    _execute(cursor, sql, parameters)
+                    return (
+                        [tuple(map(_decoded, row)) for row in cursor.fetchall()] if cursor.description else []
+                    )
             except psycopg2.Error as error:
                 lost = bool(self._connection.closed) or error.pgcode in _ENDED
                 text = message_of(error)
@@ -113,6 +151,14 @@ class Session:
             finally:
                 self._wait = None
 
+    def _end(self, wait: Wait) -> None:
+        """End a wait for good: cancelled on the server where it can be told, so that it gives back its locks."""
+        began = time.monotonic()
+        self._tell(wait)
+        while not wait.over and time.monotonic() - began < TELL:
+            time.sleep(0.02)
+        self._give_up(wait)
+
     def _give_up(self, wait: Wait) -> None:
         with contextlib.suppress(psycopg2.Error):  # closed in between
             wait.end(lambda: shut_down(self._connection.fileno()))
@@ -120,7 +166,7 @@ class Session:
     def _ask_elsewhere(self, wait: Wait) -> None:
         """Ask over another connection whether the server still works on the statement; give up where it does not."""
         failures, pause = 0, PATIENCE
-        while not wait.over and failures < PROBES:
+        while not wait.over and failures < PROBES and not DEADLINES.over:
             busy = None
             try:
                 with connect(self.target, self._application_name, PROBE) as other:
@@ -132,10 +178,12 @@ class Session:
                 failures, pause = 0, min(2 * pause, 60.0)
                 if not busy or not busy[0][0]:
                     break
+                _still_waiting(wait, *busy[0][1:])
             deadline = time.monotonic() + pause
-            while not wait.over and time.monotonic() < deadline:
+            while not wait.over and DEADLINES.left(deadline) > 0:
                 time.sleep(0.2)
-        self._give_up(wait)
+        if not DEADLINES.over:
+            self._give_up(wait)
 
     def cancel(self) -> None:
         """Cancel the statement that another thread is running here, if there is one.
@@ -146,15 +194,18 @@ class Session:
         wait = self._wait
         if wait is None:
             return
-        telling = threading.Thread(target=self._tell_to_cancel, name="cancel", daemon=True)
-        telling.start()
-        telling.join(PROBE)
-        if telling.is_alive():
+        if not self._tell(wait):
             self._give_up(wait)
 
-    def _tell_to_cancel(self) -> None:
-        with contextlib.suppress(psycopg2.Error):
-            self._connection.cancel()
+    def _tell(self, wait: Wait) -> bool:
+        """Tell the server to cancel, in a thread, for libpq waits for that without end; whether it was told."""
+        requests: list[Callable[[], None]] = []
+        with contextlib.suppress(psycopg2.Error):  # closed in between
+            wait.during(lambda: requests.append(_cancel_request(self._connection.pgconn_ptr)))
+        telling = threading.Thread(target=lambda: [tell() for tell in requests], name="cancel", daemon=True)
+        telling.start()
+        telling.join(TELL)
+        return not telling.is_alive()
 
     def notice_a_dead_client(self) -> None:
         """Let the server notice within seconds that we are gone, for our locks end then; kept on reconnecting."""
@@ -186,6 +237,57 @@ class Session:
                 with contextlib.suppress(QueryFailed):  # lost, and the role with it
                     self.query("RESET ROLE")
 
+    @contextlib.contextmanager
+    def as_user(self, path: str = "") -> Iterator[None]:
+        """Run what is the user's own: names are resolved in ``path``, or in the search_path that the user has set.
+
+        Where a transaction fails within the block, the caller rolls it back, and our path comes back with that.
+        """
+        with self._lock:
+            ahead, literal = self._ahead, quote_literal(path or self.user_path)
+            if ahead:
+                self._ahead = f"{search_path.theirs(literal, 'true')}; "
+            else:
+                self.query(search_path.theirs(literal))
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(QueryFailed):
+                    self._as_ourselves(ahead)
+                raise
+            self._as_ourselves(ahead)
+
+    def _as_ourselves(self, ahead: str) -> None:
+        self._ahead = ahead
+        if not ahead:
+            self.query(search_path.ours())
+
+    def terminate(self, pid: int) -> None:
+        """End another session, as our role or as our login: ALTER ROLE ... SET role can make them two.
+
+        Raises :class:`QueryFailed`.
+        """
+        statement = "SELECT pg_terminate_backend(%s)"
+        try:
+            self.query(statement, [pid])
+        except QueryFailed as error:
+            if error.sqlstate != _DENIED:
+                raise
+            with self.as_role("none"):
+                self.query(statement, [pid])
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """Return the schema in which the user's search_path finds a relation, and its kind; None where it is nowhere.
+
+        Raises :class:`QueryFailed`.
+        """
+        rows = self.query(search_path.FIND, (self.user_path, name))
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    def user_schemas(self, *, timeout: float | None = None) -> tuple[str, ...]:
+        """Return the schemas of the user's search_path that are there and may be used; raises :class:`QueryFailed`."""
+        return tuple(row[0] for row in self.query(search_path.LIST, (self.user_path,), timeout=timeout))
+
     def answers(self) -> bool:
         """Whether the connection is there, asked now; after PROBE seconds of silence it is not."""
         try:
@@ -200,7 +302,7 @@ class Session:
         with self._lock:
             self.close()
             self._connection, self.facts = fresh._connection, fresh.facts
-            self._patient = fresh._patient
+            self._patient, self._ahead = fresh._patient, fresh._ahead
         if self._watched:
             self.notice_a_dead_client()
 
@@ -230,24 +332,65 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_facts(self, timeout: float, also: str) -> tuple[ServerFacts, tuple[Any, ...]]:
-        """Ask for the facts, and in the same query for ``also``: more columns.
+    def _read_facts(self, timeout: float, also: Question) -> tuple[ServerFacts, tuple[Any, ...]]:
+        """Ask for the facts, and in the same message for ``also``: more columns.
 
-        The first statement holds for this message alone, in which all is one transaction: it costs no round trip, and
-        leaves nothing behind in a pooler.
+        All of a message is one transaction: it costs no round trip, and what holds within it leaves nothing behind in
+        a pooler.  Ahead of everything that could be resolved in a schema of others, it leaves the user's search_path.
         """
-        asked = f"SELECT {_FACTS}, {also}" if also else f"SELECT {_FACTS}"
-        row = self.query(f"SET LOCAL statement_timeout = 0; {asked}", timeout=timeout)[0]
+        leave = search_path.leave(self._connection.info.backend_pid)
+        columns = f"{_FACTS}, {also.columns}" if also.columns else _FACTS
+        sql = f"SET LOCAL statement_timeout = 0; {leave}; {also.ahead}SELECT {columns}"
+        self.user_path, self._restricts, *row = self.query(sql, timeout=timeout)[0]
         count = len(ServerFacts._fields)
-        return ServerFacts(*row[:count]), row[count:]
+        return ServerFacts(*row[:count]), tuple(row[count:])
+
+
+def _decoded(value: Any) -> Any:
+    """Return a text that came as bytes: the shared catalogs have names of databases with other encodings in them."""
+    if type(value) is bytes:
+        return value.decode("utf-8", "surrogateescape")
+    return list(map(_decoded, value)) if type(value) is list else value
+
+
+class _Encoded:
+    """A text that is no UTF-8, as SQL: the bytes that it came as."""
+
+    def __init__(self, text: str) -> None:
+        self._bytes = text.encode("utf-8", "surrogateescape")
+
+    def __conform__(self, _protocol: object) -> _Encoded:
+        return self
+
+    def getquoted(self) -> bytes:
+        return b" E'" + self._bytes.replace(b"\\", b"\\\\").replace(b"'", b"''") + b"'"
+
+
+def _execute(cursor: Any, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None) -> None:
+    """Execute a statement that may have names of :func:`_decoded` in it."""
+    try:
+        cursor.execute(sql, parameters)
+    except UnicodeEncodeError:  # before anything was sent
+        if isinstance(parameters, Mapping):
+            raise
+        raw = [_Encoded(item) if isinstance(item, str) else item for item in parameters or ()]
+        cursor.execute(sql.encode("utf-8", "surrogateescape"), raw or None)
 
 
 _FACTS = (
-    "current_setting('server_version'), current_setting('server_version_num')::int,"
+    f"current_setting('{search_path.PATH}'), {search_path.RESTRICTS},"  # noqa: S608 - constants only
+    " current_setting('server_version'), current_setting('server_version_num')::int,"
     " pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',"
     " current_database()::text, current_user::text,"
     " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,"
     " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()"
+)
+
+# What ends a transaction that may have failed, and what must be a message of its own: none of it resolves a name.
+_ALONE = re.compile(
+    r"\s*(?:COMMIT|ROLLBACK|(?:CREATE|DROP|ALTER)\s+DATABASE|(?:CREATE|DROP|ALTER)\s+TABLESPACE|ALTER\s+SYSTEM|VACUUM"
+    r"|(?:(?:CREATE|DROP)\s+(?:UNIQUE\s+)?INDEX|REINDEX\s+\w+)\s+CONCURRENTLY)\b",
+    re.IGNORECASE,
 )
 
 
@@ -273,8 +416,8 @@ def _insist(cursor: Any, sql: str, attempts: int = 3) -> None:
                 raise
 
 
-def dead_client_settings(server_major: int) -> str:
-    """Return the query that makes the server look whether a session's client is still there.
+def dead_client_values(server_major: int) -> dict[str, str]:
+    """Return the settings that make the server look whether a session's client is still there.
 
     While a statement runs it looks every two seconds (PostgreSQL 14 and newer); while it waits for the client, TCP
     keepalives find out within about 11 seconds; an answer that nobody acknowledges is given up after 15.
@@ -288,17 +431,43 @@ def dead_client_settings(server_major: int) -> str:
     }
     if server_major >= 14:
         values["client_connection_check_interval"] = "2s"
-    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', false)" for name, value in values.items())
+    return values
+
+
+def dead_client_settings(server_major: int) -> str:
+    """Return the query that sets :func:`dead_client_values`."""
+    return "SELECT " + ", ".join(
+        f"pg_catalog.set_config('{name}', '{value}', false)"
+        for name, value in dead_client_values(server_major).items()
+    )
 
 
 # A statement that has just ended counts as running: its answer is on the way.  NULL: hidden from this role.
 _BUSY = """
-SELECT coalesce(state = 'active' OR clock_timestamp() - state_change < interval '2s', true)
+SELECT coalesce(state = 'active' OR clock_timestamp() - state_change < interval '2s', true),
+       coalesce(wait_event_type || ' ' || wait_event, ''), coalesce(left(query, 80), '')
 FROM pg_stat_activity WHERE pid = %s
 """
 
+_BEAT = 12.0
+"""Seconds after which a statement of our own that is still running is told of, at the next look."""
+_NO_TIME = "after the signal there was no time left to ask"
+
+
+def _still_waiting(wait: Wait, event: str, query: str) -> None:
+    """Say that the server still works on a statement of ours, and what that waits for there."""
+    seconds = time.monotonic() - wait.began
+    if wait.over or seconds < _BEAT:
+        return
+    why = f", which waits for {event}" if event else ""
+    if event == "IPC SyncRep":
+        why = ", which waits for a synchronous standby (SyncRep); synchronous_standby_names says which"
+    log.info("still waiting after %.0f s for the server%s: %s", seconds, why, " ".join(query.split()))
+
+
 _CANNOT_CONNECT_NOW = "57P03"
 _CANCELED = "57014"
+_DENIED = "42501"
 _ENDED = frozenset({"57P01", "57P02", "57P04"})  # admin_shutdown, crash_shutdown, database_dropped
 
 
@@ -321,7 +490,7 @@ def connect(
     application_name: str,
     timeout: float,
     *,
-    also: Callable[[], str] = str,
+    also: Callable[[], Question] = Question,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Session:
     """Open a session within ``timeout`` seconds, name lookup included.
@@ -347,10 +516,14 @@ def connect(
             answers.append(error)
         answered.set()
 
+    if DEADLINES.over:
+        raise ConnectFailed(Refusal.TRANSIENT, _NO_TIME)
     threading.Thread(target=attempt, name="connect", daemon=True).start()
     try:
         meanwhile()
-        if not answered.wait(max(0.01, deadline - time.monotonic())):
+        with DEADLINES.limit(deadline - time.monotonic(), lambda _: answered.set()):
+            answered.wait()
+        if not answers:
             raise ConnectFailed(Refusal.TRANSIENT, f"no answer within {timeout:.1f} s")
     except BaseException:
         given_up.set()
@@ -360,7 +533,9 @@ def connect(
     raise answers[0]
 
 
-def _connect_now(target: Target, application_name: str, deadline: float, also: Callable[[], str]) -> Session:
+def _connect_now(
+    target: Target, application_name: str, deadline: float, also: Callable[[], Question]
+) -> Session:
     arguments = target.libpq(
         connect_timeout=max(2, math.ceil(deadline - time.monotonic())),
         application_name=application_name,
@@ -377,6 +552,8 @@ def _connect_now(target: Target, application_name: str, deadline: float, also: C
     except psycopg2.Error as error:
         raise _diagnose(arguments, str(error), deadline) from None
     connection.autocommit = True
+    for kind in _AS_BYTES:
+        psycopg2.extensions.register_type(kind, connection)
     try:
         return Session(connection, target, application_name, max(1.0, deadline - time.monotonic()), also())
     except QueryFailed as error:
@@ -430,23 +607,37 @@ def _verbose_attempt(arguments: dict[str, str], deadline: float) -> Iterator[str
             connection.close()
 
 
-def in_transaction_pooling(session: Session, application_name: str, timeout: float) -> bool:
-    """Find out whether a pooler gives the session's server connection away between its transactions.
+def _cancel_request(connection: int) -> Callable[[], None]:
+    """Return what sends libpq's request to cancel, given a connection of libpq's that stays open until this returns.
 
-    What the session has set is then found by another client, which a pooler hands the connection that was
-    used last; in session pooling nobody else gets it.  Costs nothing where there is no pooler.
+    psycopg2's own ``cancel`` does the same and holds the interpreter's lock meanwhile: where the network is silent,
+    no thread of the process ever runs again.  https://www.postgresql.org/docs/current/libpq-cancel.html
     """
-    if not session.pooled:
-        return False
-    for _ in range(3):
-        session.query("SELECT set_config('migrator.probe', 'mine', false)")
-        with connect(session.target, application_name, timeout) as other:
-            other.query("BEGIN")
-            if other.value("SELECT current_setting('migrator.probe', true)") == "mine":
-                return True
-            if session.value("SELECT current_setting('migrator.probe', true)") != "mine":
-                return True
-    return False
+    import ctypes
+
+    library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also looks in what it is linked to: libpq
+    get, send, free = library.PQgetCancel, library.PQcancel, library.PQfreeCancel
+    get.restype, send.restype = ctypes.c_void_p, ctypes.c_int
+    get.argtypes = free.argtypes = [ctypes.c_void_p]
+    send.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
+    request = get(connection)
+
+    def cancel() -> None:
+        send(request, ctypes.create_string_buffer(256), 256)
+        free(request)
+
+    return cancel
+
+
+def codec(encoding: str) -> str:
+    """Return Python's name of one of PostgreSQL's encodings; where it has none, names go through as they are."""
+    return "utf-8" if encoding == "SQL_ASCII" else psycopg2.extensions.encodings.get(encoding, "utf-8")
+
+
+def quote_literal(text: str) -> str:
+    """Quote text for SQL, whatever ``standard_conforming_strings`` is."""
+    doubled = text.replace("'", "''")
+    return " E'" + doubled.replace("\\", "\\\\") + "'" if "\\" in text else f"'{doubled}'"
 
 
 def quote_identifier(name: str) -> str:
@@ -454,7 +645,19 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+_RESERVED = """
+    all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate collation
+    column concurrently constraint create cross current_catalog current_date current_role current_schema current_time
+    current_timestamp current_user default deferrable desc distinct do else end except false fetch for foreign freeze
+    from full grant group having ilike in initially inner intersect into is isnull join lateral leading left like limit
+    localtime localtimestamp natural not notnull null offset on only or order outer overlaps placing primary references
+    returning right select session_user similar some symmetric system_user table tablesample then to trailing true union
+    unique user using variadic verbose when where window with
+"""
+"""What is a word of the grammar unless it is quoted: https://www.postgresql.org/docs/current/sql-keywords-appendix.html"""
+
+
 def as_typed(name: str) -> str:
     """Return a name as a person would type it into SQL: quoted where that is needed, so that no name is a command."""
     plain = re.fullmatch("[a-z_][a-z0-9_]*", name) is not None
-    return name if plain else quote_identifier(name)
+    return name if plain and not re.search(rf"\b{name}\b", _RESERVED) else quote_identifier(name)

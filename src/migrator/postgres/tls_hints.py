@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from migrator.target import Target
+from migrator.config.database_url import Target
 
 UNEXPLAINED = "certificate verify failed"
 # https://www.postgresql.org/docs/current/protocol-message-formats.html#PROTOCOL-MESSAGE-FORMATS-SSLREQUEST

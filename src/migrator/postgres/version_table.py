@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from migrator.errors import AccessDenied, SettingsError
-from migrator.postgres import QueryFailed, Session, as_typed, quote_identifier
+from migrator.postgres.session import QueryFailed, Session, as_typed, quote_identifier
 
-_SYSTEM = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
+_SYSTEM = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
 
 _VERSION_TABLES = f"""
 SELECT n.nspname::text, c.relname::text
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
-WHERE c.relkind = 'r' AND {_SYSTEM} AND format_type(a.atttypid, NULL) IN ('character varying', 'text')
-ORDER BY n.nspname <> current_schema(), n.nspname, c.relname
+WHERE c.relkind = 'r' AND NOT row_security_active(c.oid) AND {_SYSTEM}
+  AND format_type(a.atttypid, NULL) IN ('character varying', 'text')
+ORDER BY n.nspname <> %s, n.nspname, c.relname
 """  # noqa: S608 - constants only
 
 
@@ -51,30 +54,95 @@ class KnowsRevisions(Protocol):
     def hints(self) -> frozenset[str]:
         """Return the values of ``-x``."""
 
+    @property
+    def can_be_asked(self) -> bool:
+        """Return whether ``env.py`` can be run twice: what a module does while it is imported, it does once."""
+
+    @property
+    def runs_once(self) -> bool:
+        """Return whether ``env.py`` has one version table in a database, as far as its text tells."""
+
+
+ONLY_THAT_NAMES_IT = "only that names its version table"
+"""A doubt that a run which ended well has settled: ``env.py`` led it to the table."""
+
+
+class Sought(NamedTuple):
+    """The version table that is there, or None, its revisions, and why only running ``env.py`` would be sure.
+
+    ``others`` are further tables that hold revisions of this history, any of which may be meant; where ``several``,
+    ``env.py`` may mean more than one.
+    """
+
+    table: VersionTable | None
+    rows: tuple[str, ...]
+    doubt: str = ""
+    others: tuple[VersionTable, ...] = ()
+    several: bool = False
+
+
+def refusal(tables: Sequence[VersionTable]) -> SettingsError:
+    """Return the error for a place that ``env.py`` was not asked about."""
+    names = ", ".join(map(str, tables))
+    return SettingsError(
+        [f"only env.py knows which version table is meant, and revisions are in: {names}"],
+        next_step="name the right one with MIGRATOR_VERSION_TABLE",
+    )
+
 
 def read_version(
     session: Session, history: KnowsRevisions, setting: str = ""
 ) -> tuple[VersionTable | None, tuple[str, ...]]:
     """Return the version table that is there, or None, and its revisions.
 
+    Raises :class:`SettingsError` where it could be one of several.
+    """
+    found = seek(session, history, setting)
+    if found.table is None and found.others:
+        raise refusal(found.others)
+    return found.table, found.rows
+
+
+def seek(session: Session, history: KnowsRevisions, setting: str = "") -> Sought:
+    """Look for the version table.
+
     Its name comes from the setting, else from what ``env.py`` says.  Where only running that would tell, it is
-    the one that holds a revision of this history, in the schema that ``-x`` names if it names one.
-    Raises :class:`SettingsError` where that could be several.
+    the one that holds a revision of this history, in the schema that ``-x`` names if it names one.  A name without a
+    schema means what ``env.py``'s own connection sees, which may have another search_path or another role.
     """
     schema, _, name = setting.rpartition(".")
     named = VersionTable(name, schema) if setting else history.version_table()
-    hints = history.hints()
+    hints, several = history.hints(), not history.runs_once
+    doubt = "it may go through several version tables" if several else ""
     told = hints & {row[0] for row in session.query("SELECT nspname::text FROM pg_namespace")}
     if named is not None and (named.schema or not told):
-        return (named, read_rows(session, named)) if _exists(session, named) else (None, ())
+        table, rows = (named, read_rows(session, named)) if _exists(session, named) else (None, ())
+        others = _elsewhere(session, history.known(), named, there=table is not None)
+        doubt = "its connection may see another version table" if others else doubt
+        return Sought(table, rows, doubt, others, several)
     found = _search(session, history.known(), named.name if named else "", told)
     if len(found) > 1 or (found and hints and not told):
-        names = ", ".join(str(table) for table, _ in found)
-        raise SettingsError(
-            [f"only env.py knows which version table is meant, and revisions are in: {names}"],
-            next_step="name the right one with MIGRATOR_VERSION_TABLE",
-        )
-    return found[0] if found else (None, ())
+        names = tuple(table for table, _ in found)
+        return Sought(None, (), doubt or "only that knows which version table is meant", names, several)
+    if not found:
+        return Sought(None, (), doubt, (), several)
+    asked = ONLY_THAT_NAMES_IT if history.can_be_asked else ""
+    return Sought(*found[0], doubt or asked, (), several)
+
+
+def _elsewhere(
+    session: Session, known: frozenset[str], named: VersionTable, *, there: bool
+) -> tuple[VersionTable, ...]:
+    """Return the tables that ``env.py`` may mean in the place of the one that is, or is not, where its name leads."""
+    if there and named.schema:
+        return ()
+    here = place_of(session, named)
+    try:
+        found = _search(session, known, named.name if there else "", frozenset())
+    except AccessDenied:  # another application's
+        return ()
+    place = VersionTable(named.name, here[0]) if here else None
+    return tuple(table for table, rows in found if known & set(rows) and table != place)
 
 
 def _search(
@@ -86,12 +154,13 @@ def _search(
     """
     found = []
     denied: AccessDenied | None = None
-    for row in session.query(_VERSION_TABLES):
+    nearest = next(iter(session.user_schemas()), "")
+    for row in session.query(_VERSION_TABLES, (nearest,)):
         table = VersionTable(row[1], row[0])
         if (name and table.name != name) or (schemas and table.schema not in schemas):
             continue
         try:
-            rows = read_rows(session, table)
+            rows = _read(session, table, table)
         except AccessDenied as error:  # another application's, unless there is no better one
             denied = error
             continue
@@ -109,10 +178,11 @@ class VersionTables(NamedTuple):
     hidden: frozenset[str]
 
 
-# Nothing but a version table has this one column; another one's version_num may be in a million rows.
+# Nothing but a version table has this one column; another one's version_num may be in a million rows.  A policy calls
+# functions of the table's owner.
 _ALL = """
 SELECT n.nspname::text, c.relname::text,
-       has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+       has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AND NOT row_security_active(c.oid)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
  WHERE c.relkind = 'r' AND n.nspname !~ '^pg_' AND (c.relnatts = 1 OR c.relname = 'alembic_version')
@@ -120,44 +190,117 @@ SELECT n.nspname::text, c.relname::text,
 
 
 def read_all(session: Session) -> VersionTables:
-    """Read every version table that the role may read, in one statement."""
+    """Read every version table that the role may read."""
     found = session.query(_ALL)
     readable = [VersionTable(name, schema) for schema, name, may in found if may]
-    each = (
-        f"SELECT {number}, array_agg(version_num::text ORDER BY version_num::text) FROM {table.quoted}"  # noqa: S608 - quoted
-        for number, table in enumerate(readable)
-    )
-    rows = session.query(" UNION ALL ".join(each)) if readable else []
-    return VersionTables(
-        {str(readable[number]): tuple(values or ()) for number, values in rows},
-        frozenset(schema for schema, _, may in found if not may),
-    )
+    rows = {}
+    for table in readable:
+        with contextlib.suppress(NotThere):
+            rows[str(table)] = copied(session, table)
+    return VersionTables(rows, frozenset(schema for schema, _, may in found if not may))
+
+
+class NotThere(Exception):
+    """A version table was dropped, or is no plain table any more, since it was listed."""
+
+
+class _Rows:
+    """What COPY writes: a row at a time, each as one value in double quotes, or empty for NULL."""
+
+    def __init__(self) -> None:
+        self.values: list[str] = []
+
+    def write(self, data: bytes) -> int:
+        """Take a row."""
+        if data != b"\n":
+            self.values.append(data.decode()[1:-2].replace('""', '"'))
+        return len(data)
+
+
+def copied(session: Session, table: VersionTable) -> tuple[str, ...]:
+    """Return the revisions in a plain table; raises :class:`NotThere`, and QueryFailed.
+
+    By COPY and not by a query: whoever made the table may have given it an index that calls a function, which the
+    planner would evaluate as us (docs/why/adr/0035-rows-are-read-by-copy.md).
+    """
+    sink = _Rows()
+    try:
+        session.query(
+            f"COPY {table.quoted} (version_num) TO STDOUT (FORMAT csv, FORCE_QUOTE (version_num))", sink=sink
+        )
+    except QueryFailed as error:
+        if error.sqlstate in ("42P01", "3F000", "42809"):
+            raise NotThere from error
+        raise
+    return tuple(sorted(sink.values))
 
 
 # A schema that the role may not use is left out of its search path, and what is in it seems not to be there.
 _OUT_OF_SIGHT = """
 SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relname = %(name)s AND c.relkind IN ('r', 'p') AND NOT has_schema_privilege(n.oid, 'USAGE')
-  AND (n.nspname = %(schema)s OR (%(schema)s = '' AND current_schema() IS NULL AND n.nspname = ANY(
-       string_to_array(translate(current_setting('search_path'), '" ', ''), ','))))
+  AND (n.nspname = %(schema)s OR (%(schema)s = '' AND n.nspname = ANY(
+       string_to_array(translate(%(path)s, '" ', ''), ','))))
 """
 
 
 def _exists(session: Session, table: VersionTable) -> bool:
-    hidden = session.query(_OUT_OF_SIGHT, {"name": table.name, "schema": table.schema})
+    if locate(session, table) is not None:
+        return True
+    hidden = []
+    if table.schema or not session.user_schemas():
+        asked = {"name": table.name, "schema": table.schema, "path": session.user_path}
+        hidden = session.query(_OUT_OF_SIGHT, asked)
     if hidden:
         schema, user = hidden[0][0], session.facts.user
         raise AccessDenied(
             f"{user} may not use the schema {schema}, in which the version table {table.name} is.",
             next_step=f"GRANT USAGE ON SCHEMA {as_typed(schema)} TO {as_typed(user)}",
         )
-    return bool(session.value("SELECT to_regclass(%s) IS NOT NULL", (table.quoted,)))
+    return False
+
+
+_KIND = """
+SELECT n.nspname::text, c.relkind::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = %s AND c.relname = %s
+"""
+
+
+def place_of(session: Session, table: VersionTable) -> tuple[str, str] | None:
+    """Return the table's schema (where none is named, as the user's search_path says) and its kind; None: nowhere."""
+    if not table.schema:
+        return session.find(table.name)
+    return next(((row[0], row[1]) for row in session.query(_KIND, (table.schema, table.name))), None)
+
+
+def locate(session: Session, table: VersionTable) -> VersionTable | None:
+    """Return the table with its schema; None where it is not there.
+
+    Raises :class:`AccessDenied` where it is a view, say: to read that calls functions, and nobody knows whose.
+    """
+    found = place_of(session, table)
+    if found is None:
+        return None
+    if found[1] != "r":
+        raise AccessDenied(
+            f"{table} is not a table, and a version table is one: it is left alone.",
+            next_step=f"look at {as_typed(found[0])}.{as_typed(table.name)}, and who made it; drop it",
+        )
+    return VersionTable(table.name, found[0])
 
 
 def read_rows(session: Session, table: VersionTable) -> tuple[str, ...]:
     """Return the revisions in a version table; raises :class:`AccessDenied` where it may not be read."""
+    there = locate(session, table)
+    return () if there is None else _read(session, there, table)
+
+
+def _read(session: Session, there: VersionTable, table: VersionTable) -> tuple[str, ...]:
+    """Read the table that is ``there``; people call it ``table``."""
     try:
-        rows = session.query(f"SELECT version_num::text FROM {table.quoted} ORDER BY 1")  # noqa: S608 - quoted
+        return copied(session, there)
+    except NotThere:
+        return ()
     except QueryFailed as error:
         if error.sqlstate == "42501":
             raise AccessDenied(
@@ -165,7 +308,4 @@ def read_rows(session: Session, table: VersionTable) -> tuple[str, ...]:
                 next_step=f"GRANT SELECT ON {table.typed} TO {as_typed(session.facts.user)}, and for what changes the"
                 " schema INSERT, UPDATE, DELETE as well; USAGE ON SCHEMA too, where it has not even that",
             ) from None
-        if error.sqlstate == "42P01":  # dropped since it was listed
-            return ()
         raise
-    return tuple(row[0] for row in rows)

@@ -4,8 +4,7 @@ This package is the only importer of alembic.  In real projects ``env.py`` impor
 takes seconds; the graph is made from the revision files alone, and :meth:`History.run` is the one place that
 loads ``env.py``.
 
-Its names are imported when they are asked for: where a project is can be told (:mod:`migrator.layout`) without the
-rest.
+Its names are imported when they are asked for: where a project is can be told (:mod:`.layout`) without the rest.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from migrator.history.project import ProjectOptions
+from migrator.project.config import ProjectOptions
 
 if TYPE_CHECKING:
-    from migrator.history.command_line import hand_over
-    from migrator.history.graph import History, Plan, Revision
-    from migrator.history.way_back import WayBack
+    from migrator.project.alembic_cli import hand_over
+    from migrator.project.downgrade_sql import OfflineDowngrade
+    from migrator.project.revisions import History, Plan, Revision
 
-__all__ = ["History", "Plan", "ProjectOptions", "Revision", "WayBack", "hand_over"]
+__all__ = ["History", "OfflineDowngrade", "Plan", "ProjectOptions", "Revision", "hand_over"]
 
 _HOMES = {
-    "History": "graph",
-    "Plan": "graph",
-    "Revision": "graph",
-    "WayBack": "way_back",
-    "hand_over": "command_line",
+    "History": "revisions",
+    "Plan": "revisions",
+    "Revision": "revisions",
+    "OfflineDowngrade": "downgrade_sql",
+    "hand_over": "alembic_cli",
 }
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from migrator.contents import LEDGER
+from migrator.config.database_url import Target
 from migrator.errors import SettingsError
-from migrator.history.bootstrap import ground
-from migrator.history.project import ProjectOptions, make_config
-from migrator.target import Target
+from migrator.postgres.queries import LEDGER
+from migrator.project import loading
+from migrator.project.alembic_sql import operators_of_the_server
+from migrator.project.bootstrap import ground
+from migrator.project.config import ProjectOptions, import_alembic, make_config
 
 _ALEMBIC_HELP = "migrator alembic --help"
 
@@ -21,6 +23,7 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
 
     Raises :class:`SettingsError` for words that it does not take, and whatever ``env.py`` or a revision raises.
     """
+    import_alembic()
     from alembic.config import CommandLine
     from alembic.script import ScriptDirectory
     from alembic.util import CommandError
@@ -49,7 +52,12 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
         )
         config = make_config(chosen, Path.cwd(), parsed)
         env_file = Path(ScriptDirectory.from_config(config).env_py_location)
-        with ground(config, env_file, target, chosen) as prepared, _ledger_left_out():
+        with (
+            loading.command_line("alembic", words),
+            ground(config, env_file, target, chosen) as prepared,
+            _ledger_left_out(),
+            operators_of_the_server(),
+        ):
             command_line.run_cmd(prepared, parsed)
     except CommandError as error:
         return " ".join(str(error).split())

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from migrator.config.database_url import Target
 from migrator.errors import HistoryError, MigratorError, SettingsError
-from migrator.history.project import ProjectOptions, tell_address
-from migrator.target import Target
+from migrator.project import loading
+from migrator.project.config import ProjectOptions, tell_address
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -41,6 +42,8 @@ def ground(
     wants_flask = _read_flask_variables(env_file)
     tell_address(config, env_file, target, options.export)
     with contextlib.ExitStack() as stack:
+        if wants_flask:
+            stack.enter_context(loading.command_line("flask", loading.of_flask(sys.argv[1:])))
         stack.enter_context(_entered(config, options.bootstrap))
         yield stack.enter_context(_flask_context(config)) if wants_flask else config
 
@@ -170,7 +173,9 @@ def _named(name: str) -> Iterator[None]:
         text = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else " ".join(str(error).split())
         raise HistoryError(
             f"The bootstrap {name} failed: {type(error).__name__}: {text.rstrip('.')}.",
-            next_step="mend what it says, or put what the bootstrap imports into the image",
+            next_step=loading.remedy(
+                error, "fix what it says, or put what the bootstrap imports into the image"
+            ),
         ) from error
 
 
@@ -241,7 +246,9 @@ def _flask_context(config: Config) -> Iterator[Config]:
             except (Exception, SystemExit) as error:
                 raise HistoryError(
                     f"The Flask application failed to load: {type(error).__name__}: {' '.join(str(error).split())}.",
-                    next_step="mend what it says, or put what it imports into the image",
+                    next_step=loading.remedy(
+                        error, "fix what it says, or put what it imports into the image"
+                    ),
                 ) from error
             stack.enter_context(application.app_context())
         extension = flask.current_app.extensions.get("migrate")

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from migrator.errors import SettingsError
-from migrator.target import BadAddress, Target, parse
+from migrator.config.database_url import BadAddress, Target, parse
+from migrator.errors import HistoryError, SettingsError
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from importlib.metadata import EntryPoint
     from pathlib import Path
 
     from alembic.config import Config
@@ -101,8 +102,44 @@ def parse_command(options: ProjectOptions, command: str, revision: str) -> Names
     """Return what Alembic's own parser makes of a command: an ``env.py`` may look into ``config.cmd_opts``."""
     from alembic.config import CommandLine
 
-    words = [word for value in options.x for word in ("-x", value)]
-    return CommandLine(prog="alembic").parser.parse_args([*words, command, revision])
+    return CommandLine(prog="alembic").parser.parse_args(alembic_words(options, command, revision))
+
+
+def alembic_words(options: ProjectOptions, command: str, revision: str) -> list[str]:
+    """Return the words that ``alembic`` is told for a command."""
+    return [*(word for value in options.x for word in ("-x", value)), command, revision]
+
+
+def import_alembic() -> None:
+    """Import Alembic; raises :class:`HistoryError` for a plugin of another package that does not let it be imported.
+
+    Since 1.18 that loads each entry point in the group ``alembic.plugins``:
+    https://alembic.sqlalchemy.org/en/latest/api/plugins.html
+    """
+    try:
+        import alembic  # noqa: F401 - for what it loads
+    except (Exception, SystemExit) as error:
+        plugin = _entry_point(error)
+        if plugin is None:
+            raise
+        package = f" of {plugin.dist.name} {plugin.dist.version}" if plugin.dist else ""
+        said = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        raise HistoryError(
+            f"Alembic cannot be imported: its plugin {plugin.name} = {plugin.value}{package} raised"
+            f" {type(error).__name__}: {said.rstrip('.')}.",
+            next_step=f"fix {plugin.dist.name if plugin.dist else plugin.value} in the image, or uninstall it",
+        ) from error
+
+
+def _entry_point(error: BaseException) -> EntryPoint | None:
+    """Return the entry point that was being loaded when this was raised."""
+    import traceback
+    from importlib.metadata import EntryPoint
+
+    values = (
+        value for frame, _ in traceback.walk_tb(error.__traceback__) for value in frame.f_locals.values()
+    )
+    return next((value for value in values if isinstance(value, EntryPoint)), None)
 
 
 def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | None = None) -> Config:

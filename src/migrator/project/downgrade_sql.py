@@ -1,7 +1,7 @@
 """The way back of a revision as plain SQL, for an image that has never seen the revision.
 
 A revision's ``downgrade()`` is rendered as Alembic's offline mode does, without ``env.py`` and without a database;
-only where :mod:`migrator.history.judgement` finds that calling it is harmless.  docs/adr has why.
+only where :mod:`migrator.project.downgrade_judge.judgement` finds that calling it is harmless.  docs/why/adr has why.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator.history.judgement import Judge, Refused
-from migrator.logs import redact
+from migrator.project.downgrade_judge.judgement import Judge, Refused
+from migrator.runtime.logs import redact
 
 if TYPE_CHECKING:
     from alembic.script import Script
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 _MOST_STATEMENTS = 5_000
 _MOST_CHARACTERS = 2_000_000
 _PASSWORD = re.compile(r"\bPASSWORD\s+(?:E?'|\$)", re.IGNORECASE)
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 _CREATES = re.compile(r"\s*CREATE (TYPE|DOMAIN|TABLE|SEQUENCE)\s")
 _DROPS = re.compile(r"\s*DROP (TYPE|DOMAIN|TABLE|SEQUENCE|INDEX)\s")
 
 
 @dataclass(frozen=True)
-class WayBack:
+class OfflineDowngrade:
     """The SQL of a ``downgrade()``, a statement an item, or None and the ``reason`` why it has no offline form.
 
     A statement has no semicolon of ours at its end.  ``COMMIT`` and ``BEGIN`` around an ``autocommit_block`` are
@@ -41,23 +42,28 @@ class WayBack:
     reason: str = ""
 
 
-def offline_downgrade(script: Script) -> WayBack:
+def offline_downgrade(script: Script) -> OfflineDowngrade:
     """Render the revision's ``downgrade()`` without a database and without ``env.py``; never raises."""
     downgrade = getattr(script.module, "downgrade", None)
     if downgrade is None:
-        return WayBack(None, "it has no downgrade()")
+        return OfflineDowngrade(None, "it has no downgrade()")
     judge = Judge(script.module)
     try:
         judge.admit(downgrade)
         with _renderer().collect() as statements, _silent(judge.loggers):
             downgrade()
     except Refused as error:
-        return WayBack(None, redact(str(error)))
+        return OfflineDowngrade(None, _stable(str(error)))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code may raise anything
-        return WayBack(None, redact(_reason(error, str(script.path))))
+        return OfflineDowngrade(None, _stable(_reason(error, str(script.path))))
     if any(_PASSWORD.search(text) or redact(text) != text for text in statements):
-        return WayBack(None, "it holds a password, which must not be kept")
-    return WayBack(tuple(statements))
+        return OfflineDowngrade(None, "it holds a password, which must not be kept")
+    return OfflineDowngrade(tuple(statements))
+
+
+def _stable(reason: str) -> str:
+    """Return a reason as it is the same in every process: without the addresses that objects have in memory."""
+    return redact(_ADDRESS.sub("", reason))
 
 
 def _reason(error: BaseException, path: str) -> str:

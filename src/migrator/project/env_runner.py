@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from migrator.history.bootstrap import ground, locations, refuse_other_locations
-from migrator.history.project import ProjectOptions, parse_command
-from migrator.history.transactions import configure_in
-from migrator.target import Target
+from migrator.config.database_url import Target
+from migrator.project.alembic_sql import operators_of_the_server
+from migrator.project.bootstrap import ground, locations, refuse_other_locations
+from migrator.project.config import ProjectOptions, parse_command
+from migrator.project.transactions import configure_in
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -51,7 +52,7 @@ def run_env(
     instead; the project's bootstrap and Flask's context come next.  ``before_configure`` is called whenever ``env.py``
     calls ``context.configure``, by when it has set up its own logging; ``around`` in the place of
     ``context.run_migrations``, with that and a function that returns the context; ``transaction`` is one of
-    :data:`migrator.history.transactions.MODES`.  Raises whatever ``env.py`` or a revision raises.
+    :data:`migrator.project.transactions.MODES`.  Raises whatever ``env.py`` or a revision raises.
     """
     config.cmd_opts = parse_command(command.options, command.kind, command.destination)
     known = locations(config)
@@ -71,8 +72,26 @@ def run_env(
         environment.run_migrations = lambda **options: around(  # type: ignore[method-assign]
             lambda: run_migrations(**options), environment.get_context
         )
-        with environment:
+        with operators_of_the_server(), environment:
             script.run_env()
+
+
+def load_env(config: Config, script: ScriptDirectory) -> None:
+    """Load ``env.py`` for what it imports, in Alembic's offline mode: nothing is run or printed."""
+    import io
+
+    from alembic.runtime.environment import EnvironmentContext
+
+    environment = EnvironmentContext(config, script, as_sql=True, destination_rev="head")
+    configure = environment.configure
+
+    def configure_silently(*arguments: Any, **options: Any) -> None:
+        configure(*arguments, **{**options, "output_buffer": io.StringIO()})
+
+    environment.configure = configure_silently  # type: ignore[method-assign]
+    environment.run_migrations = lambda **_: None  # type: ignore[method-assign]
+    with environment:
+        script.run_env()
 
 
 def _environment(config: Config, script: ScriptDirectory, destination: str, hook: Hook) -> EnvironmentContext:

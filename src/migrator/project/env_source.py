@@ -9,11 +9,68 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from migrator.versions import VersionTable
+from migrator.postgres.version_table import VersionTable
 
 
 class _NotKnown(Exception):
     """The value can only be found by running the file."""
+
+
+def runs_once(place: Path) -> bool:
+    """Whether an ``env.py`` certainly runs its migrations once, on one version table.
+
+    A loop over tenants does not, nor does one that a helper of another module may hide.  What Alembic's multidb
+    template does (``engine_name=``) is left aside: each of its databases is a run of its own.
+    """
+    try:
+        tree = ast.parse(place.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return False
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)}
+    try:
+        # Where it is not in there, a module does it while it is imported, which it is once: that is not asked.
+        return _times(tree.body, functions, ()) == 1 or "run_migrations" not in ast.unparse(tree)
+    except RecursionError:
+        return False
+
+
+_MANY = 2
+_CALLS_ONCE = frozenset({"run", "run_sync", "run_until_complete"})
+"""Of asyncio, anyio and SQLAlchemy: each calls the function that it is handed, once."""
+_LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def _times(node: Any, functions: Mapping[str, Any], within: tuple[str, ...]) -> int:
+    """Return how often ``context.run_migrations`` may be called in a node of the syntax tree; at most _MANY."""
+    if isinstance(node, list):
+        return min(_MANY, sum(_times(item, functions, within) for item in node))
+    if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+        return 0  # it counts where it is mentioned
+    if isinstance(node, (ast.If, ast.IfExp)):
+        return max(_times(node.body, functions, within), _times(node.orelse, functions, within))
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") not in {"self", "cls"}:
+        name = name if name == "run_migrations" else ""  # asyncio.run is no function of this file
+    if name in functions and not isinstance(getattr(node, "ctx", None), ast.Store):
+        inner = _MANY if name in within else _times(functions[name].body, functions, (*within, name))
+        return _MANY if inner and functions[name].decorator_list else inner
+    if name == "run_migrations":
+        return 1
+    inside = [_times(child, functions, within) for child in ast.iter_child_nodes(node)]
+    if isinstance(node, ast.Call):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called == "run_migrations" and "engine_name" in _keywords(node):
+            return 0
+        handed = [*node.args, *(item.value for item in node.keywords)]
+        if called not in _CALLS_ONCE and any(
+            _times(item, functions, within) for item in handed if _is_name(item)
+        ):
+            return _MANY  # who knows how often it calls what it is handed
+    return _MANY if any(inside) and isinstance(node, _LOOPS) else min(_MANY, sum(inside))
+
+
+def _is_name(node: ast.expr) -> bool:
+    return isinstance(node, (ast.Name, ast.Attribute, ast.Lambda))
 
 
 def version_table(

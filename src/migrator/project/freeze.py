@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from migrator import layout
 from migrator.errors import HistoryError, SettingsError
-from migrator.history.env_file import version_table
-from migrator.history.graph import History
-from migrator.history.project import ProjectOptions
-from migrator.manifest import (
+from migrator.project import layout
+from migrator.project.config import ProjectOptions
+from migrator.project.env_source import version_table
+from migrator.project.manifest import (
     FILE_NAME,
     FrozenRevision,
     Manifest,
@@ -25,6 +24,8 @@ from migrator.manifest import (
     parse,
     sha256_of,
 )
+from migrator.project.revisions import History
+from migrator.runtime import files
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,9 @@ def _changes(before: str, manifest: Manifest) -> tuple[str, ...]:
 
 
 def _write(place: Path, text: str) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(place)
+        files.replace(str(place), text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SettingsError([f"{place} cannot be written: {error.strerror}"]) from None
 
 
@@ -120,6 +118,7 @@ def freeze(history: History, options: ProjectOptions, folder: Path) -> Manifest:
         recursive=bool(getattr(script, "recursive_version_locations", False)),
         working_folder=_relative(folder, root) if matters else None,
         version_table=(table.name, table.schema) if table else None,
+        runs_once=history.runs_once,
     )
 
 

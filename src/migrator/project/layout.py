@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from migrator.history.project import ProjectOptions, find_project
+from migrator.project.config import ProjectOptions, find_project
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from migrator.errors import HistoryError
+from migrator.project.loading import remedy
 
 
 def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
@@ -38,8 +39,13 @@ def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
     reason = " ".join(str(error).split())
     return HistoryError(
         f"A revision file does not import: {place}: {type(error).__name__}: {reason}.",
-        next_step=f"mend {place.split(',')[0]}, or put what it imports into the image",
+        next_step=remedy(error, f"fix {place.split(',')[0]}, or put what it imports into the image"),
     )
+
+
+def in_a_file(error: BaseException) -> bool:
+    """Whether a revision file raised this as it was imported, which may be otherwise after other imports."""
+    return not isinstance(error, SyntaxError) and not _raised_by_alembic(error)
 
 
 def _raised_by_alembic(error: BaseException) -> bool:

@@ -86,8 +86,8 @@ _AT_ONCE = 65536
 
 
 def syntax_of(source: bytes) -> str:
-    """Return the digest of a source text's syntax tree; see :mod:`migrator.syntax`."""
-    from migrator import syntax
+    """Return the digest of a source text's syntax tree; see :mod:`migrator.project.syntax`."""
+    from migrator.project import syntax
 
     return syntax.digest(source)
 
@@ -101,13 +101,14 @@ def digest_of(sums: Mapping[str, str]) -> str:
 class FrozenRevision(NamedTuple):
     """One revision as it was frozen; ``file`` is relative to the manifest's folder, with forward slashes.
 
-    ``min_compatible`` is what the file declares as ``migrator_min_compatible``, or empty.
+    ``syntax`` is empty for a file without source, and ``min_compatible`` what the file declares as
+    ``migrator_min_compatible``, or empty.
     """
 
     revision: str
     file: str
     sha256: str
-    syntax: str
+    syntax: str = ""
     parents: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
@@ -125,9 +126,9 @@ class Manifest(NamedTuple):
 
     ``rows_at_head`` are the version rows of a fully upgraded database, with ``depends_on`` fewer than ``heads``.
     ``options`` are the values that say where the revisions are and which version table is meant, as
-    :mod:`migrator.layout` reads them; ``folders`` are the version locations relative to the manifest, and
+    :mod:`migrator.project.layout` reads them; ``folders`` are the version locations relative to the manifest, and
     ``working_folder`` is the one that freeze was run in, where that matters to them.  ``version_table`` is (name,
-    schema), or None where only running ``env.py`` would tell.
+    schema), or None where only running ``env.py`` would tell; ``runs_once`` says that ``env.py`` has no other one.
     """
 
     revisions: tuple[FrozenRevision, ...]
@@ -140,11 +141,28 @@ class Manifest(NamedTuple):
     recursive: bool = False
     working_folder: str | None = None
     version_table: tuple[str, str] | None = None
+    runs_once: bool = False
 
     @property
     def digest(self) -> str:
         """Return the digest over all revisions and their files."""
         return digest_of({item.revision: item.sha256 for item in self.revisions})
+
+
+def rows_at(manifest: Manifest, destination: str) -> frozenset[str] | None:
+    """Return the version rows of a database that was upgraded to ``destination``; None where only Alembic can tell."""
+    if destination == "heads" or (destination == "head" and len(manifest.heads) == 1):
+        return frozenset(manifest.rows_at_head)
+    by_id = {item.revision: item for item in manifest.revisions}
+    label, at, end = destination.rpartition("@")
+    if not at:  # all that was applied for a revision is below it
+        return frozenset({end}) if end in by_id else None
+    labelled = {item.revision for item in manifest.revisions if label in item.labels}
+    for item in manifest.revisions:  # each follows its parents
+        if labelled.intersection(item.parents):
+            labelled.add(item.revision)
+    found = labelled.intersection(manifest.heads)
+    return frozenset(found) if end == "head" and len(found) == 1 else None
 
 
 _LISTS = frozenset({"heads", "rows_at_head", "folders", "version_table"})

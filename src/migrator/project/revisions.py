@@ -4,36 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import re
 import sys
+import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from migrator import past, surroundings
+from migrator.config.database_url import Target
 from migrator.errors import HistoryError, MigratorError
-from migrator.history.bootstrap import (
-    ground,
-    prepares,
-    revisions_import_flask_application,
-    shapes_history,
+from migrator.postgres import connection_limit
+from migrator.postgres.version_table import VersionTable
+from migrator.project.bootstrap import ground, prepares, revisions_import_flask_application, shapes_history
+from migrator.project.config import (
+    ProjectOptions,
+    alembic_words,
+    import_alembic,
+    make_config,
+    sibling_tables,
+    tell_address,
 )
-from migrator.history.env_file import version_table
-from migrator.history.environment import Around, Command, Hook, run_env
-from migrator.history.project import ProjectOptions, make_config, sibling_tables, tell_address
-from migrator.history.unreadable import unreadable
-from migrator.history.way_back import WayBack, offline_downgrade
-from migrator.layout import migrates_several
-from migrator.manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
-from migrator.manifest import load as load_manifest
-from migrator.target import Target
-from migrator.versions import VersionTable
+from migrator.project.downgrade_sql import OfflineDowngrade, offline_downgrade
+from migrator.project.env_runner import Around, Command, Hook, load_env, run_env
+from migrator.project.env_source import runs_once, version_table
+from migrator.project.functions import is_one_way, runnable, without_function
+from migrator.project.kept_downgrade import KeptDowngrade
+from migrator.project.layout import migrates_several
+from migrator.project.load_errors import in_a_file, unreadable
+from migrator.project.loading import command_line, reading_only
+from migrator.project.manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
+from migrator.project.manifest import load as load_manifest
+from migrator.runtime import stdio
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
+
+
+log = logging.getLogger("migrator")
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class Plan:
     """What a command will do: the revisions in order, and the version rows before and after.
 
     ``kept`` is the SQL from the ledger for each of them, with the version rows after it, where this image is older
-    than the schema and has no files for them.
+    than the schema and has no files for them. ``one_way`` are those that have no ``downgrade()``, or one that only
+    raises.
     """
 
     kind: str
@@ -62,7 +75,8 @@ class Plan:
     before: frozenset[str]
     after: frozenset[str]
     baseline: str = ""
-    kept: tuple[tuple[past.WayBack, frozenset[str]], ...] = ()
+    kept: tuple[tuple[KeptDowngrade, frozenset[str]], ...] = ()
+    one_way: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -73,13 +87,33 @@ class Plan:
 class History:
     """The revision graph of one project."""
 
-    def __init__(self, options: ProjectOptions, target: Target | None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        options: ProjectOptions,
+        target: Target | None,
+        folder: Path | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """Read the history; ``read_only``: what it loads of the application for that may not write."""
         self._target = options.told or target
         self._options = options
+        self._read_only = read_only
         self._sha256: dict[str, str] = {}
         self._read_before: dict[str, Revision] = {}
+        import_alembic()
         self.config = make_config(options, folder or Path.cwd())
-        self.script = self._read(bootstrapped=shapes_history(options.bootstrap))
+        with self._loading("upgrade", "head"):
+            self.script = self._read(bootstrapped=shapes_history(options.bootstrap))
+
+    @contextlib.contextmanager
+    def _loading(self, kind: str, destination: str) -> Iterator[None]:
+        """Let what the block loads see the words of Alembic's own command, and only read where that is wanted."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(command_line("alembic", alembic_words(self._options, kind, destination)))
+            if self._read_only:
+                stack.enter_context(reading_only())
+            yield
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -87,14 +121,15 @@ class History:
         from alembic.script import ScriptDirectory
         from alembic.util import CommandError
 
+        env_file: Path | None = None
         # What a revision file prints when it is imported is no answer of ours: it goes where the logs go.
         with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("always")
             try:
                 script = ScriptDirectory.from_config(self.config)
                 # A revision file may import the application's settings, which look for the address just once.
-                tell_address(self.config, Path(script.env_py_location), self._target, self._options.export)
                 env_file = Path(script.env_py_location)
+                tell_address(self.config, env_file, self._target, self._options.export)
                 if not bootstrapped:
                     bootstrapped = revisions_import_flask_application(env_file, script._version_locations)
                 script = self._bootstrapped(env_file) if bootstrapped else _loaded(script)
@@ -104,9 +139,13 @@ class History:
             except CommandError as error:
                 raise HistoryError(f"The history cannot be read: {error}.", next_step=_GRAPH_STEP) from error
             except (Exception, SystemExit) as error:  # a revision file may call sys.exit
-                if not bootstrapped and prepares(env_file, self._options):
+                if env_file and not bootstrapped and prepares(env_file, self._options):
                     return self._read(bootstrapped=True)  # revision files may import what must be prepared
-                raise unreadable(error, [str(item.message) for item in caught]) from error
+                after_env = self._after_env(env_file) if env_file and in_a_file(error) else None
+                if after_env is None:
+                    raise unreadable(error, [str(item.message) for item in caught]) from error
+                script = after_env
+                heads = script.get_heads()
         for message in (str(item.message) for item in caught):
             if "is present more than once" in message:
                 raise HistoryError(
@@ -123,11 +162,28 @@ class History:
             )
         return script
 
+    def _after_env(self, env_file: Path) -> ScriptDirectory | None:
+        """Read the revisions as Alembic does, once ``env.py`` has imported what it does; None where that fails too."""
+        from alembic.script import ScriptDirectory
+
+        with stdio.kept(), ground(self.config, env_file, self._target, self._options) as config:
+            script = ScriptDirectory.from_config(config)
+            try:
+                with reading_only():
+                    load_env(config, script)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - its imports may have been enough
+                log.debug("env.py, loaded for its imports, failed: %s", error)
+            try:
+                return _loaded(script)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - what was raised first is what is told
+                log.debug("the revisions do not import after env.py either: %s", error)
+        return None
+
     def _bootstrapped(self, env_file: Path) -> ScriptDirectory:
         """Read the revisions as ``env.py`` is run: with all prepared, from where the bootstrap says."""
         from alembic.script import ScriptDirectory
 
-        with surroundings.kept(), ground(self.config, env_file, self._target, self._options) as config:
+        with stdio.kept(), ground(self.config, env_file, self._target, self._options) as config:
             return _loaded(ScriptDirectory.from_config(config))
 
     @property
@@ -228,7 +284,7 @@ class History:
         module = self._script(name).module
         return str(getattr(module, "migrator_min_compatible", None) or "")
 
-    def way_back(self, name: str) -> WayBack:
+    def way_back(self, name: str) -> OfflineDowngrade:
         """Return the SQL that reverts a revision, for images that will not have its file."""
         return offline_downgrade(self._script(name))
 
@@ -242,6 +298,18 @@ class History:
         return version_table(
             Path(self.script.env_py_location), self.config.get_main_option, self._options.x or ()
         )
+
+    @functools.cached_property
+    def can_be_asked(self) -> bool:
+        """Whether ``env.py`` can be run twice: what a module does while it is imported, it does once."""
+        return "run_migrations" in Path(self.script.env_py_location).read_text(
+            encoding="utf-8", errors="replace"
+        )
+
+    @functools.cached_property
+    def runs_once(self) -> bool:
+        """Whether ``env.py`` has one version table in a database, as far as its text tells."""
+        return self.migrates_several or runs_once(Path(self.script.env_py_location))
 
     def siblings(self) -> frozenset[str]:
         """Return the version tables of the histories in the ini's other sections."""
@@ -273,8 +341,18 @@ class History:
             for step in steps
             if getattr(step, "revision", None) is not None
         )
+        with self._errors(destination, kind, before):
+            after = _rows_after(steps, before)
         return Plan(
-            kind, destination, revisions, frozenset(before), _rows_after(steps, before), baseline=baseline
+            kind,
+            destination,
+            revisions,
+            frozenset(before),
+            after,
+            baseline=baseline,
+            one_way=tuple(
+                item.revision for item in revisions if is_one_way(self._script(item.revision).module)
+            ),
         )
 
     def steps(self, kind: str, destination: str, current: Sequence[str], baseline: str = "") -> list[Any]:
@@ -286,21 +364,20 @@ class History:
                 f"The database is at several heads ({', '.join(heads)}), so {destination} does not say which to leave.",
                 next_step=f"name the branch: `migrator downgrade {heads[0]}@{destination}`, or the revision to go to",
             )
-        with self._errors(destination):
+        with self._errors(destination, kind, heads):
             if kind == "stamp":
                 return list(self.script._stamp_revs(destination, heads))
             if kind == "downgrade":
-                return list(self.script._downgrade_revs(destination, heads))
+                return runnable(self.script._downgrade_revs(destination, heads))
             if not baseline or baseline == "base":
-                return list(self.script._upgrade_revs(destination, heads))
+                return runnable(self.script._upgrade_revs(destination, heads))
             stamps = list(self.script._stamp_revs(baseline, heads))
             stamped: Any = tuple(sorted(_rows_after(stamps, heads)))
-            return [*stamps, *self.script._upgrade_revs(destination, stamped)]
+            return [*stamps, *runnable(self.script._upgrade_revs(destination, stamped))]
 
-    def steps_done(self, steps: Sequence[Any], before: Iterable[str], rows: Iterable[str]) -> int | None:
-        """Return how many of ``steps`` led from ``before`` to the version ``rows``; None where none did."""
-        wanted, start = frozenset(rows), tuple(before)
-        return next((n for n in range(len(steps) + 1) if _rows_after(steps[:n], start) == wanted), None)
+    def rows_after(self, steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:
+        """Return the version rows that steps will leave."""
+        return _rows_after(steps, before)
 
     def _revision(self, script: Any) -> Revision:
         known = self._read_before.get(script.revision)
@@ -309,7 +386,7 @@ class History:
         return known
 
     @contextlib.contextmanager
-    def _errors(self, destination: str = "") -> Iterator[None]:
+    def _errors(self, destination: str = "", kind: str = "", current: Sequence[str] = ()) -> Iterator[None]:
         from alembic.util import CommandError
 
         try:
@@ -317,12 +394,67 @@ class History:
         except CommandError as error:
             text = " ".join(str(error).split()).rstrip(".")
             if "Multiple head" in text or "multiple heads" in text:
-                heads = ", ".join(self.heads)
+                hint = self.branch_hint("")
                 raise HistoryError(
-                    f"The history has several heads ({heads}), so {destination or 'head'!r} names no one revision.",
-                    next_step="merge them (`migrator merge heads -m ...`), or run `migrator upgrade heads`",
+                    f"The history has several heads ({', '.join(self.heads)}), so {destination or 'head'!r} names no"
+                    " one revision.",
+                    next_step="merge them (`migrator merge heads -m ...`), or run `migrator upgrade heads`"
+                    + (f"; {hint}" if hint else ""),
                 ) from error
+            if "Ambiguous" in text and kind:
+                raise self._ambiguous(destination, kind, current) from error
             raise HistoryError(f"{text}.", next_step="`migrator history` lists the revisions") from error
+        except AssertionError as error:  # Alembic's own, for a destination that it makes nothing of
+            if not _raised_by_alembic(error):
+                raise
+            raise HistoryError(
+                f"{destination!r} names no revision where the database is at {', '.join(current) or 'base'}.",
+                next_step="`migrator history` lists the revisions",
+            ) from error
+        except AttributeError as error:  # Alembic takes both functions from the module as it makes the steps
+            if isinstance(error.obj, types.ModuleType) and error.name in {"upgrade", "downgrade"}:
+                raise without_function(Path(str(error.obj.__file__)).name, error.name) from error
+            raise
+
+    def branch_hint(self, destination: str) -> str:
+        """Name the labels of the heads, where there are several and no ``destination`` chooses among them."""
+        heads = [self.revision(name) for name in self.heads]
+        labelled = [f"{item.revision} is {label}@head" for item in heads for label in item.labels]
+        if destination or len(heads) < 2 or not labelled:
+            return ""
+        return f"where one branch alone is meant, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
+
+    def _ambiguous(self, destination: str, kind: str, current: Sequence[str]) -> HistoryError:
+        """Say where a number of steps has more than one way to go, and what to type for one of them."""
+        label, named, number = re.fullmatch(r"(?:(.*)@)?(.*?)([+-]\d+)", destination).groups()  # type: ignore[union-attr]
+        start = [item.revision for item in self.find(named)] if named else list(current)
+        if len(start) > 1:
+            place, ways = "the database is at several heads", start
+            follow = next((name for name in ways if self._script(name).nextrev), ways[0]) + f"@{number[0]}1"
+        else:
+            place, ways = self._fork(start[0] if start else "", up=number[0] == "+", label=label)
+            follow = ways[0]
+        return HistoryError(
+            f"{destination} is ambiguous: {place} ({', '.join(ways)}).",
+            next_step=f"name one of them, such as `migrator {kind} {follow}`",
+        )
+
+    def _fork(self, name: str, *, up: bool, label: str | None) -> tuple[str, list[str]]:
+        """Return where the history branches (or was merged) next from a revision, and into which revisions."""
+        while True:
+            script = self._script(name) if name else None
+            if script is None:
+                ways = sorted(self.script.get_bases())
+            else:
+                ways = sorted(script.nextrev) if up else list(script._versioned_down_revisions)
+            if label and up:
+                lineage: Any = self.script.revision_map
+                ways = [
+                    item.revision for item in lineage.filter_for_lineage(lineage.get_revisions(ways), label)
+                ]
+            if len(ways) != 1:
+                return f"the history {'branches' if up else 'was merged'} at {name or 'base'}", ways or [name]
+            name = ways[0]
 
     def aim_at(self, target: Target) -> None:
         """Have ``env.py`` told another address of the target: its file was replaced since the history was read."""
@@ -340,17 +472,31 @@ class History:
         around: Around = lambda run, get_context: run(),
         transaction: str = "env.py",
     ) -> None:
-        """Load ``env.py`` once, as ``alembic KIND DESTINATION`` does: :func:`migrator.history.environment.run_env`."""
+        """Load ``env.py`` as ``alembic KIND DESTINATION`` does: :func:`migrator.project.env_runner.run_env`.
+
+        Once, and again only where the server had no room for its connection.
+        """
         command = Command(kind, destination, self._options, self._target)
-        run_env(
-            self.config,
-            self.script,
-            command,
-            hook,
-            before_configure=before_configure,
-            around=around,
-            transaction=transaction,
-        )
+        entered = False
+
+        def enter(*arguments: Any) -> Any:
+            nonlocal entered
+            entered = True
+            return hook(*arguments)
+
+        with self._loading(kind, destination):
+            connection_limit.run_env(
+                lambda: run_env(
+                    self.config,
+                    self.script,
+                    command,
+                    enter,
+                    before_configure=before_configure,
+                    around=around,
+                    transaction=transaction,
+                ),
+                lambda: entered,
+            )
 
 
 def _revision_of(script: Any) -> Revision:
@@ -365,9 +511,17 @@ def _revision_of(script: Any) -> Revision:
     )
 
 
+def _raised_by_alembic(error: BaseException) -> bool:
+    """Whether a module of Alembic raised this, and not one of ours or of the project."""
+    import alembic
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(alembic.__file__).parent)
+
+
 _NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
 
-_GRAPH_STEP = "mend the revision files; `alembic branches` and `alembic history` show the graph"
+_GRAPH_STEP = "fix the revision files; `alembic branches` and `alembic history` show the graph"
 
 
 def _loaded(script: ScriptDirectory) -> ScriptDirectory:

@@ -21,49 +21,91 @@ PROBE = 4.0
 """Seconds that such a question may take, and that a question of the watch may take."""
 PROBES = 3
 """So many of them without an answer end the wait: about half a minute of silence on every connection."""
+TELL = 1.0
+"""Seconds that the server gets, after a signal, to cancel a statement; then the wait for it ends on this side."""
 
 
 class Wait:
-    """One thing that is waited for; ``seconds`` is how long it may take before ``late`` is called with this."""
+    """One thing that is waited for; ``seconds`` is how long it may take before ``late`` is called with this.
 
-    def __init__(self, changed: threading.Condition, seconds: float, late: Callable[[Wait], None]) -> None:
+    ``last`` is called in its place when the end of the whole process is near.
+    """
+
+    def __init__(
+        self,
+        changed: threading.Condition,
+        seconds: float,
+        late: Callable[[Wait], None],
+        last: Callable[[Wait], None],
+    ) -> None:
         self._changed = changed
         self.began = time.monotonic()
         self.due = self.began + seconds
         self.late = late
+        self.last = last
+        self.warned = False
         self.over = False
         self.cut = False
 
     def end(self, shut: Callable[[], None]) -> None:
-        """End the wait by force, unless it is over: ``shut`` makes the waiting call return.
+        """End the wait by force, unless it is over: ``shut`` makes the waiting call return."""
 
-        The waiting thread does not leave its wait meanwhile, so that what is shut is still what it waits on.
+        def cut() -> None:
+            self.cut = True
+            shut()
+
+        self.during(cut)
+
+    def during(self, act: Callable[[], object]) -> None:
+        """Do something quick unless the wait is over.
+
+        The waiting thread does not leave its wait meanwhile, so that what is acted on is still what it waits on.
         """
         with self._changed:
             if not self.over:
-                self.cut = True
-                shut()
+                act()
 
 
 class Deadlines:
-    """Calls back for waits that take too long; one thread for all of them, started by the first."""
+    """Calls back for waits that take too long; one thread for all of them, started by the first.
+
+    A signal sets the moment in which all of them end (``ends``, time.monotonic()): after it, no wait begins.
+    """
 
     def __init__(self) -> None:
+        self.ends = math.inf
         self._changed = threading.Condition()
         self._waits: set[Wait] = set()
         self._wakes = math.inf
         self._thread: threading.Thread | None = None
 
+    def end_at(self, moment: float) -> None:
+        """End every wait at this moment, those that are under way and those that begin until then."""
+        with self._changed:
+            self.ends = min(self.ends, moment)
+            self._changed.notify()
+
+    @property
+    def over(self) -> bool:
+        """Whether no wait may begin any more."""
+        return time.monotonic() >= self.ends
+
+    def left(self, deadline: float) -> float:
+        """Return the seconds until a deadline, or until the end where that comes first; negative afterwards."""
+        return min(deadline, self.ends) - time.monotonic()
+
     @contextlib.contextmanager
-    def limit(self, seconds: float, late: Callable[[Wait], None]) -> Iterator[Wait]:
-        """Call ``late``, in a thread of its own, when the block takes longer than ``seconds``."""
-        wait = Wait(self._changed, seconds, late)
+    def limit(
+        self, seconds: float, late: Callable[[Wait], None], last: Callable[[Wait], None] | None = None
+    ) -> Iterator[Wait]:
+        """Call ``late``, in a thread of its own, when the block takes longer than ``seconds``; ``last`` at the end."""
+        wait = Wait(self._changed, seconds, late, last or late)
         with self._changed:
             self._waits.add(wait)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
                 self._thread.start()
-            elif wait.due < self._wakes:
+            elif min(wait.due, self.ends) < self._wakes:
                 self._changed.notify()
         try:
             yield wait
@@ -77,10 +119,15 @@ class Deadlines:
             while True:
                 now = time.monotonic()
                 for wait in self._waits:
-                    if wait.due <= now:
+                    if self.ends <= now and not wait.warned:
+                        wait.warned, wait.due = True, math.inf
+                        threading.Thread(target=wait.last, args=(wait,), name="last", daemon=True).start()
+                    elif wait.due <= now:
                         wait.due = math.inf  # once is enough
                         threading.Thread(target=wait.late, args=(wait,), name="late", daemon=True).start()
                 self._wakes = min((wait.due for wait in self._waits), default=now + 60)
+                if now < self.ends:
+                    self._wakes = min(self._wakes, self.ends)
                 self._changed.wait(None if self._wakes == math.inf else max(0.0, self._wakes - now))
 
 

@@ -31,5 +31,9 @@ def visible_lines(text: str) -> str:
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
     """Return JSON that is readable (no ``\\u`` for letters of any language) and has nothing that a terminal obeys."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    return visible_json(json.dumps(value, indent=indent, ensure_ascii=False, default=str))
+
+
+def visible_json(text: str) -> str:
+    """Return JSON with what a terminal would obey escaped."""
     return _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

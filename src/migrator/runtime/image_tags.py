@@ -1,4 +1,4 @@
-"""Name the image's tags (docs/image.md) in messages that lead to another image."""
+"""Name the image's tags (docs/reference/image.md) in messages that lead to another image."""
 
 from __future__ import annotations
 

@@ -1,17 +1,20 @@
 """Handlers and formatters: the standard library's logging, made to write our lines and to mask secrets.
 
-Apart from :mod:`migrator.logs`, for ``logging`` takes longer to import than a run with nothing to do has to log.
+Apart from :mod:`.logs`, for ``logging`` takes longer to import than a run with nothing to do has to log.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import datetime
-from typing import TextIO
+from typing import Any, TextIO
 
-from migrator.logs import begin_line, json_line
-from migrator.redaction import redact
-from migrator.visible import visible, visible_lines
+from pythonjsonlogger import json
+
+from migrator.runtime.escaping import visible, visible_json, visible_lines
+from migrator.runtime.log_lines import begin_line, origin
+from migrator.runtime.redaction import redact, silence
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -46,20 +49,21 @@ class TextFormatter(logging.Formatter):
         return redact(line)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: the message, what was given as ``extra``, and when, how grave and from whom it is."""
+class JsonFormatter(json.JsonFormatter):
+    """One JSON object a line: the message, what was given as ``extra``, and its origin."""
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s", json_default=str, json_ensure_ascii=False)
+
+    def add_fields(
+        self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        super().add_fields(log_data, record, message_dict)
+        log_data |= origin(record.created, record.levelname, record.name)
 
     def format(self, record: logging.LogRecord) -> str:
-        extra = {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
-        if record.exc_info:
-            extra["exc_info"] = self.formatException(record.exc_info)
-        if record.stack_info:
-            extra["stack_info"] = self.formatStack(record.stack_info)
-        return json_line(record.getMessage(), extra, record.created, record.levelname, record.name)
+        return redact(visible_json(super().format(record)))
 
-
-# taskName: from Python 3.12 on.
-_STANDARD = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"})
 
 _OURS = ("migrator", "migrator.apply")
 
@@ -87,8 +91,9 @@ class Console:
     def keep(self) -> None:
         """Install again if someone has had a hand in it since: a glance, for it is done at every revision."""
         root = logging.getLogger()
-        disabled = root.manager.disable or any(logging.getLogger(name).disabled for name in _OURS)
-        if disabled or root.handlers != self._installed:
+        ours = [logging.getLogger(name) for name in _OURS]
+        changed = any(logger.disabled or logger.handlers or not logger.propagate for logger in ours)
+        if changed or root.manager.disable or root.handlers != self._installed:
             self.install()
 
     def install(self) -> None:
@@ -96,7 +101,8 @@ class Console:
 
         ``fileConfig`` disables existing loggers and replaces the root's handlers
         (https://docs.python.org/3/library/logging.config.html#logging.config.fileConfig): handlers that
-        write to the console give way to ours, those that write to files stay, without secrets.
+        write to the console give way to ours, those that write to files stay, without secrets. One of another class
+        may write to both: it stays, and the console does not hear it.
         """
         logging.disable(logging.NOTSET)
         root = logging.getLogger()
@@ -110,7 +116,7 @@ class Console:
             if not isinstance(logger, logging.Logger):
                 continue
             kept = _kept(logger)
-            if len(kept) < len(logger.handlers):
+            if any(_is_console(handler) or _is_foreign(handler) for handler in logger.handlers):
                 logger.propagate = True  # what it wrote to the console comes out through our handler
             logger.handlers = kept
             if name.split(".")[0] in {"migrator", "alembic"}:
@@ -129,9 +135,29 @@ def _kept(logger: logging.Logger) -> list[logging.Handler]:
     """Return a logger's handlers that stay, made to mask secrets."""
     kept = [handler for handler in logger.handlers if not _is_console(handler)]
     for handler in kept:
+        if _is_foreign(handler) and "emit" not in vars(handler):
+            vars(handler)["emit"] = _silent(handler.emit)
         if not isinstance(handler.formatter, _RedactingFormatter):
             handler.setFormatter(_RedactingFormatter(handler.formatter))
     return kept
+
+
+def _is_foreign(handler: logging.Handler) -> bool:
+    """Whether a handler is no class of the standard library's: it may write anywhere, as rich's and loguru's do."""
+    return not isinstance(handler, logging.FileHandler) and not type(handler).__module__.startswith("logging")
+
+
+def _silent(emit: Callable[[logging.LogRecord], None]) -> Callable[[logging.LogRecord], None]:
+    """Return an ``emit`` that writes nothing to the console, where our own handler says the same."""
+
+    def emit_elsewhere(record: logging.LogRecord) -> None:
+        silence.on = True
+        try:
+            emit(record)
+        finally:
+            silence.on = False
+
+    return emit_elsewhere
 
 
 def _is_console(handler: logging.Handler) -> bool:

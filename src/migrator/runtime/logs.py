@@ -1,6 +1,6 @@
 """Logging: JSON or text on stderr, without secrets, surviving ``fileConfig`` in a user's ``env.py``.
 
-Through the standard library's ``logging`` (:mod:`migrator.handlers`), which is imported when there is something to
+Through the standard library's ``logging`` (:mod:`.log_handlers`), which is imported when there is something to
 log: it takes longer than all that a run with nothing to do does by itself.
 """
 
@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from migrator import quiet
-from migrator.redaction import MASK as MASK
-from migrator.redaction import RedactingStream as RedactingStream
-from migrator.redaction import Redactor as Redactor
-from migrator.redaction import protect_streams as protect_streams
-from migrator.redaction import redact as redact
-from migrator.visible import json_text
+from migrator.runtime import lazy_logging
+from migrator.runtime.log_lines import begin_line, json_line
+from migrator.runtime.redaction import MASK as MASK
+from migrator.runtime.redaction import RedactingStream as RedactingStream
+from migrator.runtime.redaction import Redactor as Redactor
+from migrator.runtime.redaction import protect_streams as protect_streams
+from migrator.runtime.redaction import redact as redact
 
 if TYPE_CHECKING:
-    from migrator.handlers import Console
+    from migrator.runtime.log_handlers import Console
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -41,13 +39,13 @@ class Logs:
         if self._level == "debug":
             self.install()
         else:
-            quiet.before_first_word(self.install)
+            lazy_logging.before_first_word(self.install)
 
     def install(self) -> None:
         """Make the root logger write through our handler alone, and switch our and Alembic's loggers on."""
-        quiet.before_first_word(None)
+        lazy_logging.before_first_word(None)
         if self._console is None:
-            from migrator.handlers import Console
+            from migrator.runtime.log_handlers import Console
 
             self._console = Console(self.stream, self._level.upper(), self._run_id, as_json=self.is_json)
         self._console.install()
@@ -63,7 +61,8 @@ class Logs:
         """Log one line; a JSON line takes no handler where none is installed."""
         if self._console is None and self.is_json:
             if _LEVELS.index(level) >= _LEVELS.index(self._level):
-                extra |= {"run_id": self._run_id} if self._run_id else {}
+                if self._run_id:
+                    extra.setdefault("run_id", self._run_id)
                 begin_line(self.stream)
                 self.stream.write(json_line(message, extra, time.time(), level, "migrator") + "\n")
                 self.stream.flush()
@@ -73,21 +72,3 @@ class Logs:
         import logging
 
         logging.getLogger("migrator").log(logging.getLevelName(level.upper()), "%s", message, extra=extra)
-
-
-def json_line(message: str, extra: Mapping[str, Any], created: float, level: str, logger: str) -> str:
-    """Return one JSON object: the message, what was given with it, and when, how grave and from whom it is."""
-    document = {
-        "message": message,
-        **extra,
-        "time": datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds"),
-        "level": level.lower(),
-        "logger": logger,
-    }
-    return redact(json_text(document))
-
-
-def begin_line(stream: TextIO) -> None:
-    """End the line that someone has printed without ending it."""
-    if getattr(stream, "in_line", False) and not stream.isatty():
-        stream.write("\n")

@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TextIO
 
-from migrator.visible import visible
+from migrator.runtime.escaping import visible
 
 log = logging.getLogger("migrator.apply")
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -121,26 +122,49 @@ redact = Redactor()
 """The process's one redactor: whoever learns a secret adds it here."""
 
 
+# ValueError: closed, or what its encoding does not have; RuntimeError: written to within a write, by a signal handler.
+_UNWRITABLE = (OSError, ValueError, RuntimeError)
+
+
+silence = threading.local()
+"""Where ``silence.on``, what this thread writes to the console is dropped."""
+
+
 class RedactingStream:
     """A text stream that masks secrets in whatever anyone writes: prints of an ``env.py``, tracebacks, warnings.
 
-    Nobody can close it: what an application does with its stdout must not end our log.
+    Nobody can close it: what an application does with its stdout must not end our log.  Nor does it raise: a reader
+    that is gone, a full disk or a terminal that hung up changes nothing of what is done to the database.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, lost: Exception | None = None) -> None:
         self._stream = stream
         self.in_line = False
+        self.lost = lost
+        """Why something that was written did not get there; None where all of it did."""
 
     def write(self, text: str) -> int:
         """Write ``text`` with its secrets masked."""
-        self._stream.write(redact(text))
+        if getattr(silence, "on", False):
+            return len(text)
+        try:
+            self._stream.write(redact(text))
+        except _UNWRITABLE as error:
+            self.lost = self.lost or error
         if text:
             self.in_line = not text.endswith("\n")
         return len(text)
 
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        try:
+            self._stream.flush()
+        except _UNWRITABLE as error:
+            self.lost = self.lost or error
+
     def close(self) -> None:
         """Write out what is buffered."""
-        self._stream.flush()
+        self.flush()
 
     @property
     def buffer(self) -> BinaryIO:

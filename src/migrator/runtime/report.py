@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any, NamedTuple
 
-from migrator import quiet
-from migrator.logs import Logs, redact
 from migrator.outcome import ExitCode, Outcome
-from migrator.visible import json_text, visible
+from migrator.runtime import lazy_logging
+from migrator.runtime.escaping import json_text, visible, visible_lines
+from migrator.runtime.logs import Logs, redact
 
-log = quiet.get_logger("migrator")
+log = lazy_logging.get_logger("migrator")
 
 TERMINATION_LIMIT = 4096
 """Bytes that Kubernetes keeps of a termination message.
 
 https://kubernetes.io/docs/tasks/debug/debug-application/determine-reason-pod-failure/
 """
+
+
+class Answer(NamedTuple):
+    """One command's answer: JSON-ready data (or a function that makes it), text for people, and the exit code."""
+
+    data: Any
+    text: str
+    code: int = ExitCode.OK
+
+    def render(self, output_format: str) -> str:
+        """Return the answer as ``text`` or ``json``."""
+        if output_format == "json":
+            data = self.data() if callable(self.data) else self.data
+            return json_text(data, indent=2)
+        return visible_lines(self.text)
 
 
 def sentence(outcome: Outcome) -> str:
@@ -50,18 +66,28 @@ def write_file(outcome: Outcome, place: str) -> None:
     write_text(document(outcome), place)
 
 
+def forget(place: str) -> None:
+    """Remove the report of an earlier run: of a run that is killed, or that cannot write, there is none."""
+    if not place:
+        return
+    from migrator.runtime import files
+
+    try:
+        files.remove(place)
+    except OSError as error:
+        log.warning("%s is an earlier run's report, and cannot be removed: %s", place, error.strerror)
+
+
 def write_text(text: str, place: str) -> None:
     """Write a report to a file, whole or not at all; a file that cannot be written is only logged."""
-    folder, name = os.path.split(place)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
+    from migrator.runtime import files
+
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(temporary, place)
+        files.replace(place, text + "\n")
     except OSError as error:
         log.warning("cannot write the report to %s: %s", place, error.strerror)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):  # what an earlier run wrote would be taken for this one's
+            files.remove(place)
 
 
 def write_termination_message(outcome: Outcome, place: str) -> None:
@@ -73,9 +99,10 @@ def write_termination_line(line: str, place: str) -> None:
     """Write one line, cut to what Kubernetes keeps."""
     if not place or not os.path.exists(place):
         return
+    from migrator.runtime import files
+
     message = redact(visible(line)).encode()[:TERMINATION_LIMIT].decode(errors="ignore")
     try:
-        with open(place, "w", encoding="utf-8") as file:
-            file.write(message)
+        files.overwrite(place, message.encode())
     except OSError as error:
         log.debug("cannot write the termination message to %s: %s", place, error.strerror)

@@ -4,6 +4,9 @@ Python runs a signal handler only between bytecodes of the main thread, so a mai
 libpq for a long statement would not notice for hours.  The C-level handler writes to a pipe at once
 (``signal.set_wakeup_fd``); a thread reads it and calls what was registered, such as cancelling the statement
 on the server, which makes the C call return.  https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
+
+The process ends within five seconds of the first signal, whatever hangs.  After :data:`ASKING` seconds no query of ours
+waits any longer.  After :data:`LIMIT` seconds a thread writes the outcome in the place of the main thread, and exits.
 """
 
 from __future__ import annotations
@@ -18,12 +21,22 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from migrator import quiet
+from migrator.runtime import lazy_logging
+from migrator.runtime.deadlines import DEADLINES
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-log = quiet.get_logger("migrator")
+    from migrator.outcome import Outcome
+
+log = lazy_logging.get_logger("migrator")
+
+ASKING = 2.5
+"""Seconds after a signal in which queries are still made; then each is cancelled (deadlines.TELL)."""
+LIMIT = 4.2
+"""Seconds after a signal until the main thread, if it has not ended, is not waited for any more."""
+WRITING = 0.5
+"""Seconds that the outcome may take to write, where somebody may be stuck: a full pipe, a file system that hangs."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -41,10 +54,28 @@ class Interruption:
 
     def __init__(self) -> None:
         self.received = ""
+        self.code = 40
+        """The exit code, once it is known: PARTIAL until then."""
+        self.unsure = ""
+        """The command that shows what was done, while something is under way that may change the database."""
+        self.left: list[str] = []
+        """What stays as it is, with the command that changes it, where the process ends before it is tidied up."""
+        self.last_word: Callable[[], object] = lambda: None
+        """Sets ``code`` and writes the outcome of a run whose main thread does not end after a signal."""
+        self.outcome: Callable[[], Outcome] | None = None
+        """Returns how the run that is under way ends if it ends now; None where a command is no run."""
+        self.whole: Callable[[Outcome], Outcome] = lambda outcome: outcome
+        """Returns the outcome of a command, given that of the run that is under way, where it takes several."""
+        self.tell: Callable[[Outcome], object] = lambda _: None
+        """Writes an outcome wherever it is looked for."""
+        self.limit = LIMIT
+        self._ending = threading.Lock()
+        self._telling = threading.Lock()
         self._writer = -1
         self._callbacks: list[Callable[[], None]] = []
         self._shielded = False
         self._raised = False
+        self._settled = False
         self._signals: tuple[signal.Signals, ...] = SIGNALS
 
     def install(self) -> None:
@@ -82,6 +113,40 @@ class Interruption:
         finally:
             self._callbacks.remove(callback)
 
+    @contextlib.contextmanager
+    def changing(self, look: str) -> Iterator[None]:
+        """Within the block the database may be changed, and ``look`` is the command that shows what was.
+
+        An :class:`Interrupt` leaves it so: whoever catches it cannot know.
+        """
+        self.unsure = look
+        try:
+            yield
+        except Exception:
+            self.unsure = ""
+            raise
+        self.unsure = ""
+
+    @contextlib.contextmanager
+    def leaving(self, sentence: str) -> Iterator[None]:
+        """Within the block something is to be tidied up; ``sentence`` names it where it never comes to that."""
+        self.left.append(sentence)
+        try:
+            yield
+        finally:
+            self.left.remove(sentence)
+
+    def settle(self, code: int, *, forced: bool = False) -> None:
+        """Note the exit code: the outcome is known, and nothing interrupts its being told.
+
+        Does not return where the time is over and :attr:`last_word` is told already, which is ``forced``.
+        """
+        self._shielded = True
+        if not forced and not self._telling.acquire(blocking=False) and not self._settled:
+            threading.Event().wait()
+        self._settled = self._settled or not forced
+        self.code = code
+
     def shield(self) -> None:
         """Raise nothing from now on: what remains is to find out what was done, and to say it."""
         self._shielded = True
@@ -112,6 +177,9 @@ class Interruption:
         while True:
             numbers = set(os.read(reader, 64))
             ours = numbers & set(self._signals)
+            if ours and self._ending.acquire(blocking=False):
+                DEADLINES.end_at(time.monotonic() + ASKING)
+                threading.Thread(target=self._end, name="limit", daemon=True).start()
             if not ours or self._shielded:
                 continue
             # An application's own handler may have taken the signal and swallowed it.
@@ -122,6 +190,17 @@ class Interruption:
                 except Exception as error:  # noqa: BLE001 - the thread must live on for the next callback
                     with contextlib.suppress(Exception):  # the terminal that hung up takes no word
                         log.warning("could not cancel the running statement: %s", error)
+
+    def _end(self) -> None:
+        """End the process when the time is over, with the outcome that is known then."""
+        time.sleep(self.limit)
+        if self._telling.acquire(blocking=False):
+            telling = threading.Thread(target=self.last_word, name="last word", daemon=True)
+            telling.start()
+            telling.join(WRITING)
+        else:
+            time.sleep(WRITING)
+        os._exit(self.code)
 
 
 def _send(number: signal.Signals) -> None:

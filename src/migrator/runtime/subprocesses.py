@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import logging
 import os
 import selectors
 import signal
@@ -24,12 +25,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+log = logging.getLogger("migrator")
+
 STDERR_KEPT = 16 * 1024
 """How many of the last bytes of a child's stderr are kept."""
-GRACE = 3.0
+GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL; pg_dump needs a few milliseconds to cancel its query."""
 PULSE = 2.5
 """Seconds between two calls of ``pulse``: half of the time within which a lost connection is to be noticed."""
+BEAT = 15.0
+"""Seconds between two lines that say that a child still runs, where nothing else tells how far it is."""
 PIPED, OURS, DISCARDED = subprocess.PIPE, None, subprocess.DEVNULL
 """Where a child's stderr goes: to us, to where our own goes, or nowhere."""
 LOOK = 0.2
@@ -108,21 +113,51 @@ def run(
     try:
         with uninterrupted():
             child = _start(arguments, environment, stderr, discard=on_output is None, fed=feed is not None)
+            _running.add(child.pid)
         if on_start is not None:
             on_start(child.pid)
         deadline = None if timeout is None else started + timeout
+        if pulse is None and stderr == PIPED:
+            pulse = _heartbeat(Path(arguments[0]).name, started)
         if not _pump(child, _Feed(feed), on_output or (lambda _: None), read_stderr, pulse, deadline):
             raise TimedOut(Path(arguments[0]).name, timeout or 0.0)
     except BaseException:
         if child is not None:
             _end(child)
         raise
+    finally:
+        if child is not None:
+            _running.discard(child.pid)
     return Finished(
         program=Path(arguments[0]).name,
         status=child.returncode,
         stderr=tail.decode("utf-8", "replace"),
         seconds=time.monotonic() - started,
     )
+
+
+def _heartbeat(program: str, started: float) -> Callable[[], None]:
+    """Return what says now and then that a program still runs."""
+    said = started
+
+    def beat() -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= BEAT:
+            said = now
+            log.info("%s still runs after %.0f s", program, now - started)
+
+    return beat
+
+
+_running: set[int] = set()
+
+
+def kill_all() -> None:
+    """Kill every child, with its process group: this process is about to end, whatever its threads are at."""
+    for pid in _running.copy():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from migrator.contents import INVALID_INDEXES
-from migrator.postgres import Session, quote_identifier
+from migrator.postgres.queries import INVALID_INDEXES
+from migrator.postgres.session import Session, quote_identifier
 from migrator.schema.names import ForeignKey, canonical_type
 
 
@@ -124,11 +124,16 @@ def describe(session: Session, wanted: Iterable[tuple[str, str]]) -> Mapping[tup
         return {}
     parameters = ([schema for schema, _ in pairs], [name for _, name in pairs])
     tables: dict[tuple[str, str], Table] = {}
+    near = session.user_schemas()
     for schema, name, column, type_name, type_schema, not_null in session.query(_COLUMNS, parameters):
         table = tables.setdefault((schema, name), Table())
         if column is not None:
-            spellings = _spellings(type_name, type_schema, schema)
-            table.columns[column] = Column(type_name, not_null, spellings)
+            bare = type_name.removeprefix(f"{type_schema}.")
+            seen = type_schema.strip('"') in near  # people need not write the schema of such a type
+            spellings = _spellings(
+                bare, type_schema, bare=seen or type_schema.strip('"') in ("public", schema)
+            )
+            table.columns[column] = Column(bare if seen else type_name, not_null, spellings)
     for schema, name, index, valid in session.query(_INDEXES, parameters):
         tables.setdefault((schema, name), Table()).indexes[index] = valid
     for schema, name, kind, columns, other_schema, other, references in session.query(_KEYS, parameters):
@@ -141,18 +146,15 @@ def describe(session: Session, wanted: Iterable[tuple[str, str]]) -> Mapping[tup
     return tables
 
 
-def _spellings(type_name: str, type_schema: str, table_schema: str) -> frozenset[str]:
-    """Return the type's canonical spellings.
+def _spellings(type_name: str, type_schema: str, *, bare: bool) -> frozenset[str]:
+    """Return the canonical spellings of a type.
 
-    ``format_type()`` leaves out a schema that is on the search path, which a role's settings may change: the type
-    is right with its schema, and without it where it lies in ``public`` or beside the table.
+    It is right with its schema, and (``bare``) without where that is on the user's search_path, which a role's settings
+    may change, or is ``public`` or beside the table.
     """
-    bare = type_name.removeprefix(f"{type_schema}.")
-    found = {type_name}
+    found = {type_name} if bare or type_schema == "pg_catalog" else set()
     if type_schema != "pg_catalog":
-        found.add(f"{type_schema}.{bare}")
-        if type_schema == "public" or type_schema.strip('"') == table_schema:
-            found.add(bare)
+        found.add(f"{type_schema}.{type_name}")
     return frozenset(canonical_type(name) for name in found)
 
 

@@ -43,6 +43,8 @@ def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:
     Definitions are compared where both were taken in the same database under the same major: elsewhere Postgres may
     write the same ones otherwise.  What is in a schema of another application's counts in neither.
     """
+    if before.text == after.text:
+        return ()
     exact = before.place == after.place and None not in before.place and before.major == after.major
     hidden = before.hidden | after.hidden
     old, new = (

@@ -15,14 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from migrator.errors import SettingsError
-from migrator.schema.names import (
-    SERIALS,
-    ForeignKey,
-    canonical_type,
-    foreign_key,
-    relation_name,
-    split_name,
-)
+from migrator.schema.names import SERIALS, ForeignKey, canonical_type, foreign_key, relation_name, split_name
 
 FILE_NAME = "verify.toml"
 Scalar = str | int | float | bool

@@ -1,8 +1,10 @@
 """A snapshot of the live schema: what is there, in a form in which two of them can be compared.
 
-Read in one statement, with an empty search path, so that every name comes with its schema.  Expressions and bodies
-(defaults, checks, index and view definitions, functions, policies) are kept as a hash: a snapshot is stored in the
-ledger, and a text in one of them may be a secret.  To write them out, Postgres locks their tables as a SELECT does.
+Read in one statement, on a session of ours, whose search_path makes every name come with its schema.  The server
+writes it as one sorted JSON text: two texts are compared first, and taken apart only where they differ.  Expressions
+and bodies (defaults, checks, index and view definitions, functions, policies) are kept as a hash: a snapshot is stored
+in the ledger, and a text in one of them may be a secret.  To write them out, Postgres locks their tables as a SELECT
+does.
 
 Left out is what an extension owns, what is not schema (owners, grants, comments, storage parameters, statistics
 targets, whether a materialised view is populated), indexes that are not valid (a finding of their own), the ledger
@@ -12,15 +14,17 @@ itself, and partitions: those who use them make and drop them on a schedule, and
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import time
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from migrator.contents import LEDGER
-from migrator.postgres import QueryFailed, Session
-from migrator.versions import read_all
+from migrator.postgres.queries import LEDGER
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import read_all
 
 
 class Item(NamedTuple):
@@ -55,30 +59,41 @@ class Item(NamedTuple):
         return f"{self.kind} {self.name}" + ("" if named_in_full else f" of {self.relation}")
 
 
-class Snapshot(NamedTuple):
+@dataclass(frozen=True)
+class Snapshot:
     """A schema at one moment, and where and at which revisions it was taken.
 
-    ``versions`` are the rows of every version table.  ``place`` tells a database from a restored copy of it, in which
-    Postgres may write the very same definitions otherwise.  ``hidden`` are the schemas with a version table that the
-    role may not read: another application's, which changes them as it likes.
+    ``text`` is a JSON array with one array for each item.  ``versions`` are the rows of every version table.
+    ``place`` tells a database from a restored copy of it, in which Postgres may write the very same definitions
+    otherwise.  ``hidden`` are the schemas with a version table that the role may not read: another application's,
+    which changes them as it likes.
     """
 
-    items: tuple[Item, ...]
+    text: str
     versions: Mapping[str, tuple[str, ...]]
     major: int
     place: tuple[int | None, ...]
     hidden: frozenset[str] = frozenset()
 
+    @functools.cached_property
+    def items(self) -> tuple[Item, ...]:
+        """Return what the text says; raises :class:`Unreadable`."""
+        try:
+            return tuple(Item(*map(str, item)) for item in json.loads(self.text))
+        except (TypeError, ValueError) as error:
+            raise Unreadable(f"it is damaged: {error}") from error
+
     def pack(self) -> dict[str, Any]:
         """Return it as JSON-ready data, a tenth of its size."""
-        text = json.dumps([list(item) for item in self.items], ensure_ascii=False, separators=(",", ":"))
         return {
             "format": _FORMAT,
             "major": self.major,
             "place": list(self.place),
             "versions": dict(self.versions),
             "hidden": sorted(self.hidden),
-            "items": base64.b64encode(zlib.compress(text.encode("utf-8", "surrogateescape"))).decode(),
+            "items": base64.b64encode(
+                zlib.compress(self.text.encode("utf-8", "surrogateescape"), 1)
+            ).decode(),
         }
 
 
@@ -96,7 +111,7 @@ def unpack(data: Mapping[str, Any]) -> Snapshot:
         if not unzipped.eof:
             raise Unreadable("it is larger than any schema, or cut off")
         return Snapshot(
-            tuple(Item(*map(str, item)) for item in json.loads(text.decode("utf-8", "surrogateescape"))),
+            text.decode("utf-8", "surrogateescape"),
             {str(name): tuple(map(str, rows)) for name, rows in data["versions"].items()},
             int(data["major"]),
             tuple(data["place"]),
@@ -127,29 +142,18 @@ def take(session: Session, beside: str) -> Snapshot:
 
 def _take(session: Session, beside: str) -> Snapshot:
     session.query(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL search_path = '';"
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;"
         " SET LOCAL lock_timeout = '2s'; SET LOCAL quote_all_identifiers = off; SET LOCAL jit = off"
     )
     try:
         versions, hidden = read_all(session)
         place = session.query(_PLACE, (beside,))[0]
-        found = (Item(*("" if value is None else value for value in row)) for row in session.query(_QUERY))
-        items = tuple(sorted(item._replace(kind=_RELATIONS.get(item.kind, item.kind)) for item in found))
-        return Snapshot(items, versions, session.facts.major, tuple(place), hidden)
+        return Snapshot(session.value(_TEXT), versions, session.facts.major, tuple(place), hidden)
     finally:
         if not session.closed:
             session.query("ROLLBACK")
 
 
-_RELATIONS = {
-    "r": "table",
-    "p": "table",
-    "v": "view",
-    "m": "materialized view",
-    "f": "foreign table",
-    "c": "type",
-    "S": "sequence",
-}
 _PLACE = """
 SELECT oid::bigint, to_regclass(%s)::oid::bigint FROM pg_database WHERE datname = current_database()
 """
@@ -166,12 +170,14 @@ _POLICY = (
     " pg_get_expr(polqual, polrelid), 'check', pg_get_expr(polwithcheck, polrelid))"
 )
 _QUERY = f"""
-WITH mine AS (
+WITH owned AS (
+  SELECT classid, objid FROM pg_depend WHERE refclassid = 'pg_extension'::regclass AND deptype = 'e'
+),
+mine AS (
   SELECT oid, nspname FROM pg_namespace n
    WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'
-     AND (oid, 'pg_namespace'::regclass) NOT IN (SELECT objid, classid FROM pg_depend WHERE deptype = 'e')
+     AND (oid, 'pg_namespace'::regclass) NOT IN (SELECT objid, classid FROM owned)
 ),
-owned AS (SELECT classid, objid FROM pg_depend WHERE deptype = 'e'),
 relations AS (
   SELECT format('%I.%I', nspname, relname) AS name, c.* FROM pg_class c JOIN mine ON mine.oid = relnamespace
    WHERE (c.oid, 'pg_class'::regclass) NOT IN (SELECT objid, classid FROM owned)
@@ -261,4 +267,13 @@ UNION ALL
 SELECT 'schema', '', quote_ident(nspname), '', '' FROM mine
 UNION ALL
 SELECT 'extension', '', quote_ident(extname), '', '' FROM pg_extension
+"""  # noqa: S608 - constants only
+_TEXT = f"""
+SELECT '[' || coalesce(string_agg(line, ',' ORDER BY line COLLATE "C"), '') || ']'
+  FROM (SELECT json_build_array(
+                 CASE kind WHEN 'r' THEN 'table' WHEN 'p' THEN 'table' WHEN 'v' THEN 'view'
+                           WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' WHEN 'c' THEN 'type'
+                           WHEN 'S' THEN 'sequence' ELSE kind END,
+                 coalesce(relation, ''), coalesce(name, ''), coalesce(attributes, ''), coalesce(definition, ''))::text
+          FROM ({_QUERY}) AS found (kind, relation, name, attributes, definition)) AS lines (line)
 """  # noqa: S608 - constants only

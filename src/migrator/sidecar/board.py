@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from migrator.outcome import ExitCode
 
@@ -15,7 +16,8 @@ NO_ANSWER = frozenset({ExitCode.UNREACHABLE, ExitCode.ACCESS_DENIED})
 """Codes of a database that was not looked into."""
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True)
+class Check:
     """One look at the version rows.
 
     ``code`` is 0 where the database is current for this image, else that of the reason; ``at`` is seconds since 1970,
@@ -41,7 +43,8 @@ class Check(NamedTuple):
         return self.code not in NO_ANSWER
 
 
-class Verification(NamedTuple):
+@dataclass(frozen=True)
+class Verification:
     """One ``migrator verify``: when (seconds since 1970), and its outcome as JSON-ready data."""
 
     at: float
@@ -53,7 +56,8 @@ class Verification(NamedTuple):
         return self.report["code"] in (ExitCode.OK, ExitCode.VERIFY_FAILED, ExitCode.DRIFTED)
 
 
-class Readiness(NamedTuple):
+@dataclass(frozen=True)
+class Readiness:
     """The answer to ``/readyz``: whether, and if not, why (``code`` and ``outcome`` are those of an exit code)."""
 
     ready: bool
@@ -62,7 +66,8 @@ class Readiness(NamedTuple):
     outcome: str = ""
 
 
-class Snapshot(NamedTuple):
+@dataclass(frozen=True)
+class Snapshot:
     """All that is known at one moment; ``report`` is that of the run, None as long as it goes on."""
 
     report: Mapping[str, Any] | None = None
@@ -89,7 +94,7 @@ class Board:
     def ran(self, report: Mapping[str, Any]) -> None:
         """Note how the run ended."""
         with self._lock:
-            self.now = self.now._replace(report=report, ended_at=time.time())
+            self.now = replace(self.now, report=report, ended_at=time.time())
 
     def checked(self, check: Check) -> None:
         """Note a check; one of a database that was not looked into counts as a failure."""
@@ -97,8 +102,8 @@ class Board:
         with self._lock:
             self._checked = time.monotonic()
             now = self.now
-            self.now = now._replace(
-                check=check, checks=now.checks + 1, check_failures=now.check_failures + failed
+            self.now = replace(
+                now, check=check, checks=now.checks + 1, check_failures=now.check_failures + failed
             )
 
     def verified(self, verification: Verification) -> None:
@@ -106,9 +111,9 @@ class Board:
         with self._lock:
             now = self.now
             if verification.made:
-                self.now = now._replace(verification=verification)
+                self.now = replace(now, verification=verification)
             else:
-                self.now = now._replace(verify_failures=now.verify_failures + 1)
+                self.now = replace(now, verify_failures=now.verify_failures + 1)
 
     def readiness(self) -> Readiness:
         """Decide whether a backend may work now."""

@@ -12,19 +12,21 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-from migrator import quiet, tls
-from migrator.errors import SettingsError
+from migrator.config.settings import Settings
+from migrator.errors import AccessDenied, SettingsError
 from migrator.outcome import ExitCode
-from migrator.postgres import ConnectFailed, QueryFailed, Refusal, connect
-from migrator.process import TimedOut
-from migrator.settings import Settings
+from migrator.postgres import tls_hints
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, connect
+from migrator.postgres.version_table import VersionTable, place_of, read_rows
+from migrator.runtime import lazy_logging
+from migrator.runtime.subprocesses import TimedOut
 from migrator.sidecar.board import RETRIED, Board, Check, Verification
 from migrator.sidecar.children import Kin, Told, exit_code
-from migrator.versions import VersionTable
 
-log = quiet.get_logger("migrator.sidecar")
+log = lazy_logging.get_logger("migrator.sidecar")
 
 JUDGING = 60.0
 """Seconds that a judgement of unknown rows may take."""
@@ -35,7 +37,8 @@ JUDGED_FOR = 300.0
 _FIRST_PAUSE = 1.0
 
 
-class _Judgement(NamedTuple):
+@dataclass(frozen=True)
+class _Judgement:
     """What was found about version rows, and when (monotonic)."""
 
     code: int
@@ -62,7 +65,7 @@ class Checker:
     ) -> None:
         self._board, self._kin, self._load, self._name = board, kin, load, application_name
         self._settings = load()
-        self._several = bool(report.get("others"))
+        self._several = bool(report.get("others") or report.get("version_tables"))
         self._table = _version_table(str(report.get("version_table") or ""))
         good = tuple(report.get("after") or ())
         self._judged: tuple[tuple[str, ...], _Judgement] | None = (
@@ -104,7 +107,7 @@ class Checker:
 
     def _look(self) -> tuple[tuple[str, ...] | None, _Judgement]:
         if self._several:
-            return None, self._ask()  # only env.py knows where the other databases are
+            return None, self._ask()  # only env.py knows the other databases, or the other version tables
         try:
             rows = self._read()
         except ConnectFailed as error:
@@ -112,7 +115,9 @@ class Checker:
         except QueryFailed as error:
             if error.lost:
                 return None, _now(ExitCode.UNREACHABLE, f"the connection was lost: {error.text}")
-            rows = None  # no such table, or it may not be read: migrator check says what that means
+            rows = None  # no such table: migrator check says what that means
+        except AccessDenied:
+            rows = None
         if rows is not None and self._judged and self._judged[0] == rows and self._judged[1].holds:
             return rows, self._judged[1]
         judgement = self._ask()
@@ -121,19 +126,18 @@ class Checker:
         return rows, judgement
 
     def _read(self) -> tuple[str, ...]:
-        """Return the version rows; a database without the table has none."""
+        """Return the version rows; raises QueryFailed or AccessDenied where there is no table to read."""
         timeout = self._settings.connect_timeout
         with connect(self._settings.required_target, self._name, timeout) as session:
             try:
-                begin = f"BEGIN READ ONLY; SET LOCAL statement_timeout = {int(timeout * 1000)}; "
-                rows = session.query(
-                    f"{begin}SELECT version_num::text FROM {self._table.quoted} ORDER BY 1",  # noqa: S608 - quoted
-                    timeout=timeout + 1,
-                )
+                begin = f"BEGIN READ ONLY; SET LOCAL statement_timeout = {int(timeout * 1000)}"
+                session.query(begin, timeout=timeout + 1)
+                if place_of(session, self._table) is None:
+                    raise QueryFailed("there is no version table", "42P01")
+                return read_rows(session, self._table)
             finally:
                 if not session.closed:
                     session.query("ROLLBACK", timeout=timeout)
-        return tuple(row[0] for row in rows)
 
     def _ask(self) -> _Judgement:
         """Let ``migrator check`` judge."""
@@ -205,7 +209,7 @@ def _now(code: ExitCode, reason: str, pending: int | None = None) -> _Judgement:
 def _unreachable(settings: Settings, error: ConnectFailed) -> _Judgement:
     code = ExitCode.UNREACHABLE if error.refusal is Refusal.TRANSIENT else ExitCode.ACCESS_DENIED
     target = settings.required_target
-    return _now(code, f"{target}: {tls.explain(target, error.text)}")
+    return _now(code, f"{target}: {tls_hints.explain(target, error.text)}")
 
 
 def _version_table(name: str) -> VersionTable:

@@ -16,13 +16,16 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-from migrator import process, settings
+from migrator.config import settings
 from migrator.outcome import ExitCode
+from migrator.runtime import subprocesses
 
 
-class Told(NamedTuple):
+@dataclass(frozen=True)
+class Told:
     """How a child ended: its exit status (negative: the signal that ended it), and the JSON document it answered."""
 
     status: int
@@ -30,7 +33,7 @@ class Told(NamedTuple):
 
 
 def given_flags(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the settings that the command line gave, as :func:`migrator.settings.load` takes them."""
+    """Return the settings that the command line gave, as :func:`migrator.config.settings.load` takes them."""
     flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
     flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
     return {name: value for name, value in flags.items() if value is not None}
@@ -50,16 +53,18 @@ class Kin:
 
     def upgrade(self, revision: str) -> Told:
         """Run the pipeline, however long it takes; it logs where we do."""
-        return self._run(["upgrade", revision], self._environment, process.OURS, None)
+        return self._run(
+            ["upgrade", *([revision] if revision else [])], self._environment, subprocesses.OURS, None
+        )
 
     def look(self, command: str, wait: float, timeout: float) -> Told:
         """Run a command that only reads, without what it logs.
 
         ``wait`` is how many seconds Postgres is waited for, ``timeout`` how many it may take in all.
-        Raises :class:`migrator.process.TimedOut`.
+        Raises :class:`migrator.runtime.subprocesses.TimedOut`.
         """
         words = ["--report-file=", "--termination-log=", f"--wait-timeout={wait:g}", command]
-        return self._run(words, self._quiet, process.DISCARDED, timeout)
+        return self._run(words, self._quiet, subprocesses.DISCARDED, timeout)
 
     def end(self) -> None:
         """Pass a SIGTERM on to whatever runs, and to what is just being started."""
@@ -85,7 +90,7 @@ class Kin:
                     _terminate(pid)
 
         try:
-            finished = process.run(
+            finished = subprocesses.run(
                 [*self._words, "--format=json", *words],
                 environment=environment,
                 on_output=answer.extend,

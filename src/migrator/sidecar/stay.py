@@ -10,11 +10,12 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from migrator import quiet, report, settings
-from migrator.answers import Answer
+from migrator.config import settings
 from migrator.errors import Internal, Interrupted
-from migrator.interruption import Interrupt
-from migrator.logs import redact
+from migrator.runtime import lazy_logging, report
+from migrator.runtime.logs import redact
+from migrator.runtime.report import Answer
+from migrator.runtime.signals import Interrupt
 from migrator.service import MigrationService
 from migrator.sidecar import web
 from migrator.sidecar.board import Board
@@ -24,7 +25,10 @@ from migrator.sidecar.children import Kin, Told, exit_code, given_flags
 if TYPE_CHECKING:
     from migrator.sidecar.metrics import Metrics
 
-log = quiet.get_logger("migrator.sidecar")
+_FOR_THE_RUN = 0.5
+"""Seconds longer than the run, which ends in time by itself, that a sidecar takes to end after a signal."""
+
+log = lazy_logging.get_logger("migrator.sidecar")
 
 
 def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
@@ -39,10 +43,12 @@ def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     loopback = web.is_loopback(mine.sidecar_listen)
     pages = web.Application(board, _metrics(board), loopback=loopback)
     kin = Kin(arguments, json_logs=service.logs.is_json)
+    service.interruption.limit += _FOR_THE_RUN
     with web.serving(pages, mine.sidecar_listen) as serving:
         run = Run(kin, arguments.revision)
         try:
-            told = run.end()
+            with service.interruption.changing("migrator current"):
+                told = run.end()
             if exit_code(told):
                 return _failed(told, mine)
             if not service.logs.is_json:

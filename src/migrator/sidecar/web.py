@@ -10,18 +10,19 @@ import importlib.util
 import ipaddress
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from migrator import quiet
 from migrator.errors import SettingsError
-from migrator.logs import redact
+from migrator.runtime import lazy_logging
+from migrator.runtime.escaping import json_text
+from migrator.runtime.logs import redact
 from migrator.sidecar.board import Board
-from migrator.visible import json_text
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
-log = quiet.get_logger("migrator.sidecar")
+log = lazy_logging.get_logger("migrator.sidecar")
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -42,7 +43,8 @@ _LIMITS: dict[str, Any] = {
 }
 
 
-class _Page(NamedTuple):
+@dataclass(frozen=True)
+class _Page:
     status: str
     kind: str
     body: str
@@ -88,7 +90,7 @@ class Application:
     def _readyz(self) -> _Page:
         readiness = self._board.readiness()
         status = "200 OK" if readiness.ready else "503 Service Unavailable"
-        return _Page(status, _JSON, json_text(readiness._asdict(), indent=2) + "\n")
+        return _Page(status, _JSON, json_text(asdict(readiness), indent=2) + "\n")
 
     def _numbers(self) -> _Page:
         kind, text = self._metrics()
@@ -97,10 +99,10 @@ class Application:
     def _all(self) -> _Page:
         now = self._board.now
         document = {
-            **self._board.readiness()._asdict(),
+            **asdict(self._board.readiness()),
             "report": now.report,
-            "check": now.check._asdict() if now.check else None,
-            "verification": now.verification._asdict() if now.verification else None,
+            "check": asdict(now.check) if now.check else None,
+            "verification": asdict(now.verification) if now.verification else None,
         }
         return _Page("200 OK", _JSON, json_text(document, indent=2) + "\n")
 

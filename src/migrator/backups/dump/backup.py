@@ -3,7 +3,7 @@
 Decisions, with what was measured or tried:
 
 * Compressed always: an uncompressed archive has no checksums inside, and hides bit flips from pg_restore.  How, and
-  with how many workers, is decided in ``method.py``.
+  with how many workers, is decided in ``format.py``.
 * Proof is ``pg_restore -f /dev/null``, which decompresses and parses everything; ``--list`` passes archives
   that were truncated to 90 % or had bits flipped.  The checksum is taken while writing and again from disk.
 * Row-level security: ``--enable-row-security`` exits 0 with rows missing, so it is never used, and a role that
@@ -22,21 +22,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 import migrator
-from migrator.backups import clients, exclusions, method, pg_dump, proof, roles, snapshot, space, verdict
+from migrator.backups import clients, exported_snapshot
 from migrator.backups.clients import Client
-from migrator.backups.folder import FolderStore
+from migrator.backups.dump import disk_space, exclusions, format, globals, pg_dump
+from migrator.backups.dump.format import DIRECTORY, Method
+from migrator.backups.dump.pg_dump import Dump, OneWorkerOnly
+from migrator.backups.exported_snapshot import LockedOut, Relation, Sizes
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.method import DIRECTORY, Method
-from migrator.backups.parts import DirectoryPart
-from migrator.backups.pg_dump import Dump, WorkerLockedOut
-from migrator.backups.proof import Proving
-from migrator.backups.snapshot import LockedOut, Relation, Sizes
-from migrator.backups.store import Part, Store, WritablePart, new_id
-from migrator.backups.stores import open_store
+from migrator.backups.storage.interface import Part, Store, WritablePart, new_id
+from migrator.backups.storage.local import FolderStore
+from migrator.backups.storage.open import open_store
+from migrator.backups.storage.parts import DirectoryPart
+from migrator.backups.verification import verdict, verify_new
+from migrator.backups.verification.verify_new import Proving
+from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, MigratorError
-from migrator.postgres import ConnectFailed, QueryFailed, Session
+from migrator.postgres import connection_limit
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Session
 from migrator.schema.patterns import parse
-from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
 _GOODBYE = 10.0  # seconds for the server to notice that pg_dump has gone
@@ -52,6 +55,7 @@ class Prepared:
     how: Method
     excluded: tuple[Relation, ...]
     oddities: tuple[str, ...]
+    not_dumped: tuple[str, ...]
 
 
 def check_client(session: Session, settings: Settings) -> Client:
@@ -67,28 +71,37 @@ def preflight(session: Session, settings: Settings) -> Prepared:
     database = session.facts.database
     with failing("The backup cannot be prepared"):
         client = check_client(session, settings)
-        found = snapshot.relations(session)
+        connection_limit.refuse_too_few(session, 3, "A backup")
+        found = exported_snapshot.relations(session)
         _check_readable(session, found)
         excluded = _excluded(session, settings, found)
         store = open_store(settings.backup_url, settings)
         store.prepare()
         store.remove_stale(database)
-        sizes = snapshot.sizes(session)
+        sizes = exported_snapshot.sizes(session)
         left_out = {table.oid for table in excluded}
-        table_bytes = snapshot.table_bytes(session)
-        how = method.choose(
+        how = format.choose(
             settings,
             client,
             folder=isinstance(store, FolderStore) and not store.recipients,
-            table_bytes=[size for oid, size in table_bytes.items() if oid not in left_out],
+            table_bytes=[size for oid, size in sizes.tables.items() if oid not in left_out],
         )
         if how.note:
             LOGGER.warning("%s", how.note)
-        space.check(store, database, sizes, how.compression)
-        proof.preflight(session, settings)
-        if settings.backup_verify == proof.RESTORE and not settings.verify_url:
-            space.check_scratch(session, sizes)
-        return Prepared(client, store, sizes, how, tuple(excluded), snapshot.oddities(session))
+        disk_space.check(store, database, sizes, how.compression)
+        verify_new.preflight(session, settings)
+        if settings.backup_verify == verify_new.RESTORE and not settings.verify_url:
+            disk_space.check_scratch(session, sizes)
+        hidden = exported_snapshot.not_dumped(session)
+        if hidden:
+            LOGGER.warning(
+                "the backup is not whole, for role %s is no superuser: it leaves out %s",
+                session.facts.user,
+                _some(list(hidden)),
+            )
+        return Prepared(
+            client, store, sizes, how, tuple(excluded), exported_snapshot.oddities(session), hidden
+        )
 
 
 def _excluded(session: Session, settings: Settings, found: list[Relation]) -> list[Relation]:
@@ -128,14 +141,14 @@ def back_up(
     LOGGER.info(
         "backing up %s (%s) to %s ...",
         database,
-        method.describe(ready.how, ready.sizes.database),
+        format.describe(ready.how, ready.sizes.database),
         ready.store,
     )
     with failing(f"The backup of {database} failed", ready.store, ready.sizes):
         try:
             backup = work.make(ready.how, started, about)
-        except WorkerLockedOut:
-            LOGGER.warning("another session waits to lock a table: the backup begins again, with one worker")
+        except OneWorkerOnly as error:
+            LOGGER.warning("%s: the backup begins again, with one worker", error)
             work.wait_until_gone()
             backup = work.make(ready.how.single, started, about)
         except (MigratorError, QueryFailed, OSError):
@@ -147,7 +160,7 @@ def back_up(
         database,
         human_size(backup.size_bytes),
         backup.seconds,
-        "restored and compared" if backup.verified == proof.RESTORE else "read back whole",
+        "restored and compared" if backup.verified == verify_new.RESTORE else "read back whole",
         backup.id,
     )
     return backup
@@ -173,36 +186,43 @@ class _Work:
                 self._settings,
                 ready.client,
                 how,
+                ready.sizes,
                 ready.excluded,
                 application_name=self._children_name,
             )
             proving = Proving(session, self._settings, ready.client, about["run_id"], self._children_name)
             left_out = tuple(table.shown for table in ready.excluded)
             with proving.reading(part) as sink:
-                dumped = dump.write(
-                    part, sink=sink, in_snapshot=lambda inside: proving.in_snapshot(inside, left_out)
+                bounds = dump.write(
+                    part,
+                    sink=sink,
+                    in_snapshot=lambda inside, found: proving.in_snapshot(inside, found, left_out),
+                    meanwhile=proving.meanwhile,
                 )
             globals_sql, globals_note = self._globals()
             self.wait_until_gone()
             part.sync()
             backup = Backup(
                 **_made_of(session, ready.client, part),
-                **proving.facts(dumped.tables),
+                **proving.facts(),
                 **about,
                 created_at=moment.isoformat(timespec="milliseconds"),
                 database_size_bytes=ready.sizes.database,
                 seconds=0.0,
-                next_xid=dumped.next_xid,
+                next_xid=bounds.next,
+                unseen_xid=bounds.unseen,
+                running_xids=bounds.running,
                 dump_format=how.dump_format,
                 jobs=how.jobs,
                 compression=how.compression,
                 excluded_table_data=left_out,
+                not_dumped=ready.not_dumped,
                 oddities=ready.oddities,
                 globals_note=globals_note,
             )
             backup, unproven = proving.prove(ready.store, part, backup)
             backup = replace(backup, seconds=round(time.monotonic() - started, 3), stored_tag=part.tag)
-            beside = {roles.ENDING: globals_sql} if globals_sql else {}
+            beside = {globals.ENDING: globals_sql} if globals_sql else {}
             backup = ready.store.add(part, backup, beside)
         if unproven is not None:
             verdict.refuse(ready.store, backup, unproven)
@@ -211,7 +231,7 @@ class _Work:
     def _globals(self) -> tuple[bytes, str]:
         session = self._session
         target = session.target.with_database(session.facts.database)
-        text, note = roles.read(
+        text, note = globals.read(
             session, self._ready.client, target, self._children_name, self._settings.connect_timeout
         )
         if note:
@@ -242,7 +262,7 @@ def _new_part(store: Store, how: Method, backup_id: str, data: int) -> WritableP
 
 def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:
     """Return what the manifest says about the dump, the server and the programs."""
-    system_identifier, timeline = snapshot.identity(session)
+    system_identifier, timeline = exported_snapshot.identity(session)
     stored_sha256, stored_bytes = part.stored
     return {
         "id": part.id,
@@ -254,7 +274,7 @@ def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:
         "verified": "read",
         "database": session.facts.database,
         "target": str(session.target),
-        "properties": snapshot.properties(session),
+        "properties": exported_snapshot.properties(session),
         "system_identifier": system_identifier,
         "timeline": timeline,
         "database_oid": session.facts.database_oid,
@@ -307,8 +327,11 @@ def failing(what: str, store: Store | None = None, sizes: Sizes | None = None) -
     except QueryFailed as error:
         raise BackupFailed(f"{what}: {error.text}.", next_step="put it right and run again") from error
     except ConnectFailed as error:
+        if error.refusal is Refusal.TRANSIENT:
+            raise
         raise BackupFailed(
-            f"{what}: no connection to the server: {error.text}.", next_step="run again"
+            f"{what}: no connection to the server: {error.text}.",
+            next_step=clients.remedy(error) or "run again",
         ) from error
     except OSError as error:
         in_store = store is not None and str(error.filename or store).startswith(str(store))

@@ -12,11 +12,11 @@ import logging
 import os
 from pathlib import Path
 
+from migrator.backups.exported_snapshot import Sizes
 from migrator.backups.manifest import human_size
-from migrator.backups.snapshot import Sizes
-from migrator.backups.store import Store
+from migrator.backups.storage.interface import Store
 from migrator.errors import BackupFailed
-from migrator.postgres import QueryFailed, Session
+from migrator.postgres.session import QueryFailed, Session
 
 LOGGER = logging.getLogger("migrator.backup")
 

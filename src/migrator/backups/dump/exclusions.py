@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from migrator.backups.snapshot import Relation
-from migrator.postgres import Session
+from migrator.backups.exported_snapshot import Relation
+from migrator.postgres.session import Session
 from migrator.schema.patterns import Pattern
 
 # A partitioned table holds no rows itself: its partitions do, and theirs.

@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from migrator import process
 from migrator.backups.clients import Client
 from migrator.backups.manifest import human_size
+from migrator.config.settings import Settings
 from migrator.errors import BackupFailed
-from migrator.settings import Settings
+from migrator.runtime import subprocesses
 
 CUSTOM, DIRECTORY = "custom", "directory"
 PARALLEL_FROM = 256 * 1000 * 1000
@@ -105,10 +105,10 @@ def supports(client: Client, method: str) -> bool:
         return False
     probe = ["--format=custom", f"--compress={method}", "--dbname=host=/nonexistent"]
     try:
-        done = process.run(
-            [client.pg_dump, *probe], environment=process.base_environment(), timeout=_PROBE_TIMEOUT
+        done = subprocesses.run(
+            [client.pg_dump, *probe], environment=subprocesses.base_environment(), timeout=_PROBE_TIMEOUT
         )
-    except (OSError, process.TimedOut):
+    except (OSError, subprocesses.TimedOut):
         return False
     return "connection to server" in done.stderr
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from migrator import process
 from migrator.backups import clients
 from migrator.backups.clients import Client
-from migrator.postgres import QueryFailed, Session, quote_identifier
-from migrator.target import Target
+from migrator.config.database_url import Target
+from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.backup")
 ENDING = ".globals.sql"
@@ -74,13 +74,13 @@ def _dumpall(client: Client, target: Target, application_name: str, timeout: flo
     if "=" not in database and "://" not in database:
         arguments.append(f"--database={database}")
     try:
-        done = process.run(
+        done = subprocesses.run(
             arguments,
             environment=clients.environment(target, application_name, timeout),
             on_output=take,
             timeout=_TIMEOUT,
         )
-    except (OSError, process.TimedOut, _TooMuch) as error:
+    except (OSError, subprocesses.TimedOut, _TooMuch) as error:
         return b"", f"pg_dumpall: {error or 'too much of it'}"
     if done.status != 0:
         return b"", clients.last_words(done)
@@ -97,4 +97,4 @@ def _by_query(session: Session) -> bytes:
     for role, member, admin in session.query(_MEMBERS):
         option = " WITH ADMIN OPTION" if admin else ""
         lines.append(f"GRANT {quote_identifier(role)} TO {quote_identifier(member)}{option};")
-    return ("\n".join(lines) + "\n").encode()
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")

@@ -6,38 +6,38 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
-from migrator import process
-from migrator.backups import clients, method, progress, snapshot
+from migrator.backups import clients, exported_snapshot
 from migrator.backups.clients import Client
-from migrator.backups.manifest import Table
-from migrator.backups.method import Method
-from migrator.backups.parts import DirectoryPart
-from migrator.backups.progress import DumpProgress
-from migrator.backups.snapshot import LOCK_WAIT, Relation
-from migrator.backups.store import Part
+from migrator.backups.dump import format, progress
+from migrator.backups.dump.format import Method
+from migrator.backups.dump.progress import DumpProgress
+from migrator.backups.exported_snapshot import LOCK_WAIT, Bounds, Relation, Sizes
+from migrator.backups.storage.interface import Part
+from migrator.backups.storage.parts import DirectoryPart
+from migrator.config.settings import Settings
 from migrator.errors import BackupFailed
-from migrator.postgres import Session, quote_identifier
-from migrator.report.progress import Progress
-from migrator.settings import Settings
+from migrator.postgres import connection_limit
+from migrator.postgres.errors import child_refused, no_room
+from migrator.postgres.session import Session, dead_client_values, quote_identifier
+from migrator.runtime import subprocesses
+from migrator.runtime.progress import Progress
 
 _CHATTER = re.compile(r"^pg_dump: (?!error|warning|fatal|detail|hint)[^\n]*(\n|$)", re.MULTILINE)
 # A worker asks for each table's lock anew, and never waits: who queues for the whole table would wait for us.
 _WORKER_LOCKED_OUT = "could not obtain lock on relation"
+_LOCKED = "Query was: LOCK TABLE"
+_HELD = """
+SELECT relation::bigint FROM pg_locks
+ WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock' AND granted
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 
 
-class WorkerLockedOut(Exception):
-    """Somebody waits for an ACCESS EXCLUSIVE lock, so a second session gets none: one worker alone can go on."""
-
-
-@dataclass(frozen=True)
-class Dumped:
-    """What was seen in the dump's snapshot."""
-
-    tables: Mapping[str, Table]
-    next_xid: int
+class OneWorkerOnly(Exception):
+    """A further worker got no lock, for somebody waits for an ACCESS EXCLUSIVE one, or no connection."""
 
 
 class Dump:
@@ -49,6 +49,7 @@ class Dump:
         settings: Settings,
         client: Client,
         how: Method,
+        sizes: Sizes,
         excluded: Collection[Relation] = (),
         *,
         application_name: str,
@@ -57,6 +58,7 @@ class Dump:
         self._settings = settings
         self._client = client
         self._how = how
+        self._sizes = sizes
         self._excluded = excluded
         self._database = session.facts.database
         self._target = session.target.with_database(self._database)
@@ -68,40 +70,59 @@ class Dump:
         part: Part,
         *,
         sink: Callable[[bytes], object] | None,
-        in_snapshot: Callable[[Session], object] = lambda _: None,
-    ) -> Dumped:
-        """Write the archive; return what the tables held in its snapshot.
+        in_snapshot: Callable[[Session, list[Relation]], object],
+        meanwhile: Callable[[Session], object],
+    ) -> Bounds:
+        """Write the archive; return which transactions its snapshot has not seen.
 
         A single file goes through ``sink``; where that is None, pg_dump writes into the part's folder itself.
-        ``in_snapshot`` is called with the session that holds the snapshot, before pg_dump starts.
-        Raises :class:`WorkerLockedOut`, :class:`LockedOut`, :class:`BackupFailed`, OSError.
+        ``in_snapshot`` is called with the session that holds the snapshot and what there is in it, before pg_dump
+        starts; ``meanwhile`` with that session, as soon as it has started.
+        Raises :class:`OneWorkerOnly`, :class:`LockedOut`, :class:`BackupFailed`, OSError.
         """
-        holder = snapshot.exported(self._target, self._application_name, self._timeout)
+        holder = exported_snapshot.exported(self._target, self._application_name, self._timeout)
         with holder as (session, snapshot_id):
-            next_xid = snapshot.next_xid(session)
-            found = snapshot.relations(session)
-            left_out = {table.shown for table in self._excluded}
-            tables = snapshot.count(session, found, left_out)
-            in_snapshot(session)
-            sizes = {
-                name: table.size_bytes
-                for name, table in tables.items()
-                if table.size_bytes is not None and name not in left_out
-            }
-            told = self._progress(found, sizes, part)
+            bounds = exported_snapshot.bounds(session)
+            found = exported_snapshot.relations(session)
+            in_snapshot(session, found)
+            told = self._progress(found, part)
             encoding = str(session.value("SHOW server_encoding"))
-            finished = _without_chatter(self._run(snapshot_id, encoding, part, sink, told))
+            finished = self._run(snapshot_id, encoding, part, sink, told, lambda _: meanwhile(session))
         if finished.status != 0:
             if self._how.jobs > 1 and _WORKER_LOCKED_OUT in finished.stderr:
-                raise WorkerLockedOut
+                raise OneWorkerOnly("another session waits to lock a table")
+            if self._how.jobs > 1 and child_refused(finished.stderr):
+                raise OneWorkerOnly("the server has no room for a further worker of pg_dump")
             if isinstance(part, DirectoryPart):
                 _raise_disk_error(finished, part)
-            raise _failed(self._database, finished)
-        return Dumped(tables, next_xid)
+            if _LOCKED in finished.stderr and finished.seconds >= LOCK_WAIT:
+                raise locked_out(self._locked(found))
+            raise _failed(self._database, finished, self._how.jobs)
+        return bounds
 
-    def _progress(self, found: list[Relation], sizes: Mapping[str, int], part: Part) -> DumpProgress:
+    def _progress(self, found: list[Relation], part: Part) -> DumpProgress:
+        left_out = {table.oid for table in self._excluded}
+        tables = [item for item in found if item.kind == "r" and item.oid not in left_out]
         bar = Progress(100, sys.stderr, enabled=self._settings.log_format != "json", percent=True)
-        return DumpProgress(self._database, found, sizes, lambda: part.size, bar, jobs=self._how.jobs)
+        return DumpProgress(self._database, tables, self._sizes, lambda: part.size, bar, jobs=self._how.jobs)
+
+    def _locked(self, found: list[Relation]) -> str:
+        """Name the tables that another session has locked."""
+        held = {row[0] for row in self._control.query(_HELD)}
+        names = [item.shown for item in found if item.oid in held]
+        return ", ".join(names[:5]) or "a table"
+
+    def _environment(self) -> dict[str, str]:
+        """Return pg_dump's variables; its session ends on the server, with its locks, where this machine is cut off.
+
+        A pooler may refuse what a session is told as it begins.
+        """
+        given = dict(clients.environment(self._target, self._application_name, self._timeout))
+        if not self._control.pooled:
+            values = dead_client_values(self._control.facts.major)
+            options = [f"-c {name}={value}" for name, value in values.items()]
+            given["PGOPTIONS"] = " ".join([*filter(None, [given.get("PGOPTIONS", "")]), *options])
+        return given
 
     def _run(
         self,
@@ -110,15 +131,17 @@ class Dump:
         part: Part,
         sink: Callable[[bytes], object] | None,
         told: DumpProgress,
-    ) -> process.Finished:
+        on_start: Callable[[int], object],
+    ) -> subprocesses.Finished:
         folder = part.temporary if isinstance(part, DirectoryPart) else None
-        try:
-            return process.run(
+
+        def dump() -> subprocesses.Finished:
+            finished = subprocesses.run(
                 [
                     self._client.pg_dump,
                     f"--format={self._how.dump_format}",
                     *([f"--file={folder}", f"--jobs={self._how.jobs}"] if folder else []),
-                    method.compress_option(self._client, self._how.compression),
+                    format.compress_option(self._client, self._how.compression),
                     f"--encoding={encoding}",  # not what ALTER DATABASE has set, which may lack a letter
                     "--verbose",
                     "--no-password",
@@ -127,12 +150,17 @@ class Dump:
                     *(f"--exclude-table-data={_exactly(table)}" for table in self._excluded),
                     clients.connection_argument(self._target, self._database),
                 ],
-                environment=clients.environment(self._target, self._application_name, self._timeout),
+                environment=self._environment(),
+                on_start=on_start,
                 on_output=sink,
                 on_stderr=told.on_stderr,
                 # pg_dump itself waits for ever where a network is cut that acknowledges everything.
                 pulse=lambda: self._pulse(told),
             )
+            return _without_chatter(finished)
+
+        try:
+            return dump() if self._how.jobs > 1 else connection_limit.run(dump)
         finally:
             told.close()
 
@@ -151,23 +179,27 @@ def _exactly(table: Relation) -> str:
     return f"{quote_identifier(table.schema)}.{quote_identifier(table.name)}"
 
 
-def _without_chatter(finished: process.Finished) -> process.Finished:
+def _without_chatter(finished: subprocesses.Finished) -> subprocesses.Finished:
     """Leave out what ``--verbose`` adds, so that the last words are about what went wrong."""
     return replace(finished, stderr=_CHATTER.sub("", finished.stderr))
 
 
-def _raise_disk_error(finished: process.Finished, part: DirectoryPart) -> None:
+def _raise_disk_error(finished: subprocesses.Finished, part: DirectoryPart) -> None:
     """Raise what pg_dump got from the disk as if we had written there ourselves."""
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         if os.strerror(number) in finished.stderr:
             raise OSError(number, os.strerror(number), str(part.temporary))
 
 
-def _failed(database: str, finished: process.Finished) -> BackupFailed:
+def _failed(database: str, finished: subprocesses.Finished, jobs: int) -> BackupFailed:
     words = clients.last_words(finished)
     next_step = "see what pg_dump said, put it right, and run again"
-    if "Query was: LOCK TABLE" in finished.stderr and finished.seconds >= LOCK_WAIT:
-        return locked_out("a table")
+    if no_room("", finished.stderr):
+        needed = 3 + jobs if jobs > 1 else 3
+        next_step = (
+            f"a backup takes {needed} connections at once: let the pooler have as many (default_pool_size), or give the"
+            " address around it in MIGRATOR_DIRECT_URL"
+        )
     if "permission denied" in words:
         next_step = grant("the role")
     return BackupFailed(f"pg_dump of {database} failed: {words}", next_step=next_step)
@@ -178,7 +210,8 @@ def locked_out(table: str) -> BackupFailed:
     return BackupFailed(
         f"Another session kept {table} locked for {LOCK_WAIT:.0f} s, so it could not be backed up.",
         next_step="run again when that session is done: SELECT pid, query FROM pg_stat_activity JOIN pg_locks "
-        "USING (pid) WHERE mode = 'AccessExclusiveLock'",
+        "USING (pid) WHERE mode = 'AccessExclusiveLock'; or it is a prepared transaction (SELECT gid FROM "
+        "pg_prepared_xacts), which ROLLBACK PREPARED ends",
     )
 
 

@@ -2,7 +2,8 @@
 
 pg_dump says on stderr which table it begins (``--verbose``); how far it is inside one, the server knows
 (``pg_stat_progress_copy``, PostgreSQL 14 and newer).  A table's size on disk and its rows as text are about the same,
-so a percentage is an estimate, and never 100 before the end.
+so a percentage is an estimate, and never 100 before the end.  The catalogs know a size from the last VACUUM; what they
+do not know of may belong to any table, and counts as far as it was seen.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
+from migrator.backups.exported_snapshot import Relation, Sizes
 from migrator.backups.manifest import human_size
-from migrator.backups.snapshot import Relation
-from migrator.report.progress import Progress
+from migrator.runtime.progress import Progress
 
 LOGGER = logging.getLogger("migrator.backup")
 EVERY = 15.0
@@ -38,20 +39,20 @@ class DumpProgress:
     def __init__(
         self,
         database: str,
-        found: Sequence[Relation],
-        sizes: Mapping[str, int],
+        tables: Sequence[Relation],
+        sizes: Sizes,
         written: Callable[[], int],
         bar: Progress,
         *,
         jobs: int = 1,
     ) -> None:
-        tables = [table for table in found if table.shown in sizes]
         self._database = database
         self._names = {f"{table.schema}.{table.name}": table.shown for table in tables}
         self._short = {table.name: table.shown for table in tables}
         self._oids = {table.oid: table.shown for table in tables}
-        self._sizes = sizes
-        self._total = sum(sizes.values())
+        self._sizes = {table.shown: sizes.tables.get(table.oid, 0) for table in tables}
+        self._unknown = max(sizes.data - sum(sizes.tables.values()), 0)
+        self._total = self._unknown + sum(self._sizes.values())
         self._written = written
         self._bar = bar
         self._jobs = jobs
@@ -77,7 +78,7 @@ class DumpProgress:
         for oid, sent in rows:
             table = self._oids.get(oid)
             if table in self._running:
-                self._inside[table] = min(sent, self._sizes[table])
+                self._inside[table] = min(sent, self._sizes[table] + self._unknown)
 
     def _begin(self, table: str) -> None:
         if self._jobs == 1:
@@ -90,8 +91,7 @@ class DumpProgress:
     def _end(self, table: str) -> None:
         if table in self._running:
             self._running.remove(table)
-            self._inside.pop(table, None)
-            self._done += self._sizes[table]
+            self._done += max(self._sizes[table], self._inside.pop(table, 0))
 
     def close(self) -> None:
         """Take the bar away."""

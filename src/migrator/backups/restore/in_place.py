@@ -16,25 +16,37 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator import process
-from migrator.backups import archive, clients, event_triggers, losses, psql, temporary
+from migrator.backups import (
+    clients,
+    event_triggers,
+    exported_snapshot,
+    pg_restore,
+    psql,
+    session_settings,
+    sql_script,
+)
 from migrator.backups.clients import Client
+from migrator.backups.failures import RestoreStopped, WouldLose, failed
 from migrator.backups.manifest import Backup, Table
-from migrator.backups.restored import Compared, failed
+from migrator.backups.restore import extensions, write_detection
+from migrator.backups.restore.result import Compared
+from migrator.backups.storage import temporary
+from migrator.config.database_url import Target
+from migrator.config.settings import Settings
 from migrator.errors import RestoreFailed
-from migrator.interruption import Interrupt
-from migrator.ledger import literal
-from migrator.postgres import ConnectFailed, QueryFailed, Session, connect
-from migrator.settings import Settings
-from migrator.target import Target
+from migrator.ledger.table import literal
+from migrator.postgres import connection_limit
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.runtime import subprocesses
+from migrator.runtime.signals import Interrupt
 
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_TIMEOUT = "15s"
 _PATIENCE = 20.0  # seconds for the server to notice that psql is gone
-AFTER_THE_COMMIT = (Interrupt, QueryFailed, ConnectFailed, archive.RestoreStopped)
+AFTER_THE_COMMIT = (Interrupt, QueryFailed, ConnectFailed, RestoreStopped)
 _SUBSCRIPTION = re.compile(r"\d+; \d+ \d+ SUBSCRIPTION - (.*) \S+$")
 
-_EMPTY = """
+_EMPTY = f"""
 DO $migrator$
 DECLARE statement text;
 BEGIN
@@ -42,14 +54,12 @@ BEGIN
   FOR statement IN
     SELECT format('DROP SCHEMA %I CASCADE', nspname) FROM pg_namespace n
     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public')
-      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_namespace'::regclass AND d.objid = n.oid
-                                                AND d.deptype = 'e')
-      AND NOT EXISTS (SELECT FROM pg_extension e WHERE e.extnamespace = n.oid)
+      AND NOT ({extensions.STAYS})
     UNION ALL
     SELECT format('DROP %s IF EXISTS %s CASCADE', upper(replace(o.type, ' object', '')), o.identity)
     FROM pg_depend d, pg_identify_object(d.classid, d.objid, 0) o, pg_namespace n
     WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = n.oid AND d.deptype = 'n' AND d.objsubid = 0
-      AND (n.nspname = 'public' OR EXISTS (SELECT FROM pg_extension e WHERE e.extnamespace = n.oid))
+      AND (n.nspname = 'public' OR {extensions.STAYS})
       AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
       AND o.type IN ('table', 'view', 'materialized view', 'sequence', 'foreign table', 'composite type', 'type',
                      'function', 'procedure', 'aggregate', 'collation', 'conversion', 'operator', 'operator class',
@@ -70,7 +80,7 @@ BEGIN
   END LOOP;
   PERFORM lo_unlink(oid) FROM pg_largeobject_metadata;
 END $migrator$;
-"""
+"""  # noqa: S608 - a constant
 
 # They would be given to what is made next; the backup's own are made last.
 _NO_DEFAULT_PRIVILEGES = """
@@ -120,11 +130,13 @@ BEGIN
 END $compare$;
 """
 
-_END_OTHERS = """
+# First as our role, then as our login, where that acts as another: ALTER ROLE ... SET role.
+_END = """
 SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
   AND application_name NOT LIKE {ours};
 """
+_END_OTHERS = _END + "SET ROLE NONE;" + _END + "RESET ROLE;"
 
 _UNWRITTEN = """
 DO $migrator$ BEGIN
@@ -148,7 +160,7 @@ class Job:
 
     def connect(self) -> Session:
         """Open a session in the database."""
-        return connect(self.target, self.application_name, self.settings.connect_timeout)
+        return connection_limit.connect(self.target, self.application_name, self.settings.connect_timeout)
 
 
 def replace(
@@ -156,9 +168,9 @@ def replace(
 ) -> tuple[Compared, str, list[str]]:
     """Put the backup in the place of what the database holds; all of that is as it was where this raises.
 
-    ``own``: see :class:`~migrator.backups.restore.Wishes`.  ``committed`` is called as soon as it is.  Returns what was
+    ``own``: see :class:`Wishes`.  ``committed`` is called as soon as it is.  Returns what was
     compared, the id of the backup that was made before, and what did not come back.
-    Raises RestoreFailed, BackupFailed, or losses.WouldLose.
+    Raises RestoreFailed, BackupFailed, or WouldLose.
     """
     backup = job.backup
     with job.connect() as session:
@@ -166,26 +178,29 @@ def replace(
         client = clients.for_restore(job.settings, major, backup.client_major)
         try:
             listed = contents(client, job.path)
-        except archive.RestoreStopped as stopped:
+            script = session_settings.for_script(session, backup, client, job.path)
+        except RestoreStopped as stopped:
             raise _stopped(job, stopped) from stopped
+        _refuse_what_no_dump_has(job, session)
         event_triggers.refuse(session, backup, listed)
+        staying = extensions.look(session, listed)
         safety = _back_up(job, session)
         limit = ""
         if own is not None:
-            losses.refuse_another_server(session, backup)
-            limit = _UNWRITTEN.format(limit=losses.refuse_losses(session, backup, own()) + 1)
+            write_detection.refuse_another_server(session, backup)
+            limit = _UNWRITTEN.format(limit=write_detection.refuse_losses(session, backup, own()) + 1)
     ended = psql.Ended()
     notes: list[str] = []
     try:
-        notes += subscriptions(client, job.path)
-        _run(job, client, major, limit, ended)
+        notes += [*script.notes, *subscriptions(client, job.path)]
+        _run(job, client, major, staying, limit, ended, script)
         committed()
-        notes += _notes(job)
+        notes += _notes(job, staying)
     except BaseException as error:
-        with process.uninterrupted(forget=True):
+        with subprocesses.uninterrupted(forget=True):
             found = fate(job, ended)
         if found == "aborted":
-            if isinstance(error, archive.RestoreStopped):
+            if isinstance(error, RestoreStopped):
                 raise _stopped(job, error) from error
             raise
         if found != "committed" or not ended.whole or not isinstance(error, AFTER_THE_COMMIT):
@@ -196,14 +211,36 @@ def replace(
     return Compared(len(backup.tables), len(counted), sum(counted)), safety, notes
 
 
-def _run(job: Job, client: Client, major: int, limit: str, ended: psql.Ended) -> None:
+def _refuse_what_no_dump_has(job: Job, session: Session) -> None:
+    """Refuse where the database holds what neither the backup nor one of it as it is now would bring back."""
+    hidden = exported_snapshot.not_dumped(session)
+    if hidden:
+        raise failed(
+            job.backup,
+            f"A restore into the database as it is would lose for good what role {session.facts.user} cannot back up, "
+            f"for it is no superuser: {', '.join(hidden)}.",
+            "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL), which keeps the old database beside",
+        )
+
+
+def _run(
+    job: Job,
+    client: Client,
+    major: int,
+    staying: extensions.Staying,
+    limit: str,
+    ended: psql.Ended,
+    script: session_settings.Script,
+) -> None:
     """Empty the database and restore into it, in one transaction."""
+    known = sql_script.for_server(major)
     first = (
+        script.first,
         _END_OTHERS.format(ours=literal(f"%{job.run_id}%")),
         f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'; SET LOCAL search_path = '';",
-        _EMPTY + _NO_DEFAULT_PRIVILEGES + limit,
+        _EMPTY + staying.empty + _NO_DEFAULT_PRIVILEGES + limit,
     )
-    with chosen(client, job.path, _restorable) as listed:
+    with chosen(client, job.path, staying.wanted) as listed:
         psql.run(
             client,
             clients.connection_argument(job.target, job.target.database),
@@ -211,7 +248,7 @@ def _run(job: Job, client: Client, major: int, limit: str, ended: psql.Ended) ->
             [*archive_format(job.path), "--no-subscriptions", f"--use-list={listed}", job.path],
             first="\n".join(first),
             last=comparison(job.backup.tables),
-            change=psql.for_server(major),
+            change=lambda line: script.change(known(line)),
             ended=ended,
         )
 
@@ -230,17 +267,17 @@ def fate(job: Job, ended: psql.Ended) -> str:
                     return found
                 if time.monotonic() > deadline:
                     return ""
-                session.query("SELECT pg_terminate_backend(%s)", [pid])
+                session.terminate(pid)
                 time.sleep(0.05)
     except (QueryFailed, ConnectFailed) as error:
         LOGGER.warning("nobody can tell whether the restore was committed: %s", error)
         return ""
 
 
-def _stopped(job: Job, stopped: archive.RestoreStopped) -> Exception:
+def _stopped(job: Job, stopped: RestoreStopped) -> Exception:
     """Return the error of a restore whose transaction was rolled back."""
     if "others have written since" in stopped.said:
-        return losses.WouldLose("others have written while it was about to be restored")
+        return WouldLose("others have written while it was about to be restored")
     return failed(
         job.backup,
         f"The restore of {job.backup.id} into the database as it is failed: {stopped.said}",
@@ -262,7 +299,7 @@ def _changed(job: Job, safety: str, found: str, error: BaseException) -> Restore
 
 def _back_up(job: Job, session: Session) -> str:
     """Back the database up as it is now; raises BackupFailed."""
-    from migrator.backups.dump import back_up
+    from migrator.backups.dump.backup import back_up
 
     made = back_up(
         session,
@@ -280,32 +317,28 @@ def archive_format(path: Path) -> list[str]:
     return [f"--format={'directory' if path.is_dir() else 'custom'}"]
 
 
-def _restorable(line: str) -> bool:
-    """Whether an entry can come back: comments on extensions may be set by an extension's owner only, who is seldom
-    the role that owns the database; the extensions themselves stay where they are.
-    """
-    return " COMMENT - EXTENSION " not in line
-
-
 @contextlib.contextmanager
 def chosen(client: Client, path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Yield a file that lists those of the archive's entries which are wanted, for ``pg_restore --use-list``."""
     lines = [line for line in contents(client, path) if wanted(line)]
-    with temporary.in_memory("".join(f"{line}\n" for line in lines).encode()) as listed:
+    lines.sort(key=event_triggers.is_one)
+    with temporary.in_memory(
+        "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    ) as listed:
         yield listed
 
 
 def contents(client: Client, path: Path) -> list[str]:
     """Return the lines of an archive's table of contents; raises RestoreStopped."""
     listed = bytearray()
-    finished = process.run(
+    finished = subprocesses.run(
         [client.pg_restore, "--list", *archive_format(path), path],
-        environment=process.base_environment(),
+        environment=subprocesses.base_environment(),
         on_output=listed.extend,
     )
     if finished.status != 0:
-        raise archive.RestoreStopped(clients.last_words(finished))
-    return listed.decode("utf-8", "replace").splitlines()
+        raise RestoreStopped(clients.last_words(finished))
+    return listed.decode(pg_restore.codec_of(client, path), "surrogateescape").split("\n")
 
 
 def subscriptions(client: Client, path: Path) -> list[str]:
@@ -326,18 +359,22 @@ def comparison(tables: Mapping[str, Table]) -> str:
     return _COMPARE.format(tables=f"{literal(text)}::jsonb")
 
 
-def _notes(job: Job) -> list[str]:
+def _notes(job: Job, staying: extensions.Staying) -> list[str]:
     """Say what a restore from within leaves as it was before it."""
     with job.connect() as session:
         session.query("ANALYZE")
-        extensions = session.value(
+        installed = session.value(
             "SELECT string_agg(extname::text, ', ' ORDER BY extname) FROM pg_extension WHERE extname <> 'plpgsql'"
         )
         others = session.value(
             "SELECT string_agg(DISTINCT pg_get_userbyid(defaclrole), ', ') FROM pg_default_acl"
             " WHERE NOT pg_has_role(defaclrole, 'USAGE')"
         )
-    notes = [f"Extensions were left as they are: {extensions}."] if extensions else []
+    notes = [f"Extensions were left as they are: {installed}."] if installed else []
+    if staying.kept:
+        notes.append(
+            f"Their tables keep the rows that they had, for this role may not replace them: {', '.join(staying.kept)}."
+        )
     if others:
         notes.append(f"Default privileges of {others}, which are another's, were left as they are.")
     return notes

@@ -13,33 +13,53 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from migrator.backups import archive, clients, databases, in_place, losses, snapshot
+from migrator.backups import (
+    clients,
+    databases,
+    event_triggers,
+    exported_snapshot,
+    pg_restore,
+    session_settings,
+)
+from migrator.backups.clients import Client
+from migrator.backups.failures import RestoreStopped, failed
 from migrator.backups.manifest import Backup, human_size
-from migrator.backups.restored import (
+from migrator.backups.restore import in_place, write_detection
+from migrator.backups.restore.result import (
     Compared,
     Restored,
     compare,
-    failed,
     failing,
     refuse_standby,
     slots_left,
     warn_unproven,
 )
-from migrator.backups.stores import open_store
+from migrator.backups.storage.open import open_store
+from migrator.config.database_url import Target
+from migrator.config.settings import Settings
 from migrator.errors import LockBusy, SettingsError
-from migrator.postgres import ConnectFailed, QueryFailed, Session, connect, quote_identifier
-from migrator.process import uninterrupted
-from migrator.settings import Settings
-from migrator.target import Target
+from migrator.postgres import connection_limit
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier
+from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_PATIENCE = 10.0
+_BOUND = re.compile(
+    rb"^\d+; \d+ \d+ ((EXTENSION -|COMMENT - EXTENSION) pg_cron|(TABLE DATA|SEQUENCE SET|ACL) cron|ACL - SCHEMA cron)"
+    rb" .*\n",
+    re.MULTILINE,
+)
+_BOUND_NOTE = (
+    "pg_cron was left out, for it can be in no database with another name. As a superuser in {name}: "
+    "`CREATE EXTENSION pg_cron`, then `pg_restore --data-only --schema=cron --table=job --dbname={name} {place}`."
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,8 @@ class Wishes:
 
     ``drop_old``: drop the database that was replaced, once the new one is seen under its name.
     ``own``: where given, the restore is refused if it would lose what others than these transactions have written
-    since the backup (see losses.py).  ``before_swap`` is called with a session in what is about to take the name.
+    since the backup (see write_detection.py).  ``before_swap`` is called with a session in what is about to take the
+    name.
     ``swapped`` is called as soon as the backup has the place, when no signal may say any more that nothing was changed.
     ``incomplete``: also with a backup that has not the rows of all tables, but then what was there before is kept.
     """
@@ -75,7 +96,7 @@ def restore(
 
     In its place: every session in the database is ended at the moment of the swap, our own included.
     Raises :class:`RestoreFailed`, and the database is under its own name and as it was then, or
-    :class:`losses.WouldLose`, and nothing was done.
+    :class:`WouldLose`, and nothing was done.
     """
     if to is None and not replace:
         raise SettingsError(
@@ -93,12 +114,15 @@ def restore(
             f"migrator restore {backup.id} --to NAME puts it beside",
         )
     wishes = wishes or Wishes()
-    if to is None and backup.excluded_table_data and (wishes.drop_old or not wishes.incomplete):
-        raise losses.Incomplete(backup)
+    if to is None and (
+        (backup.excluded_table_data and not wishes.incomplete)
+        or (write_detection.missing(backup) and wishes.drop_old)
+    ):
+        raise write_detection.Incomplete(backup)
     warn_unproven(backup)
     if backup.target != str(session_target):
         LOGGER.warning("%s was taken from %s, and this is %s", backup.id, backup.target, session_target)
-    with failing(backup), archive.opened(store, backup, settings) as path:
+    with failing(backup), pg_restore.opened(store, backup, settings) as path:
         work = _Restore(session_target, settings, backup, path, run_id, application_name, wishes)
         with work.sessions():
             done = work.beside(to) if to is not None else work.in_place()
@@ -127,9 +151,10 @@ class _Restore:
         self._run_id = run_id
         self._application_name = application_name
         self._wishes = wishes
-        empty = losses.empty_tables(backup)
-        self._empty = [f"This backup is not whole: {empty}."] if empty else []
+        missing = write_detection.missing(backup)
+        self._missing = [f"This backup is not whole: {missing}."] if missing else []
         self._notes: list[str] = []
+        self._filling = session_settings.Filling()
         self._session: Session
 
     @contextlib.contextmanager
@@ -138,6 +163,7 @@ class _Restore:
         with self._connect() as session:
             self._session = session
             refuse_standby(session)
+            connection_limit.refuse_too_few(session, 4, "A restore")
             self._keep_others_out()
             for name in databases.marked(session, self._target.database):
                 LOGGER.info("dropping %s, which an interrupted restore left", name)
@@ -208,7 +234,7 @@ class _Restore:
             counted=compared.counted,
             rows=compared.rows,
             seconds=0.0,
-            notes=(*self._empty, *notes),
+            notes=(*self._missing, *notes),
             **{"kept": "", **more},
         )
 
@@ -232,12 +258,12 @@ class _Restore:
         return compared, safety, notes
 
     @contextlib.contextmanager
-    def _nobody_writes(self, replaced: bool) -> Iterator[losses.Holder | None]:
+    def _nobody_writes(self, replaced: bool) -> Iterator[write_detection.Holder | None]:
         if self._wishes.own is None or not replaced:
             self._drop_expired()
             yield None
             return
-        holding = losses.nobody_writes(
+        holding = write_detection.nobody_writes(
             self._target,
             self._application_name,
             self._settings.connect_timeout,
@@ -252,7 +278,7 @@ class _Restore:
         """Drop what was replaced, once the new database answers under its name; returns whether it was."""
         try:
             with self._inside(self._target.database) as session:
-                found = [item for item in snapshot.relations(session) if item.kind != "S"]
+                found = [item for item in exported_snapshot.relations(session) if item.kind != "S"]
             if len(found) != compared.tables:
                 LOGGER.error("%s is kept: the new database does not show its tables", kept)
                 return False
@@ -274,7 +300,7 @@ class _Restore:
                 LOGGER.warning("%s could not be dropped: %s", name, error.text)
 
     def _inside(self, name: str) -> Session:
-        return connect(
+        return connection_limit.connect(
             self._target.with_database(name), self._application_name, self._settings.connect_timeout
         )
 
@@ -291,11 +317,10 @@ class _Restore:
                 databases.create(self._session, name, self._backup.properties)
                 created = True
             databases.mark(self._session, name, self._target.database)
-            if databases.exists(self._session, self._target.database):
-                databases.copy_privileges(self._session, self._target.database, name)
             with databases.without_event_triggers(self._session, name):
-                self._fill(name)
-                compared = self._compare(name)
+                compared = self._fill_and_compare(name)
+            session_settings.reset(self._session, name)
+            databases.copy_privileges(self._session, self._target.database, name)
             yield compared
         except BaseException:
             if created:
@@ -306,7 +331,7 @@ class _Restore:
         with uninterrupted():
             try:
                 if self._session.closed:
-                    with self._connect() as session:
+                    with self._connect(patient=False) as session:
                         databases.drop(session, name)
                 else:
                     databases.drop(self._session, name)
@@ -318,12 +343,13 @@ class _Restore:
                     quote_identifier(name),
                 )
 
-    def _connect(self) -> Session:
+    def _connect(self, *, patient: bool = True) -> Session:
         return databases.maintenance(
             self._target,
             self._application_name,
             self._settings.connect_timeout,
             not_in=self._target.database,
+            patient=patient,
         )
 
     def _may_create(self) -> bool:
@@ -340,7 +366,7 @@ class _Restore:
                 backup,
                 f"Role {session.facts.user} may not create databases, and a backup is restored into one of its own.",
                 f"as a superuser: ALTER ROLE {user} CREATEDB; or restore by hand into the database as it is: "
-                + archive.by_hand(backup, self._target.database),
+                + pg_restore.by_hand(backup, self._target.database),
             )
         if not session.value("SELECT count(*) FROM pg_roles WHERE rolname = %s", [backup.properties.owner]):
             owner = quote_identifier(backup.properties.owner)
@@ -350,37 +376,67 @@ class _Restore:
                 f"CREATE ROLE {owner};",
             )
 
-    def _fill(self, name: str) -> None:
-        """Run pg_restore into the database."""
-        backup, server = self._backup, self._session.facts
-        client = clients.for_restore(self._settings, server.major, backup.client_major)
+    def _fill_and_compare(self, name: str) -> Compared:
+        """Restore into the database, and compare it before its event triggers are there."""
+        backup = self._backup
+        client = clients.for_restore(self._settings, self._session.facts.major, backup.client_major)
         LOGGER.info("restoring %s (%s) into %s ...", backup.id, human_size(backup.size_bytes), name)
-        connect_timeout = self._settings.connect_timeout
-        try:
+        with self._told(), event_triggers.apart(client, self._path, _BOUND) as (others, alone):
             self._notes = in_place.subscriptions(client, self._path)
-            archive.restore_into(
-                client,
-                self._path,
-                clients.connection_argument(self._target, name),
-                clients.environment(self._target, self._application_name, connect_timeout),
-                server.major,
-                jobs=jobs(self._settings),
-                options=("--no-subscriptions",),
-            )
-        except archive.RestoreStopped as stopped:
+            if _BOUND.search(pg_restore.script(client, self._path, "--list")):
+                self._notes.append(_BOUND_NOTE.format(name=self._target.database, place=backup.place))
+            with self._inside(name) as inside:
+                self._filling = session_settings.for_copy(
+                    self._session, inside, self._dumped_under(), client, self._path
+                )
+            self._notes += self._filling.notes
+            session_settings.demand(backup, self._filling.refused, client, self._path)
+            self._pg_restore(client, name, others)
+            with self._inside(name) as session:
+                compared = compare(session, backup)
+            if alone:
+                self._pg_restore(client, name, alone)
+        return compared
+
+    def _pg_restore(self, client: Client, name: str, options: tuple[str, ...]) -> None:
+        connect_timeout = self._settings.connect_timeout
+        pg_restore.restore_into(
+            client,
+            self._path,
+            clients.connection_argument(self._target, name),
+            self._filling.environment(
+                clients.environment(self._target, self._application_name, connect_timeout)
+            ),
+            self._session.facts.major,
+            jobs=jobs(self._settings),
+            options=("--no-subscriptions", *options),
+            before_post_data=self._filling.before_post_data,
+        )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what pg_restore has said, and what helps."""
+        backup = self._backup
+        try:
+            yield
+        except RestoreStopped as stopped:
             next_step = "put right what pg_restore names, and restore again"
             if stopped.of_a_role:
                 next_step = (
                     "create the role that it names (CREATE ROLE ...), or restore as a role that may act for it; "
                     "without owners and grants it goes by hand into an empty database: "
-                    + archive.by_hand(backup, "NEW_DATABASE", "--no-owner", "--no-privileges")
+                    + pg_restore.by_hand(backup, "NEW_DATABASE", "--no-owner", "--no-privileges")
                 )
             message = f"pg_restore of {backup.id} failed: {stopped.said}"
             raise failed(backup, message, next_step) from stopped
 
-    def _compare(self, name: str) -> Compared:
-        with self._inside(name) as session:
-            return compare(session, self._backup)
+    def _dumped_under(self) -> Mapping[str, str]:
+        """Return the settings of the dump; what an older manifest does not have is asked of the original."""
+        known, original = self._backup.spelling, self._target.database
+        if known.keys() >= set(pg_restore.NAMES) or not databases.exists(self._session, original):
+            return known
+        with self._inside(original) as session:
+            return session_settings.read(session) | dict(known)
 
     def _finish(self, name: str) -> list[str]:
         """Copy what belongs to the database as a whole; return what could not be."""

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from migrator.backups import databases, snapshot
+from migrator.backups import clients, databases, exported_snapshot
+from migrator.backups.exported_snapshot import LockedOut, Relation
+from migrator.backups.failures import failed
 from migrator.backups.manifest import Backup
-from migrator.backups.snapshot import LockedOut
 from migrator.errors import AccessDenied, MigratorError, RestoreFailed
-from migrator.postgres import ConnectFailed, QueryFailed, Session, quote_identifier
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier
 
 LOGGER = logging.getLogger("migrator.restore")
 
@@ -83,18 +84,12 @@ class Restored:
         return "`migrator status` shows where it is"
 
 
-def failed(backup: Backup, message: str, next_step: str) -> RestoreFailed:
-    """Return the error of a restore that has changed nothing."""
-    state = f"The database was not changed; the backup is {backup.place}."
-    return RestoreFailed(message, next_step=next_step, state=state)
-
-
 def compare(session: Session, backup: Backup) -> Compared:
     """Compare tables and row counts with the manifest, and give the planner its statistics; raises RestoreFailed."""
     counted = {table: facts.rows for table, facts in backup.tables.items() if facts.rows is not None}
     session.query("SET statement_timeout = 0")
     session.query("SET row_security = off")
-    found = [relation for relation in snapshot.relations(session) if relation.kind != "S"]
+    found = [relation for relation in exported_snapshot.relations(session) if relation.kind != "S"]
     names = {relation.shown for relation in found}
     wrong = [f"{table} is missing" for table in sorted(backup.tables.keys() - names)]
     wrong += [f"{table} was not in the backup" for table in sorted(names - backup.tables.keys())]
@@ -102,12 +97,12 @@ def compare(session: Session, backup: Backup) -> Compared:
     for relation in found:
         expected = counted.get(relation.shown)
         if expected is not None:
-            actual = snapshot.count_exactly(session, relation)
+            actual = exported_snapshot.count_exactly(session, relation)
             rows += actual
             if actual != expected:
                 wrong.append(f"{relation.shown} has {actual} rows and not {expected}")
         if relation.kind == "r":
-            session.query(f"ANALYZE {relation.qualified}")
+            _analyze(session, relation)
     if wrong:
         raise failed(
             backup,
@@ -115,6 +110,16 @@ def compare(session: Session, backup: Backup) -> Compared:
             "keep the backup, and report this with the backup's manifest",
         )
     return Compared(len(found), len(counted), rows)
+
+
+def _analyze(session: Session, relation: Relation) -> None:
+    """Give the planner its statistics; a function in an index may fail here, and the copy is good all the same."""
+    try:
+        session.query(f"ANALYZE {relation.qualified}")
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        LOGGER.warning("%s has no statistics yet, for ANALYZE failed: %s", relation.shown, error.text)
 
 
 def warn_unproven(backup: Backup) -> None:
@@ -153,11 +158,18 @@ def failing(backup: Backup) -> Iterator[None]:
         raise failed(
             backup,
             f"{what}: the databases could not be swapped: {error}",
-            "end the sessions that it names, and restore again",
+            "end what it names, and restore again",
+        ) from error
+    except databases.SwapUnknown as error:
+        raise RestoreFailed(
+            f"{what}: {error}.",
+            state="Whether the databases were swapped is not known.",
+            next_step="`migrator current` shows where the database is; `psql --list` shows what is kept beside it",
         ) from error
     except LockedOut as error:
         raise failed(backup, f"{what}: {error.table} is locked.", "restore again") from error
     except (QueryFailed, ConnectFailed) as error:
-        raise failed(backup, f"{what}: {error.text}.", "put it right and restore again") from error
+        next_step = clients.remedy(error) or "put it right and restore again"
+        raise failed(backup, f"{what}: {error.text}.", next_step) from error
     except OSError as error:
         raise failed(backup, f"{what}: {error}.", "put it right and restore again") from error

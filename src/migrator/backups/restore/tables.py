@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 
-from migrator import process
-from migrator.backups import archive, clients, in_place, psql
-from migrator.backups.in_place import Job, archive_format, chosen, comparison
+from migrator.backups import clients, pg_restore, psql, session_settings, sql_script
+from migrator.backups.failures import RestoreStopped, failed
 from migrator.backups.manifest import Backup, Table
-from migrator.backups.restored import Restored, failed, failing, refuse_standby, warn_unproven
-from migrator.backups.stores import open_store
+from migrator.backups.restore import in_place
+from migrator.backups.restore.in_place import Job, archive_format, chosen, comparison
+from migrator.backups.restore.result import Restored, failing, refuse_standby, warn_unproven
+from migrator.backups.storage.open import open_store
+from migrator.config.database_url import Target
+from migrator.config.settings import Settings
 from migrator.errors import RestoreFailed, SettingsError
-from migrator.postgres import quote_identifier
-from migrator.settings import Settings
-from migrator.target import Target
+from migrator.postgres.session import quote_identifier, quote_literal
+from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.restore")
 
@@ -33,6 +36,18 @@ _CHANGES = re.compile(rb"(?:ALTER|CREATE|COPY|DROP|INSERT|UPDATE|DELETE|GRANT|RE
 _HEAD = rb"((?:CREATE (?:UNLOGGED |FOREIGN )?|ALTER (?:FOREIGN )?)TABLE (?:ONLY )?|COPY )"
 
 
+# Its owner could rename it, and put a view into the place of what rows are copied into.
+_OURS = """
+DO $migrator$ BEGIN
+  IF EXISTS (SELECT FROM pg_namespace n, pg_database d, pg_roles o WHERE n.nspname = {name} AND o.oid = n.nspowner
+              AND d.datname = current_database() AND NOT o.rolsuper AND o.rolname <> current_user
+              AND o.rolname <> 'pg_database_owner' AND o.oid <> d.datdba) THEN
+    RAISE EXCEPTION 'schema % belongs to another role', {name};
+  END IF;
+END $migrator$;
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Name:
     """A table: as the manifest shows it, and its two parts without quotes."""
@@ -41,10 +56,10 @@ class _Name:
     schema: str
     name: str
 
-    def pattern(self) -> re.Pattern[bytes]:
-        """Return what finds it at the head of a statement, quoted or not."""
+    def pattern(self, codec: str) -> re.Pattern[bytes]:
+        """Return what finds it at the head of a statement in an encoding, quoted or not."""
         parts = (
-            rb"(?:%s|%s)" % (re.escape(part).encode(), re.escape(quote_identifier(part)).encode())
+            rb"(?:%s|%s)" % tuple(re.escape(_encoded(text, codec)) for text in (part, quote_identifier(part)))
             for part in (self.schema, self.name)
         )
         return re.compile(rb"^" + _HEAD + rb"\.".join(parts) + rb"(?=[ \n(;])")
@@ -53,6 +68,10 @@ class _Name:
     def listed(self) -> str:
         """Return how an archive's table of contents begins with it, where no name is quoted."""
         return re.sub(r"[\n\r]", " ", f"{self.schema} {self.name} ")
+
+
+def _encoded(name: str, codec: str) -> bytes:
+    return name.encode(codec, "surrogateescape")
 
 
 def _named(shown: str) -> _Name:
@@ -101,7 +120,7 @@ def restore_tables(
     warn_unproven(backup)
     schema = schema or f"restored_{run_id.lower().replace('-', '_')}"
     names = _names(backup, wanted)
-    with failing(backup), archive.opened(store, backup, settings) as path:
+    with failing(backup), pg_restore.opened(store, backup, settings) as path:
         job = Job(target, settings, backup, path, run_id, application_name)
         notes = _restore(job, names, schema, committed)
     counts = [backup.tables[name.shown].rows for name in names]
@@ -128,14 +147,28 @@ def _names(backup: Backup, wanted: Sequence[str]) -> list[_Name]:
         fits = [shown for shown in backup.tables if shown in (text, f"public.{text}")]
         fits = fits or [shown for shown in backup.tables if shown.endswith(f".{text}")]
         if len(fits) != 1:
-            which = f"it could be {' or '.join(fits)}" if fits else "it has " + _some(list(backup.tables))
-            raise failed(backup, f"{backup.id} has no one table {text}: {which}.", "name it with its schema")
+            near = fits or [shown for shown in backup.tables if _bare(text) in _spellings(shown)]
+            which = f"it could be {' or '.join(near)}" if near else "it has " + _some(list(backup.tables))
+            how = f"name it with its schema and its quotes: --table {shlex.quote(near[0])}" if near else ""
+            raise failed(
+                backup, f"{backup.id} has no one table {text}: {which}.", how or "name it with its schema"
+            )
         found.append(_named(fits[0]))
     if len({item.name for item in found}) < len(found):
         raise failed(
             backup, "Two of the tables have the same name.", "restore them one by one, with --into-schema"
         )
     return found
+
+
+def _bare(text: str) -> str:
+    return text.replace('"', "").casefold()
+
+
+def _spellings(shown: str) -> tuple[str, str]:
+    """Return a table's name without and with its schema, as somebody types it who knows of no quotes."""
+    name = _named(shown)
+    return _bare(name.name), _bare(f"{name.schema}.{name.name}")
 
 
 def _some(names: list[str]) -> str:
@@ -147,12 +180,23 @@ def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[
     with job.connect() as session:
         refuse_standby(session)
         major = session.facts.major
-    client = clients.for_restore(job.settings, major, backup.client_major)
+        client = clients.for_restore(job.settings, major, backup.client_major)
+        script = session_settings.for_script(session, backup, client, job.path)
+    try:
+        change = _renaming(names, quoted, major, pg_restore.codec_of(client, job.path))
+    except UnicodeEncodeError as error:
+        raise failed(
+            backup,
+            f"Schema {schema} cannot be named in {backup.database}, whose encoding is {backup.properties.encoding}.",
+            "choose another name with --into-schema",
+        ) from error
     expected = {
         f"{quoted}.{quote_identifier(name.name)}": Table(backup.tables[name.shown].rows) for name in names
     }
-    first = f"CREATE SCHEMA IF NOT EXISTS {quoted};"
-    ended, notes = psql.Ended(), [_LEFT_OUT, *_without_rows(backup, names)]
+    first = (
+        script.first + f"CREATE SCHEMA IF NOT EXISTS {quoted}; " + _OURS.format(name=quote_literal(schema))
+    )
+    ended, notes = psql.Ended(), [_LEFT_OUT, *script.notes, *_without_rows(backup, names)]
     try:
         with chosen(client, job.path, _wanted(backup, names)) as listed:
             psql.run(
@@ -168,17 +212,17 @@ def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[
                 ],
                 first=first,
                 last=comparison(expected),
-                change=_renaming(names, quoted, major),
+                change=change,
                 ended=ended,
             )
             committed()
             notes += _partitioned(job, schema)
     except BaseException as error:
-        with process.uninterrupted(forget=True):
+        with subprocesses.uninterrupted(forget=True):
             found = in_place.fate(job, ended)
             if found == "committed":
                 committed()
-        if found == "aborted" and isinstance(error, archive.RestoreStopped):
+        if found == "aborted" and isinstance(error, RestoreStopped):
             raise _not_restored(job, schema, error) from error
         if found == "aborted":
             raise
@@ -188,7 +232,7 @@ def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[
     return notes
 
 
-def _not_restored(job: Job, schema: str, stopped: archive.RestoreStopped) -> RestoreFailed:
+def _not_restored(job: Job, schema: str, stopped: RestoreStopped) -> RestoreFailed:
     return failed(
         job.backup,
         f"The tables were not restored into schema {schema}: {stopped.said}",
@@ -226,21 +270,23 @@ def _partitioned(job: Job, schema: str) -> list[str]:
     return [f"{name} is partitioned: its rows are in its partitions, to be named too." for (name,) in found]
 
 
-def _renaming(names: Sequence[_Name], schema: str, server_major: int) -> Callable[[bytes], bytes]:
+def _renaming(names: Sequence[_Name], schema: str, server_major: int, codec: str) -> Callable[[bytes], bytes]:
     """Return what puts the schema in the place of the tables' own; it raises RestoreStopped at what reaches others."""
-    known = psql.for_server(server_major)
-    places = [(name.pattern(), f"{schema}.{quote_identifier(name.name)}".encode()) for name in names]
+    known = sql_script.for_server(server_major)
+    places = [
+        (name.pattern(codec), _encoded(f"{schema}.{quote_identifier(name.name)}", codec)) for name in names
+    ]
 
     def change(line: bytes) -> bytes:
         line = known(line)
         if line.startswith(b"INHERITS ("):
-            raise archive.RestoreStopped("it inherits from another table, and would be a part of that")
+            raise RestoreStopped("it inherits from another table, and would be a part of that")
         for pattern, place in places:
             changed, count = pattern.subn(lambda match, place=place: match[1] + place, line)  # type: ignore[misc]
             if count:
                 return changed
         if _CHANGES.match(line):
-            raise archive.RestoreStopped(f"unexpected: {line[:200].decode('utf-8', 'replace')}")
+            raise RestoreStopped(f"unexpected: {line[:200].decode('utf-8', 'replace')}")
         return line
 
     return change

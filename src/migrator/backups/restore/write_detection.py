@@ -1,8 +1,9 @@
 """Would a restore lose what others have written since the backup?
 
-The server's transaction-id counter answers it: whoever writes takes an id.  Between the backup's snapshot and now,
-every id that is not known to be one of our own is taken for another's.  The counter is the whole cluster's, and a
-revision's savepoints and autocommit statements take ids that nobody counts, so this errs on the safe side only.
+The server's transaction-id counter answers it: whoever writes takes an id.  Every id that the backup's snapshot has not
+seen (given out since, or in progress in this database) is another's unless it is known to be one of our own.  The
+counter is the whole cluster's, and a revision's savepoints and autocommit statements take ids that nobody counts, so
+this errs on the safe side only.
 
 An answer holds only while nobody can write: :func:`nobody_writes` locks every table (SHARE: reading goes on) before
 it asks, and the swap ends the session that holds those locks last of all.  Nothing is set that could outlive us.
@@ -14,13 +15,15 @@ https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPS
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from migrator.backups import snapshot
+from migrator.backups import exported_snapshot
+from migrator.backups.failures import WouldLose
 from migrator.backups.manifest import Backup
-from migrator.postgres import QueryFailed, Session, connect
-from migrator.target import Target
+from migrator.config.database_url import Target
+from migrator.postgres import connection_limit
+from migrator.postgres.session import QueryFailed, Session
 
 _PATIENCE = 15  # seconds for those who write just now to end
 _NO_TIMEOUTS = ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout")
@@ -48,27 +51,34 @@ SELECT pg_stat_clear_snapshot(), hashtextextended(concat_ws(' ',
      FROM pg_sequences)
 ), 0)
 """
+# They are locked by name, which another table may have taken.
+_UNLOCKED = """
+SELECT min(coalesce(oid::regclass::text, 'a table')) FROM unnest(%s::bigint[]::oid[]) AS t (oid)
+ WHERE oid NOT IN (SELECT relation FROM pg_locks WHERE pid = pg_backend_pid() AND mode = 'ShareLock' AND granted
+                      AND locktype = 'relation')
+"""
 _LOCKS_LARGE_OBJECTS = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user"
-
-
-class WouldLose(Exception):
-    """Others have written since the backup, or may have; the message says which."""
 
 
 class Incomplete(WouldLose):
     """The backup does not have the rows of some tables, which would be empty afterwards."""
 
     def __init__(self, backup: Backup) -> None:
-        super().__init__(f"{backup.id} is not whole: {empty_tables(backup)}")
+        super().__init__(f"{backup.id} is not whole: {missing(backup)}")
 
 
-def empty_tables(backup: Backup) -> str:
-    """Say which tables are empty in what is made of a backup; an empty string for one that is whole."""
-    names = backup.excluded_table_data
-    if not names:
-        return ""
-    more = f" and of {len(names) - 10} more tables" if len(names) > 10 else ""
-    return f"the rows of {', '.join(names[:10])}{more} are not in this backup (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)"
+def missing(backup: Backup) -> str:
+    """Say what does not come back of a backup; an empty string for one that is whole."""
+    rows = f"the rows of {_some(backup.excluded_table_data)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)"
+    hidden = f"{_some(backup.not_dumped)} (hidden from the role that made it, which was no superuser)"
+    told = [rows] if backup.excluded_table_data else []
+    told += [hidden] if backup.not_dumped else []
+    return f"it lacks {' and '.join(told)}" if told else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
@@ -77,8 +87,12 @@ def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
         raise WouldLose(f"nobody knows who has written since {backup.id}: its manifest has no transaction id")
     # The id that we take ourselves comes after all those that were given out, the unfinished ones too.
     now = int(session.value("SELECT txid_current()"))
-    ours = sum(1 for number in own if backup.next_xid <= number < now)
-    others = now - backup.next_xid - ours
+    running: tuple[int, ...] = ()
+    first = backup.next_xid
+    if backup.unseen_xid is not None and backup.running_xids is not None:
+        first, running = backup.unseen_xid, backup.running_xids
+    ours = sum(1 for number in own if first <= number < now or number in running)
+    others = now - first + len(running) - ours
     if others:
         raise WouldLose(
             f"{others} transaction{'' if others == 1 else 's'} that this run cannot account for wrote to the server"
@@ -89,7 +103,7 @@ def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
 
 def refuse_another_server(session: Session, backup: Backup) -> None:
     """Raise :class:`WouldLose` where the backup is another server's, whose counter says nothing here."""
-    system, _ = snapshot.identity(session)
+    system, _ = exported_snapshot.identity(session)
     if system and backup.system_identifier and system != backup.system_identifier:
         raise WouldLose(f"{backup.id} was taken from another server, so its transaction id says nothing here")
 
@@ -130,7 +144,7 @@ def nobody_writes(
 
     Raises :class:`WouldLose`.
     """
-    with connect(target, application_name, timeout) as session:
+    with connection_limit.connect(target, application_name, timeout) as session:
         for name in _NO_TIMEOUTS:
             with contextlib.suppress(QueryFailed):  # PostgreSQL before 17 has no transaction_timeout
                 session.query(f"SET {name} = 0")
@@ -138,9 +152,12 @@ def nobody_writes(
         refuse_another_server(session, backup)
         session.query("BEGIN")
         try:
-            for relation in snapshot.relations(session):
-                if relation.kind in ("r", "p"):
-                    session.query(f"LOCK TABLE {relation.qualified} IN SHARE MODE")
+            tables = [item for item in exported_snapshot.relations(session) if item.kind in ("r", "p")]
+            for relation in tables:
+                session.query(f"LOCK TABLE ONLY {relation.qualified} IN SHARE MODE")
+            unlocked = session.value(_UNLOCKED, [[item.oid for item in tables]])
+            if unlocked:
+                raise WouldLose(f"others may be writing: {unlocked} was renamed or dropped meanwhile")
             if session.value(_LOCKS_LARGE_OBJECTS):
                 session.query("LOCK TABLE pg_catalog.pg_largeobject IN SHARE MODE")
         except QueryFailed as error:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from migrator.backups import regular
+from migrator.backups.storage import safe_open
 
 DIRECTORY = ".dir"
 CHUNK = 4 * 1024 * 1024
@@ -28,7 +28,7 @@ def checksum(folder: Path, on_bytes: Callable[[int], object] | None = None) -> t
     lines, size = hashlib.sha256(), 0
     for path in files(folder):
         digest = hashlib.sha256()
-        with regular.opened(path) as file:
+        with safe_open.opened(path) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 size += len(chunk)

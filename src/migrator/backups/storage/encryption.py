@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from migrator import tags
-from migrator.backups.store import SEALED, WritablePart
+from migrator.backups.storage.interface import SEALED, WritablePart
 from migrator.errors import SettingsError
+from migrator.runtime import image_tags
 
 _QUEUED = 4
 _GOODBYE = 10.0  # seconds
@@ -310,6 +310,6 @@ def _library() -> Any:
         import pyrage
     except ImportError as error:
         problem = "MIGRATOR_BACKUP_RECIPIENTS: backups are encrypted by pyrage, which is not installed"
-        remedy = f"use {tags.full()}, the image that is not slim, or pip install 'migrator[encryption]'"
+        remedy = f"use {image_tags.full()}, the image that is not slim, or pip install 'migrator[encryption]'"
         raise SettingsError([problem], next_step=remedy) from error
     return pyrage

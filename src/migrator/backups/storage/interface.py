@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from migrator.backups import regular
 from migrator.backups.manifest import PROVEN, Backup, BadManifest, from_json
+from migrator.backups.storage import safe_open
 from migrator.errors import BackupFailed, NoSuchBackup
 
 LATEST = "latest"
@@ -213,9 +213,9 @@ def dump_name(backup_id: str, encrypted_to: Sequence[str]) -> str:
 def manifest_content(backup: Backup) -> bytes:
     """Return what a manifest's file holds; raises :class:`BackupFailed` where nobody would read all of it back."""
     content = backup.to_json().encode()
-    if len(content) > regular.SMALL:
+    if len(content) > safe_open.SMALL:
         raise BackupFailed(
-            f"The manifest of {backup.id} would have {len(content)} bytes, and no more than {regular.SMALL} are read.",
+            f"The manifest of {backup.id} would have {len(content)} bytes; at most {safe_open.SMALL} are read.",
             next_step="back up with pg_dump itself, and set MIGRATOR_BACKUP=off",
         )
     return content
@@ -274,6 +274,6 @@ def checksum(chunks: Iterable[bytes], on_chunk: Callable[[int], object] | None =
 
 def file_chunks(path: Path) -> Iterator[bytes]:
     """Yield a regular file's bytes, read from the disk; raises OSError."""
-    with regular.opened(path) as file:
+    with safe_open.opened(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk

@@ -22,11 +22,10 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from migrator.backups import regular, sealing
-from migrator.backups.directory import DIRECTORY
 from migrator.backups.manifest import Backup, BadManifest
-from migrator.backups.parts import PART, DirectoryPart, FilePart, sync_folder
-from migrator.backups.store import (
+from migrator.backups.storage import encryption, safe_open
+from migrator.backups.storage.directory import DIRECTORY
+from migrator.backups.storage.interface import (
     BAD,
     BAD_MANIFEST,
     LATEST,
@@ -46,14 +45,17 @@ from migrator.backups.store import (
     read_manifest,
     slug,
 )
+from migrator.backups.storage.parts import PART, DirectoryPart, FilePart, sync_folder
 from migrator.errors import BackupFailed
-from migrator.process import uninterrupted
+from migrator.runtime.resource_errors import lack
+from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.backup")
 STALE_AFTER = 3600.0
 """Seconds after which a ``.part`` file of *another* database is taken for dead, where flock says it is free."""
 
 _PROBE = ".migrator-"
+_NOT_OF_THE_FOLDER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -110,6 +112,11 @@ class FolderStore:
                 f"The backup does not fit in {self.folder}: {reason}, {self._free_text()}{space}. "
                 "What was written of it has been removed.",
                 next_step="make room there, mount a bigger volume, or name another folder in MIGRATOR_BACKUP_URL",
+            )
+        if error.errno in _NOT_OF_THE_FOLDER:
+            return BackupFailed(
+                f"The backup cannot be written to {self.folder}: {lack(error)}.",
+                next_step="give the process or the container more of it, then run it again",
             )
         return BackupFailed(
             f"The backup cannot be written to {self.folder}: {reason}.",
@@ -175,7 +182,7 @@ class FolderStore:
     def _read(self, path: Path) -> Backup:
         """Read a manifest; raises BadManifest, or FileNotFoundError where there is none any more."""
         try:
-            text = regular.small(path).decode()
+            text = safe_open.small(path).decode()
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -251,7 +258,7 @@ class FolderStore:
             stem = path.name.removesuffix(BAD_MANIFEST)
             dumps = [item for item in self._names(BAD) if item.name.startswith(f"{stem}.")]
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                text = regular.small(path).decode()
+                text = safe_open.small(path).decode()
                 bad = read_bad(text, stem, str(dumps[0] if dumps else path))
                 if bad is not None and of_database(bad, database):
                     found.append(bad)
@@ -260,7 +267,7 @@ class FolderStore:
     def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
         """Open the file that a dump is written to; raises OSError."""
         part = FilePart(self.dump_path(backup_id), backup_id)
-        return sealing.sealed(part, self.recipients) if self.recipients else part
+        return encryption.sealed(part, self.recipients) if self.recipients else part
 
     def new_directory(self, backup_id: str) -> DirectoryPart:
         """Make the folder that a dump in directory format is written to; raises OSError."""
@@ -275,7 +282,7 @@ class FolderStore:
         with contextlib.ExitStack() as stack:
             files: list[FilePart | DirectoryPart] = [
                 stack.enter_context(self._small(f"{backup.id}{ending}", backup.id, content))
-                for ending, content in sealing.seal_all(beside or {}, self.recipients).items()
+                for ending, content in encryption.seal_all(beside or {}, self.recipients).items()
             ]
             files.append(inner)
             content = manifest_content(backup)
@@ -310,11 +317,11 @@ class FolderStore:
     def beside(self, backup: Backup, ending: str) -> bytes | None:
         """Return a small file that goes with a backup, as it is stored; raises OSError."""
         path = self.folder / f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}"
-        return regular.small(path) if path.exists() else None
+        return safe_open.small(path) if path.exists() else None
 
 
 def _inner(part: Part) -> FilePart | DirectoryPart:
-    if isinstance(part, sealing.SealedPart):
+    if isinstance(part, encryption.SealedPart):
         part = part.inner
     assert isinstance(part, FilePart | DirectoryPart)  # noqa: S101 - one that new_dump made
     return part

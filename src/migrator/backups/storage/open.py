@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from migrator.backups.store import Store
-from migrator.settings import Settings
+from migrator.backups.storage.interface import Store
+from migrator.config.settings import Settings
 
 
 def open_store(url: str, settings: Settings | None = None) -> Store:
@@ -18,9 +18,9 @@ def open_store(url: str, settings: Settings | None = None) -> Store:
     recipients = tuple(settings.backup_recipients.split("\n")) if settings else ()
     recipients = tuple(filter(None, recipients))
     if parsed.scheme == "s3":
-        from migrator.backups.s3 import S3Store
+        from migrator.backups.storage.s3 import S3Store
 
         return S3Store.from_settings(url, settings, recipients)
-    from migrator.backups.folder import FolderStore
+    from migrator.backups.storage.local import FolderStore
 
     return FolderStore(Path(unquote(parsed.path)), recipients)

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from migrator.backups import directory
-from migrator.backups.store import file_chunks
-from migrator.process import uninterrupted
+from migrator.backups.storage import directory
+from migrator.backups.storage.interface import file_chunks
+from migrator.runtime.subprocesses import uninterrupted
 
 PART = ".part"
 _NOT_EVERYWHERE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from migrator.backups import regular, s3_stale, sealing
 from migrator.backups.manifest import Backup, BadManifest
-from migrator.backups.s3_client import ATTEMPTS, Access, S3Failure, client, translated
-from migrator.backups.s3_upload import S3Part, downloaded
-from migrator.backups.store import (
+from migrator.backups.storage import encryption, s3_stale, safe_open
+from migrator.backups.storage.interface import (
     BAD,
     BAD_MANIFEST,
     LATEST,
@@ -39,10 +37,12 @@ from migrator.backups.store import (
     read_bad,
     read_manifest,
 )
+from migrator.backups.storage.s3_client import ATTEMPTS, Access, S3Failure, client, translated
+from migrator.backups.storage.s3_upload import S3Part, downloaded
 from migrator.errors import BackupFailed
 
 if TYPE_CHECKING:
-    from migrator.settings import Settings
+    from migrator.config.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
 _CHUNK = 1024 * 1024
@@ -163,8 +163,8 @@ class S3Store:
         found = bytearray()
         for chunk in self.read(name):
             found += chunk
-            if len(found) > regular.SMALL:
-                raise TooBig(str(self), f"{name} has more than {regular.SMALL} bytes", "remove it")
+            if len(found) > safe_open.SMALL:
+                raise TooBig(str(self), f"{name} has more than {safe_open.SMALL} bytes", "remove it")
         return bytes(found)
 
     def listed(self, start: str = "") -> dict[str, Mapping[str, Any]]:
@@ -220,7 +220,7 @@ class S3Store:
     def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
         """Begin an upload; raises OSError."""
         part = S3Part(self, dump_name(backup_id, self.recipients), backup_id, expected)
-        return sealing.sealed(part, self.recipients) if self.recipients else part
+        return encryption.sealed(part, self.recipients) if self.recipients else part
 
     def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
         """Write a proven dump's manifest: from here on it is a backup.
@@ -228,7 +228,7 @@ class S3Store:
         Raises OSError, and leaves nothing then.
         """
         inner = _inner(part)
-        files = sealing.seal_all(beside or {}, self.recipients)
+        files = encryption.seal_all(beside or {}, self.recipients)
         try:
             for ending, content in files.items():
                 self._put(f"{backup.id}{ending}", content)
@@ -395,7 +395,7 @@ class S3Store:
 
 
 def _inner(part: Part) -> S3Part:
-    if isinstance(part, sealing.SealedPart):
+    if isinstance(part, encryption.SealedPart):
         part = part.inner
     assert isinstance(part, S3Part)  # noqa: S101 - one that new_dump made
     return part

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from migrator import tags
 from migrator.errors import SettingsError
-from migrator.logs import redact
+from migrator.runtime import image_tags
+from migrator.runtime.logs import redact
 
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 60.0
@@ -143,7 +143,7 @@ def _library() -> Iterator[None]:
         yield
     except ImportError as error:
         problem = "MIGRATOR_BACKUP_URL: a bucket is reached by boto3, which is not installed"
-        raise SettingsError([problem], next_step=_REMEDY.format(tags.full())) from error
+        raise SettingsError([problem], next_step=_REMEDY.format(image_tags.full())) from error
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from migrator.backups.store import BAD_MANIFEST, MANIFEST, slug
+from migrator.backups.storage.interface import BAD_MANIFEST, MANIFEST, slug
 
 if TYPE_CHECKING:
-    from migrator.backups.s3 import S3Store
+    from migrator.backups.storage.s3 import S3Store
 
 LOGGER = logging.getLogger("migrator.backup")
 IDLE = timedelta(hours=1)

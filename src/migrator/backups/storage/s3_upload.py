@@ -20,11 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from migrator.backups import temporary
-from migrator.backups.s3_client import S3Failure
+from migrator.backups.storage import temporary
+from migrator.backups.storage.s3_client import S3Failure
 
 if TYPE_CHECKING:
-    from migrator.backups.s3 import S3Store
+    from migrator.backups.storage.s3 import S3Store
 
 LOGGER = logging.getLogger("migrator.backup")
 PART = 16 * 1024 * 1024

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from migrator import process
-from migrator.backups import archive
+from migrator.backups import pg_restore
 from migrator.backups.clients import Client
+from migrator.runtime import subprocesses
 
 _AHEAD = 16
 """Chunks (of a megabyte at most) that the writer may be ahead of pg_restore."""
@@ -22,13 +22,17 @@ class _GivenUp(Exception):
 
 
 class Reader:
-    """A pg_restore that decompresses and parses what is written to it; ended on leaving."""
+    """A pg_restore that decompresses and parses what is written to it; ended on leaving.
 
-    def __init__(self, client: Client) -> None:
+    ``on_data`` gets what it makes of that, see :func:`pg_restore.read_whole`, in another thread.
+    """
+
+    def __init__(self, client: Client, on_data: Callable[[bytes], object] | None = None) -> None:
         self._client = client
+        self._on_data = on_data
         self._chunks: queue.Queue[bytes | None] = queue.Queue(_AHEAD)
         self._given_up = threading.Event()
-        self._finished: process.Finished | None = None
+        self._finished: subprocesses.Finished | None = None
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
         self._thread.start()
@@ -46,7 +50,7 @@ class Reader:
         """Hand a chunk over, no faster than it is read; what a pg_restore that has ended would not read is dropped."""
         self._put(chunk)
 
-    def finish(self) -> process.Finished:
+    def finish(self) -> subprocesses.Finished:
         """Say that this was all; return how pg_restore ended.  Raises OSError where it could not be started."""
         self._put(None)
         while self._thread.is_alive():
@@ -63,7 +67,7 @@ class Reader:
 
     def _read(self) -> None:
         try:
-            self._finished = archive.read_whole(self._client, self._feed())
+            self._finished = pg_restore.read_whole(self._client, self._feed(), self._on_data)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that asks how it ended
             self._failure = error
 

@@ -15,10 +15,17 @@ from collections.abc import Iterator
 
 from migrator.backups import databases
 from migrator.backups.manifest import Backup, Properties
+from migrator.config.database_url import Target
 from migrator.errors import BackupFailed
-from migrator.postgres import ConnectFailed, QueryFailed, ServerFacts, Session, quote_identifier
-from migrator.process import uninterrupted
-from migrator.target import Target
+from migrator.postgres.session import (
+    ConnectFailed,
+    QueryFailed,
+    ServerFacts,
+    Session,
+    quote_identifier,
+    quote_literal,
+)
+from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.backup")
 _MARK = "migrator: scratch copy for a proof of "
@@ -35,9 +42,9 @@ class Place:
     application_name: str
     timeout: float
 
-    def connect(self) -> Session:
+    def connect(self, *, patient: bool = True) -> Session:
         """Open a session in no database in particular; raises ConnectFailed."""
-        return databases.maintenance(self.target, self.application_name, self.timeout)
+        return databases.maintenance(self.target, self.application_name, self.timeout, patient=patient)
 
 
 def check(place: Place) -> ServerFacts:
@@ -122,7 +129,7 @@ def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, T
             with uninterrupted():
                 databases.create(session, name, _like(session, place, backup.properties))
                 created = True
-                text = databases.literal(_MARK + backup.database)  # no parameter: the name may hold a %
+                text = quote_literal(_MARK + backup.database)  # no parameter: the name may hold a %
                 session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {text}")
             yield session, place.target.with_database(name)
         finally:
@@ -131,20 +138,27 @@ def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, T
 
 
 def _like(session: Session, place: Place, properties: Properties) -> Properties:
-    """Keep the owner where this role may make a database for it; elsewhere neither owner nor tablespace is there."""
+    """Keep the owner where this role needs its privileges; elsewhere neither owner nor tablespace is there.
+
+    A superuser needs none, and an owner could let others in.
+    """
     if place.elsewhere:
         return dataclasses.replace(properties, owner=session.facts.user, tablespace="")
-    known = session.query(
-        "SELECT pg_has_role(oid, 'MEMBER') FROM pg_roles WHERE rolname = %s", [properties.owner]
+    needed = session.query(
+        "SELECT pg_has_role(o.oid, 'USAGE') AND NOT u.rolsuper FROM pg_roles o, pg_roles u"
+        " WHERE o.rolname = %s AND u.rolname = current_user",
+        [properties.owner],
     )
-    return properties if known and known[0][0] else dataclasses.replace(properties, owner=session.facts.user)
+    return (
+        properties if needed and needed[0][0] else dataclasses.replace(properties, owner=session.facts.user)
+    )
 
 
 def _drop(place: Place, session: Session, name: str) -> None:
     with uninterrupted():
         try:
             if session.closed:
-                with place.connect() as other:
+                with place.connect(patient=False) as other:
                     databases.drop(other, name)
             else:
                 databases.drop(session, name)

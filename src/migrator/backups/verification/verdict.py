@@ -11,12 +11,12 @@ import logging
 from collections.abc import Iterator
 from typing import NoReturn
 
-from migrator import process
 from migrator.backups import clients
 from migrator.backups.manifest import Backup
-from migrator.backups.store import Store
+from migrator.backups.storage.interface import Store
 from migrator.errors import BackupFailed, DamagedBackup, MigratorError, SettingsError
-from migrator.postgres import ConnectFailed, QueryFailed
+from migrator.postgres.session import ConnectFailed, QueryFailed
+from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.backup")
 _LOOK = "see what it says"
@@ -91,12 +91,14 @@ def judging() -> Iterator[None]:
     except MigratorError as error:
         raise Unproven(error.message, error.next_step or _LOOK) from error
     except (ConnectFailed, QueryFailed) as error:
+        if isinstance(error, ConnectFailed) and error.waited:
+            raise
         raise Unproven(f"{error.text}.") from error
     except OSError as error:
         raise Unproven(f"{error}.") from error
 
 
-def demand_parsed(finished: process.Finished) -> None:
+def demand_parsed(finished: subprocesses.Finished) -> None:
     """Raise :class:`Failed` where pg_restore could not read an archive, :class:`Unproven` where it was ended."""
     if finished.status < 0:
         raise Unproven(f"pg_restore was ended by a signal: {clients.last_words(finished)}.")

@@ -5,7 +5,7 @@ decompresses and parses all of it.  What is encrypted on its way cannot be read 
 it is written, and what is stored is compared by its checksum.
 
 ``restore``: into a scratch database on the same server or the one of MIGRATOR_VERIFY_URL; then the copy is compared
-with what the original held in the snapshot of the dump (contents.py, comparison.py), and dropped.  The original is
+with what the original held in the snapshot of the dump (fingerprint.py, comparison.py), and dropped.  The original is
 neither locked nor asked meanwhile, so writers go on.
 """
 
@@ -16,32 +16,45 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from migrator import process
-from migrator.backups import archive, clients, comparison, contents, databases, scratch, temporary
+from migrator.backups import (
+    clients,
+    event_triggers,
+    exported_snapshot,
+    manifest,
+    pg_restore,
+    session_settings,
+)
 from migrator.backups.clients import Client
-from migrator.backups.comparison import Compared
-from migrator.backups.contents import Contents
-from migrator.backups.manifest import Backup, Proof, Sequence, Table
-from migrator.backups.parts import DirectoryPart
-from migrator.backups.reader import Reader
-from migrator.backups.scratch import Place
-from migrator.backups.store import Part, Store, WritablePart
-from migrator.backups.verdict import CannotRestore, Failed, Unproven, demand_parsed, judging
+from migrator.backups.exported_snapshot import LockedOut, Relation
+from migrator.backups.failures import RestoreStopped
+from migrator.backups.manifest import Backup, Proof, Table
+from migrator.backups.storage.interface import Part, Store, WritablePart
+from migrator.backups.storage.parts import DirectoryPart
+from migrator.backups.verification import comparison, fingerprint, scratch_database, trust, unrestorable
+from migrator.backups.verification.comparison import Compared
+from migrator.backups.verification.fingerprint import Contents
+from migrator.backups.verification.reader import Reader
+from migrator.backups.verification.row_counts import Held, Rows
+from migrator.backups.verification.scratch_database import Place
+from migrator.backups.verification.verdict import CannotRestore, Failed, Unproven, demand_parsed, judging
+from migrator.config.database_url import Target, parse
+from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, SettingsError
-from migrator.postgres import QueryFailed, ServerFacts, Session, connect, quote_identifier
-from migrator.settings import Settings
-from migrator.target import Target, parse
+from migrator.postgres import connection_limit
+from migrator.postgres.session import QueryFailed, ServerFacts, Session
+from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.backup")
 READ, RESTORE = "read", "restore"
+_NOT_THE_DISK = (
+    "every byte of it is as it was written, so no disk is at fault: compare what it names with the original"
+)
 _CONFORMING = re.compile(rb"^SET standard_conforming_strings = (on|off);", re.MULTILINE)
-_ENCODING = re.compile(rb"^SET client_encoding = '(\w+)';", re.MULTILINE)
-_EVENT_TRIGGER = re.compile(rb"^\d+; \d+ \d+ ((COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
 
 
 def place_of(settings: Settings, target: Target | None, application_name: str) -> Place:
@@ -59,9 +72,9 @@ def preflight(session: Session, settings: Settings) -> None:
     name = str(session.value("SELECT current_setting('application_name')"))
     place = place_of(settings, session.target, name)
     if settings.backup_verify != RESTORE:
-        if not place.elsewhere and scratch.left_over(session, session.facts.database):
+        if not place.elsewhere and scratch_database.left_over(session, session.facts.database):
             with place.connect() as other:
-                scratch.clear(other, session.facts.database)
+                scratch_database.clear(other, session.facts.database)
         return
     if settings.backup_recipients and not settings.backup_identity_file:
         raise BackupFailed(
@@ -70,7 +83,13 @@ def preflight(session: Session, settings: Settings) -> None:
             next_step="set MIGRATOR_BACKUP_VERIFY=read, and run `migrator verify-backup latest --how restore` where "
             "the private key is; or name that in MIGRATOR_BACKUP_IDENTITY_FILE",
         )
-    check_client(settings, scratch.check(place))
+    check_client(settings, scratch_database.check(place))
+    with place.connect() as other:
+        objection = trust.objection(
+            settings, other, exported_snapshot.identity(session)[0], trust.owners_in(session)
+        )
+    if objection:
+        raise BackupFailed(objection, next_step=trust.NEXT_STEP)
 
 
 def check_client(settings: Settings, server: ServerFacts) -> None:
@@ -93,9 +112,12 @@ class Proving:
         self._client = client
         self._run_id = run_id
         self._name = name
+        self._found: Sequence[Relation] = ()
         self._original: Contents | None = None
-        self._reading: process.Finished | None = None
-        self._spelling: dict[str, str] = {}
+        self._unrestorable: tuple[str, ...] = ()
+        self._reading: subprocesses.Finished | None = None
+        self._rows = Rows()
+        self._settings_facts: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def reading(self, part: WritablePart | DirectoryPart) -> Iterator[Callable[[bytes], object] | None]:
@@ -109,7 +131,7 @@ class Proving:
         if not part.encrypted_to:
             yield part.write
             return
-        with Reader(self._client) as reader:
+        with Reader(self._client, self._rows.write) as reader:
 
             def write(chunk: bytes) -> None:
                 part.write(chunk)
@@ -118,36 +140,65 @@ class Proving:
             yield write
             self._reading = reader.finish()
 
-    def in_snapshot(self, session: Session, excluded: Collection[str] = ()) -> None:
-        """Read, in the snapshot that will be dumped, what a copy is compared with; raises LockedOut, QueryFailed."""
+    def in_snapshot(
+        self, session: Session, found: Sequence[Relation], excluded: Collection[str] = ()
+    ) -> None:
+        """Read, in the snapshot that will be dumped, what others can change until it is; raises LockedOut, QueryFailed.
+
+        ``found`` are the tables and sequences that were found in it.
+        """
+        self._found = found
         rows = self._settings.backup_verify == RESTORE
         if rows:
             LOGGER.info(
                 "hashing the rows of %s, to compare them with a restored copy", session.facts.database
             )
-        self._spelling = contents.spelling(session)
-        self._original = contents.take(session, excluded, rows=rows)
+        self._settings_facts = {
+            "spelling": session_settings.read(session),
+            "own_settings": session_settings.own(session),
+        }
+        self._original = fingerprint.take(session, found, excluded, rows=rows, lenient=True)
 
-    def facts(self, tables: Mapping[str, Table]) -> dict[str, Any]:
+    def meanwhile(self, session: Session) -> None:
+        """Read the rest, in the same snapshot, while pg_dump reads the catalogs itself; raises QueryFailed."""
+        assert self._original is not None  # noqa: S101 - in_snapshot came first
+        nothing: tuple[str, ...] = ()
+        schema = exported_snapshot.leniently(
+            session, "how the schema is", lambda: fingerprint.schema(session), nothing
+        )
+        self._original = dataclasses.replace(self._original, schema=schema)
+        self._unrestorable = tuple(
+            exported_snapshot.leniently(
+                session, "what a restore would end at", lambda: unrestorable.find(session), []
+            )
+        )
+        for sentence in self._unrestorable:
+            LOGGER.warning("a restore of this backup may end at this: %s", sentence)
+
+    def facts(self) -> dict[str, Any]:
         """Return what the manifest says of the contents; asked once pg_dump has ended."""
         original = self._original
         assert original is not None  # noqa: S101 - in_snapshot came first
-        after = contents.sequences_now(self._session)
+        try:
+            after = fingerprint.sequences_now(self._session, self._found)
+        except (LockedOut, QueryFailed) as error:
+            if self._session.closed:
+                raise
+            LOGGER.warning("what the sequences were at after the dump is not known: %s", error)
+            after = {}
         return {
             "tables": {
-                name: dataclasses.replace(
-                    table,
-                    rows=original.tables[name].rows if name in original.tables else table.rows,
-                    content_hash=original.tables[name].content_hash if name in original.tables else "",
-                )
-                for name, table in tables.items()
+                table.shown: original.tables.get(table.shown, Table(None, table.estimated_rows))
+                for table in self._found
+                if table.kind != "S"
             },
             "sequences": {
-                name: Sequence(before, after.get(name, before)) for name, before in original.sequences.items()
+                name: manifest.Sequence(before, after.get(name, before))
+                for name, before in original.sequences.items()
             },
             "large_objects": original.large_objects,
             "schema_sha256": original.schema_sha256,
-            "spelling": self._spelling,
+            **self._settings_facts,
         }
 
     def prove(self, store: Store, part: Part, backup: Backup) -> tuple[Backup, Unproven | None]:
@@ -157,7 +208,8 @@ class Proving:
         """
         started, how = time.monotonic(), READ
         try:
-            backup = backup.proven(self._read(part))
+            proven = self._read(part)
+            backup = dataclasses.replace(backup, tables=self._counted(backup.tables)).proven(proven)
             if self._settings.backup_verify == RESTORE:
                 started, how = time.monotonic(), RESTORE
                 with judging(), _archive_of(part, backup, self._settings) as path:
@@ -179,7 +231,7 @@ class Proving:
 
     def _read(self, part: Part) -> Proof:
         started = time.monotonic()
-        found, parsed = _read_back(self._client, part)
+        found, parsed = _read_back(self._client, part, self._rows)
         if found != part.stored:
             raise Failed(
                 f"The backup was written as {part.stored[1]} bytes with sha256 {part.stored[0]}, "
@@ -189,16 +241,32 @@ class Proving:
         finished = self._reading or parsed
         if finished is not None:
             demand_parsed(finished)
-        return proof(READ, self._run_id, started)
+        return proof(READ, self._run_id, started, why="; ".join(self._unrestorable))
+
+    def _counted(self, tables: Mapping[str, Table]) -> dict[str, Table]:
+        """Return the tables with the rows that were found in the archive, where they were not counted otherwise."""
+        if self._rows.unread:
+            LOGGER.warning("the rows of the backup were not counted: %s", self._rows.unread)
+            return dict(tables)
+        found = self._rows.tables
+        held = {item.shown: found.get((item.schema, item.name)) for item in self._found if item.kind == "r"}
+
+        def counted(table: Table, held: Held | None) -> Table:
+            if held is None:
+                return table
+            rows = held.rows if table.rows is None else table.rows
+            return Table(rows, table.estimated_rows, table.rows_hash, held.size)
+
+        return {name: counted(table, held.get(name)) for name, table in tables.items()}
 
 
-def _read_back(client: Client, part: Part) -> tuple[tuple[str, int], Any]:
+def _read_back(client: Client, part: Part, rows: Rows) -> tuple[tuple[str, int], Any]:
     """Read what is stored of a part, once; return its checksum and how pg_restore's reading of it ended."""
     if isinstance(part, DirectoryPart):
         with part.local() as path:
-            return archive.checksum_of(path), archive.read_whole(client, path)
-    tally = archive.Tally(part.chunks())
-    finished = None if part.encrypted_to else archive.read_whole(client, tally)
+            return pg_restore.checksum_of(path), pg_restore.read_whole(client, path, rows.write)
+    tally = pg_restore.Tally(part.chunks())
+    finished = None if part.encrypted_to else pg_restore.read_whole(client, tally, rows.write)
     for _ in tally:  # what pg_restore did not read any more
         pass
     return tally.found, finished
@@ -230,7 +298,7 @@ def _archive_of(part: Part, backup: Backup, settings: Settings) -> Iterator[Path
         def chunks(self, _: Backup) -> Iterator[bytes]:
             return part.chunks()
 
-    with archive.opened(Stored(), backup, settings) as path:
+    with pg_restore.opened(Stored(), backup, settings) as path:
         yield path
 
 
@@ -243,28 +311,36 @@ def restored(
     Raises :class:`Failed`, :class:`Unproven`, and what :func:`judging` tells them from.
     """
     started = time.monotonic()
-    with scratch.made(place, backup, run_id) as (session, target):
+    with scratch_database.made(place, backup, run_id) as (session, target):
         server = session.facts
         check_client(settings, server)
         LOGGER.info("restoring %s into %s, to compare it", backup.id, target.database)
         client = clients.for_restore(settings, server.major, backup.client_major)
-        _fill(place, client, path, target, server.major)
+        _refuse_code_of_others(settings, session, backup, client, path)
         written = _schema_in(client, path, place)
-        with connect(target, place.application_name, place.timeout) as inside:
-            _spell_alike(inside, backup, written)
+        refused = _fill(place, client, path, session, target, backup, written)
+        with connection_limit.connect(target, place.application_name, place.timeout) as inside:
             inside.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            found = contents.take(inside, rows=True, only=_counted(backup))
+            found = dataclasses.replace(
+                fingerprint.take(
+                    inside, exported_snapshot.relations(inside), rows=True, only=_counted(backup)
+                ),
+                schema=fingerprint.schema(inside),
+            )
         same_major = server.major == backup.server_major
         compared = comparison.contents(backup, found, same_major=same_major)
         wrong = list(compared.wrong)
-        if same_major and original is not None and original.schema != found.schema:
+        if same_major and original is not None and original.schema and original.schema != found.schema:
             wrong += comparison.difference(original, found)
         by_name = not (same_major and client.major == backup.client_major)
-        dumped = _schema_of(client, place, target, _ENCODING.search(written))
+        dumped = _schema_of(client, place, target, pg_restore.ENCODING.search(written))
         wrong += comparison.schemas(written, dumped, by_name=by_name)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise Failed(f"What came back of {backup.id} is not what was dumped: {'; '.join(wrong[:8])}{more}.")
+        told = f"What came back of {backup.id} is not what was dumped: {'; '.join(wrong[:8])}{more}."
+        if refused:
+            raise Unproven(f"{told} The server refused settings of the original: {', '.join(refused)}.")
+        raise Failed(told, next_step=_NOT_THE_DISK)
     _tell(backup, compared, time.monotonic() - started)
     why = "; ".join(
         (*compared.unknown, *(["definitions (by name, for the majors differ)"] if by_name else []))
@@ -296,77 +372,70 @@ def _options(place: Place) -> tuple[str, ...]:
     return ("--no-subscriptions", *elsewhere)
 
 
-def _fill(place: Place, client: Client, path: Path, target: Target, server_major: int) -> None:
+def _refuse_code_of_others(
+    settings: Settings, session: Session, backup: Backup, client: Client, path: Path
+) -> None:
+    """Look at what the archive holds, for more may have come into the database before it was dumped."""
     try:
-        with _without_event_triggers(client, path) as listed:
-            archive.restore_into(
+        owners = trust.owners_of(client, path)
+    except RestoreStopped as stopped:
+        raise Unproven(f"The backup's schema cannot be listed: {stopped.said}.") from stopped
+    objection = trust.objection(settings, session, backup.system_identifier, owners)
+    if objection:
+        raise Unproven(objection, trust.NEXT_STEP)
+
+
+def _fill(
+    place: Place, client: Client, path: Path, session: Session, target: Target, backup: Backup, written: bytes
+) -> tuple[str, ...]:
+    """Fill the copy under the dump's settings; return the names of those that the server refused."""
+    told = _CONFORMING.search(written)  # an older manifest has none
+    wanted = {"standard_conforming_strings": told[1].decode()} if told else {}
+    with connection_limit.connect(target, place.application_name, place.timeout) as inside:
+        filling = session_settings.for_copy(session, inside, wanted | dict(backup.spelling), client, path)
+    if why := session_settings.misread(backup, filling.refused, written):
+        raise Unproven(why, session_settings.NEXT_STEP)
+    environment = clients.environment(place.target, place.application_name, place.timeout)
+    try:
+        with event_triggers.apart(client, path) as (listed, _):
+            pg_restore.restore_into(
                 client,
                 path,
                 clients.connection_argument(place.target, target.database),
-                clients.environment(place.target, place.application_name, place.timeout),
-                server_major,
+                filling.environment(environment),
+                session.facts.major,
                 options=(*_options(place), *listed),
+                before_post_data=filling.before_post_data,
             )
-    except archive.RestoreStopped as stopped:
+    except RestoreStopped as stopped:
         raise CannotRestore(f"The backup cannot be restored: {stopped.said}") from stopped
-
-
-@contextlib.contextmanager
-def _without_event_triggers(client: Client, path: Path) -> Iterator[tuple[str, ...]]:
-    """Yield the options that leave event triggers out: refreshing a view would fire them, whatever they do."""
-    listed = archive.script(client, path, "--list")
-    kept = _EVENT_TRIGGER.sub(b"", listed)
-    if kept == listed:
-        yield ()
-        return
-    with temporary.in_memory(kept) as path_of_list:
-        yield (f"--use-list={path_of_list}",)
+    return filling.refused
 
 
 def _schema_in(client: Client, path: Path, place: Place) -> bytes:
     """Return the archive's schema as pg_dump wrote it."""
     try:
-        return archive.script(client, path, "--schema-only", *_options(place))
-    except archive.RestoreStopped as stopped:
+        return pg_restore.script(client, path, "--schema-only", *_options(place))
+    except RestoreStopped as stopped:
         raise Unproven(f"The backup's schema cannot be listed: {stopped.said}.") from stopped
-
-
-def _spell_alike(inside: Session, backup: Backup, written: bytes) -> None:
-    """Have pg_dump write the copy's definitions under the settings that the original's were written under.
-
-    ALTER DATABASE ... SET of the original is none of the copy.  They are set for this role in this one database, which
-    no pooler can refuse, and they go with it.  Of an older manifest, the archive itself tells one of them.
-    """
-    told = _CONFORMING.search(written)
-    wanted = {"standard_conforming_strings": told[1].decode()} if told else {}
-    wanted |= backup.spelling
-    for name, value in contents.spelling(inside).items():
-        if wanted.get(name, value) != value:
-            try:
-                inside.query(
-                    f"ALTER ROLE CURRENT_USER IN DATABASE {quote_identifier(inside.facts.database)}"
-                    f" SET {name} = {databases.literal(wanted[name])}"
-                )
-            except QueryFailed as error:
-                if error.lost:
-                    raise
-                LOGGER.warning("the copy is compared with another %s: %s", name, error.text)
 
 
 def _schema_of(client: Client, place: Place, target: Target, encoding: re.Match[bytes] | None) -> bytes:
     """Return the copy's schema as pg_dump writes it, in the archive's encoding."""
     chunks: list[bytes] = []
-    finished = process.run(
-        [
-            client.pg_dump,
-            "--schema-only",
-            "--no-password",
-            *([f"--encoding={encoding[1].decode()}"] if encoding else []),
-            *_options(place),
-            clients.connection_argument(place.target, target.database),
-        ],
-        environment=clients.environment(place.target, place.application_name, place.timeout),
-        on_output=chunks.append,
+    finished = connection_limit.run(
+        lambda: subprocesses.run(
+            [
+                client.pg_dump,
+                "--schema-only",
+                "--no-password",
+                *([f"--encoding={encoding[1].decode()}"] if encoding else []),
+                *_options(place),
+                clients.connection_argument(place.target, target.database),
+            ],
+            environment=clients.environment(place.target, place.application_name, place.timeout),
+            on_output=chunks.append,
+        )
     )
     if finished.status != 0:
         raise Unproven(f"The restored copy cannot be dumped: {clients.last_words(finished)}.")

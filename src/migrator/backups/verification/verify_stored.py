@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import time
 
-from migrator.backups import archive, clients, proof, scratch
+from migrator.backups import clients, pg_restore
 from migrator.backups.manifest import Backup, Proof
-from migrator.backups.proof import READ, RESTORE
-from migrator.backups.store import Store
-from migrator.backups.verdict import Failed, Unproven, demand_parsed, judging
+from migrator.backups.storage.interface import Store
+from migrator.backups.verification import scratch_database, verify_new
+from migrator.backups.verification.verdict import Failed, Unproven, demand_parsed, judging
+from migrator.backups.verification.verify_new import READ, RESTORE
+from migrator.config.settings import Settings
 from migrator.errors import BackupFailed
-from migrator.settings import Settings
 
 LOGGER = logging.getLogger("migrator.backup")
 CHECKSUM = "checksum"
@@ -34,15 +35,17 @@ def verify(
     LOGGER.info("proving %s (%s) ...", backup.id, how)
     try:
         with judging():
-            place = proof.place_of(settings, settings.target, application_name) if how == RESTORE else None
+            place = (
+                verify_new.place_of(settings, settings.target, application_name) if how == RESTORE else None
+            )
             if place is not None:  # before all of it is read
-                scratch.check(place)
+                scratch_database.check(place)
             backup = backup.proven(_read(store, backup, settings, run_id))
             if place is not None:
-                with archive.opened(store, backup, settings) as path:
-                    backup = backup.proven(proof.restored(place, settings, backup, path, run_id, None))
+                with pg_restore.opened(store, backup, settings) as path:
+                    backup = backup.proven(verify_new.restored(place, settings, backup, path, run_id, None))
     except Unproven as failure:
-        done = proof.failed_proof(how, run_id, started, str(failure))
+        done = verify_new.failed_proof(how, run_id, started, str(failure))
         try:
             store.note(backup.unproven(done, before))
         except OSError as error:
@@ -71,23 +74,23 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
     started = time.monotonic()
     client = clients.for_restore(settings, backup.client_major, backup.client_major)
     if backup.encrypted_to and not settings.backup_identity_file:
-        archive.demand_stored(store, backup)
+        pg_restore.demand_stored(store, backup)
         LOGGER.warning(
             "%s is encrypted and no private key is at hand: only its checksum is compared "
             "(MIGRATOR_BACKUP_IDENTITY_FILE)",
             backup.id,
         )
-        return proof.proof(CHECKSUM, run_id, started)
+        return verify_new.proof(CHECKSUM, run_id, started)
     if backup.dump_format == "directory":
-        with archive.opened(store, backup, settings) as path:
-            finished = archive.read_whole(client, path)
+        with pg_restore.opened(store, backup, settings) as path:
+            finished = pg_restore.read_whole(client, path)
     else:
-        chunks = archive.plain_chunks(store, backup, settings)
-        finished = archive.read_whole(client, chunks)
+        chunks = pg_restore.plain_chunks(store, backup, settings)
+        finished = pg_restore.read_whole(client, chunks)
         for _ in chunks:  # to the end, where the checksum is compared
             pass
     demand_parsed(finished)
-    return proof.proof(READ, run_id, started)
+    return verify_new.proof(READ, run_id, started)
 
 
 def _condemned(store: Store, backup: Backup, failure: Failed) -> BackupFailed:

@@ -3,7 +3,7 @@
 Alembic hands the live MigrationContext to a function before any revision runs
 (https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.environment.EnvironmentContext,
 ``fn``).  There migrator makes sure that ``env.py`` reached the very database that was locked and backed up,
-takes the apply lock and the timeouts on that connection, and wraps each step (see :mod:`migrator.steps`).
+takes the apply lock and the timeouts on that connection, and wraps each step (see :mod:`.revisions`).
 """
 
 from __future__ import annotations
@@ -11,28 +11,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from migrator import surroundings
-from migrator.aftermath import Aftermath, explain
-from migrator.attempts import Attempts
-from migrator.bookkeeping import Bookkeeper
-from migrator.errors import HistoryError, Internal, RolledBack, SettingsError
-from migrator.history import History, Plan
-from migrator.history.moves import quick_moves
-from migrator.interruption import Interrupt, Interruption
-from migrator.lifeline import Lifeline, revive
-from migrator.logs import Logs
-from migrator.migration_connection import MigrationConnection
+from migrator.config.settings import Settings
+from migrator.errors import Internal, SettingsError
+from migrator.ledger.writer import Bookkeeper
 from migrator.outcome import RevisionResult
-from migrator.postgres import ConnectFailed, QueryFailed, Session
-from migrator.recovery import Recovery
-from migrator.settings import Settings
-from migrator.silence import PROBE
-from migrator.steps import Steps
-from migrator.versions import VersionTable, read_version
-from migrator.watch import Watch
+from migrator.pipeline.apply import driver_calls
+from migrator.pipeline.apply.attempts import Attempts, Cause, cause_of, cut_alike, sleep, told
+from migrator.pipeline.apply.blockers import Watch
+from migrator.pipeline.apply.commits import watch_others
+from migrator.pipeline.apply.connection import MigrationConnection
+from migrator.pipeline.apply.failure import Aftermath, explain, none_committed, without_migrations
+from migrator.pipeline.apply.revisions import Part, Steps
+from migrator.postgres.attached_code import refuse_code
+from migrator.postgres.connection_limit import refuse_too_few
+from migrator.postgres.control_connection import Lifeline, revive
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.postgres.version_table import VersionTable, read_rows, read_version
+from migrator.project import History, Plan
+from migrator.runtime import stdio
+from migrator.runtime.deadlines import TELL
+from migrator.runtime.logs import Logs
+from migrator.runtime.signals import Interrupt, Interruption
 
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
@@ -40,8 +43,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("migrator.apply")
 
 
+@dataclass(frozen=True)
+class Passage:
+    """The version rows of one table before the run, and those that it is to have after it."""
+
+    before: frozenset[str]
+    after: frozenset[str]
+
+
 class Application:
-    """One pass through ``env.py``: what was seen, what was done, and what failed."""
+    """The passes through ``env.py``: what was seen, what was done, and what failed."""
 
     def __init__(
         self,
@@ -55,6 +66,8 @@ class Application:
         apply_lock: tuple[int, int],
         regain: Callable[[], bool],
         books: Bookkeeper,
+        known: Mapping[VersionTable, frozenset[str]],
+        about: VersionTable | None,
     ) -> None:
         self.session = session
         self.history = history
@@ -71,12 +84,18 @@ class Application:
             bar=not logs.is_json,
             check=interruption.check,
             take_back=self._keep,
+            prepare=self._prepare,
+            role=settings.role,
         )
-        self.version_table: VersionTable | None = None
-        self.attempts = Attempts(settings.lock_retries, self._lasting)
+        self._known, self._about = known, about
+        self.visits: dict[VersionTable, Passage] = {}
+        """What ``env.py`` has gone through, by the version table's full name."""
+        self._first: VersionTable | None = None
+        self.attempts = Attempts(settings.lock_retries)
+        self.unfinished: tuple[Part, ...] = ()
+        """What is known to be committed without its version row; see :meth:`look`."""
         looks = min(0.5, (settings.lock_timeout or 2.0) / 5)  # several while one attempt waits for its lock
         self.lifeline = Lifeline(session, regain, settings.wait_timeout)
-        self.recovery = Recovery(self)
         self.watch = Watch(
             self.lifeline,
             terminate_after=settings.terminate_blockers_after,
@@ -84,22 +103,31 @@ class Application:
             bar=self.steps.progress,
         )
         self._connection: MigrationConnection | None = None
+        self._entered = self.gone = False  # in this pass: a connection, which the driver has lost
+        self._cut_after: list[float] = []
         self._passed_by = False
         self._backend_pid = 0
         self._backend_of = 0  # the start of the server that it runs on
 
+    @property
+    def version_table(self) -> VersionTable | None:
+        """Return the version table that the plan is about, once ``env.py`` has gone through any; of several the first
+        where nobody knew of them."""
+        return self._about if self._about and self._first else self._first
+
     def run(self) -> None:
-        """Load ``env.py`` and run the steps; raises whatever they raise, after the connection is gone."""
+        """Run ``env.py``, as often as it takes; raises whatever it raised last, after the connection is gone."""
         if self.plan.kind == "upgrade":
             self.steps.no_way_back = self.books.look_back(self.plan.revisions)
         try:
             with (
-                surroundings.kept(),
+                stdio.kept(),
                 self.steps.heartbeat,
                 self.watch,
+                watch_others(self.steps.is_elsewhere, self.steps.commits_elsewhere),
                 self.interruption.calling(self.cancel),
             ):
-                self.recovery.run(self._go_through)
+                self.attempts.run(_Pass(self))
         finally:
             self.steps.progress.close()
             self._take_back()
@@ -110,12 +138,14 @@ class Application:
                 next_step="give migrator the address of one of those that env.py connects to",
             )
         if self.version_table is None:
-            raise HistoryError(
-                "env.py ended without running migrations (it never called context.run_migrations() online).",
-                next_step="run env.py as Alembic does: `migrator alembic upgrade head --sql` shows if it can",
-            )
+            raise without_migrations()
 
-    def _go_through(self) -> None:
+    def begin(self) -> None:
+        """Forget what the last pass saw of its connection."""
+        self._entered = self.gone = False
+        self.steps.failure, self.steps.running = None, ""
+
+    def go_through(self) -> None:
         """Load ``env.py`` and let it run the steps."""
         self.steps.heartbeat.begins("env.py")
         self.history.run(
@@ -126,25 +156,45 @@ class Application:
             around=self._run_migrations,
             transaction=self.settings.transaction,
         )
+        if self.steps.failure is not None:
+            raise self.steps.failure  # env.py swallowed it
+
+    def cause(self, error: BaseException) -> Cause:
+        """Say why the pass failed."""
+        error = self.steps.failure or error  # env.py may have ended in its own way
+        found = cause_of(error, connected=self._entered, gone=self.gone, answers=self.session.answers)
+        calls = self._connection.calls if self._connection and self._entered else None
+        if found is Cause.LOST and calls and self.lifeline.stayed and not told(error):
+            self._cut_after.append(calls.failed_after)
+        else:
+            self._cut_after.clear()
+        return found
+
+    @property
+    def cut_after(self) -> float:
+        """Return after how many seconds each attempt was cut, by something between; 0 where it was not that."""
+        return cut_alike(self._cut_after)
 
     def _run_migrations(self, run: Callable[[], None], get_context: Callable[[], MigrationContext]) -> None:
-        """Run the migrations, as often as it takes, as the role that is to own what they make.
+        """Run the migrations as the role that is to own what they make.
 
         Another database of an ``env.py`` that migrates several is left to a run of its own.
         """
         if self.history.migrates_several and self._is_passed_by(get_context()):
             return
-
-        def run_as_role() -> None:
-            if self.settings.role:
-                connection = MigrationConnection(get_context())
-                connection.refuse_another_database(self.session)
-                connection.assume_role(self.settings.role, self.session)
-            with quick_moves():
-                run()
-            self.steps.flush()  # env.py may commit in whatever way
-
-        self.recovery.around(lambda: self.attempts.run(run_as_role, get_context))
+        if self.settings.role:
+            connection = MigrationConnection(get_context())
+            connection.refuse_another_database(self.session)
+            connection.assume_role(self.settings.role, self.session)
+        try:
+            run()
+        except BaseException as error:
+            # Before env.py closes it: SQLAlchemy would try a rollback on a lost one, and log a traceback.
+            lost = get_context().connection if self._entered else None
+            self.gone = lost is not None and driver_calls.gone(lost)
+            if lost is not None and self.gone and not lost.closed:
+                lost.invalidate(error)
+            raise
 
     def _is_passed_by(self, context: MigrationContext) -> bool:
         another = MigrationConnection(context).is_on_another_database(self.session)
@@ -161,6 +211,11 @@ class Application:
         self.logs.keep()
         self.interruption.retake()
 
+    def _prepare(self, connection: MigrationConnection) -> None:
+        """Set role and timeouts again, which a revision has rolled back."""
+        connection.assume_role(self.settings.role, self.session)
+        connection.set_timeouts(self.settings)
+
     def cancel(self) -> None:
         """Cancel the statement that the applying connection is running; called from the signal thread."""
         if not self._backend_pid:
@@ -168,17 +223,61 @@ class Application:
         with contextlib.suppress(OSError):  # a terminal that hung up takes no word
             log.info("cancelling the running statement (pid %d)", self._backend_pid)
         try:
-            self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=PROBE)
+            self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=TELL)
         except QueryFailed as error:
             # The server cannot be told: the connection ends on this side, and with it the wait.
             log.warning("the server cannot be told to cancel: %s", error.text)
             if self._connection and self._connection.calls:
                 self._connection.calls.end()
 
-    def committed(self, rows: frozenset[str] | None) -> tuple[RevisionResult, ...]:
-        """Return the results that lasted, given the version rows as they are now."""
-        after = Aftermath(self.plan, rows, entered=True, failed_in=self.steps.running)
-        return tuple(result for result in self.steps.results if result.revision in after.landed)
+    def landed(self) -> tuple[str, ...]:
+        """Return the revisions that are committed in any version table, counted from the rows as they are now.
+
+        Raises QueryFailed.
+        """
+        found = {name for names in self._landed().values() for name in names}
+        planned = [item.revision for item in self.plan.revisions if item.revision in found]
+        return (*planned, *sorted(found - set(planned)))
+
+    def _landed(self) -> dict[VersionTable, set[str]]:
+        found = {}
+        for place, passage in self.visits.items():
+            was = set(self.history.applied(passage.before))
+            now = set(self.history.applied(self.rows_in(place)))
+            found[place] = was - now if self.plan.kind == "downgrade" else now - was
+        return found
+
+    def rows_in(self, place: VersionTable) -> frozenset[str]:
+        """Return the rows of a version table as they are now; raises QueryFailed."""
+        return frozenset(read_rows(self.session, place))
+
+    def at(self) -> str:
+        """Say where each of several version tables is; raises QueryFailed."""
+        if len(self.visits) < 2:
+            return ""
+        told = [f"{', '.join(sorted(self.rows_in(place))) or 'base'} in {place}" for place in self.visits]
+        return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
+
+    def committed(self) -> tuple[RevisionResult, ...]:
+        """Return the results that lasted, given the version rows as they are now; raises QueryFailed."""
+        landed = self._landed()
+        return tuple(
+            result for result, place in self.steps.placed() if result.revision in landed.get(place, ())
+        )
+
+    def look(self) -> None:
+        """Find out, from the server, which revisions are committed in part; raises QueryFailed and ConnectFailed."""
+        self.steps.look_for_commits()
+        applied: dict[VersionTable, frozenset[str]] = {}
+        for part in self.steps.committed_parts:
+            if part.table not in applied:
+                rows = read_rows(self.session, part.table)
+                applied[part.table] = frozenset(self.history.applied(rows))
+        self.unfinished = tuple(
+            part
+            for part in self.steps.committed_parts
+            if (part.revision in applied[part.table]) != part.upgrade
+        )
 
     def ended(self, patience: float = 8.0) -> bool:
         """Wait until the applying connection is gone from the server, ending it after half of ``patience`` seconds.
@@ -192,7 +291,7 @@ class Application:
                 return False
             if not terminated and time.monotonic() > deadline - patience / 2:
                 terminated = True
-                self.session.value("SELECT pg_terminate_backend(%s)", (self._backend_pid,))
+                self.session.terminate(self._backend_pid)
             time.sleep(0.05)
         return True
 
@@ -221,52 +320,60 @@ class Application:
         connection.refuse_another_database(self.session)
         table = VersionTable(context.version_table, context.version_table_schema or "")
         table = connection.locate(table, self.session)
-        again = self.version_table is not None or self._moved_meanwhile(heads)
-        self.lifeline.refuse_strangers(
-            table, frozenset(heads), frozenset(heads) if again else self.plan.before
-        )
-        if not again and frozenset(heads) != self.plan.before:
+        refuse_code(self.session, table, self.settings.role)  # only env.py may have told which table it is
+        place, rows = connection.place_of(table), frozenset(heads)
+        expected = self._known.get(place, rows if self.visits else self.plan.before)
+        again = place in self.visits or bool(self.visits) or rows != expected
+        if place not in self.visits and rows != expected and not self._moved_meanwhile(place, rows):
             raise SettingsError(
                 [
                     f"env.py keeps its revisions in {table}, which is at"
                     f" {', '.join(heads) or 'base'}, but migrator read"
-                    f" {', '.join(sorted(self.plan.before)) or 'base'}"
+                    f" {', '.join(sorted(expected)) or 'base'}"
                 ],
                 next_step=f"set MIGRATOR_VERSION_TABLE={table}",
             )
-        self.version_table = self.version_table or table
+        self.lifeline.refuse_strangers(table, rows, rows if again else expected)
+        again = again or rows != self.plan.before
+        self._first = self._first or table
+        self._entered = True
         self._take_apply_lock(connection)
         connection.set_timeouts(self.settings)
         connection.notice_a_dead_client(self.session.facts.major)
         if self._connection is None or not self._connection.is_on(context.connection):
-            connection.listen(self.steps.committed, ahead=self.steps.flush, undone=self.books.forget)
+            connection.listen(
+                self.steps.committed,
+                executes=self.steps.executes,
+                executed=self.steps.executed,
+                leaving=self.steps.leaving,
+            )
             self._connection = connection
             self.steps.on(connection, connection.observe(self.session, table.name))
             self.watch.follow(self._backend_pid, connection.calls)
         self.books.enter(self._connection, table, heads)
+        self.steps.at(place, upgrade=self.plan.kind != "downgrade")
         steps = self._steps(heads, again=again)
-        self.recovery.entered(context.connection, table, heads, steps)
+        self.visits.setdefault(place, Passage(rows, self.history.rows_after(steps, heads)))
         if self.steps.applied not in context.on_version_apply_callbacks:
             context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self.steps.applied)
         revisions = [step for step in steps if getattr(step, "revision", None) is not None]
         if again:
-            self.steps.forget(
-                [step.revision.revision for step in revisions], same=table == self.version_table
-            )
+            self.steps.forget([step.revision.revision for step in revisions])
         self.steps.wrap(revisions)
         return steps
 
-    def _moved_meanwhile(self, heads: tuple[str, ...]) -> bool:
+    def _moved_meanwhile(self, place: VersionTable, heads: frozenset[str]) -> bool:
         """Whether the application, as some do, has migrated the database by itself while it was loaded."""
-        if frozenset(heads) == self.plan.before:
-            return False
-        _, rows = read_version(self.session, self.history, self.settings.version_table)
-        if frozenset(rows) != frozenset(heads):
+        if place in self._known:
+            rows: Sequence[str] = tuple(self.rows_in(place))
+        else:
+            _, rows = read_version(self.session, self.history, self.settings.version_table)
+        if frozenset(rows) != heads:
             return False
         log.warning(
             "the application migrated the database to %s by itself while it was loaded: turn that off, so that it is"
             " done by migrator, which measures and records it",
-            ", ".join(heads) or "base",
+            ", ".join(sorted(heads)) or "base",
         )
         return True
 
@@ -274,6 +381,9 @@ class Application:
         """Return Alembic's steps from ``heads``: to where the plan ends, whatever ``+2`` would mean by now."""
         plan = self.plan
         if again and frozenset(heads) != plan.before:
+            there = set(self.history.applied(heads))
+            if self.history.unknown(heads) or (plan.kind == "upgrade" and plan.after <= there):
+                return []
             destination = next(iter(plan.after), "base") if len(plan.after) <= 1 else plan.destination
             return self.history.steps(plan.kind, destination, heads)
         return self.history.steps(plan.kind, plan.destination, heads, plan.baseline)
@@ -289,29 +399,46 @@ class Application:
             time.sleep(0.05)
         self._backend_pid, self._backend_of = connection.pid, self.session.facts.started_at
 
-    def _lasting(self) -> bool:
-        """Whether a part of the failed revision is committed, or nobody wants another attempt."""
-        self.steps.look_for_commits()
-        return self.steps.running in self.steps.committed_parts or bool(self.interruption.received)
+
+class _Pass:
+    """One pass through ``env.py``, as :class:`migrator.pipeline.apply.attempts.Attempts` drives it."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self.begin, self.run, self.cause = application.begin, application.go_through, application.cause
+
+    def settle(self) -> tuple[Part, ...]:
+        """Wait until the connection is gone; return the parts that are committed without their version row."""
+        application = self._application
+        application.lifeline.ensure()
+        if not application.ended():
+            raise TimeoutError("the migration's connection does not end, so env.py is not run again")
+        steps = application.steps
+        if application.gone and steps.running and not steps.transactional:
+            steps.committed()  # a statement may have been done whose answer was lost
+        application.look()
+        return application.unfinished
+
+    def stopped(self) -> bool:
+        """Whether a signal came."""
+        return bool(self._application.interruption.received)
+
+    def pause(self, seconds: float) -> None:
+        """Wait; raises Interrupt."""
+        sleep(seconds, self._application.interruption.check)
 
 
-def apply(
-    application: Application, *, backup_id: str, read_rows: Callable[[], frozenset[str] | None]
-) -> None:
+def apply(application: Application, *, backup_id: str, rows_now: Callable[[], frozenset[str] | None]) -> None:
     """Run the application; turn whatever a user's ``env.py`` or revision raises into what it means.
 
-    ``read_rows`` returns the version rows as they are now, or None where nobody answers.
+    ``rows_now`` returns the version rows as they are now, or None where nobody answers.
     Raises Interrupted, Blocked, AccessDenied, HistoryError, RolledBack or Partial.
     """
     try:
+        refuse_too_few(application.session, 2, "A run")
         application.run()
-        if application.steps.results and read_rows() == application.plan.before != application.plan.after:
-            raise RolledBack(
-                "env.py ran the revisions and committed none of them.",
-                state="Everything was rolled back.",
-                next_step="put context.run_migrations() of env.py in `with context.begin_transaction():`,"
-                " as Alembic's own template has it",
-            )
+        if application.steps.results and rows_now() == application.plan.before != application.plan.after:
+            raise none_committed(application.steps.findings)
     except BaseException as error:  # a user's code may raise anything
         application.interruption.shield()
         cause = _first(error)
@@ -320,16 +447,24 @@ def apply(
             cause = Interrupt(application.interruption.received)
         elif isinstance(error, SystemExit) and application.steps.failure is not None:
             cause = application.steps.failure  # env.py caught it, and ended in its own way
+        rows = _rows_after(application, rows_now)
         after = Aftermath(
             plan=application.plan,
-            rows=_rows_after(application, read_rows),
+            rows=rows,
             entered=application.version_table is not None,
             anything_committed=application.steps.anything_committed,
             failed_in=application.steps.running,
-            committed_parts=application.steps.committed_parts,
+            landed=() if rows is None else application.landed(),
+            at="" if rows is None else application.at(),
+            alike=len({passage.before for passage in application.visits.values()}) < 2,
+            unfinished=tuple(dict.fromkeys(part.revision for part in application.unfinished)),
+            repeatable=application.steps.unrepeatable.isdisjoint(application.unfinished),
+            certain=not application.steps.certain.isdisjoint(application.unfinished),
             backup_id=backup_id,
             attempts=application.attempts.count,
+            cut_after=application.cut_after,
             blockers=tuple(str(blocker) for blocker in application.watch.blockers),
+            prepared=tuple(gid for blocker in application.watch.blockers for gid in blocker.gids),
         )
         log.debug("apply failed", exc_info=True)
         raise explain(cause, after) from error
@@ -344,14 +479,16 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _rows_after(
-    application: Application, read_rows: Callable[[], frozenset[str] | None]
+    application: Application, rows_now: Callable[[], frozenset[str] | None]
 ) -> frozenset[str] | None:
     """Return the version rows once the applying connection is gone; None where the server cannot be asked."""
     try:
         revive(application.session, 0)
-        application.steps.look_for_commits()
         if application.version_table is None:
             return application.plan.before
-        return read_rows() if application.ended() else None
+        if not application.ended():
+            return None
+        application.look()
+        return rows_now()
     except (ConnectFailed, QueryFailed):
         return None

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from migrator.history.driver_calls import DriverCalls
-from migrator.lifeline import Lifeline
-from migrator.lost_answer import LostAnswer
-from migrator.postgres import ConnectFailed, QueryFailed
-from migrator.report.progress import Progress
-from migrator.silence import PROBE
+from migrator.pipeline.apply.driver_calls import DriverCalls
+from migrator.pipeline.apply.stalled import LostAnswer
+from migrator.postgres.control_connection import Lifeline
+from migrator.postgres.session import ConnectFailed, QueryFailed, quote_literal
+from migrator.runtime.deadlines import PROBE
+from migrator.runtime.progress import Progress
 
 log = logging.getLogger("migrator.watch")
 
@@ -34,12 +34,21 @@ _BLOCKERS = """
 SELECT b.pid, coalesce(a.application_name, ''), coalesce(a.state, ''),
        extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, a.query_start, a.backend_start))::float8,
        coalesce(left(regexp_replace(a.query, '\\s+', ' ', 'g'), 120), ''),
-       w.mode, coalesce(w.relation::regclass::text, w.locktype),
+       w.mode,
+       coalesce((SELECT CASE WHEN n.nspname = ANY(%(near)s::text[]) THEN '' ELSE quote_ident(n.nspname) || '.' END
+                        || quote_ident(c.relname)
+                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = w.relation),
+                w.relation::text, w.locktype),
        coalesce((SELECT string_agg(DISTINCT h.mode, ', ') FROM pg_locks h
-                 WHERE h.pid = b.pid AND h.granted AND h.relation = w.relation), '')
+                 WHERE h.pid = b.pid AND h.granted AND h.relation = w.relation), ''),
+       CASE b.pid WHEN 0 THEN ARRAY(SELECT p.gid::text FROM pg_prepared_xacts p WHERE EXISTS (
+         SELECT FROM pg_locks x JOIN pg_locks h USING (virtualtransaction)
+          WHERE x.transactionid = p.transaction AND x.pid IS NULL AND h.pid IS NULL AND h.granted
+            AND (h.relation = w.relation OR h.transactionid = w.transactionid)) ORDER BY 1) ELSE '{}' END
 FROM (SELECT DISTINCT unnest(pg_blocking_pids(%(pid)s)) AS pid) b
 LEFT JOIN pg_stat_activity a ON a.pid = b.pid
-CROSS JOIN LATERAL (SELECT mode, relation, locktype FROM pg_locks WHERE pid = %(pid)s AND NOT granted LIMIT 1) w
+CROSS JOIN LATERAL (SELECT mode, relation, locktype, transactionid FROM pg_locks
+                     WHERE pid = %(pid)s AND NOT granted LIMIT 1) w
 ORDER BY b.pid
 """
 
@@ -71,7 +80,8 @@ _PROGRESS = {
 class Blocker:
     """A session that the migration waits for; ``seconds`` is how long its transaction has been open.
 
-    ``seconds`` is None where the server does not show what the session does: it is another role's.
+    ``seconds`` is None where the server does not show what the session does: it is another role's.  A prepared
+    transaction has no session (``pid`` is 0); ``gids`` are the names of those that may be in the way.
     """
 
     pid: int
@@ -82,12 +92,13 @@ class Blocker:
     wanted: str
     relation: str
     held: str
+    gids: Sequence[str] = ()
 
     def __str__(self) -> str:
-        who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
         if not self.pid:
-            doing = ", a prepared transaction"
-        elif self.seconds is None:
+            return f"prepared transaction {', '.join(map(quote_literal, self.gids)) or 'of an unknown name'}"
+        who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
+        if self.seconds is None:
             doing = ", what it does is hidden (GRANT pg_read_all_stats shows it)"
         else:
             doing = f", {self.state or 'busy'} for {self.seconds:.0f} s"
@@ -118,6 +129,7 @@ class Watch:
         self._interval = interval
         self._repeat = repeat
         self._pid = 0
+        self._near: tuple[str, ...] | None = None  # the schemas that people leave out
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._said: tuple[object, float] = (None, 0.0)
@@ -164,7 +176,9 @@ class Watch:
         return self._session.query(sql, parameters, timeout=PROBE)
 
     def _look_for_blockers(self) -> bool:
-        rows = self._ask(_BLOCKERS, {"pid": self._pid})
+        if self._near is None:
+            self._near = ("pg_catalog", *self._session.user_schemas(timeout=PROBE))
+        rows = self._ask(_BLOCKERS, {"pid": self._pid, "near": list(self._near)})
         found = tuple(Blocker(*row) for row in rows)
         if not found:
             return False

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from migrator.contents import LEDGER
+from migrator.config.settings import Settings
 from migrator.errors import HistoryError, SettingsError
-from migrator.history.commits import watch_commits, watch_ends, watch_statements
-from migrator.history.driver_calls import DriverCalls, gone
-from migrator.history.statements import lift_timeouts_for_concurrent_builds
-from migrator.observation import Observation
-from migrator.postgres import ServerFacts, Session, dead_client_settings
-from migrator.settings import Settings
-from migrator.versions import VersionTable
+from migrator.pipeline.apply.commits import in_autocommit, watch_commits, watch_statements
+from migrator.pipeline.apply.driver_calls import DriverCalls, gone
+from migrator.pipeline.apply.metrics.observer import Observation
+from migrator.pipeline.apply.timeouts import lift_timeouts_for_concurrent_builds
+from migrator.postgres import search_path
+from migrator.postgres.queries import LEDGER
+from migrator.postgres.session import ServerFacts, Session, dead_client_settings, quote_literal
+from migrator.postgres.version_table import VersionTable
 
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
@@ -23,19 +25,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("migrator.apply")
 
 _IDENTITY = (
-    "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text || ' ' || "
-    "(SELECT oid FROM pg_database WHERE datname = current_database())::text || ' ' || current_database()"
+    "SELECT pg_catalog.concat_ws(' ',"
+    " (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) OPERATOR(pg_catalog.*) 1000000)::bigint,"
+    " (SELECT d.oid FROM pg_catalog.pg_database d"
+    "   WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()), pg_catalog.current_database())"
 )
-_TRANSACTION = "SELECT (now() = statement_timestamp())::text || ' ' || txid_current()::text"
-_MAY_DROP = re.compile(r"\b(?:DROP|ALTER\s+SCHEMA|RENAME)\b", re.IGNORECASE)
-# What may end the transaction or change the role, and what may read the ledger.
-_MAY_END = re.compile(
-    r"\b(?:COMMIT|END|ROLLBACK|ABORT|SAVEPOINT|RELEASE|PREPARE|ROLE|AUTHORIZATION|SET_CONFIG|RESET|DISCARD"
-    rf"|{LEDGER})\b",
-    re.IGNORECASE,
+_TRANSACTION = (
+    "SELECT pg_catalog.concat_ws(' ', CAST(pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()"
+    " AS pg_catalog.text), pg_catalog.txid_current())"
 )
-_LONG = 10_000  # characters of a statement that is not searched for it
-_NOW = "SELECT now()::text"  # the start of the transaction: it stands still unless each statement is its own
+CURRENT_USER = "SELECT CAST(current_user AS pg_catalog.text)"
+_SESSION_USER = "SELECT CAST(session_user AS pg_catalog.text)"
+_MAY_DROP = re.compile(r"\b(?:DROP|ALTER\s+SCHEMA|RENAME|GRANT|OWNER|OWNED)\b", re.IGNORECASE)
+_FIRST_SCHEMA = (
+    "SELECT coalesce(CAST((pg_catalog.current_schemas(false))[1] AS pg_catalog.text),"
+    " pg_catalog.current_setting('search_path'))"
+)
+"""Where a table is made; the whole path where nothing in it is there yet."""
+_NOW = "SELECT CAST(pg_catalog.now() AS pg_catalog.text)"
+"""The start of the transaction: it stands still unless each statement is its own."""
 
 
 def identity_of(facts: ServerFacts) -> str:
@@ -55,6 +63,7 @@ class MigrationConnection:
         self._connection = context.connection
         self.calls: DriverCalls | None = None
         self._dropped = False
+        self._every_statement = False  # is a transaction of its own, as listen() found out
 
     @property
     def raw(self) -> Any:
@@ -138,32 +147,44 @@ class MigrationConnection:
         """
         if not role:
             return
-        now, login = self.ask("SELECT current_user::text"), self.ask("SELECT session_user::text")
+        now, login = self.ask(CURRENT_USER), self.ask(_SESSION_USER)
         if now in (login, session.facts.user):
-            self.tell("SELECT set_config('role', :role, false)", role=role)
+            self.tell("SELECT pg_catalog.set_config('role', :role, false)", role=role)
         elif now != role:
             log.info("env.py has set the role %s itself; it stays", now)
 
+    def find(self, name: str) -> tuple[str, str] | None:
+        """Return the schema in which the connection's search_path finds a relation, and its kind; None: nowhere."""
+        found = self.ask(search_path.FIND_HERE.format(name=quote_literal(name)))
+        schema, kind = json.loads(found) if found else (None, "")
+        return (schema, kind) if schema is not None else None
+
     def locate(self, table: VersionTable, session: Session) -> VersionTable:
         """Return the table with its schema, where ``env.py``'s search_path finds another than ours does."""
-        literal = table.quoted.replace("'", "''")
-        oid = f"SELECT to_regclass('{literal}')::oid::bigint"
-        if table.schema or session.value(oid) == self.ask(oid):
+        if table.schema:
             return table
-        of = (
-            f"pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = to_regclass('{literal}')"
-        )
-        schema = self.ask(f"SELECT n.nspname::text FROM {of}")  # noqa: S608 - quoted
-        return VersionTable(table.name, schema or "")
+        here = self.find(table.name)
+        if here == session.find(table.name):
+            return table
+        return VersionTable(table.name, here[0] if here else "")
+
+    def place_of(self, table: VersionTable) -> VersionTable:
+        """Return the table with the schema that it is in here, or would be made in."""
+        places = self._connection.get_execution_options().get("schema_translate_map") or {}
+        schema = places.get(table.schema or None, table.schema)
+        if not schema:
+            found = self.find(table.name)
+            schema = found[0] if found else self.ask(_FIRST_SCHEMA)
+        return VersionTable(table.name, schema)
 
     def try_lock(self, keys: tuple[int, int]) -> bool:
         """Take a session advisory lock, if nobody else has it."""
-        return bool(self.ask(f"SELECT pg_try_advisory_lock({keys[0]}, {keys[1]})"))
+        return bool(self.ask(f"SELECT pg_catalog.pg_try_advisory_lock({keys[0]}, {keys[1]})"))
 
     @property
     def pid(self) -> int:
         """Return the server process's id."""
-        return int(self.ask("SELECT pg_backend_pid()"))
+        return int(self.ask("SELECT pg_catalog.pg_backend_pid()"))
 
     @property
     def autocommits(self) -> bool:
@@ -175,6 +196,8 @@ class MigrationConnection:
 
         A transaction stands still in time: only where nothing came before in it, a second question must tell.
         """
+        if self._every_statement:
+            return 0
         fresh, number = self.ask(_TRANSACTION).split()
         return 0 if fresh == "true" and self.ask(_TRANSACTION).startswith("true") else int(number)
 
@@ -187,10 +210,10 @@ class MigrationConnection:
             told = settings.sources.get(name, "default") != "default"
             if seconds is None and not told:
                 continue
-            if not told and self.ask(f"SELECT current_setting('{name}')") != "0":
+            if not told and self.ask(f"SELECT pg_catalog.current_setting('{name}')") != "0":
                 continue
             milliseconds = int((seconds or 0) * 1000)
-            self.ask(f"SELECT set_config('{name}', '{milliseconds}', false)")
+            self.ask(f"SELECT pg_catalog.set_config('{name}', '{milliseconds}', false)")
 
     def notice_a_dead_client(self, server_major: int) -> None:
         """Let the server notice within seconds that we are gone: a killed run would keep its locks otherwise."""
@@ -201,7 +224,7 @@ class MigrationConnection:
         return Observation(self._connection, session, (version_table, LEDGER), self.ask_driver)
 
     def may_have_dropped(self) -> bool:
-        """Whether a statement since the last call was one that may have dropped a table."""
+        """Whether a statement since the last call may have dropped a table, or granted something on it."""
         dropped, self._dropped = self._dropped, False
         return dropped
 
@@ -210,22 +233,26 @@ class MigrationConnection:
             self._dropped = True
 
     def listen(
-        self, committed: Callable[[], None], *, ahead: Callable[[], Any], undone: Callable[[], None]
+        self,
+        committed: Callable[[], None],
+        *,
+        executes: Callable[[str, bool], None],
+        executed: Callable[[], None],
+        leaving: Callable[[], None],
     ) -> None:
         """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection.
 
-        ``ahead`` is called before what may end the transaction: a commit, or a statement that speaks of one;
-        ``undone`` at a rollback.
+        ``executes`` is called before each statement, with whether it commits by itself; ``executed`` after it;
+        ``leaving`` before a commit.
         From then on ``calls`` knows whether the driver waits for the server.
         """
+        every_statement = self._every_statement = self.autocommits
 
-        def look_for_ends(_: Any, __: Any, statement: str, *___: Any) -> None:
-            if len(statement) > _LONG or _MAY_END.search(statement):
-                ahead()
+        def look_at_statement(connection: Any, _: Any, statement: str, *__: Any) -> None:
+            executes(statement, every_statement or in_autocommit(connection))
 
         self.calls = DriverCalls(self._connection)
         lift_timeouts_for_concurrent_builds(self._connection)
-        watch_statements(self._connection, look_for_ends)  # first: what it writes is written before a drop
         watch_statements(self._connection, self._look_for_drops)
-        watch_ends(self._connection, ahead, undone)
-        watch_commits(self._connection, committed, every_statement=self.autocommits)
+        watch_statements(self._connection, look_at_statement, done=executed)
+        watch_commits(self._connection, committed, leaving=leaving, every_statement=every_statement)

@@ -1,7 +1,8 @@
 """Go back with an older image: the SQL that the ledger kept, for revisions that this image has never seen.
 
-Plain SQL text, shown before it runs, never Python.  Each revision is one transaction, together with its version row
-and its row in the ledger, on a connection of its own that holds the apply lock.
+Plain SQL text, shown before it runs, never Python.  No role and no search_path comes from a row: it runs as
+MIGRATOR_ROLE, else as the version table's owner where the login may be it.  Each revision is one transaction,
+together with its version row and its row in the ledger, on a connection of its own that holds the apply lock.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import TYPE_CHECKING
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from migrator import ledger
-from migrator.aftermath import RETRYABLE
+from migrator.config.settings import Settings
 from migrator.errors import Internal, MigratorError, Partial, RolledBack
-from migrator.interruption import Interruption
-from migrator.ledger import Author
+from migrator.ledger import table as ledger
+from migrator.ledger.table import Author
 from migrator.outcome import RevisionResult
-from migrator.past import WayBack
-from migrator.postgres import QueryFailed, Session, connect
-from migrator.settings import Settings
-from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS
-from migrator.versions import VersionTable
+from migrator.pipeline.apply.failure import RETRYABLE
+from migrator.postgres import connection_limit
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import VersionTable, locate
+from migrator.project.kept_downgrade import KeptDowngrade
+from migrator.runtime.signals import Interruption
 
 if TYPE_CHECKING:
-    from migrator.history import Plan
+    from migrator.project import Plan
 
 log = logging.getLogger("migrator.apply")
 
@@ -35,23 +36,35 @@ class Reversal:
     """Runs the kept SQL of several revisions, the newest first."""
 
     def __init__(
-        self, session: Session, settings: Settings, table: VersionTable, author: Author, command: str
+        self,
+        session: Session,
+        settings: Settings,
+        table: VersionTable,
+        author: Author,
+        command: str,
+        *,
+        apply_lock: tuple[int, int],
     ) -> None:
         self._session = session
         self._settings = settings
         self._table = table
         self._author = author
         self._command = command
+        self._apply_lock = apply_lock
+        self._role = settings.role or ledger.owner_to_be(session, locate(session, table) or table)
         self.results: list[RevisionResult] = []
 
     def run(self, plan: Plan, application_name: str, interruption: Interruption) -> None:
         """Revert what the plan says; raises :class:`RolledBack`, :class:`Partial`, or what connecting raises."""
         before, total = plan.before, len(plan.kept)
         with (
-            connect(self._session.target, application_name, self._settings.connect_timeout) as connection,
+            connection_limit.connect(
+                self._session.target, application_name, self._settings.connect_timeout
+            ) as connection,
             interruption.calling(connection.cancel),
         ):
             self._prepare(connection)
+            _say_who(plan, self._role or connection.facts.user)
             for number, (way, after) in enumerate(plan.kept, start=1):
                 interruption.check()
                 started = time.monotonic()
@@ -75,11 +88,16 @@ class Reversal:
             ("statement_timeout", self._settings.statement_timeout),
         ):
             connection.query("SELECT set_config(%s, %s, false)", (name, f"{int((seconds or 0) * 1000)}ms"))
-        if not connection.value("SELECT pg_try_advisory_lock(%s, %s)", (LOCK_CLASS, APPLY_LOCK)):
+        if not connection.value("SELECT pg_try_advisory_lock(%s, %s)", self._apply_lock):
             raise Internal("Another connection holds the apply lock, under our run lock.")
 
     def _attempts(
-        self, connection: Session, way: WayBack, before: frozenset[str], after: frozenset[str], number: int
+        self,
+        connection: Session,
+        way: KeptDowngrade,
+        before: frozenset[str],
+        after: frozenset[str],
+        number: int,
     ) -> None:
         """Revert one revision, again where it only missed a lock and nothing of it can have been committed."""
         whole = not any(_ends_transaction(statement) for statement in way.statements or ())
@@ -94,15 +112,21 @@ class Reversal:
         retrying(self._one, connection, way, before, after, number)
 
     def _one(
-        self, connection: Session, way: WayBack, before: frozenset[str], after: frozenset[str], number: int
+        self,
+        connection: Session,
+        way: KeptDowngrade,
+        before: frozenset[str],
+        after: frozenset[str],
+        number: int,
     ) -> None:
         started = time.monotonic()
         connection.query("BEGIN")
         try:
-            _as_it_was_applied(connection, way)
-            for statement in way.statements or ():
-                connection.query(statement)
-            table = self._table.quoted.replace("%", "%%")
+            connection.query("SELECT set_config('role', %s, false)", (self._role or "none",))
+            with connection.as_user():
+                for statement in way.statements or ():
+                    connection.query(statement)
+            table = (locate(connection, self._table) or self._table).quoted.replace("%", "%%")
             for gone in sorted(before - after):
                 connection.query(f"DELETE FROM {table} WHERE version_num = %s", (gone,))  # noqa: S608 - quoted
             for back in sorted(after - before):
@@ -119,14 +143,16 @@ class Reversal:
                 seconds=round(time.monotonic() - started, 6),
                 command=self._command,
             )
-            ledger.append(connection, self._table, [row])
+            ledger.append(connection, self._table, [row], within=True)
             connection.query("COMMIT")
         except QueryFailed:
             if not connection.closed:
                 connection.query("ROLLBACK")
             raise
 
-    def _failed(self, way: WayBack, error: QueryFailed, rows: frozenset[str], total: int) -> MigratorError:
+    def _failed(
+        self, way: KeptDowngrade, error: QueryFailed, rows: frozenset[str], total: int
+    ) -> MigratorError:
         what = f"The kept SQL of {way.revision} failed: {error.text}{f' [{error.sqlstate}]' if error.sqlstate else ''}."
         parts = any(_ends_transaction(statement) for statement in way.statements or ())
         at = ", ".join(sorted(rows)) or "base"
@@ -145,13 +171,16 @@ class Reversal:
         )
 
 
-def _as_it_was_applied(connection: Session, way: WayBack) -> None:
-    """Take the role and the search_path that the revision was applied with, so that its names mean the same."""
-    may = "SELECT pg_has_role(session_user, oid, 'MEMBER') FROM pg_roles WHERE rolname = %s"
-    role = way.role if connection.value(may, (way.role,)) else "none"
-    connection.query("SELECT set_config('role', %s, false)", (role,))
-    if way.search_path:
-        connection.query("SELECT set_config('search_path', %s, false)", (way.search_path,))
+def _say_who(plan: Plan, role: str) -> None:
+    """Warn where other roles applied what is reverted: a row says so, and makes nobody of it."""
+    others = sorted({way.role for way, _ in plan.kept if way.role not in ("", role)})
+    if others:
+        log.warning(
+            "what is reverted as %s was applied as %s (MIGRATOR_ROLE says which role it should be)",
+            role,
+            ", ".join(others[:5]),
+            extra={"stage": "apply"},
+        )
 
 
 def _ends_transaction(statement: str) -> bool:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from migrator.silence import keep_alive, shut_down
+from migrator.runtime.deadlines import keep_alive, shut_down
 
 _ON_A_CURSOR = ("do_execute", "do_executemany", "do_execute_no_params")
 _ON_THE_CONNECTION = ("do_commit", "do_rollback")
@@ -27,20 +27,18 @@ class DriverCalls:
     """The calls of the driver on one connection: ``since`` when one is under way (time.monotonic()), or None."""
 
     def __init__(self, connection: Any) -> None:
-        from sqlalchemy import event
-
         self.since: float | None = None
+        self.failed_after = 0.0
+        """How many seconds the longest call took that failed."""
         self._leaving = threading.Lock()
-        self._cursor: Any = None
         self._fairy = connection.connection
         self._descriptor, self._inode = _socket_of(self._fairy)
         if self._descriptor >= 0:
             keep_alive(self._descriptor)
-        event.listen(connection, "before_cursor_execute", self._note_cursor)
         for name in _ON_A_CURSOR:
-            self._wrap(connection.dialect, name, lambda cursor: cursor is self._cursor)
+            self._wrap(connection.dialect, name, lambda arguments: self._executes(arguments[-1]))
         for name in _ON_THE_CONNECTION:
-            self._wrap(connection.dialect, name, lambda fairy: fairy is self._fairy)
+            self._wrap(connection.dialect, name, lambda arguments: arguments[0] is self._fairy)
 
     def ask(self, sql: str) -> Any:
         """Run a statement on a cursor of the driver's and return its first value, if it has one; no parameters.
@@ -75,19 +73,27 @@ class DriverCalls:
             shut_down(self._descriptor)
             return True
 
-    def _note_cursor(self, _: Any, cursor: Any, *__: Any) -> None:
-        self._cursor = cursor
+    def _executes(self, context: Any) -> bool:
+        """Whether a statement is this connection's, by its context, the last argument of the calls on a cursor.
 
-    def _wrap(self, dialect: Any, name: str, ours: Callable[[Any], bool]) -> None:
+        https://docs.sqlalchemy.org/en/20/core/internals.html#sqlalchemy.engine.ExecutionContext.root_connection
+        """
+        source = getattr(context, "root_connection", None)
+        return source is not None and source.connection is self._fairy
+
+    def _wrap(self, dialect: Any, name: str, ours: Callable[[tuple[Any, ...]], bool]) -> None:
         call = getattr(dialect, name)
 
         @functools.wraps(call)
-        def timed(what: Any, *arguments: Any, **options: Any) -> Any:
-            if not ours(what):
-                return call(what, *arguments, **options)
-            self.since = time.monotonic()
+        def timed(*arguments: Any, **options: Any) -> Any:
+            if not ours(arguments):
+                return call(*arguments, **options)
+            self.since = began = time.monotonic()
             try:
-                return call(what, *arguments, **options)
+                return call(*arguments, **options)
+            except BaseException:
+                self.failed_after = max(self.failed_after, time.monotonic() - began)
+                raise
             finally:
                 self._back()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,12 @@ from migrator.errors import (
     RolledBack,
     Unreachable,
 )
-from migrator.history import Plan
-from migrator.interruption import Interrupt
-from migrator.postgres import ConnectFailed, QueryFailed, Refusal, classify, message_of
+from migrator.outcome import Finding
+from migrator.postgres.errors import had_no_room
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, classify, message_of, quote_literal
+from migrator.project import Plan
+from migrator.runtime.resource_errors import lack, without
+from migrator.runtime.signals import Interrupt
 
 RETRYABLE = frozenset({"55P03", "40P01", "40001"})
 """SQLSTATEs that pass by themselves: lock_not_available, deadlock_detected, serialization_failure."""
@@ -28,9 +32,11 @@ RETRYABLE = frozenset({"55P03", "40P01", "40001"})
 class Aftermath:
     """What is known once the applying connection is gone.
 
-    ``rows`` are the version rows now, None where they could not be read; ``entered`` says whether ``env.py``
-    got as far as a connection, ``anything_committed`` whether something may have been committed;
-    ``committed_parts`` are revisions that left their transaction on the way.
+    ``rows`` are the version rows now, None where they could not be read; ``landed`` are the plan's revisions that these
+    rows stand for, in order.  ``entered`` says whether ``env.py`` got as far as a connection, ``anything_committed``
+    whether something may have been committed; ``unfinished`` are the revisions of which a part is committed, and the
+    version row is not; ``repeatable`` says that this part may run again, ``certain`` that a statement of it is known to
+    be committed.
     """
 
     plan: Plan
@@ -38,32 +44,49 @@ class Aftermath:
     entered: bool
     anything_committed: bool = True
     failed_in: str = ""
-    committed_parts: Sequence[str] = ()
+    landed: Sequence[str] = ()
+    unfinished: Sequence[str] = ()
+    repeatable: bool = False
+    certain: bool = True
     backup_id: str = ""
     attempts: int = 1
+    cut_after: float = 0.0
     blockers: Sequence[str] = ()
+    prepared: Sequence[str] = ()
+    at: str = ""
+    """Where the database is, where ``env.py`` goes through several version tables."""
+    alike: bool = True
+    """Whether all version tables began at the plan's rows."""
 
     @property
-    def landed(self) -> tuple[str, ...]:
-        """Return the revisions that were committed, in order."""
-        if self.rows is None or self.rows == self.plan.before:
-            return ()
-        names = [revision.revision for revision in self.plan.revisions]
-        if self.rows == self.plan.after:
-            return tuple(names)
-        if self.failed_in in names:
-            return tuple(names[: names.index(self.failed_in)])
-        return tuple(names)
+    def where(self) -> str:
+        """Say where the database is."""
+        return self.at or ", ".join(sorted(self.rows or ())) or "base"
+
+    @property
+    def parts(self) -> str:
+        """Say of which revisions a part was committed; empty where there are none."""
+        if not self.unfinished:
+            return ""
+        names = ", ".join(self.unfinished)
+        rows = "its version row was not" if len(self.unfinished) == 1 else "their version rows were not"
+        was = "was" if self.certain else "may have been"
+        return f"A part of {names} {was} committed (it leaves its transaction), and {rows}."
 
 
 def explain(error: BaseException, after: Aftermath) -> MigratorError:
     """Turn a failure of apply into the error that says what happened and what state the database is in."""
     what = _what(error, after)
+    if after.cut_after:
+        what += (
+            f" Each attempt was cut about {after.cut_after:.0f} s after its statement began, and the server was up: a"
+            " proxy or a firewall in between ends connections that it takes for idle."
+        )
     way_back = _way_back(after)
     if after.rows is None and not after.anything_committed and not isinstance(error, Interrupt):
         return Unreachable(
             f"{what} Postgres did not come back.",
-            state="Nothing was committed: what was under way, the server rolls back.",
+            state="Nothing was committed: the server rolls back the open transaction.",
             next_step="run it again when Postgres is back; `migrator current` then shows where the database is",
         )
     if after.rows is None:
@@ -72,16 +95,29 @@ def explain(error: BaseException, after: Aftermath) -> MigratorError:
             state="Its state is not known.",
             next_step=f"`migrator current` when it answers again; {way_back}",
         )
-    if after.rows != after.plan.before:
-        return _partial(what, way_back, after)
-    if after.failed_in and after.failed_in in after.committed_parts:
+    if after.rows != after.plan.before or after.landed:
+        return _partial(what, way_back, after, _cure(error, after))
+    if after.unfinished:
         return Partial(
             what,
-            state=f"A part of {after.failed_in} was committed (it leaves its transaction), but its version row was"
-            " not: running it again may fail on what is already there.",
-            next_step=f"undo by hand what {after.failed_in} did before it failed, then run again; {way_back}",
+            state=f"{after.parts} The rest was rolled back; the database is at {after.where}.",
+            next_step=f"{_finish(after)}; {way_back}",
         )
     return _unchanged(error, what, after)
+
+
+def _finish(after: Aftermath) -> str:
+    """Return what a person does about the parts that are committed."""
+    names, command = ", ".join(after.unfinished), f"migrator {after.plan.kind} {after.plan.destination}"
+    if after.repeatable:
+        return f"fix the cause, then `{command}` runs {names} again, which does no harm to what is there"
+    return f"undo by hand what {names} did outside of its transaction, then `{command} --retry`"
+
+
+_AROUND = (
+    "raise that proxy's idle timeout (HAProxy: timeout client and timeout server), or give the address around it in"
+    " MIGRATOR_DIRECT_URL"
+)
 
 
 def translate(error: Exception) -> MigratorError:
@@ -89,6 +125,8 @@ def translate(error: Exception) -> MigratorError:
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, (QueryFailed, ConnectFailed)):
         code = f" [{error.sqlstate}]" if error.sqlstate else ""
+        if isinstance(error, ConnectFailed) and (error.waited or error.no_room):
+            return without_room(f"{text}{code}")
         if isinstance(error, ConnectFailed) or error.lost:
             return Unreachable(
                 f"The connection to Postgres was lost: {text}{code}.",
@@ -99,7 +137,14 @@ def translate(error: Exception) -> MigratorError:
                 f"The role may not do what migrator needs: {text}{code}.",
                 next_step="grant it, or run as the owner of the database",
             )
+        if error.sqlstate.startswith("53"):  # insufficient_resources
+            return Unreachable(
+                f"The server lacks what a query of migrator's needs: {text}{code}.",
+                next_step="give the server more of it, then run it again",
+            )
         return Internal(f"A query of migrator's own failed: {text}{code}.", next_step="please report it")
+    if why := lack(error):
+        return without(why)
     return Internal(
         f"A defect in migrator: {type(error).__name__}: {text}.",
         state="`migrator current` shows the state of the database.",
@@ -114,6 +159,8 @@ def outside_of_stages(
     code, text = sqlstate(error), message_of(getattr(error, "orig", None) or error).rstrip(".")
     shown = f"{text} [{code}]" if code else f"{type(error).__name__}: {text}"
     what = f"{who} failed: {shown}."
+    if had_no_room(error):
+        return without_room(what)
     if "OperationalError" in type(error).__name__ and not code:
         # psycopg2 has no code for a failed connection.
         if classify("", text) is Refusal.DENIED:
@@ -125,22 +172,68 @@ def outside_of_stages(
             state="Alembic was on its own: what it has committed is not known.",
             next_step="`migrator current` shows where the database is",
         )
-    return HistoryError(what, next_step="mend what it says; `migrator alembic --help` shows how it is used")
+    return HistoryError(what, next_step="fix what it says; `migrator alembic --help` shows how it is used")
 
 
-def _partial(what: str, way_back: str, after: Aftermath) -> Partial:
+def _cannot_leave(error: BaseException | None) -> bool:
+    """Whether Alembic's ``autocommit_block`` was to end a transaction that Alembic did not begin: it asserts that.
+
+    https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.migration.MigrationContext.autocommit_block
+    """
+    while error is not None:  # env.py may raise another one from it
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, AssertionError) and names[-1:] == ["autocommit_block"]:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _cure(error: BaseException, after: Aftermath) -> str:
+    """Return what to do about an error that is not the revision's fault; empty where it may be."""
+    code, failed = sqlstate(error), after.failed_in
+    if _cannot_leave(error):
+        return (
+            "let env.py begin no transaction before context.configure() (or commit it there), and call"
+            " context.run_migrations() in `with context.begin_transaction():`, as Alembic's own template has it"
+        )
+    if code == _TOO_LONG and "version_num" in str(getattr(error, "statement", "") or ""):
+        return (
+            f"the id {failed} has {len(failed)} characters, more than version_num takes: ALTER TABLE the version table"
+            " ALTER version_num TYPE varchar(255), or give the revision a shorter id"
+        )
+    first = bool(failed) and after.plan.kind == "upgrade" and failed == after.plan.revisions[0].revision
+    if code in _IS_THERE and first and not after.plan.before and not after.plan.baseline:
+        return (
+            "the version table is empty; if what is there is this application's, say at which revision it is:"
+            " `migrator upgrade --baseline REV`"
+        )
+    return ""
+
+
+_TOO_LONG = "22001"
+_IS_THERE = frozenset({"42P07", "42P06", "42701", "42710", "42723"})
+"""Duplicate tables, schemas, columns, objects and functions."""
+
+
+def _partial(what: str, way_back: str, after: Aftermath, cure: str) -> Partial:
     landed, total = after.landed, len(after.plan.revisions)
     done = "reverted" if after.plan.kind == "downgrade" else "applied"
-    rows = ", ".join(sorted(after.rows or ())) or "base"
+    rows = after.where
     state = f"{len(landed)} of {total} revisions were {done} and committed; the database is at {rows}."
-    if after.failed_in and after.failed_in in after.committed_parts:
-        state += f" A part of {after.failed_in} was committed too (it leaves its transaction)."
+    if after.at:
+        were = "was" if len(landed) == 1 else "were"
+        state = f"{', '.join(landed)} {were} {done} and committed; the database is at {rows}."
+    if after.unfinished:
+        state += f" {after.parts}"
     if after.plan.baseline and not landed:
         state = f"The database was stamped {rows}; no revision was applied."
-    again = f"`migrator {after.plan.kind} {after.plan.destination}` goes on from there"
-    if after.rows == after.plan.after:
-        again = "`migrator verify` checks it"
-    return Partial(what, state=state, next_step=f"mend the cause, then {again}; {way_back}")
+    cause = _AROUND if after.cut_after else cure or "fix the cause"
+    again = f"{cause}, then `migrator {after.plan.kind} {after.plan.destination}` goes on from there"
+    if after.unfinished:
+        again = _finish(after)
+    elif after.rows == after.plan.after and not after.at:
+        again = "fix the cause, then `migrator verify` checks it"
+    return Partial(what, state=state, next_step=f"{again}; {way_back}")
 
 
 def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorError:
@@ -157,12 +250,17 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
         return Blocked(
             f"{what}{times}{by}",
             state="All was rolled back.",
-            next_step="run it again when the table is less busy, or give it longer with MIGRATOR_LOCK_TIMEOUT"
+            next_step=_end_prepared(after.prepared)
+            or "run it again when the table is less busy, or give it longer with MIGRATOR_LOCK_TIMEOUT"
             " or MIGRATOR_LOCK_RETRIES",
         )
     if code == "42501":  # before env.py is entered too: Alembic makes its version table on the way
         return _may_not(what)
     if not after.entered:
+        if had_no_room(error):
+            return without_room(what)
+        if why := lack(error):
+            return without(why)
         if code.startswith("28") or code == "3D000" or "OperationalError" in type(error).__name__:
             return AccessDenied(
                 what,
@@ -171,12 +269,61 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
             )
         return HistoryError(
             what,
-            next_step="mend env.py, or put what it imports into the image (prepend_sys_path in alembic.ini,"
-            " PYTHONPATH, or FROM migrator)",
+            next_step="fix env.py, or put what it imports into the image (prepend_sys_path in alembic.ini,"
+            " PYTHONPATH, or FROM migrator); what the application's own command sets before env.py loads, such as"
+            " attributes of Alembic's Config, MIGRATOR_BOOTSTRAP can set",
         )
-    where = f" {after.failed_in}" if after.failed_in else ""
+    if after.cut_after:
+        return RolledBack(
+            what, state="Everything was rolled back.", next_step=f"{_AROUND}, then run migrator again"
+        )
+    # Without a revision it was the end of the transaction, or of env.py.
+    where = f"revision {after.failed_in}" if after.failed_in else "what it says"
+    cure = _cure(error, after) or f"fix {where}, then run migrator again"
+    return RolledBack(what, state="Everything was rolled back.", next_step=cure)
+
+
+def _end_prepared(gids: Sequence[str]) -> str:
+    """Say what ends prepared transactions, which never end by themselves; empty where there are none."""
+    if not gids:
+        return ""
+    statements = " ".join(f"ROLLBACK PREPARED {quote_literal(gid).strip()};" for gid in gids)
+    return f"{statements} (or COMMIT PREPARED, where its coordinator says so), then run it again"
+
+
+def none_committed(findings: Sequence[Finding]) -> RolledBack:
+    """Return the error for revisions that ran to their end, and left nothing."""
+    for finding in findings:
+        if finding.rule == "rolled-back":  # after SQLAlchemy's own rollback, env.py has nothing to commit
+            return RolledBack(
+                "env.py ran the revisions and committed none of them:"
+                f" {finding.place} rolled back the transaction that they all ran in.",
+                state="Everything was rolled back.",
+                next_step=f"let {finding.place} use a savepoint (op.get_bind().begin_nested()), then run it again",
+            )
     return RolledBack(
-        what, state="Everything was rolled back.", next_step=f"mend revision{where}, then run migrator again"
+        "env.py ran the revisions and committed none of them.",
+        state="Everything was rolled back.",
+        next_step="put context.run_migrations() of env.py in `with context.begin_transaction():`,"
+        " as Alembic's own template has it",
+    )
+
+
+def without_migrations() -> HistoryError:
+    """Return the error for an ``env.py`` that did nothing."""
+    return HistoryError(
+        "env.py ended without running migrations (it never called context.run_migrations() online).",
+        next_step="run env.py as Alembic does: `migrator alembic upgrade head --sql` shows if it can",
+    )
+
+
+def without_room(text: str) -> Unreachable:
+    """Return the error for a server, or a pooler, that has no room for another connection."""
+    return Unreachable(
+        f"No further connection was to be had: {text.rstrip('.')}.",
+        next_step="run it again when fewer sessions are connected (a run takes 2, a backup 3, a restore 4);"
+        " else raise max_connections, the role's or the"
+        " database's CONNECTION LIMIT, or the pooler's limit; MIGRATOR_WAIT_TIMEOUT is how long it is waited for",
     )
 
 
@@ -201,6 +348,10 @@ def _what(error: BaseException, after: Aftermath) -> str:
         return error.message
     if isinstance(error, SystemExit):
         return f"{where}: it called sys.exit({error.code!r})."
+    if _cannot_leave(error):
+        return (
+            f"{where}: it calls autocommit_block() in a transaction that env.py has begun, and not Alembic."
+        )
     code = sqlstate(error)
     text = message_of(getattr(error, "orig", None) or error).rstrip(".")
     kind = "" if code else f"{type(error).__name__}: "
@@ -227,7 +378,10 @@ def _way_back(after: Aftermath) -> str:
     if (
         after.plan.kind == "upgrade"
         and len(after.plan.before) <= 1
+        and after.alike
         and after.rows not in (None, after.plan.before)
+        and not after.unfinished  # what left its transaction is not reverted
+        and not set(after.plan.one_way) & set(after.landed)
     ):
         ways.append(f"`migrator downgrade {before}{' --yes' if before == 'base' else ''}`")
     if after.backup_id:

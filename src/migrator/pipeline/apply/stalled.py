@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from migrator.history.driver_calls import DriverCalls
+from migrator.pipeline.apply.driver_calls import DriverCalls
 
 log = logging.getLogger("migrator.watch")
 

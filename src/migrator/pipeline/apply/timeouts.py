@@ -1,4 +1,4 @@
-"""The migration's own connection, which ``env.py`` opened: what it executes, and how an attempt is undone.
+"""The migration's own connection, which ``env.py`` opened: which timeouts its statements get.
 
 The only importer of sqlalchemy, beside what Alembic does.
 """
@@ -6,10 +6,7 @@ The only importer of sqlalchemy, beside what Alembic does.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from alembic.runtime.migration import MigrationContext
+from typing import Any
 
 # A comment or a string that mentions it does no harm: the timeouts are only lifted for that one statement.
 _CONCURRENTLY = re.compile(
@@ -44,26 +41,3 @@ def lift_timeouts_for_concurrent_builds(connection: Any) -> None:
 
     event.listen(connection, "before_cursor_execute", before)
     event.listen(connection, "after_cursor_execute", after)
-
-
-def can_roll_back(context: MigrationContext) -> bool:
-    """Whether Alembic, and not ``env.py``, holds the transaction that a failed attempt must undo."""
-    return context.connection is not None and not context._in_external_transaction
-
-
-def roll_back(context: MigrationContext) -> None:
-    """Undo a failed attempt, and begin again where one transaction was to hold all revisions.
-
-    Alembic's own ``autocommit_block`` ends and begins that transaction in the same way.
-    """
-    connection = context.connection
-    if connection is None:
-        return
-    whole = context._transaction
-    if whole is not None:
-        whole.rollback()
-        context._transaction = connection.begin()
-        return
-    begun = connection.get_transaction()
-    if begun is not None:
-        begun.rollback()

@@ -1,8 +1,9 @@
 """The glance: a run with nothing to do, found out from the manifest and one query, without Alembic or SQLAlchemy.
 
 It answers only "nothing to do, all is well", and exactly as the pipeline would.  Whatever is unusual (no manifest, or
-one of other files; ``-x``; a ledger whose last run was not this history's; a server that is not there yet; a finding)
-is left to the pipeline, which starts from the beginning and is correct, only slower.
+one of other files; a ``-x`` that may choose the version table; a ledger whose last run was not this history's; a
+server that is not there yet; a finding) is left to the pipeline, which starts from the beginning and is correct, only
+slower.
 """
 
 from __future__ import annotations
@@ -11,32 +12,43 @@ import os
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from migrator import layout, quiet
-from migrator.contents import INVALID_INDEXES, LEDGER
+from migrator.config.settings import Settings
 from migrator.errors import Interrupted, MigratorError
-from migrator.interruption import Interrupt, Interruption
-from migrator.manifest import FILE_NAME, Manifest, NoManifest, load, problems
 from migrator.outcome import Outcome
-from migrator.postgres import ConnectFailed, QueryFailed, Session, connect
-from migrator.record import Record
-from migrator.settings import Settings
-from migrator.versions import VersionTable
+from migrator.pipeline.record import Record
+from migrator.postgres import search_path
+from migrator.postgres.queries import INVALID_INDEXES, LEDGER
+from migrator.postgres.session import (
+    ConnectFailed,
+    QueryFailed,
+    Question,
+    Session,
+    connect,
+    quote_identifier,
+    quote_literal,
+)
+from migrator.postgres.version_table import VersionTable
+from migrator.project import layout
+from migrator.project.manifest import FILE_NAME, Manifest, NoManifest, load, problems, rows_at
+from migrator.runtime import lazy_logging
+from migrator.runtime.signals import Interrupt, Interruption
 
 if TYPE_CHECKING:
-    from migrator.history import ProjectOptions
+    from migrator.project import ProjectOptions
 
-log = quiet.get_logger("migrator")
+log = lazy_logging.get_logger("migrator")
 
 _LONGEST = 1.0
 """Seconds that are given to connecting: it is to cost the pipeline, which waits, little of its time."""
 
 
 class _Frozen(NamedTuple):
-    """A manifest, its folder, and the version table."""
+    """A manifest, its folder, the version table, and the version rows that are right."""
 
     manifest: Manifest
     location: str
     table: VersionTable
+    rows: frozenset[str]
 
 
 class _Found(NamedTuple):
@@ -59,7 +71,7 @@ def glance(
     try:
         if settings.backup == "always":
             raise _NotEnough("a backup is wanted all the same")
-        found = _manifest_there(settings, project, destination)
+        found = _manifest_there(settings, project)
         return _look(settings, _Files(settings, project, destination, found), record, interruption)
     except (_NotEnough, MigratorError, ConnectFailed, QueryFailed, OSError) as error:
         log.debug("a glance is not enough: %s", error)
@@ -69,12 +81,28 @@ def glance(
         return record.failed(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"))
 
 
+def why_not(settings: Settings, project: ProjectOptions) -> str:
+    """Return why a run that has nothing to do will not be told from the manifest; empty where it will."""
+    if settings.backup == "always":
+        return "MIGRATOR_BACKUP=always makes a backup each time"
+    destination = settings.destination or "head"
+    try:
+        _Files(settings, project, destination, _manifest_there(settings, project)).read()
+    except MigratorError as error:
+        return error.message
+    except (_NotEnough, OSError) as error:
+        return str(error)
+    return ""
+
+
 class FrozenHistory(NamedTuple):
-    """What the manifest tells of a history, for :func:`migrator.versions.read_version`."""
+    """What the manifest tells of a history, for :func:`migrator.postgres.version_table.read_version`."""
 
     table: VersionTable
     revisions: frozenset[str]
-    rows_at_head: frozenset[str]
+    rows: frozenset[str]
+    runs_once: bool
+    can_be_asked: bool = True
 
     def version_table(self) -> VersionTable:
         """Return the version table."""
@@ -85,36 +113,39 @@ class FrozenHistory(NamedTuple):
         return self.revisions
 
     def hints(self) -> frozenset[str]:
-        """Return the values of ``-x``: with any, there is no such history."""
+        """Return none of the values of ``-x``: with any, the version table is named with its schema."""
         return frozenset()
 
 
 def frozen_history(settings: Settings, project: ProjectOptions) -> FrozenHistory | None:
     """Return what the manifest tells of the history, without Alembic; None where only that can tell."""
     try:
-        files = _Files(settings, project, "heads", _manifest_there(settings, project, "heads"))
+        files = _Files(settings, project, settings.goal, _manifest_there(settings, project))
         files.read()
     except (_NotEnough, MigratorError, OSError) as error:
         log.debug("the manifest is not enough: %s", error)
         return None
     manifest = files.frozen.manifest
     revisions = frozenset(item.revision for item in manifest.revisions)
-    return FrozenHistory(files.frozen.table, revisions, frozenset(manifest.rows_at_head))
+    return FrozenHistory(files.frozen.table, revisions, files.frozen.rows, manifest.runs_once)
 
 
 class _NotEnough(Exception):
     """Something is unusual: only the pipeline can tell whether there is anything to do."""
 
 
-def _manifest_there(settings: Settings, project: ProjectOptions, destination: str) -> layout.Layout:
+def _manifest_there(settings: Settings, project: ProjectOptions) -> layout.Layout:
     """Return the configuration of a project with a manifest; raises :class:`_NotEnough`, before anyone is asked."""
-    if project.x or project.bootstrap or destination not in {"head", "heads"}:
-        raise _NotEnough("what is asked for takes the history itself")
+    if project.bootstrap:
+        from migrator.project.bootstrap import shapes_history
+
+        if shapes_history(project.bootstrap):
+            raise _NotEnough(f"{project.bootstrap} may say where the revisions are")
     found = layout.read(project, os.getcwd())
     if found is None or not os.path.isfile(os.path.join(found.location, FILE_NAME)):
         raise _NotEnough("there is no manifest")
     if layout.migrates_several(os.path.join(found.location, "env.py")):
-        raise _NotEnough("each of several databases has to be looked at")
+        raise _NotEnough("env.py migrates several databases, and each has to be looked at")
     return found
 
 
@@ -129,7 +160,7 @@ class _Files:
     ) -> None:
         self._settings, self._project, self._destination, self._layout = settings, project, destination, found
         self._known = threading.Event()
-        self._question = ""
+        self._question = Question()
 
     def read(self) -> None:
         """Read and compare; raises :class:`_NotEnough` where the manifest is of other files, or does not say all."""
@@ -141,7 +172,7 @@ class _Files:
             self._known.set()
         _refuse(problems(self.frozen.manifest, self.frozen.location))
 
-    def question(self) -> str:
+    def question(self) -> Question:
         """Return what is to be asked, as soon as the manifest says it; nothing where it does not."""
         self._known.wait()
         return self._question
@@ -154,14 +185,21 @@ class _Files:
         except NoManifest as error:
             _refuse((str(error),))
         if not manifest.folders or manifest.options.get("sourceless"):
-            raise _NotEnough("only Alembic can tell which files count")
-        if self._destination == "head" and len(manifest.heads) > 1:
-            raise _NotEnough("there are several heads")
+            raise _NotEnough(
+                "the revisions are in a package or sourceless, so only Alembic can tell which files count"
+            )
+        rows = rows_at(manifest, self._destination)
+        if rows is None:
+            raise _NotEnough(f"only Alembic can tell which revision {self._destination!r} is")
         schema, _, name = self._settings.version_table.rpartition(".")
         named = (name, schema) if self._settings.version_table else manifest.version_table
-        if named is None:
-            raise _NotEnough("only env.py can tell the version table")
-        return _Frozen(manifest, location, VersionTable(*named))
+        chosen = self._project.x or self._project.bootstrap
+        if named is None or (chosen and not name) or (self._project.x and not schema):
+            who = "-x" if self._project.x else self._project.bootstrap or "code in env.py"
+            raise _NotEnough(f"{who} may choose the version table: set MIGRATOR_VERSION_TABLE=schema.name")
+        if not manifest.runs_once:
+            raise _NotEnough("env.py may go through several version tables, which only running it tells")
+        return _Frozen(manifest, location, VersionTable(*named), rows)
 
 
 def _refuse(different: tuple[str, ...]) -> None:
@@ -213,8 +251,12 @@ def _look(settings: Settings, files: _Files, record: Record, interruption: Inter
     with session, interruption.calling(session.cancel):
         found = _Found(*session.also)
         current = tuple(found.rows or ())
-        at_head = frozenset(current) == frozenset(manifest.rows_at_head)
-        if not at_head or not found.clean or session.facts.in_recovery or session.facts.read_only:
+        if (
+            current != tuple(sorted(frozen.rows))
+            or not found.clean
+            or session.facts.in_recovery
+            or session.facts.read_only
+        ):
             return None
         with record.stage("inspect") as details:
             details.update(current=current, pending=[], edited=[])
@@ -235,9 +277,9 @@ def _as_expected(session: Session, frozen: _Frozen, found: _Found) -> bool | Non
         return None if found.invalid_indexes else False
     from pathlib import Path
 
+    from migrator.pipeline.stages.verify import verify
     from migrator.schema import expectations
     from migrator.schema.catalog import not_valid_constraints
-    from migrator.stages.verify import verify
 
     expected = expectations.read(Path(expectations_file))
     rows = frozenset(found.rows or ())
@@ -255,28 +297,67 @@ _OPEN = (
     "NOT EXISTS (SELECT FROM pg_database WHERE datname = current_database()"
     " AND starts_with(shobj_description(oid, 'pg_database'), 'migrator: maintenance window '))"
 )
-"""Whether no killed run has left its maintenance window; see window.py."""
+"""Whether no killed run has left its maintenance window; see maintenance_window.py."""
 
 
-def _question(table: VersionTable, digest: str) -> str:
-    """Return the columns that tell whether there is anything to do.
+def _question(table: VersionTable, digest: str) -> Question:
+    """Return what tells whether there is anything to do.
 
-    ``digest`` is what the ledger's last run must have ended with; empty where no ledger is kept.
+    ``digest`` is what the ledger's last run must have ended with; empty where no ledger is kept.  Both tables are read
+    where nothing else is found, by a statement in which no other name depends on that.
     """
-    name, quoted = _literal(table.name), _literal(table.quoted)
-    ledger = VersionTable(LEDGER, table.schema).quoted
+    name, rows = quote_literal(table.name), quote_identifier(table.name)
     last = (
-        f"(SELECT code = 0 AND digest = {_literal(digest)} FROM {ledger}"  # noqa: S608 - quoted
-        f" WHERE version_table = {name} AND event = 'run' ORDER BY at DESC LIMIT 1)"
-        # Without a schema in its name, each might be in another one of the search path.
-        f" AND (SELECT count(DISTINCT relnamespace) = 1 FROM pg_class"
-        f" WHERE oid IN ({quoted}::regclass, {_literal(ledger)}::regclass))"
+        # An older migrator's ledger has no id: the outer one is taken then.
+        f"(SELECT (SELECT code OPERATOR(pg_catalog.=) 0 AND digest OPERATOR(pg_catalog.=) {quote_literal(digest)}"  # noqa: S608 - quoted
+        " AND pg_catalog.jsonb_extract_path(details, 'version_tables') IS NULL"
+        f" FROM ONLY {LEDGER} WHERE version_table OPERATOR(pg_catalog.=) {name}"
+        " AND event OPERATOR(pg_catalog.=) 'run' ORDER BY id DESC NULLS FIRST, at DESC, number DESC LIMIT 1)"
+        " FROM (SELECT CAST(NULL AS pg_catalog.int8) AS id) AS older)"
+        f" AND {_only_its_owner_writes(quote_literal(LEDGER), quote_literal(rows))}"
     )
-    rows = f"SELECT array_agg(version_num::text ORDER BY version_num::text) FROM {table.quoted}"  # noqa: S608 - quoted
-    invalid = f"SELECT count(*) FROM ({INVALID_INDEXES}) AS invalid"  # noqa: S608 - constants only
-    return f"({rows}), ({invalid}), {last if digest else 'true'} AND {_OPEN}"
+    read = (
+        f"SELECT pg_catalog.set_config('{_READ}', CAST(pg_catalog.json_build_object("  # noqa: S608 - quoted
+        f"'rows', coalesce((SELECT pg_catalog.json_agg(v.version_num) FROM ONLY {rows} v), '[]'),"
+        f" 'clean', {last if digest else 'true'}) AS pg_catalog.text), true);"
+    )
+    found = f"current_setting('{_READ}')::json"
+    columns = (
+        f"(SELECT array_agg(value ORDER BY value) FROM json_array_elements_text({found} -> 'rows'))"  # noqa: S608 - constants only
+        f", (SELECT count(*) FROM ({INVALID_INDEXES}) AS invalid), ({found} ->> 'clean')::boolean AND {_OPEN}"
+        f"{'' if table.schema else _ALONE.format(name=name)}"
+    )
+    place = search_path.beside(table.name, table.schema, quote_literal)
+    lock = f"LOCK TABLE ONLY {rows}{f', ONLY {LEDGER}' if digest else ''} IN ACCESS SHARE MODE;"
+    ahead = (
+        # Looked at again, now that it stays what it is: from pg_catalog, for the look resolves names of its own.
+        f"{place} {lock} {search_path.BACK} {place} {read} {search_path.BACK} "
+    )
+    return Question(columns, ahead)
 
 
-def _literal(text: str) -> str:
-    """Quote a text for SQL; escape strings (E'') are read the same whatever the server's settings."""
-    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+_ALONE = (
+    " AND (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relname = {name}"
+    " AND c.relkind = 'r' AND n.nspname !~ '^pg_') < 2"
+)
+"""Whether there is no other table of the name, which ``env.py``'s connection may see in the place of this one."""
+
+_READ = "migrator.read"
+"""The setting that holds what was read, for one message."""
+
+
+def _only_its_owner_writes(ledger: str, table: str) -> str:
+    """Return the condition that is true of a ledger as migrator makes it; permissions.py judges every other one."""
+    text = """
+EXISTS (SELECT FROM pg_catalog.pg_class l, pg_catalog.pg_class v WHERE l.oid = {ledger} AND v.oid = {table}
+ AND (l.relowner = v.relowner OR l.relowner = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = session_user))
+ AND l.relkind = 'r' AND NOT (l.relhastriggers OR l.relhasrules OR l.relrowsecurity)
+ AND NOT EXISTS (SELECT FROM pg_catalog.aclexplode(l.relacl) WHERE grantee <> l.relowner AND privilege_type <> 'SELECT')
+ AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attrelid = l.oid AND (attacl IS NOT NULL OR atthasdef))
+ AND NOT EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhrelid = l.oid))
+ AND NOT EXISTS (SELECT FROM pg_catalog.pg_auth_members WHERE roleid = (
+  SELECT oid FROM pg_catalog.pg_roles WHERE rolname = 'pg_write_all_data'))"""
+    for operator in ("=", "<>"):
+        text = text.replace(f" {operator} ", f" OPERATOR(pg_catalog.{operator}) ")
+    oid = "CAST(CAST({} AS pg_catalog.regclass) AS pg_catalog.oid)"
+    return text.format(ledger=oid.format(ledger), table=oid.format(table))

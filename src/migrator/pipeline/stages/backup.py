@@ -9,14 +9,15 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from migrator.config.settings import Settings
 from migrator.errors import MigratorError
-from migrator.interruption import Interrupt
 from migrator.outcome import Finding, Severity
-from migrator.postgres import QueryFailed, Session
-from migrator.settings import Settings
+from migrator.postgres.session import QueryFailed, Session
+from migrator.runtime.signals import Interrupt
 
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
+    from migrator.postgres.version_table import VersionTable
 
 LOGGER = logging.getLogger("migrator.backup")
 
@@ -46,7 +47,7 @@ def back_up(
     name: str = "",
 ) -> Backup:
     """Back the session's database up and return the proven backup; raises :class:`BackupFailed`."""
-    from migrator.backups import dump
+    from migrator.backups.dump import backup as dump
 
     return dump.back_up(
         session, settings, run_id=run_id, revisions=revisions, application_name=application_name, name=name
@@ -59,7 +60,7 @@ def check_client(session: Session, settings: Settings) -> None:
     Where a recent backup may be reused, another machine makes those, and no pg_dump is needed here.
     """
     if settings.backup_max_age is None:
-        from migrator.backups import dump
+        from migrator.backups.dump import backup as dump
 
         dump.check_client(session, settings)
 
@@ -84,18 +85,20 @@ def tidy_up(session: Session, settings: Settings) -> Finding | None:
 
 def preflight(session: Session, settings: Settings) -> None:
     """Find out, before anything starts, whether a backup could be made; raises :class:`BackupFailed`."""
-    from migrator.backups import dump
+    from migrator.backups.dump import backup as dump
 
     dump.preflight(session, settings)
 
 
-def reusable(session: Session, settings: Settings, revisions: tuple[str, ...]) -> Backup | None:
+def reusable(
+    session: Session, settings: Settings, revisions: tuple[str, ...], version_table: VersionTable | None
+) -> Backup | None:
     """Return a backup that is as good as a new one, where MIGRATOR_BACKUP_MAX_AGE allows for it."""
     if settings.backup_max_age is None:
         return None
     from migrator.backups import reuse
 
-    return reuse.find(session, settings, revisions)
+    return reuse.find(session, settings, revisions, version_table)
 
 
 def why_reused(backup: Backup) -> str:

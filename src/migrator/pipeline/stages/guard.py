@@ -1,17 +1,21 @@
-"""Refuse what would destroy: the last check before the backup."""
+"""Refuse what would destroy, or what nobody has read: the last check before the backup."""
 
 from __future__ import annotations
 
+import logging
+
 from migrator.errors import Unsafe
-from migrator.history import Plan
 from migrator.outcome import Finding, Severity
+from migrator.project import Plan
+
+log = logging.getLogger("migrator.guard")
 
 
 def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
     """Judge the plan; ``yes`` is the person's consent, ``tables`` the number of tables in the database.
 
-    A downgrade that ends at base, however it was spelled, deletes the schema and needs consent.
-    Raises :class:`Unsafe`.
+    A downgrade that ends at base, however it was spelled, deletes the schema and needs consent.  So does one by SQL
+    that comes from the ledger, and not from the image: it is shown first.  Raises :class:`Unsafe`.
     """
     findings = []
     count = len(plan.revisions)
@@ -27,6 +31,18 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
                 remedy="add --yes if that is meant",
             )
         )
+    if plan.kept and not yes:
+        _show(plan)
+        findings.append(
+            Finding(
+                rule="kept-sql",
+                severity=Severity.ERROR,
+                place=f"downgrade {plan.destination}",
+                sentence=f"this image does not have {_names(plan)}, so it runs the SQL that the ledger keeps,"
+                " which is shown above",
+                remedy="read it, and add --yes if that is meant",
+            )
+        )
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if errors:
         raise Unsafe(
@@ -35,3 +51,15 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
             findings=errors,
         )
     return tuple(findings)
+
+
+def _names(plan: Plan) -> str:
+    names = [way.revision for way, _ in plan.kept]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _show(plan: Plan) -> None:
+    """Log every statement, whole: at a level at which nobody has switched it off."""
+    for way, _ in plan.kept:
+        for statement in way.statements or ():
+            log.warning("%s: %s", way.revision, statement, extra={"stage": "guard", "revision": way.revision})

@@ -2,8 +2,8 @@
 
 ``CREATE INDEX CONCURRENTLY`` that is killed or fails leaves its index behind, which Postgres maintains and does not
 use.  The revision that is tried again then fails because the name is taken; with ``IF NOT EXISTS`` it passes, and the
-index stays invalid for ever.  And a run that is killed just when the server has finished leaves a valid one, of a
-revision that does not count as applied.
+index stays invalid for ever.  A run that ends badly after the server has built one leaves it valid, of a revision that
+does not count as applied.
 https://www.postgresql.org/docs/current/sql-createindex.html#SQL-CREATEINDEX-CONCURRENTLY
 """
 
@@ -17,10 +17,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from migrator.history import Plan, Revision
+from migrator.ledger.unfinished_runs import Built, read_built
 from migrator.outcome import Finding, Severity
-from migrator.past import DeadRun
-from migrator.postgres import QueryFailed, Session, quote_identifier
+from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.postgres.version_table import VersionTable
+from migrator.project import Plan, Revision
 from migrator.schema import catalog
 
 log = logging.getLogger("migrator.leftovers")
@@ -37,38 +38,50 @@ def built(session: Session, plan: Plan) -> tuple[catalog.Index, ...]:
     return tuple(index for index in found if any(builds(text, index.name) for text in texts))
 
 
-def clear_after_death(session: Session, plan: Plan, dead: DeadRun | None) -> None:
-    """Drop what a killed run has built of the first revision of ``plan``, which builds it again.
+def left_behind(session: Session, table: VersionTable | None, plan: Plan) -> tuple[Built, ...]:
+    """Return the valid indexes that runs which ended badly have built of the first revision of ``plan``.
 
-    Nothing that was there before it; and nothing where the revision itself lets an index of that name be.  Raises
-    :class:`QueryFailed` where the connection is lost.
+    That revision builds them again.  Nothing that was there before such a run; and nothing where the revision itself
+    lets an index of that name be.
     """
     first = replace(plan, revisions=plan.revisions[:1])
     text = "".join(_text(revision, plan.kind) for revision in first.revisions)
-    if dead is None or re.search(r"if_not_exists|IF\s+NOT\s+EXISTS", text, re.IGNORECASE):
-        return
-    for index in built(session, first):
-        if str(index) in dead.indexes:
-            continue
+    if re.search(r"if_not_exists|IF\s+NOT\s+EXISTS", text, re.IGNORECASE):
+        return ()
+    here = {index.oid for index in built(session, first)}
+    return tuple(item for item in read_built(session, table, first) if item.index.oid in here) if here else ()
+
+
+def clear_after_death(session: Session, plan: Plan, left: Collection[Built]) -> None:
+    """Drop what :func:`left_behind` found; raises :class:`QueryFailed` where the connection is lost."""
+    for item in left:
         log.warning(
-            "dropping the index %s: run %s was killed when it had just built it, and %s builds it again",
-            index,
-            dead.run_id,
-            first.revisions[0].revision,
-            extra={"stage": "apply", "revision": first.revisions[0].revision},
+            "dropping the index %s: run %s built it and did not finish %s, which builds it again",
+            item.index,
+            item.run_id,
+            plan.revisions[0].revision,
+            extra={"stage": "apply", "revision": plan.revisions[0].revision},
         )
         try:
-            _drop(session, index)
+            _drop(session, item.index)
         except QueryFailed as error:
             if error.lost:
                 raise
             log.warning("it could not be dropped: %s", error.text)
 
 
+_IS_STILL = "SELECT count(*) FROM pg_class WHERE oid = to_regclass(%s)::oid AND oid = %s AND relkind = 'i'"
+
+
 def _drop(session: Session, index: catalog.Index) -> None:
-    session.query(
-        f"DROP INDEX CONCURRENTLY IF EXISTS {quote_identifier(index.schema)}.{quote_identifier(index.name)}"
-    )
+    """Drop an index that still has its name; raises QueryFailed.
+
+    By then only its owner can have given that name to another index: one of its own.
+    """
+    quoted = f"{quote_identifier(index.schema)}.{quote_identifier(index.name)}"
+    if not session.value(_IS_STILL, (quoted, index.oid)):
+        raise QueryFailed("it has another name by now, or is gone", "42704")
+    session.query(f"DROP INDEX CONCURRENTLY IF EXISTS {quoted}")
 
 
 def clear(

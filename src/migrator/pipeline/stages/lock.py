@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from migrator.config.settings import Settings
 from migrator.errors import LockBusy, SettingsError
-from migrator.postgres import QueryFailed, Session, in_transaction_pooling
-from migrator.settings import Settings
-from migrator.silence import PROBE
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session, connect
+from migrator.runtime.deadlines import PROBE
 
 log = logging.getLogger("migrator.lock")
 
@@ -32,7 +32,7 @@ APPLY_LOCK = 2
 """Held by the applying connection, so that a run whose control connection is lost still keeps others out."""
 
 _HOLDERS = """
-SELECT l.objid::int, l.pid, a.application_name, a.backend_start::text
+SELECT l.objid::int, l.pid, a.application_name, a.backend_start::text, coalesce(a.wait_event, '')
 FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'advisory' AND l.granted AND l.classid = %s AND l.objid IN (1, 2) AND l.objsubid = 2
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -70,8 +70,14 @@ def holder(session: Session) -> tuple[int, str] | None:
     rows = session.query(_HOLDERS, (LOCK_CLASS,))
     if not rows:
         return None
-    _, pid, name, since = rows[0]
-    return pid, f"{name or 'a session'} (pid {pid}{f', connected since {since}' if since else ''})"
+    _, pid, name, since, event = rows[0]
+    hangs = ""
+    if event == "SyncRep":
+        hangs = (
+            ", whose COMMIT waits for a synchronous standby (SyncRep);"
+            f" SELECT pg_terminate_backend({pid}) ends it, and what it has committed stays"
+        )
+    return pid, f"{name or 'a session'} (pid {pid}{f', connected since {since}' if since else ''}){hangs}"
 
 
 @contextlib.contextmanager
@@ -161,17 +167,51 @@ class _Waiting:
 
 
 def _refuse_pooler(session: Session, settings: Settings) -> None:
-    """Refuse an address through which a session lock would end with each transaction."""
-    name = f"migrator probe {session.pid}"
-    if not in_transaction_pooling(session, name, settings.connect_timeout):
+    """Refuse an address through which a session lock would end with each transaction, or no second session comes.
+
+    Raises :class:`SettingsError`, and what tells of a server that has no room or is gone.  Costs nothing where there
+    is no pooler.
+    """
+    if not session.pooled:
+        return
+    why = _what_a_pooler_does(session, f"migrator probe {session.pid}", settings.connect_timeout)
+    if not why:
+        log.info(_SERVER_CONNECTIONS, session.target)
         return
     raise SettingsError(
-        [
-            f"{session.target} leads through a connection pooler in transaction mode, where a session lock is worth"
-            " nothing"
-        ],
+        [f"{session.target} leads through a connection pooler {why}"],
         next_step="give the address around it in MIGRATOR_DIRECT_URL: lock, backup and migration then use that one",
     )
+
+
+_SERVER_CONNECTIONS = (
+    "%s leads through a connection pooler: a run takes 2 of its server connections at once, a backup 3 and one more for"
+    " each further worker (MIGRATOR_BACKUP_JOBS), a restore 4; where it has fewer, set MIGRATOR_DIRECT_URL"
+)
+
+
+def _what_a_pooler_does(session: Session, application_name: str, timeout: float) -> str:
+    """Return why a run cannot work through a pooler; an empty text where it keeps a connection for its client.
+
+    What the session has set is otherwise found by another client, which a pooler hands the connection that was used
+    last.  A look that is lost or not answered is an answer: the pooler has no second connection, or takes no look.
+    """
+    given_away = "in transaction mode, where a session lock is worth nothing"
+    seen = "SELECT current_setting('migrator.probe', true)"
+    try:
+        for _ in range(3):
+            session.query("SELECT set_config('migrator.probe', 'mine', false)", timeout=PROBE)
+            with connect(session.target, application_name, timeout) as other:
+                other.query("BEGIN", timeout=PROBE)
+                if other.value(seen, timeout=PROBE) == "mine" or session.value(seen, timeout=PROBE) != "mine":
+                    return given_away
+    except ConnectFailed as error:
+        if not error.silent:
+            raise
+        return f"that gives no second session beside a first one ({error.text})"
+    except QueryFailed as error:
+        return f"that keeps no session for its client ({error.text})"
+    return ""
 
 
 def _try(session: Session, *, shared: bool = False) -> bool:

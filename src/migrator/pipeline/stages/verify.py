@@ -14,8 +14,8 @@ from decimal import Decimal
 from typing import Any
 
 from migrator.outcome import Finding, Severity
-from migrator.postgres import QueryFailed, Session, quote_identifier
-from migrator.schema import catalog
+from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.schema import catalog, foreign_code
 from migrator.schema.expectations import Assertion, Expectations, ExpectedColumn, ExpectedTable, Scalar
 from migrator.schema.names import ForeignKey
 
@@ -30,23 +30,24 @@ def verify(
     not_valid_before: frozenset[str],
     expectations: Expectations | None,
     database_timeout: float = 60.0,
+    trusting: bool = False,
 ) -> tuple[Finding, ...]:
     """Return what is not as it should be; nothing where all is well.
 
     ``expected`` and ``actual`` are revisions, ``not_valid_before`` what
     :func:`migrator.schema.catalog.not_valid_constraints` said before the run; ``database_timeout`` bounds each
-    assertion, in seconds.  Raises :class:`migrator.postgres.QueryFailed` where the catalog cannot be read or
-    the connection is lost.
+    assertion, in seconds; ``trusting`` lets a superuser's assertion run what belongs to other roles.  Raises
+    :class:`migrator.postgres.session.QueryFailed` where the catalog cannot be read or the connection is lost.
     """
     expectations = expectations or Expectations()
     findings = [
-        *_revision(expected, actual),
+        *not_at_target(expected, actual),
         *_invalid_indexes(session, expectations),
         *_constraints(session, expectations, not_valid_before),
     ]
     findings.extend(_tables(session, expectations, frozenset(finding.place for finding in findings)))
     for assertion in expectations.assertions:
-        findings.extend(_assertion(session, assertion, database_timeout))
+        findings.extend(_assertion(session, assertion, database_timeout, trusting))
     return tuple(findings)
 
 
@@ -62,13 +63,16 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(quote_identifier(name) for name in names)
 
 
-def _revision(expected: frozenset[str], actual: frozenset[str]) -> Iterator[Finding]:
+def not_at_target(
+    expected: frozenset[str], actual: frozenset[str], place: str = "alembic_version"
+) -> Iterator[Finding]:
+    """Find that version rows are others than those that are wanted."""
     if expected == actual:
         return
     there = " and ".join(sorted(actual)) or "no revision"
     target = " and ".join(sorted(expected)) or "base, before every revision"
     remedy = "migrator status shows what is pending; migrator upgrade applies it"
-    yield _error("not-at-target", "alembic_version", f"the database is at {there}, not at {target}", remedy)
+    yield _error("not-at-target", place, f"the database is at {there}, not at {target}", remedy)
 
 
 def _invalid_indexes(session: Session, expectations: Expectations) -> Iterator[Finding]:
@@ -210,18 +214,39 @@ def _primary_key(table: ExpectedTable, actual: catalog.Table) -> Iterator[Findin
 
 # The text of an assertion travels as a setting's value and is opened as a cursor, which takes one query and no
 # more: "COMMIT; DELETE FROM t" cannot leave the read-only transaction, as it would through DECLARE CURSOR FOR.
-_BEGIN = "BEGIN READ ONLY; SELECT set_config('statement_timeout', %s, true), set_config('migrator.assertion', %s, true)"
+# Checks of tables are not evaluated while planning where constraint_exclusion is off.
+_BEGIN = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SELECT set_config('statement_timeout', %s, true),"
+    " set_config('migrator.assertion', %s, true), set_config('constraint_exclusion', 'off', true)"
+)
 _FETCH = (
-    "DO $migrator$ DECLARE answer refcursor := 'migrator_assertion'; BEGIN"
-    " OPEN answer FOR EXECUTE current_setting('migrator.assertion'); END $migrator$ LANGUAGE plpgsql;"
+    "DO $migrator$ DECLARE answer pg_catalog.refcursor := 'migrator_assertion'; BEGIN"
+    " OPEN answer FOR EXECUTE pg_catalog.current_setting('migrator.assertion'); END $migrator$ LANGUAGE plpgsql;"
     " FETCH 1 FROM migrator_assertion"
 )
 
 
-def _assertion(session: Session, assertion: Assertion, timeout: float) -> Iterator[Finding]:
+# Where a table could become a view meanwhile, and no view is read: path-proof, for it runs in the user's search_path.
+_TABLES_ONLY = (
+    "SELECT CASE WHEN pg_catalog.current_setting('restrict_nonsystem_relation_kind', true) IS NOT NULL THEN"
+    " pg_catalog.set_config('restrict_nonsystem_relation_kind', 'view, foreign-table', true) END; "
+)
+
+
+class _CodeOfOthers(Exception):
+    """A superuser's assertion would run what belongs to other roles."""
+
+
+def _assertion(session: Session, assertion: Assertion, timeout: float, trusting: bool) -> Iterator[Finding]:
     place = f"assertion {assertion.name!r}"
     try:
-        rows = _ask(session, assertion.sql, timeout)
+        rows = _ask(session, assertion.sql, timeout, trusting)
+    except _CodeOfOthers as found:
+        sentence = (
+            f"it was not run: {session.facts.user} is a superuser, and it would run code of others: {found}"
+        )
+        yield _error("assertion-refused", place, sentence, _REFUSED)
+        return
     except QueryFailed as error:
         if error.lost:
             raise
@@ -244,11 +269,22 @@ def _assertion(session: Session, assertion: Assertion, timeout: float) -> Iterat
         )
 
 
-def _ask(session: Session, sql: str, timeout: float) -> list[tuple[Any, ...]]:
+_REFUSED = (
+    "migrate as a role that is no superuser; or set MIGRATOR_VERIFY_AS_SUPERUSER=true if you trust these roles; or"
+    " read tables without expression indexes"
+)
+
+
+def _ask(session: Session, sql: str, timeout: float, trusting: bool) -> list[tuple[Any, ...]]:
     """Run one query in a read-only transaction that is rolled back; return its first row."""
     try:
         session.query(_BEGIN, (f"{max(1, math.ceil(timeout * 1000))}ms", sql))
-        return session.query(_FETCH)
+        code = [] if trusting else foreign_code.code_in(session, sql)
+        if code:
+            raise _CodeOfOthers(", ".join(code[:5]))
+        first = "" if trusting or foreign_code.names_views(session, sql) else _TABLES_ONLY
+        with session.as_user():  # the query's names are resolved as its author's are
+            return session.query(first + _FETCH)
     finally:
         if not session.closed:
             session.query("ROLLBACK")

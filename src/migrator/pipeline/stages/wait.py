@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, wait_random_exponential
 
+from migrator.config.database_url import Target
+from migrator.config.secret_files import State
+from migrator.config.settings import Settings
 from migrator.errors import AccessDenied, NoSuchDatabase, Unreachable
-from migrator.postgres import ConnectFailed, Refusal, Session, as_typed, connect
-from migrator.rotation import State
-from migrator.settings import Settings
-from migrator.target import Target
+from migrator.postgres.session import ConnectFailed, Refusal, Session, as_typed, connect
 
 log = logging.getLogger("migrator.wait")
 
@@ -183,10 +183,9 @@ class _Aim:
 
 def _about_secrets(error: ConnectFailed) -> bool:
     """Whether another password, certificate or key might have been let in."""
-    words = ("password", "certificate", "private key", "tlsv1 alert", "SSL error")
-    return error.sqlstate.startswith("28") or (
-        not error.sqlstate and error.refusal is Refusal.DENIED and any(word in error.text for word in words)
-    )
+    words = ("password", "authentication failed", "certificate", "private key", "tlsv1 alert", "SSL error")
+    named = error.refusal is Refusal.DENIED and any(word in error.text for word in words)
+    return error.sqlstate.startswith("28") or (named and error.sqlstate in ("", "08P01", "XX000"))
 
 
 class _Complaint:
@@ -213,17 +212,17 @@ class _Complaint:
 
 
 def _denied(aim: _Aim, error: ConnectFailed) -> AccessDenied:
-    from migrator import tls
+    from migrator.postgres import tls_hints
 
     target = aim.target
-    kind, text = AccessDenied, tls.explain(target, error.text)
-    about_tls = tls.next_step(text) if error.sqlstate in ("", "28000") else ""
+    kind, text = AccessDenied, tls_hints.explain(target, error.text)
+    about_tls = tls_hints.next_step(text) if error.sqlstate in ("", "28000") else ""
     if error.refusal is Refusal.NO_DATABASE:
         kind = NoSuchDatabase
         step = "create the database, or wait for it with MIGRATOR_WAIT_FOR_DATABASE=true"
     elif about_tls:
         step = about_tls
-    elif error.sqlstate.startswith("28") or "password" in error.text:
+    elif error.sqlstate.startswith("28") or "password" in error.text or "authentication" in error.text:
         step = "check user and password, and the server's pg_hba.conf; `migrator settings` shows where they come from"
     elif error.sqlstate == "42501":
         step = (

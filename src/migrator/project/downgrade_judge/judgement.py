@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from migrator.history.harmless import (
+from migrator.project.downgrade_judge.harmless import (
     ATTRIBUTES_REFUSED,
     BUILTINS,
     LOGGING,
@@ -31,7 +31,6 @@ from migrator.history.harmless import (
     may_be_called,
     own_code,
 )
-from migrator.history.plain import is_straight
 
 _PLAIN: tuple[type[ast.AST], ...] = (
     *(ast.Pass, ast.Expr, ast.If, ast.For, ast.Return, ast.Assert, ast.Raise, ast.Break, ast.Continue),
@@ -89,8 +88,6 @@ class Judge:
             )
         if function not in self._judged:
             self._judged.add(function)
-            if is_straight(function):
-                return
             _Body(self, self.find, function).judge(self._parse(function))
 
     def find(self, name: str) -> Any:
@@ -108,7 +105,8 @@ class Judge:
         first = function.__code__.co_firstlineno
         for last in (_last_line(function.__code__), len(self._lines)):
             try:
-                tree = ast.parse(textwrap.dedent("".join(self._lines[first - 1 : last])))
+                text = textwrap.dedent("".join(self._lines[first - 1 : last]))
+                tree = ast.parse("\n" * (first - 1) + text)  # so that nodes have the lines of the file
             except (SyntaxError, ValueError):
                 continue
             if (
@@ -116,7 +114,6 @@ class Judge:
                 and isinstance(tree.body[0], ast.FunctionDef)
                 and tree.body[0].name == function.__name__
             ):
-                ast.increment_lineno(tree.body[0], first - 1)
                 return tree.body[0]
         raise Refused(f"{function.__name__}() is no plain function")
 
@@ -141,7 +138,8 @@ class _Body:
             ast.unparse(one) not in {"property", "staticmethod", "classmethod"} for one in tree.decorator_list
         ):
             raise Refused(f"{tree.name}() is decorated")
-        assigned = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AnnAssign))]
+        nodes = ast.walk(tree) if self._local else ()
+        assigned = [node for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign))]
         self._fresh = {
             target.id
             for node in assigned

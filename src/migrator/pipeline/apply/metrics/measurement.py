@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from migrator.logs import MASK, redact
+from migrator.runtime.logs import MASK, redact
 
 MOST = 100
 """How many statements, relations and locks of one revision are kept; of the rest only the number."""

@@ -2,8 +2,8 @@
 
 Nothing is asked of the server when a revision begins.  What was there before is known from the end of the revision
 before it, and for a table that a statement names from a look ahead of the first such statement.  The query reads
-``pg_locks``, which takes longer with every lock: it leaves out what the same transaction made earlier, and a revision
-that only creates tables is measured without it, together with others like it.
+``pg_locks``, which takes longer with every lock that the transaction has.  So where a revision has only made tables,
+which nobody else sees or locks, the query looks for new relations alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from migrator import created as creation
-from migrator.created import CREATED, CREATES_A_TABLE, TOUCHES_ANOTHER, Unasked
-from migrator.measured import MOST, STRENGTH, Lock, Measured, Rows, Statement, shown
-from migrator.postgres import QueryFailed, Session
-from migrator.touched import (
+from migrator.pipeline.apply.metrics.measurement import MOST, STRENGTH, Lock, Measured, Rows, Statement, shown
+from migrator.pipeline.apply.metrics.relations import (
     COLUMNS,
     NONE,
     NOTHING,
@@ -31,6 +28,7 @@ from migrator.touched import (
     sizes,
     strength,
 )
+from migrator.postgres.session import QueryFailed, Session
 
 _NAME = r'((?:"[^"]+"|[^\W\d][\w$]*)(?:\.(?:"[^"]+"|[^\W\d][\w$]*))?)'
 _NAMES_A_TABLE = re.compile(
@@ -49,28 +47,46 @@ _READ_OF_A_STATEMENT = 400  # characters in which the table's name must come
 _COUNTED = ", ".join(
     f"pg_catalog.pg_stat_get_xact_tuples_{what}(c.oid)" for what in ("inserted", "updated", "deleted")
 )
+_TRANSACTION = "SELECT pg_catalog.txid_current()"
 _LOOK = f"""
-SELECT c.oid::bigint, c.relfilenode::bigint, {_COUNTED}
-  FROM pg_catalog.pg_class c WHERE c.oid = pg_catalog.to_regclass('%s')
+SELECT c.oid::bigint, c.relfilenode::bigint, {_COUNTED} FROM pg_catalog.pg_class c
+ WHERE c.oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass('%s') AS pg_catalog.oid)
 """  # noqa: S608 - nothing but names
 # 16384: what initdb made has smaller ids.  https://www.postgresql.org/docs/current/system-catalog-initial-data.html
 # The size only of what the transaction has locked: nothing is waited for.
 _LOCKED = f"""
-SELECT pg_catalog.json_agg(pg_catalog.json_build_array(
+SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
        x.transaction, l.relation::bigint, l.mode, {COLUMNS}, {_COUNTED},
-       CASE WHEN c.relkind IN ('r', 'm', 'i') AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
-            THEN pg_catalog.pg_relation_size(c.oid) END))::text
+       CASE WHEN c.relkind OPERATOR(pg_catalog.=) ANY (CAST(ARRAY['r', 'm', 'i'] AS pg_catalog."char"[]))
+             AND l.mode OPERATOR(pg_catalog.<>) 'AccessShareLock' AND l.mode OPERATOR(pg_catalog.<>) 'RowShareLock'
+            THEN pg_catalog.pg_relation_size(c.oid) END)) AS pg_catalog.text)
   FROM (SELECT pg_catalog.txid_current() AS transaction{{flush}}) x
   LEFT JOIN pg_catalog.pg_lock_status() l
-    ON l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND l.granted AND l.relation >= 16384
-   AND (l.relation NOT BETWEEN {{low}} AND {{high}} OR l.relation IN ({{named}}))
-  LEFT JOIN pg_catalog.pg_class c ON c.oid = l.relation
+    ON l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND l.locktype OPERATOR(pg_catalog.=) 'relation'
+   AND l.granted AND l.relation OPERATOR(pg_catalog.>=) CAST('16384' AS pg_catalog.oid)
+   AND (l.relation OPERATOR(pg_catalog.<) CAST('{{low}}' AS pg_catalog.oid)
+        OR l.relation OPERATOR(pg_catalog.>) CAST('{{high}}' AS pg_catalog.oid)
+        OR l.relation OPERATOR(pg_catalog.=) ANY (CAST({{named}} AS pg_catalog.oid[])))
+  LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) l.relation
 """  # noqa: S608 - nothing but numbers
+# Where statements have only made tables, all that is locked is new.
+_CREATED = f"""
+SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
+       x.transaction, c.oid::bigint, '{STRENGTH[-1]}', {COLUMNS}, 0, 0, 0, 0)) AS pg_catalog.text)
+  FROM (SELECT pg_catalog.txid_current() AS transaction) x
+  LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.>) CAST('{{highest}}' AS pg_catalog.oid)
+   AND pg_catalog.age(c.xmin) OPERATOR(pg_catalog.<=) pg_catalog.age(CAST('{{xid}}' AS pg_catalog.xid))
+"""  # noqa: S608 - nothing but numbers
+_CREATES_A_TABLE = re.compile(r"\s*CREATE\s+(?:UNLOGGED\s+)?TABLE\b", re.IGNORECASE)
+_TOUCHES_ANOTHER = re.compile(r"\b(?:REFERENCES|INHERITS|LIKE|PARTITION|OF|AS)\b|;\s*\S", re.IGNORECASE)
 # After a commit the locks are gone: what is new, and what statements named.
 _UNLOCKED = f"""
-SELECT pg_catalog.json_agg(pg_catalog.json_build_array(0, c.oid::bigint, NULL, {COLUMNS}, 0, 0, 0, NULL))::text
+SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(0, c.oid::bigint, NULL, {COLUMNS}, 0, 0, 0, NULL))
+            AS pg_catalog.text)
   FROM pg_catalog.pg_class c
- WHERE c.relpersistence <> 't' AND (c.oid > {{highest}} OR c.oid IN ({{named}}))
+ WHERE c.relpersistence OPERATOR(pg_catalog.<>) CAST('t' AS pg_catalog."char")
+   AND (c.oid OPERATOR(pg_catalog.>) CAST('{{highest}}' AS pg_catalog.oid)
+        OR c.oid OPERATOR(pg_catalog.=) ANY (CAST({{named}} AS pg_catalog.oid[])))
 """  # noqa: S608 - nothing but numbers
 # The rows that a transaction counted are handed over some time after it: at once, or the next one counts them too.
 _FLUSH = ", pg_catalog.pg_stat_force_next_flush()"
@@ -79,8 +95,14 @@ _BEFORE = """
 SELECT c.oid::bigint, c.relfilenode::bigint, n.nspname::text, c.relname::text, c.relkind::text
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::oid[]) AND n.nspname <> 'pg_toast'
 """
-# The size takes a lock on the relation: not for long, if somebody has it, for the watch uses this connection too.
-_SIZE = "SELECT set_config('lock_timeout', '20ms', true), pg_relation_size(%s::oid)"
+# The size takes a lock on the relation, which is not waited for where somebody holds it, or waits for it, alone: the
+# server's log would tell of an error that is none, and the watch uses this connection too.
+_SIZE = """
+SELECT set_config('lock_timeout', '20ms', true), CASE WHEN NOT EXISTS (
+    SELECT FROM pg_locks WHERE relation = %(oid)s::oid AND mode = 'AccessExclusiveLock'
+       AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+    THEN pg_relation_size(%(oid)s::oid) END
+"""
 
 
 _REWRITES = STRENGTH.index("ShareUpdateExclusiveLock")
@@ -110,13 +132,11 @@ class Observation:
         self._counted: dict[int, Counted] = {}
         self._transaction = 0
         self._low = self._high = 0  # what this transaction made has these ids
-        self._put_off: list[tuple[Unasked, Callable[[Measured], None]]] = []
         self._highest = int(session.value("SELECT max(oid)::bigint FROM pg_class") or 0)
         self._observes = False
         self._forget()
         event.listen(connection, "before_cursor_execute", self._before)
         event.listen(connection, "after_cursor_execute", self._after)
-        event.listen(connection, "commit", self._commit)
         event.listen(connection, "rollback", self._rollback)
 
     def _forget(self) -> None:
@@ -127,73 +147,47 @@ class Observation:
         self._by_driver: dict[str, list[int]] = {}
         self._read: dict[str, tuple[bool, str, int]] = {}
         self._current = (True, "", -1)
+        self._wrote = False
         self._only_creates = True
-        self._creates: list[str] = []  # the names of the tables
-        self._committed = self._wrote = False
         self._begun = self._running = time.perf_counter()
-
-    def _commit(self, _: Any) -> None:
-        self._committed = True
 
     def _rollback(self, _: Any) -> None:
         self._known.clear()  # it may be of what was undone
-        self._put_off.clear()
 
     def begins(self, transaction: int) -> None:
         """Note that a revision begins, in that transaction (txid_current), 0 where each statement is one."""
         self._forget()
         if transaction != self._transaction or not transaction:
-            self.settle()
             self._transaction = transaction
             self._low = self._high = 0
             self._held, self._counted = {}, {}
         self._observes = True
 
-    def ends(self) -> Measured:
-        """Return what the revision did; called in its transaction, after its last statement.  One query."""
-        found: list[Measured] = []
-        self.ends_for_now(found.append)
-        self.settle()
-        return found[0]
+    def ends(self) -> tuple[Measured, int]:
+        """Return what the revision did, and the transaction after it, 0 where each statement is one.
 
-    def ends_for_now(self, tell: Callable[[Measured], None]) -> None:
-        """Tell what the revision did: at once, or if it only created tables, by :meth:`settle` at the latest."""
+        Called in its transaction, after its last statement.  One query.
+        """
         seconds = time.perf_counter() - self._begun
         self._observes = False
         if not self._count:
-            tell(Measured(seconds=seconds, transactional=bool(self._transaction)))
-        elif self._only_creates and self._transaction and not self._committed:
-            statements, names = tuple(self._statements), tuple(self._creates)
-            self._put_off.append((Unasked(seconds, self._count, self._spent, statements, names), tell))
-        else:
-            transaction, now = self._now()
-            transactional = bool(self._transaction) and transaction == self._transaction
-            tell(self._measured(now, seconds, transactional))
-
-    def settle(self) -> None:
-        """Ask once for all revisions that only created tables and are not told yet; in their transaction."""
-        put_off, self._put_off = self._put_off, []
-        if not put_off:
-            return
-        rows = self._query(CREATED.format(highest=self._highest, xid=self._transaction % 2**32))
-        made = [creation.Relation(*row) for row in rows if row[1] != "pg_toast" and not self._is_own(row[2])]
-        names = [unasked.names for unasked, _ in put_off]
-        *shares, _ = creation.share(made, [*names, self._creates if self._observes else ()])
-        for (unasked, tell), share in zip(put_off, shares, strict=True):
-            tell(unasked.measured(share))
-            now = {
-                item.oid: Relation(item.full_name, item.kind, item.file, 0, frozenset(STRENGTH[-1:]))
-                for item in share
-            }
-            self._remember(now, [item.oid for item in share], transactional=True)
+            now = int(self._ask(_TRANSACTION)) if self._transaction else 0
+            return Measured(seconds=seconds, transactional=bool(self._transaction)), now
+        transaction, found = self._now()
+        transactional = bool(self._transaction) and transaction == self._transaction
+        return self._measured(found, seconds, transactional), transaction if self._transaction else 0
 
     def _query(self, sql: str) -> list[list[Any]]:
         return json.loads(self._ask(sql) or "[]")  # type: ignore[no-any-return]
 
     def _now(self) -> tuple[int, dict[int, Relation]]:
         """Return the transaction, and the relations that are new, that it has locked, or that statements named."""
+        if self._transaction and self._only_creates:
+            rows = self._query(_CREATED.format(highest=self._highest, xid=self._transaction % 2**32))
+            if rows[0][0] == self._transaction:
+                return self._transaction, relations(rows)
         low, high = (self._low, self._high) if self._low else (1, 0)
-        named = ", ".join(str(oid) for oid in {0, *self._looked.values()})
+        named = "'{" + ",".join(str(oid) for oid in {0, *self._looked.values()}) + "}'"
         flush = _FLUSH if self._wrote and self._session.facts.major >= 15 else ""
         rows = self._query(_LOCKED.format(flush=flush, low=low, high=high, named=named))
         transaction = rows[0][0]
@@ -220,14 +214,9 @@ class Observation:
         ours, name, _ = read
         if ours:
             return
-        if self._only_creates:
-            creates = CREATES_A_TABLE.match(start)
-            self._only_creates = creates is not None and not TOUCHES_ANOTHER.search(statement)
-            if creates and self._only_creates:
-                self._creates.append(creates[1])
-            else:
-                self.settle()
-        if not self._only_creates and name and name not in self._looked and len(self._looked) < MOST:
+        creates = _CREATES_A_TABLE.match(start) and not _TOUCHES_ANOTHER.search(statement)
+        self._only_creates = self._only_creates and bool(creates)
+        if name and name not in self._looked and len(self._looked) < MOST:
             self._look(connection, name)
         self._running = time.perf_counter()
 
@@ -279,13 +268,13 @@ class Observation:
         self._looked[name] = oid
         self._counted[oid] = (counted[0], counted[1], counted[2])
         seen = self._known.get(oid, NOTHING)
-        size = self._size(oid) if seen.size is None else seen.size
+        size = self._size(oid) if seen.size is None and oid <= self._highest else seen.size
         self._known[oid] = replace(seen, file=file, size=size)
 
     def _size(self, oid: int) -> int | None:
         """Return the bytes of a relation, None where it is locked (as by this very transaction) or is not committed."""
         try:
-            rows = self._session.query(_SIZE, (oid,))
+            rows = self._session.query(_SIZE, {"oid": oid})
         except QueryFailed:
             return None
         return int(rows[0][1]) if rows[0][1] is not None else None

@@ -6,9 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from migrator.measured import STRENGTH, Size
+from migrator.pipeline.apply.metrics.measurement import STRENGTH, Size
 
-COLUMNS = "c.relnamespace::regnamespace::text, c.relname::text, c.relkind::text, c.relfilenode::bigint"
+COLUMNS = (
+    "CAST(CAST(c.relnamespace AS pg_catalog.regnamespace) AS pg_catalog.text), CAST(c.relname AS pg_catalog.text),"
+    " CAST(c.relkind AS pg_catalog.text), c.relfilenode::bigint"
+)
 """What is read of a relation, where ``c`` is its row of pg_class."""
 
 Counted = tuple[int, int, int]

@@ -1,0 +1,1 @@
+"""Make a dump with pg_dump."""

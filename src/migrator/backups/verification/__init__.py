@@ -1,0 +1,1 @@
+"""Verify backups: read them back, or restore and compare them."""

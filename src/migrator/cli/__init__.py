@@ -1,0 +1,1 @@
+"""The command line: arguments in, an exit code and text out."""

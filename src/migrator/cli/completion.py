@@ -1,0 +1,25 @@
+"""Completion for shells: the only importer of shtab, which makes a script of the parser."""
+
+from __future__ import annotations
+
+from migrator.cli.parser import make_parser
+from migrator.errors import SettingsError
+
+
+def script(shell: str) -> str:
+    """Return the script that completes commands, options and paths in ``shell``: bash, zsh or tcsh.
+
+    Raises SettingsError where shtab is not installed: the image does without it.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise SettingsError(
+            ["completion scripts are made by shtab, which is not installed"],
+            next_step="pip install 'migrator[completion]'",
+        ) from error
+    parser = make_parser()
+    for item in (parser, *parser.commands.values()):
+        for action in item.paths:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(parser, shell)

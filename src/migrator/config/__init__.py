@@ -1,0 +1,1 @@
+"""Settings and the address of the database."""

@@ -1,0 +1,354 @@
+"""The ledger: the table ``migrator_ledger`` beside the version table, which says who changed the schema, when and how.
+
+A row for each revision that was applied or reverted, written in that revision's own transaction on the migration's
+own connection, and one for each run that had something to do.  Rows are only ever added.  Each is handed over as one
+JSON document, which the server unpacks: drivers differ in how they write parameters, and an older migrator's table
+may have fewer columns than a newer one fills.
+https://www.postgresql.org/docs/current/functions-json.html#FUNCTIONS-JSON-PROCESSING (jsonb_populate_record)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from migrator.ledger.permissions import holes, question, refusal, revocations
+from migrator.postgres.queries import LEDGER
+from migrator.postgres.session import QueryFailed, Session, quote_identifier, quote_literal
+from migrator.postgres.version_table import VersionTable
+from migrator.runtime.logs import redact
+
+log = logging.getLogger("migrator.ledger")
+
+NAME = LEDGER
+
+APPLIED, REVERTED, STAMPED, UNSTAMPED = "applied", "reverted", "stamped", "unstamped"
+FOUND, GONE = "found", "gone"
+"""Applied, or reverted, by something else than migrator: noticed by the next run."""
+ACCEPTED = "accepted"
+"""An edited file was accepted by `migrator repair --accept`."""
+PARTIAL = "partial"
+"""A part of a revision is committed, or about to be, ahead of its version row."""
+BEGUN = "begun"
+"""A run begins to apply; one without a row of `RUN` died."""
+RUN = "run"
+SCHEMA = "schema"
+"""What the schema is after a run that changed it, or as `migrator repair --accept-schema` found it; see drift.py."""
+SCHEMA_ROW = -2
+"""Its row's number; that of :data:`BEGUN` is -1, that of :data:`RUN` 0."""
+
+UNDONE = (REVERTED, UNSTAMPED, GONE)
+
+_CREATE = """
+CREATE TABLE {table} (
+    run_id pg_catalog.text NOT NULL,
+    number integer NOT NULL,
+    at pg_catalog.timestamptz NOT NULL,
+    event pg_catalog.text NOT NULL,
+    version_table pg_catalog.text NOT NULL,
+    revision pg_catalog.text,
+    message pg_catalog.text,
+    file pg_catalog.text,
+    checksum pg_catalog.text,
+    syntax pg_catalog.text,
+    parents pg_catalog.text[],
+    depends_on pg_catalog.text[],
+    min_compatible pg_catalog.text,
+    rows_before pg_catalog.text[],
+    rows_after pg_catalog.text[],
+    seconds double precision,
+    backup_id pg_catalog.text,
+    command pg_catalog.text,
+    code integer,
+    outcome pg_catalog.text,
+    digest pg_catalog.text,
+    actor pg_catalog.text,
+    role pg_catalog.text,
+    host pg_catalog.text,
+    migrator_version pg_catalog.text,
+    image_version pg_catalog.text,
+    search_path pg_catalog.text,
+    way_back pg_catalog.text[],
+    no_way_back pg_catalog.text,
+    details pg_catalog.jsonb,
+    id bigint,
+    PRIMARY KEY (run_id, version_table, number)
+)
+"""
+
+OLDER = "(SELECT CAST(NULL AS pg_catalog.int8) AS id) AS older"
+"""What a query reads its ``id`` from where the table is an older migrator's and has none; see docs/why/adr/0041.
+
+In a subquery over the table, ``id`` is the table's column if it has one, else this one.
+"""
+NEWEST_FIRST = "id DESC NULLS FIRST, at DESC, number DESC"
+"""The order of the rows: a row without an ``id`` is an older migrator's, and newer than all that have one."""
+
+# The new rows come after all others; while there is one without a number, they have none either.
+_INSERT = f"""
+INSERT INTO {{table}} SELECT r.* FROM {OLDER}
+CROSS JOIN LATERAL (SELECT CASE WHEN NOT EXISTS (SELECT FROM ONLY {{table}} WHERE id IS NULL) THEN
+    coalesce((SELECT id FROM ONLY {{table}} WHERE id IS NOT NULL ORDER BY id DESC LIMIT 1), 0) END AS id) AS newest
+CROSS JOIN pg_catalog.jsonb_array_elements(CAST({{rows}} AS pg_catalog.jsonb)) WITH ORDINALITY AS d (item, nth)
+CROSS JOIN LATERAL pg_catalog.jsonb_populate_record(CAST(NULL AS {{table}}), d.item OPERATOR(pg_catalog.||)
+    pg_catalog.jsonb_build_object(
+        'at', pg_catalog.clock_timestamp(),
+        'role', session_user,
+        'id', newest.id OPERATOR(pg_catalog.+) d.nth)) AS r
+RETURNING CAST(pg_catalog.txid_current() AS pg_catalog.text)
+"""  # noqa: S608 - the table is quoted, and the rows are a literal
+
+_UNNUMBERED = f"SELECT EXISTS (SELECT FROM ONLY {{table}} WHERE id IS NULL) FROM {OLDER}"  # noqa: S608 - quoted
+
+# One message, and so one transaction: rows are numbered as they were ordered before, once, or not at all.
+_NUMBER = """
+SET LOCAL lock_timeout = '2s';
+ALTER TABLE {table} ADD COLUMN IF NOT EXISTS id bigint;
+UPDATE ONLY {table} AS t SET id = n.id FROM (
+    SELECT l.ctid AS place, pg_catalog.row_number() OVER (ORDER BY l.at, l.number) OPERATOR(pg_catalog.+)
+        coalesce((SELECT pg_catalog.max(m.id) FROM ONLY {table} m), 0) AS id
+    FROM ONLY {table} l WHERE l.id IS NULL) AS n
+WHERE t.ctid OPERATOR(pg_catalog.=) n.place;
+CREATE INDEX IF NOT EXISTS migrator_ledger_id_idx ON {table} (id)
+"""
+
+
+@dataclass(frozen=True)
+class Author:
+    """Who a row is by: the same in every row of a run."""
+
+    run_id: str
+    actor: str
+    host: str
+    migrator_version: str
+    image_version: str
+
+    def row(self, event: str, number: int, version_table: VersionTable, **values: Any) -> dict[str, Any]:
+        """Return a row, ready for :func:`insertion`."""
+        return {
+            "run_id": self.run_id,
+            "actor": self.actor,
+            "host": self.host,
+            "migrator_version": self.migrator_version,
+            "image_version": self.image_version,
+            "event": event,
+            "number": number,
+            "version_table": version_table.name,
+            **values,
+        }
+
+
+class Finds(Protocol):
+    """A connection that knows where the user's search_path finds a relation."""
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """Return its schema and its kind."""
+
+
+def beside(version_table: VersionTable, connection: Finds) -> VersionTable:
+    """Return the ledger's name, with the schema that the version table is in."""
+    found = None if version_table.schema else connection.find(version_table.name)
+    return VersionTable(NAME, found[0] if found else version_table.schema)
+
+
+def exists(ledger: VersionTable, ask: Callable[[str], Any]) -> bool:
+    """Whether the ledger is there; without a schema in its name it is not."""
+    if not ledger.schema:
+        return False
+    return bool(ask(f"SELECT pg_catalog.to_regclass({quote_literal(ledger.quoted)}) IS NOT NULL"))
+
+
+def create(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
+    """Make the ledger, which then nobody but its owner writes, whatever default privileges say.
+
+    In a transaction: between its making and the end of that, nobody else sees it.
+    """
+    ask(_CREATE.format(table=ledger.quoted))
+    ask(f"CREATE INDEX ON {ledger.quoted} (id)")
+    close_to_others(ledger, ask)
+
+
+def close_to_others(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
+    """Revoke what was granted on the ledger, but for reading it; as its owner, or nothing is done."""
+    statements = revocations(ledger, holes(ask(question(ledger, None))))
+    if statements and ask(_OWNED.format(table=quote_literal(ledger.quoted))):
+        for statement in statements:
+            if not statement.startswith("SET ROLE"):  # what somebody else granted is for a person
+                ask(statement)
+
+
+_OWNED = (
+    "SELECT pg_catalog.pg_has_role(relowner, 'USAGE') FROM pg_catalog.pg_class"
+    " WHERE oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass({table}) AS pg_catalog.oid)"
+)
+
+
+def insertion(ledger: VersionTable, rows: Iterable[Mapping[str, Any]], *, unicode: bool) -> str:
+    """Return the statement that adds rows, without secrets; ``unicode`` is the answer to :data:`TAKES_UNICODE`."""
+    rows = list(rows)
+    document = json.dumps(rows, ensure_ascii=False, default=str)
+    if _needs_cleaning(document, unicode):
+        document = json.dumps([_clean(row, unicode) for row in rows], ensure_ascii=False, default=str)
+    return _INSERT.format(table=ledger.quoted, rows=literal(document))
+
+
+def _needs_cleaning(document: str, unicode: bool) -> bool:
+    """Whether anything in it may not be written as it is: looked at as a whole, which is ten times as fast."""
+    if "\\u0000" in document or not (unicode or document.isascii()):
+        return True
+    try:
+        document.encode()
+    except UnicodeEncodeError:  # half a character
+        return True
+    text = _unescaped(document)
+    return redact(text) != text
+
+
+def _unescaped(document: str) -> str:
+    """Return JSON with the characters that it escapes as they are, so that a secret with one of them is found."""
+    if "\\" not in document:
+        return document
+    return _ESCAPED.sub(lambda found: _SHORT.get(found[0]) or str(json.loads(f'"{found[0]}"')), document)
+
+
+TAKES_UNICODE = (
+    "SELECT pg_catalog.current_setting('server_encoding') OPERATOR(pg_catalog.=) 'UTF8'"
+    " AND (pg_catalog.current_setting('client_encoding') OPERATOR(pg_catalog.=) 'UTF8'"
+    " OR pg_catalog.current_setting('client_encoding') OPERATOR(pg_catalog.=) 'UNICODE')"
+)
+"""Whether the database takes any character; in one that does not, those beyond ASCII are written as ``\\xe9``."""
+
+
+def _clean(value: Any, unicode: bool, key: str = "") -> Any:
+    """Return a value as jsonb takes it, and without a secret in what people wrote; ``key`` is its column."""
+    if isinstance(value, Mapping):
+        return {name: _clean(item, unicode, key or name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item, unicode, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    encoding, errors = ("utf-8", "replace") if unicode else ("ascii", "backslashreplace")
+    text = value.encode(encoding, errors).decode(encoding).replace("\0", "")
+    return redact(text) if key in _WRITTEN_BY_PEOPLE else text
+
+
+_ESCAPED = re.compile(r"\\u[0-9a-fA-F]{4}|\\.")
+_SHORT = {r"\"": '"', r"\\": "\\", r"\n": "\n"}
+_WRITTEN_BY_PEOPLE = frozenset({"actor", "command", "details", "host", "message", "no_way_back"})
+"""Columns that may repeat a secret; one in ``way_back`` keeps the SQL out, for half of it would do harm."""
+
+
+def literal(text: str) -> str:
+    """Write a text for SQL, whatever it holds, and whatever ``standard_conforming_strings`` says.
+
+    https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-DOLLAR-QUOTING
+    """
+    tag = "$migrator$"
+    while tag[:-1] in text:
+        tag = f"{tag[:-1]}_$"
+    return f"{tag}{text}{tag}"
+
+
+def append(
+    session: Session, version_table: VersionTable, rows: Sequence[Mapping[str, Any]], *, within: bool = False
+) -> int:
+    """Add rows on migrator's own session, and make the ledger first where it is missing.
+
+    A ledger that is made here belongs to the version table's owner, for the migration's connection must be able to
+    write it too, and may have changed its role.  ``within`` a transaction of the caller's nothing is done that ends it.
+    Returns the id of the transaction.  Raises QueryFailed, and :class:`AccessDenied` where writing it would run the
+    code of a role that is not trusted.
+    """
+    ledger = beside(version_table, session)
+    if not exists(ledger, session.value):
+        _create(session, version_table, ledger, within=within)
+    found = holes(session.value(question(ledger, version_table)))
+    if any(hole.kind not in ("grant", "member") for hole in found):
+        raise refusal(ledger, found)
+    role = owner_of(session, ledger, unless_may=("INSERT", "SELECT"))
+    if not within:
+        _number(session, ledger, role)
+    with session.as_role(role):
+        return int(session.value(insertion(ledger, rows, unicode=bool(session.value(TAKES_UNICODE)))))
+
+
+# Rows that say that somebody accepted a schema stay, as do all others.
+_PRUNE = f"""
+DELETE FROM ONLY {{table}} WHERE event OPERATOR(pg_catalog.=) '{SCHEMA}' AND message IS NULL
+   AND id OPERATOR(pg_catalog.<) (
+    SELECT pg_catalog.min(id) FROM (SELECT id FROM ONLY {{table}} WHERE event OPERATOR(pg_catalog.=) '{SCHEMA}'
+        AND id IS NOT NULL ORDER BY id DESC LIMIT {{most}}) AS newest)
+"""  # noqa: S608 - constants, the table's quoted name, and a number
+
+
+def prune(session: Session, version_table: VersionTable, keep: int) -> None:
+    """Remove the snapshots of the schema but the newest and ``keep`` before it; without the right to, they stay."""
+    ledger = beside(version_table, session)
+    try:
+        with session.as_role(owner_of(session, ledger, unless_may=("DELETE", "SELECT"))):
+            session.query(_PRUNE.format(table=ledger.quoted, most=keep + 1))
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        log.info("the ledger keeps its old snapshots of the schema: %s", error.text)
+
+
+def _create(session: Session, version_table: VersionTable, ledger: VersionTable, *, within: bool) -> None:
+    try:
+        session.query("SELECT" if within else "BEGIN")
+        create(ledger, session.value)
+        _give_to_owner_of(session, version_table, ledger)
+        session.query("SELECT" if within else "COMMIT")
+    except QueryFailed:
+        if not within and not session.closed:
+            session.query("ROLLBACK")
+        raise
+
+
+def _number(session: Session, ledger: VersionTable, reader: str) -> None:
+    """Number the rows of an older migrator in the order that they had; without the right to, that order goes on."""
+    try:
+        with session.as_role(reader):
+            if not session.value(_UNNUMBERED.format(table=ledger.quoted)):
+                return
+        with session.as_role(session.value(_OWNER, (ledger.quoted,)) or ""):
+            session.query(_NUMBER.format(table=ledger.quoted))
+    except QueryFailed as error:
+        if error.lost:
+            raise
+        log.info("the ledger's rows are ordered by their time, for they cannot be numbered: %s", error.text)
+
+
+def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: VersionTable) -> None:
+    owner = session.value(
+        "SELECT CAST(pg_catalog.pg_get_userbyid(relowner) AS pg_catalog.text) FROM pg_catalog.pg_class"
+        " WHERE oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass(%s) AS pg_catalog.oid)"
+        " AND pg_catalog.pg_get_userbyid(relowner) OPERATOR(pg_catalog.<>) current_user"
+        " AND pg_catalog.pg_has_role(relowner, 'USAGE')",
+        (VersionTable(version_table.name, ledger.schema).quoted,),
+    )
+    if owner:
+        session.query(f"ALTER TABLE {ledger.quoted} OWNER TO {quote_identifier(owner)}")
+
+
+def owner_to_be(session: Session, table: VersionTable) -> str:
+    """Return the table's owner, where the login may become it and is another role; else an empty string."""
+    another = f"{_OWNER} AND pg_catalog.pg_get_userbyid(relowner) OPERATOR(pg_catalog.<>) session_user"
+    return session.value(another, (table.quoted,)) or ""
+
+
+_OWNER = (
+    "SELECT CAST(pg_catalog.pg_get_userbyid(relowner) AS pg_catalog.text) FROM pg_catalog.pg_class"
+    " WHERE oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass(%s) AS pg_catalog.oid)"
+    " AND pg_catalog.pg_has_role(relowner, 'MEMBER')"
+)
+
+
+def owner_of(session: Session, ledger: VersionTable, *, unless_may: Sequence[str]) -> str:
+    """Return the owner, whom the login can become, where it may not itself do all this; else an empty string."""
+    may = " AND ".join("pg_catalog.has_table_privilege(oid, %s)" for _ in unless_may)
+    return session.value(f"{_OWNER} AND NOT ({may})", (ledger.quoted, *unless_may)) or ""

@@ -1,0 +1,128 @@
+"""What runs that did not end well have left, whether they were killed or said how they failed.
+
+A run's first row in the ledger (``begun``, but in an empty database) is written before anything that it builds, and
+its row ``run`` when it ends.  The server knows which of two rows was written first, of the ledger's and of its own
+catalog (their xmin), whatever any clock says: an index that came to be in between came to be during that run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from migrator.ledger.queries import query_ledger
+from migrator.ledger.table import beside
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import VersionTable
+from migrator.project import Plan
+from migrator.schema.catalog import Index
+
+_MEANWHILE = "event NOT IN ('run', 'schema', 'accepted')"
+# The first rows of runs that were killed, or that say that something may be committed: an outcome below 40 says that
+# nothing is.
+_ENDED_BADLY = f"""
+ONLY {{table}} l
+LEFT JOIN ONLY {{table}} r ON r.run_id = l.run_id AND r.version_table = l.version_table AND r.event = 'run'
+WHERE l.version_table = %(name)s AND l.{_MEANWHILE} AND (r.code IS NULL OR r.code >= 40)
+  AND NOT EXISTS (SELECT 1 FROM ONLY {{table}} e WHERE e.run_id = l.run_id AND e.version_table = l.version_table
+                  AND e.number < l.number AND e.{_MEANWHILE})
+"""  # noqa: S608 - constants only
+# That a row was written after that one; where a restore wrote them all at once, only their clock is left to ask.
+_LATER = "(age({0}.xmin) < age(l.xmin) OR {0}.xmin = l.xmin AND {0}.at > l.at)"
+# Of each valid index that carries no constraint: the first such run in which it came to be, while the revision was
+# pending, which has not landed since.  The age of a row is how many transactions ago it was written.
+_BUILT = f"""
+SELECT DISTINCT ON (c.oid) n.nspname::text, c.relname::text, t.relname::text, i.indisunique, c.oid::bigint,
+       run.run_id, run.at, run.backup_id
+FROM (SELECT l.run_id, l.at, coalesce(l.details->>'way_back', l.backup_id, '') AS backup_id,
+             coalesce(l.details->'indexes', '[]') AS before,
+             age(l.xmin) AS began, CASE WHEN l.xmin <> r.xmin THEN age(r.xmin) ELSE 0 END AS ended
+      FROM {_ENDED_BADLY} AND split_part(l.command, ' ', 1) = %(kind)s
+        AND coalesce(l.details->'pending' ? %(revision)s, true)
+        AND NOT EXISTS (SELECT 1 FROM ONLY {{table}} s WHERE s.version_table = l.version_table
+                        AND s.revision = %(revision)s AND s.event <> 'accepted' AND {_LATER.format("s")})) run
+JOIN pg_class c ON c.relkind = 'i' AND age(c.xmin) BETWEEN run.ended AND run.began
+JOIN pg_index i ON i.indexrelid = c.oid AND i.indisvalid
+JOIN pg_class t ON t.oid = i.indrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+WHERE NOT run.before ? (n.nspname::text || '.' || c.relname::text)
+  AND NOT EXISTS (SELECT 1 FROM pg_constraint k WHERE k.conindid = c.oid)
+ORDER BY c.oid, run.at
+"""  # noqa: S608 - constants only
+# Such a run that a snapshot may have seen begin, unless it has certainly seen a later one end well.
+_MADE_OVER = f"""
+SELECT 1 FROM {_ENDED_BADLY}
+  AND coalesce(age(l.xmin) > age(%(unseen)s::text::xid), true)
+  AND NOT EXISTS (SELECT 1 FROM ONLY {{table}} g
+                  WHERE g.version_table = l.version_table AND g.event = 'run' AND g.code = 0
+                    AND {_LATER.format("g")} AND age(g.xmin) > age(%(next)s::text::xid))
+LIMIT 1
+"""  # noqa: S608 - constants only
+_UNREADABLE = ("42P01", "42501")  # not there, not allowed
+
+
+@dataclass(frozen=True)
+class Built:
+    """A valid index that came to be while a run that did not end well was under way.
+
+    ``backup_id`` is that of the newest backup without anything that failed runs had left, empty where there is none.
+    """
+
+    index: Index
+    run_id: str
+    at: datetime
+    backup_id: str
+
+
+def read_built(session: Session, table: VersionTable | None, plan: Plan) -> tuple[Built, ...]:
+    """Return the indexes that came to be in runs which the first revision of ``plan`` outlasted, the oldest first."""
+    if not plan.revisions:
+        return ()
+    wanted = {"kind": plan.kind, "revision": plan.revisions[0].revision}
+    found = [Built(Index(*row[:5]), *row[5:]) for row in _read(session, table, _BUILT, wanted)]
+    return tuple(sorted(found, key=lambda built: built.at))
+
+
+def made_over(
+    session: Session, table: VersionTable | None, next_xid: int | None, unseen_xid: int | None
+) -> bool:
+    """Whether a backup may have been made after a run ended badly and before one ended well.
+
+    The two are of its manifest: its snapshot has seen all transactions below the first, and none from the second on.
+    """
+    snapshot = {"next": next_xid, "unseen": next_xid if unseen_xid is None else unseen_xid}
+    narrow = {name: None if xid is None else xid % 2**32 for name, xid in snapshot.items()}
+    return bool(_read(session, table, _MADE_OVER, narrow))
+
+
+def _read(
+    session: Session, table: VersionTable | None, sql: str, wanted: dict[str, Any]
+) -> list[tuple[Any, ...]]:
+    """Ask the ledger; one that is not there, or may not be read, says nothing."""
+    if table is None:
+        return []
+    try:
+        return query_ledger(session, beside(table, session), sql, {"name": table.name, **wanted})
+    except QueryFailed as error:
+        if error.lost or error.sqlstate not in _UNREADABLE:
+            raise
+        return []
+
+
+_NAME = r'((?:"[^"]+"|[\w$]+)(?:\s*\.\s*(?:"[^"]+"|[\w$]+))?)'
+_ADDS_A_VALUE = re.compile(rf"\s*ALTER\s+TYPE\s+{_NAME}\s+ADD\s+VALUE\s+'((?:[^']|'')*)'", re.IGNORECASE)
+_VALUE = (
+    "SELECT 1 FROM pg_enum e JOIN pg_type t ON t.oid = e.enumtypid WHERE t.typname = %s AND e.enumlabel = %s"
+)
+
+
+def never_done(session: Session, statement: str) -> bool:
+    """Whether the database shows that a statement which was noted ahead was then not carried out: of ADD VALUE only."""
+    adds = _ADDS_A_VALUE.match(statement)
+    if adds is None:
+        return False
+    name = adds[1].rpartition(".")[2].strip()
+    name = name[1:-1] if name.startswith('"') else name.lower()
+    return not session.query(_VALUE, (name, adds[2].replace("''", "'")))

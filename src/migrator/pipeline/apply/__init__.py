@@ -1,0 +1,1 @@
+"""Apply revisions through the user's own, unmodified env.py."""

@@ -1,0 +1,123 @@
+"""Notice when a revision commits by itself: what it had done until then outlives its failure."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from migrator.pipeline.apply.repeatable import is_repeatable
+
+_NO_STATEMENT = re.compile(
+    r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"[^\"]*\"|(\$\w*\$).*?\1", re.DOTALL
+)  # comments, strings, names, and the bodies of functions
+# In the middle of a text only COMMIT: an END there ends a function's body.
+_COMMIT = re.compile(r"^\s*(?:COMMIT|END)\b", re.IGNORECASE)
+_SPEAKS_OF_ONE = re.compile(r"COMMIT|END", re.IGNORECASE)
+_COMMIT_WITHIN = re.compile(r";\s*COMMIT\b", re.IGNORECASE)
+_MAY_COMMIT = re.compile(r"^\s*(?:CALL|DO)\b|\bCONCURRENTLY\b", re.IGNORECASE)
+"""What may leave something behind when it fails, where no transaction is open around it."""
+
+
+def in_autocommit(connection: Any) -> bool:
+    """Whether each statement commits by itself: by ``autocommit_block``, or by the driver's own ``autocommit``.
+
+    All drivers call it so, and a revision may set it (psycopg2's ``set_isolation_level(0)`` does).
+    """
+    told = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    return told or getattr(connection.connection, "autocommit", False) is True
+
+
+def watch_statements(
+    connection: Any, look: Callable[..., None], done: Callable[[], None] | None = None
+) -> None:
+    """Call ``look`` with (connection, cursor, statement, ...) before each statement, and ``done`` after it."""
+    from sqlalchemy import event
+
+    event.listen(connection, "before_cursor_execute", look)
+    if done is not None:
+        event.listen(connection, "after_cursor_execute", lambda *_: done())
+
+
+def watch_commits(
+    connection: Any, committed: Callable[[], None], *, leaving: Callable[[], None], every_statement: bool
+) -> None:
+    """Call ``committed`` whenever what was done on a connection becomes permanent, and ``leaving`` before.
+
+    That is at each commit through SQLAlchemy, at ``op.execute("COMMIT")``, and in autocommit (``every_statement``
+    says that ``env.py`` works in it) after each statement.  A COMMIT within a text of several statements counts from
+    the start, for what follows it may fail; so does a procedure in autocommit.
+    """
+    from sqlalchemy import event
+
+    def before(connection: Any, _: Any, statement: str, *__: Any) -> None:
+        if (every_statement or in_autocommit(connection)) and _MAY_COMMIT.search(
+            _NO_STATEMENT.sub(" ", statement)
+        ):
+            committed()
+        if not _SPEAKS_OF_ONE.search(statement):
+            return
+        bare = _NO_STATEMENT.sub(" ", statement)
+        within = _COMMIT_WITHIN.search(bare)
+        if within or _COMMIT.search(bare):
+            leaving()
+        if within:
+            committed()
+
+    def after(connection: Any, _: Any, statement: str, *__: Any) -> None:
+        if (
+            every_statement
+            or in_autocommit(connection)
+            or (_SPEAKS_OF_ONE.search(statement) and _COMMIT.search(_NO_STATEMENT.sub(" ", statement)))
+        ):
+            committed()
+
+    event.listen(connection, "before_cursor_execute", before)
+    event.listen(connection, "after_cursor_execute", after)
+
+    def commit(_: Any) -> None:
+        leaving()
+        committed()
+
+    event.listen(connection, "commit", commit)
+
+
+@contextlib.contextmanager
+def watch_others(another: Callable[[Any], bool], committed: Callable[[str], None]) -> Iterator[None]:
+    """Call ``committed`` with a statement before ``another`` connection of SQLAlchemy's, on any engine, commits it.
+
+    A revision may open one.  What only reads does not count.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    written: dict[int, str] = {}
+
+    def before(connection: Any, _: Any, statement: str, *__: Any) -> None:
+        if not another(connection) or is_repeatable(statement):
+            return
+        if in_autocommit(connection):
+            committed(statement)
+        else:
+            written.setdefault(id(connection), statement)
+
+    def commit(connection: Any) -> None:
+        if statement := written.pop(id(connection), ""):
+            committed(statement)
+
+    def undone(connection: Any) -> None:
+        written.pop(id(connection), None)
+
+    heard: dict[str, Callable[..., None]] = {
+        "before_cursor_execute": before,
+        "commit": commit,
+        "rollback": undone,
+    }
+    for name, listener in heard.items():
+        event.listen(Engine, name, listener)
+    try:
+        yield
+    finally:
+        for name, listener in heard.items():
+            event.remove(Engine, name, listener)

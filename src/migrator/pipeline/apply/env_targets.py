@@ -1,0 +1,151 @@
+"""What an ``env.py`` goes through: several databases, as in Alembic's ``multidb`` template, or version tables.
+
+The template hands the engine's name to ``context.run_migrations(engine_name=...)``, which hands it on to ``upgrade()``
+of each revision; an ``env.py`` for tenants calls ``context.run_migrations()`` for each of their schemas.  Which
+these are only ``env.py`` knows: it is asked by letting it do all but run migrations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from migrator.config.database_url import BadAddress, Target, parse
+from migrator.errors import SettingsError
+from migrator.postgres.session import quote_literal
+from migrator.postgres.version_table import VersionTable
+from migrator.project.config import ProjectOptions, import_alembic, make_config
+from migrator.project.loading import reading_only
+from migrator.runtime import stdio
+
+if TYPE_CHECKING:
+    from alembic.runtime.migration import MigrationContext
+
+    from migrator.pipeline.apply.connection import MigrationConnection
+    from migrator.postgres.session import Session
+    from migrator.project.revisions import History
+
+
+def env_file(options: ProjectOptions, folder: Path) -> Path:
+    """Return where a project's ``env.py`` is; no revision is read.  Its configuration was read before."""
+    import_alembic()
+    from alembic.script import ScriptDirectory
+
+    return Path(ScriptDirectory.from_config(make_config(options, folder)).env_py_location)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One call of ``context.run_migrations``: the version table that its connection sees, and what is in there."""
+
+    table: VersionTable
+    rows: frozenset[str]
+    exists: bool
+
+
+def survey(history: History, session: Session, *, before_configure: Callable[[], None]) -> tuple[Target, ...]:
+    """Return the databases that ``env.py`` reaches beside that of ``session``, in its order; nothing is migrated.
+
+    Raises :class:`SettingsError` where that is not among them or one is not Postgres's, and what ``env.py`` raises.
+    """
+    from migrator.pipeline.apply.connection import identity_of
+
+    found: dict[str, str] = {}
+
+    def note(connection: MigrationConnection, _: MigrationContext) -> None:
+        address = connection.raw.engine.url.render_as_string(hide_password=False)
+        found.setdefault(connection.identity, address)
+
+    _go_through(history, note, before_configure)
+    if found.pop(identity_of(session.facts), None) is None:
+        raise SettingsError(
+            [f"env.py migrates several databases, but not {session.target}"],
+            next_step="give migrator the address of one of those that env.py connects to",
+        )
+    try:
+        return tuple(parse(address) for address in found.values())
+    except BadAddress as error:
+        raise SettingsError([f"an address that env.py connects to cannot be used: {error}"]) from None
+
+
+def survey_tables(
+    history: History,
+    session: Session,
+    role: str,
+    *,
+    before_configure: Callable[[], None],
+    read_only: bool,
+) -> tuple[Visit, ...]:
+    """Return the version tables of this database that ``env.py`` goes through, in its order; nothing is migrated.
+
+    ``role`` is MIGRATOR_ROLE.  With ``read_only`` an ``env.py`` that writes fails.  Raises what ``env.py`` raises.
+    """
+    found: dict[VersionTable, Visit] = {}
+
+    def note(connection: MigrationConnection, context: MigrationContext) -> None:
+        if connection.is_on_another_database(session):
+            if not history.migrates_several:
+                connection.refuse_another_database(session)
+            return
+        connection.assume_role(role, session)
+        table = connection.place_of(VersionTable(context.version_table, context.version_table_schema or ""))
+        exists = bool(
+            connection.ask(f"SELECT pg_catalog.to_regclass({quote_literal(table.quoted)}) IS NOT NULL")
+        )
+        found.setdefault(table, Visit(table, frozenset(context.get_current_heads()), exists))
+
+    with _reading() if read_only else contextlib.nullcontext():
+        _go_through(history, note, before_configure)
+    return tuple(found.values())
+
+
+def _go_through(
+    history: History,
+    note: Callable[[MigrationConnection, MigrationContext], None],
+    before_configure: Callable[[], None],
+) -> None:
+    from migrator.pipeline.apply.connection import MigrationConnection
+
+    def instead(_: Callable[[], None], get_context: Callable[[], MigrationContext]) -> None:
+        note(MigrationConnection(get_context()), get_context())
+
+    try:
+        with stdio.kept():
+            history.run("upgrade", "head", lambda *_: (), before_configure=before_configure, around=instead)
+    finally:
+        before_configure()
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Let nothing be written, over connections that an application's pool has already either.
+
+    The schema that many an ``env.py`` makes unless it is there is left out: that is refused even where it is there.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def begun(connection: Any) -> None:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+    def leave_out(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
+        if _MAKES_SCHEMA.match(statement):
+            return "SET LOCAL migrator.left_out = ''", ()
+        return statement, parameters
+
+    event.listen(Engine, "begin", begun)
+    event.listen(Engine, "before_cursor_execute", leave_out, retval=True)
+    try:
+        with reading_only():
+            yield
+    finally:
+        event.remove(Engine, "begin", begun)
+        event.remove(Engine, "before_cursor_execute", leave_out)
+
+
+_MAKES_SCHEMA = re.compile(r"\s*CREATE\s+SCHEMA\s+IF\s+NOT\s+EXISTS\s+[^\s;]+\s*;?\s*$", re.IGNORECASE)

@@ -1,0 +1,1 @@
+"""What each revision did: statements, tables, locks and time."""

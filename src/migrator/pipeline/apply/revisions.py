@@ -1,0 +1,374 @@
+"""The revisions as they run: what is timed, observed, recorded and said around each of Alembic's steps."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from migrator.ledger.writer import Bookkeeper
+from migrator.outcome import Finding, RevisionResult, Severity
+from migrator.pipeline.apply.connection import MigrationConnection
+from migrator.pipeline.apply.failure import sqlstate
+from migrator.pipeline.apply.metrics.measurement import Measured
+from migrator.pipeline.apply.metrics.observer import Observation
+from migrator.pipeline.apply.repeatable import is_repeatable
+from migrator.postgres.attached_code import refuse_code
+from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.version_table import VersionTable
+from migrator.runtime.progress import Heartbeat, Progress
+
+log = logging.getLogger("migrator.apply")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A revision of which something is, or may be, committed ahead of its version row in ``table``."""
+
+    revision: str
+    table: VersionTable
+    upgrade: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a revision did in how many seconds, and whether it rolled back its transaction."""
+
+    seconds: float
+    measured: Measured
+    rolled_back: bool
+
+
+class Steps:
+    """The steps of one run: which one is under way, what was done, and what may be committed.
+
+    ``check`` raises where the run was interrupted; ``take_back`` undoes what a revision did to logging and signals;
+    ``prepare`` sets a connection's role and timeouts again, which a revision has rolled back; ``role`` is
+    MIGRATOR_ROLE.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        books: Bookkeeper,
+        total: int,
+        *,
+        bar: bool,
+        check: Callable[[], None],
+        take_back: Callable[[], None],
+        prepare: Callable[[MigrationConnection], None],
+        role: str = "",
+    ) -> None:
+        self._session = session
+        self._role = role
+        self._books = books
+        self._check = check
+        self._take_back = take_back
+        self._prepare = prepare
+        self.findings: list[Finding] = []
+        self._total = total
+        self.no_way_back: Mapping[str, str] = {}
+        self.results: list[RevisionResult] = []
+        self._places: list[VersionTable] = []  # the version table of each result
+        self.running = ""
+        self.failure: BaseException | None = None
+        self.committed_parts: list[Part] = []
+        self.unrepeatable: set[Part] = set()
+        """Those of :attr:`committed_parts` that must not run twice; the ledger knows them."""
+        self.certain: set[Part] = set()
+        """Those of :attr:`committed_parts` of which a statement is known to be committed."""
+        self.anything_committed = False
+        self.transactions: set[int] = set()
+        """The ids of the transactions that it is known to have written in."""
+        self._connection: MigrationConnection | None = None
+        self._observation: Observation | None = None
+        self._table = VersionTable()
+        self._upgrade = True
+        self._inside = False  # a revision's own function runs
+        self._unrepeatable = ""  # the first of its statements that must not run twice
+        self._wrote = False  # such a statement ran in its transaction
+        self._asked = False  # a statement that commits by itself is under way, and must not run twice
+        self._noted = False  # the ledger knows that something leaves the transaction
+        self._rolled_back = False  # by the last revision: its transaction, with our settings
+        self._done = Done(0.0, Measured(), rolled_back=False)  # of the running revision
+        self._transaction = 0
+        self._next_transaction = 0  # where the revision before it ended in one that goes on
+        self._held = 0  # the transaction in which the version table is locked
+        self._began = self._started = time.monotonic()
+        self.heartbeat = Heartbeat()
+        self.progress = Progress(total, sys.stderr, enabled=bar)
+
+    @property
+    def transactional(self) -> bool:
+        """Whether the running revision began in a transaction."""
+        return bool(self._transaction)
+
+    def on(self, connection: MigrationConnection, observation: Observation) -> None:
+        """Go on with another connection."""
+        self._connection, self._observation = connection, observation
+        self._transaction = self._next_transaction = 0
+
+    def at(self, table: VersionTable, *, upgrade: bool) -> None:
+        """Go on with a version table, in one direction."""
+        self._table, self._upgrade = table, upgrade
+
+    def placed(self) -> list[tuple[RevisionResult, VersionTable]]:
+        """Return the results, each with the version table that it is about."""
+        return list(zip(self.results, self._places, strict=True))
+
+    def forget(self, pending: Sequence[str]) -> None:
+        """Make room for another pass over the version table: what it will run again was rolled back."""
+        self.failure, self.running = None, ""
+        self._transaction = self._next_transaction = 0
+        kept = [
+            (result, place)
+            for result, place in self.placed()
+            if not (place == self._table and result.revision in pending)
+        ]
+        self.results, self._places = [result for result, _ in kept], [place for _, place in kept]
+        self._total = len(self.results) + len(pending)
+
+    def wrap(self, steps: Sequence[Any]) -> None:
+        """Have each step timed, and known while it runs, for when something fails."""
+        for number, step in enumerate(steps, start=self._total - len(steps) + 1):
+            self._wrap(step, number)
+
+    def _wrap(self, step: Any, number: int) -> None:
+        run = step.migration_fn
+        revision = step.revision
+
+        @functools.wraps(run)
+        def timed(*arguments: Any, **options: Any) -> None:
+            self._check()
+            self._begin(revision.revision, f"{revision.revision} {_first_line(revision.doc)}", number)
+            self._inside = True
+            try:
+                run(*arguments, **options)
+            except BaseException as error:
+                self.failure = error
+                raise
+            finally:
+                self._inside = False
+                self._take_back()
+            self._check()
+            now = self._look()
+            self._own_transaction("BEGIN")
+            self._hold_version_table(now)
+
+        step.migration_fn = timed
+
+    def _begin(self, revision: str, what: str, number: int) -> None:
+        self._transaction = self._next_transaction
+        if self._connection is not None and self._rolled_back:
+            self._prepare(self._connection)
+            self._rolled_back = False
+        if self._connection is not None and not self._transaction:
+            self._transaction = self._connection.transaction()
+        self.transactions |= {self._transaction} - {0}
+        if self._observation is not None:
+            self._observation.begins(self._transaction)
+        # Only now: in autocommit, our own questions would count as a part of it that was committed.
+        self.running, self._began = revision, time.monotonic()
+        self._unrepeatable, self._wrote, self._asked, self._noted = "", False, False, False
+        self.progress.draw(number - 1, what)
+        self.heartbeat.begins(f"{number} of {self._total}: {what}")
+
+    def _look(self) -> int:
+        """Ask what the revision did, which is done, and whether it rolled back; returns the transaction after it."""
+        seconds = time.monotonic() - self._began
+        if self._observation is None:
+            return 0
+        measured, now = self._observation.ends()
+        self._done = Done(seconds, measured, rolled_back=self._look_for_a_rollback(now))
+        return now
+
+    def _hold_version_table(self, transaction: int) -> None:
+        """Look again, before the version row is written, whose code that runs: under a lock that lets nobody add any.
+
+        A trigger can be made while a revision runs.  Once in a transaction is enough; ``transaction`` is the one that
+        is open, 0 where each statement is its own.
+        """
+        if self._connection is None or self._connection.translates:
+            return
+        if 0 < transaction == self._held:
+            return
+        lock = f"LOCK TABLE ONLY {self._table.quoted} IN ROW EXCLUSIVE MODE"
+        try:
+            self._connection.tell(lock.replace(":", "\\:"))
+        except Exception as error:
+            if sqlstate(error) != _NO_TRANSACTION:  # the revision has ended it, past the driver
+                raise
+        try:
+            refuse_code(self._session, self._table, self._role)
+        except QueryFailed as error:
+            if not error.lost:  # the migration goes on while the control connection is away
+                raise
+            log.info("the version table was not looked at again: %s", error.text)
+        self._held = transaction
+
+    def _own_transaction(self, command: str) -> None:
+        """Let the version row and the ledger's be one, where each statement is a transaction of its own."""
+        if self._connection is not None and not self._transaction:
+            self._connection.tell(command)
+
+    # -- what is written, and committed ----------------------------------------------------------------
+
+    def committed(self) -> None:
+        """Note that something became permanent: of the running revision, what it had done until then."""
+        self.anything_committed = True
+        self._next_transaction = self._held = 0
+        if self.running and not self._is_part:
+            self.committed_parts.append(self._part)
+
+    def executes(self, statement: str, autocommit: bool) -> None:
+        """Look at a statement before it runs: what leaves its transaction must not run twice."""
+        self._asked = False  # the one before it failed, and the revision goes on
+        if not self._inside or (self._wrote and not autocommit) or is_repeatable(statement):
+            return
+        self._unrepeatable = self._unrepeatable or statement
+        if autocommit:
+            self._asked = True
+            self._note(self._session)
+        else:
+            self._wrote = True
+
+    def executed(self) -> None:
+        """Note that a statement is done."""
+        if self._asked:
+            self._asked = False
+            self.certain.add(self._part)
+
+    def is_elsewhere(self, connection: Any) -> bool:
+        """Whether a revision runs, and uses a connection of its own."""
+        return self._inside and self._connection is not None and not self._connection.is_on(connection)
+
+    def commits_elsewhere(self, statement: str) -> None:
+        """Note that the running revision commits on a connection of its own, which no rollback of ours undoes."""
+        self._unrepeatable = self._unrepeatable or statement
+        self._note(self._session)
+        self.committed()
+
+    def leaving(self) -> None:
+        """Note in the transaction, before it is committed, that a part of the running revision is in it."""
+        if self._inside and self._wrote:
+            self.certain.add(self._part)
+            self._note(None)
+
+    def _note(self, session: Session | None) -> None:
+        """Have the ledger know it, once; where it cannot, the migration goes on."""
+        if self._noted:
+            return
+        self._noted = True
+        self.unrepeatable.add(self._part)
+        statement = self._unrepeatable or _UNSEEN
+        try:
+            number = self._books.partial(self.running, statement, upgrade=self._upgrade, session=session)
+            self.transactions |= {number} - {0}
+        except Exception as error:  # noqa: BLE001 - any driver's
+            log.warning("the ledger cannot note that a part of %s is committed: %s", self.running, error)
+
+    @property
+    def _part(self) -> Part:
+        return Part(self.running, self._table, self._upgrade)
+
+    @property
+    def _is_part(self) -> bool:
+        return self._part in self.committed_parts
+
+    def look_for_commits(self) -> None:
+        """Ask the server whether the running revision's transaction was committed without SQLAlchemy's knowledge."""
+        if self.running and not self._is_part and self._status() == "committed":
+            self.committed()
+            self.certain.add(self._part)
+            self._note(self._session)
+
+    def _status(self) -> str:
+        """Return what became of the transaction that the running revision began in; empty where nobody knows."""
+        if not self._transaction:
+            return ""
+        try:
+            return self._session.value("SELECT txid_status(%s)", (self._transaction,)) or ""
+        except QueryFailed as error:
+            log.debug("cannot ask for the transaction: %s", error.text)
+            return ""
+
+    def _look_for_a_rollback(self, now: int) -> bool:
+        """Whether the running revision has rolled back its transaction; ``now`` is the one after it."""
+        if now == self._transaction:
+            return False
+        self.look_for_commits()
+        if self._status() != "aborted":
+            return False
+        self._rolled_back, self._held = True, 0
+        finding = Finding(
+            rule="rolled-back",
+            severity=Severity.WARNING,
+            place=self.running,
+            sentence=f"{self.running} rolled back its own transaction: what it did before is gone, and its version row"
+            " is written all the same",
+            remedy="let the revision use a savepoint (op.get_bind().begin_nested()), and check what is missing",
+        )
+        self.findings.append(finding)
+        log.warning("%s; %s", finding.sentence, finding.remedy, extra={"stage": "apply"})
+        return True
+
+    # -- when one is done ------------------------------------------------------------------------------
+
+    def applied(self, **event: Any) -> None:
+        """Record and say that a step is done; called by Alembic after the version row moved, before the commit.
+
+        The row of the ledger is written here, so in the transaction that moves the version row.
+        """
+        info = event["step"]
+        if info.is_stamp:
+            self._books.stamped(event["heads"])
+            log.info("stamped %s", ", ".join(sorted(event["heads"])) or "base")
+            return
+        done = self._done
+        measured = ({"rolled_back": True} if done.rolled_back else {}) | done.measured.as_dict()
+        result = RevisionResult(
+            revision=self.running,
+            direction="upgrade" if info.is_upgrade else "downgrade",
+            message=_first_line(info.up_revision.doc) if info.up_revision else "",
+            seconds=done.seconds,
+            transactional=not self._is_part,
+            no_way_back=self.no_way_back.get(self.running, ""),
+            measured=measured,
+        )
+        self.results.append(result)
+        self._places.append(self._table)
+        self._next_transaction = self._books.done(
+            self.running, upgrade=info.is_upgrade, rows=event["heads"], seconds=done.seconds, details=measured
+        )
+        self.transactions |= {self._next_transaction} - {0}
+        self._own_transaction("COMMIT")
+        self.running, self._transaction = "", 0
+        self.heartbeat.begins("the end of env.py")
+        self._say(result)
+
+    def _say(self, result: RevisionResult) -> None:
+        self.progress.clear()
+        log.info(
+            "%s %d of %d: %s %s (%.2f s, %.1f s in all)",
+            "applied" if result.direction == "upgrade" else "reverted",
+            len(self.results),
+            self._total,
+            result.revision,
+            result.message,
+            result.seconds,
+            time.monotonic() - self._started,
+            extra={"stage": "apply", "revision": result.revision, "seconds": round(result.seconds, 3)},
+        )
+        self.progress.draw(len(self.results), "")
+
+
+_NO_TRANSACTION = "25P01"
+_UNSEEN = "its transaction was committed on the driver's own connection"
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n")[0]

@@ -1,0 +1,94 @@
+"""One run, first stage to last: the table of contents of the product.
+
+::
+
+    wait -> inspect --nothing to do--> verify
+               |
+             lock -> inspect -> guard -> backup -> apply -> verify
+
+A block (``with``) is what is done around stages: the session, the run lock, the run's row in the ledger, the
+maintenance window, MIGRATOR_ON_FAILURE.  What a stage does is in ``stages/`` and ``apply/``; ``work.py`` hands it what
+it needs and notes what it found in the run's record.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from migrator.outcome import Outcome
+from migrator.pipeline import work
+from migrator.pipeline.context import ATTEMPTS, Run, harmless, known
+from migrator.pipeline.maintenance_window import window
+from migrator.pipeline.on_failure import taking_back
+from migrator.pipeline.run_rows import on_the_books
+from migrator.pipeline.stages.inspect import Inspection
+from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.project import History
+from migrator.runtime.signals import Interrupt
+
+log = logging.getLogger("migrator")
+
+
+def run(this: Run) -> Outcome:
+    """Carry out a request from first to last stage; never raises, whatever happens."""
+    interruption = this.interruption
+    interruption.outcome = lambda: interruption.whole(
+        this.record.failed(known(this, Interrupt(interruption.received)))
+    )
+    try:
+        _patiently(this)
+    except (Exception, Interrupt) as error:  # noqa: BLE001 - the one place that catches everything
+        outcome = this.record.failed(known(this, error))
+    else:
+        outcome = this.record.succeeded()
+    interruption.outcome = lambda: interruption.whole(outcome)
+    return outcome
+
+
+def _patiently(this: Run) -> None:
+    """Run the stages, from the first again where Postgres went away before anything was applied."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _stages(this)
+            return
+        except (QueryFailed, ConnectFailed) as error:
+            if attempt == ATTEMPTS or not harmless(this, error):
+                raise
+            log.warning(
+                "the connection was lost (%s); nothing was applied yet: beginning again (%d of %d)",
+                error.text.rstrip("."),
+                attempt,
+                ATTEMPTS - 1,
+            )
+
+
+def _stages(this: Run) -> None:
+    """Find out what there is to do, and do that under the run lock."""
+    history, expectations = work.load(this)
+    with work.connected(this, history) as (this, session):
+        found = work.inspect(this, session, history)
+        if this.request.kind == "verify" or work.nothing_to_do(this, found):
+            work.confirm(this, session, history, found, expectations)
+            return
+        with work.run_lock(this, session, history, found) as now:
+            if work.nothing_to_do(this, now):  # another run has done it
+                work.confirm(this, session, history, now, expectations)
+            else:
+                _change(this, session, history, now, expectations)
+
+
+def _change(
+    this: Run, session: Session, history: History, found: Inspection, expectations: work.Wanted
+) -> None:
+    """Do what there is to do; the run lock is held."""
+    work.refuse(this, session, history, found)
+    with on_the_books(this, session, history):
+        work.guard(this, session, found)
+        with window(this, session):
+            work.back_up(this, session, found)
+            work.clear_invalid_indexes(this, session, found, expectations)
+            before = work.begin(this, session, found)
+            with taking_back(this, history, lambda plan: work.apply(this, session, history, found, plan)):
+                table = work.apply(this, session, history, found, found.plan)
+                work.verify(this, session, history, table, expectations, before)
+            work.remove_old_backups(this, session)

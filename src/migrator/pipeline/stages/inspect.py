@@ -1,0 +1,403 @@
+"""Inspect the target: where it is, what is pending, and whether it can be migrated at all.
+
+Changes nothing.  It runs twice: first without the lock, for a run with nothing to do should cost nothing, and again
+under the lock, for another run may have finished the work meanwhile.  ``env.py`` is asked only where its text does not
+tell which version tables it means: it may go through one for each tenant, or see another one than we do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from migrator.config.settings import Settings
+from migrator.errors import AccessDenied, DatabaseAhead, HistoryError, SettingsError, Unversioned
+from migrator.ledger.checksums import Edit, find_edits
+from migrator.ledger.compatibility import refuse_or_allow, refuse_unknown_floors
+from migrator.ledger.downgrade_plan import choose, refuse_other_paths, rows_after
+from migrator.ledger.queries import Standing, led_here, read_standing, read_visited, read_ways_back
+from migrator.pipeline.apply.env_targets import Visit, survey_tables
+from migrator.pipeline.apply.failure import Aftermath, explain, without_migrations
+from migrator.postgres.attached_code import refuse_code
+from migrator.postgres.queries import CONTENTS
+from migrator.postgres.session import QueryFailed, ServerFacts, Session, quote_identifier
+from migrator.postgres.version_table import (
+    ONLY_THAT_NAMES_IT,
+    KnowsRevisions,
+    Sought,
+    VersionTable,
+    place_of,
+    read_rows,
+    refusal,
+    seek,
+)
+from migrator.project import History, Plan, Revision
+
+log = logging.getLogger("migrator")
+
+Ask = Callable[[], "Sequence[Visit] | None"]
+"""Runs ``env.py`` without migrations, and returns what it goes through; None where it could not be run."""
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """The version table that a command is about (None: not there yet), its revisions, and every one that there is.
+
+    ``visits`` has the rows of each version table that ``env.py`` goes through, as far as is known; ``about`` is the
+    key of the one that the command is about, where ``env.py`` was asked.  ``several`` says that there may be more than
+    one, ``doubt`` why only ``env.py`` would be sure, where it was not asked.  ``others`` hold revisions of this history
+    too.
+    """
+
+    table: VersionTable | None
+    rows: tuple[str, ...]
+    visits: Mapping[VersionTable, frozenset[str]] = field(default_factory=dict)
+    about: VersionTable | None = None
+    several: bool = False
+    doubt: str = ""
+    others: tuple[VersionTable, ...] = ()
+    home: VersionTable | None = None
+    """The one that is found without ``env.py``: its ledger remembers all of them."""
+
+
+def find_tables(
+    session: Session,
+    history: KnowsRevisions,
+    settings: Settings,
+    pending: Callable[[frozenset[str]], int],
+    ask: Ask | None,
+    look: Callable[[VersionTable], None] = lambda _: None,
+) -> Whereabouts:
+    """Find the version tables, and of several the one with the most that is ``pending``.
+
+    Without ``ask``, or where that returns None, the doubt remains.  ``look`` may refuse the table that is found without
+    ``env.py``, before anything is read of its ledger.
+    """
+    sought = seek(session, history, settings.version_table)
+    if sought.table is not None:
+        look(sought.table)
+    if not history.can_be_asked:
+        if sought.table is None and sought.others:
+            raise refusal(sought.others)
+        sought = sought._replace(doubt="", others=())
+    if (
+        sought.doubt == ONLY_THAT_NAMES_IT
+        and settings.ledger
+        and led_here(session, sought.table, settings.role)
+    ):
+        sought = sought._replace(doubt="")
+    known = read_visited(session, sought.table, settings.role) if settings.ledger else ()
+    several = sought.several or len(known) > 1
+    doubt = sought.doubt or ("an earlier run of it went through several version tables" if several else "")
+    unsure = several or sought.others or (doubt and not pending(frozenset(sought.rows)))
+    found = ask() if unsure and ask is not None and history.can_be_asked else None
+    if found:
+        _refuse_another(found, settings.version_table)
+        there = {visit.table for visit in found if visit.exists}
+        visits = {visit.table: visit.rows for visit in found}
+    else:
+        there = set(known)
+        visits = {table: frozenset(read_rows(session, table)) for table in known}
+    about = _furthest(session, sought, visits, pending)
+    if about is None:
+        remains = doubt if unsure else ""
+        return Whereabouts(sought.table, sought.rows, {}, None, several, remains, sought.others, sought.table)
+    same = sought.table is not None and _qualified(session, sought.table) == about
+    table = (sought.table if same else about) if about in there else None
+    rows = tuple(sorted(visits[about]))
+    several = several or len(visits) > 1
+    if found and not several and table is not None and not same:
+        log.info(
+            "only env.py knows its version table: with MIGRATOR_VERSION_TABLE=%s it need not be asked", table
+        )
+    remains = "" if found else doubt
+    return Whereabouts(table, rows, visits, about, several, remains, sought.others, sought.table or table)
+
+
+def _refuse_another(found: Sequence[Visit], setting: str) -> None:
+    """Raise :class:`SettingsError` where the setting names a version table that ``env.py`` does not use."""
+    schema, _, name = setting.rpartition(".")
+    if not setting or any(name == one.table.name and schema in ("", one.table.schema) for one in found):
+        return
+    table, at = found[0].table, ", ".join(sorted(found[0].rows)) or "base"
+    raise SettingsError(
+        [f"env.py keeps its revisions in {table}, which is at {at}, and not in {setting}"],
+        next_step=f"set MIGRATOR_VERSION_TABLE={table}",
+    )
+
+
+def asking(
+    session: Session, history: History, settings: Settings, take_back: Callable[[], None], *, locked: bool
+) -> Ask:
+    """Return what asks ``env.py``, whose code may write only under the run lock.
+
+    ``take_back`` takes logging and signals back from the application.
+    """
+
+    def ask() -> Sequence[Visit] | None:
+        try:
+            found = survey_tables(
+                history, session, settings.role, before_configure=take_back, read_only=not locked
+            )
+        except (Exception, SystemExit) as error:  # an env.py may raise anything
+            if not session.answers():
+                raise QueryFailed(f"env.py failed: {error}", lost=True) from error
+            if not locked:
+                log.info("env.py cannot be asked for its version tables by reading alone: %s", error)
+                return None
+            nothing = Plan("upgrade", "head", (), frozenset(), frozenset())
+            raise explain(error, Aftermath(nothing, frozenset(), entered=False)) from error
+        if locked and not found:
+            raise without_migrations()
+        return found or None
+
+    return ask
+
+
+def _furthest(
+    session: Session,
+    sought: Sought,
+    visits: Mapping[VersionTable, frozenset[str]],
+    pending: Callable[[frozenset[str]], int],
+) -> VersionTable | None:
+    """Return the version table with the most that is pending; of those, the one that was found without env.py."""
+    if not visits:
+        return None
+    mine = _qualified(session, sought.table) if sought.table else None
+    return max(visits, key=lambda table: (pending(visits[table]), table == mine))
+
+
+def _qualified(session: Session, table: VersionTable) -> VersionTable:
+    place = place_of(session, table)
+    return VersionTable(table.name, place[0] if place else table.schema)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found: the plan, and the version table (None where there is none yet).
+
+    ``tables`` and ``objects`` (tables, views, sequences, functions, large objects) count what is neither the
+    system's, nor an extension's, nor the version table.  ``standing`` is what the ledger says, ``edits`` are applied
+    revisions whose file has changed, and ``ahead`` is why this image may start although the schema is newer.
+    """
+
+    facts: ServerFacts
+    version_table: VersionTable | None
+    current: tuple[str, ...]
+    plan: Plan
+    tables: int
+    objects: int
+    standing: Standing = field(default_factory=Standing)
+    edits: tuple[Edit, ...] = ()
+    ahead: str = ""
+    where: Whereabouts = field(default_factory=lambda: Whereabouts(None, ()))
+
+    @property
+    def sure(self) -> bool:
+        """Whether every version table that ``env.py`` goes through is known."""
+        return not self.where.doubt
+
+    @property
+    def empty(self) -> bool:
+        """Whether the database holds nothing that a backup could save."""
+        return self.objects == 0 and not self.current
+
+
+def inspect(
+    session: Session,
+    history: History,
+    settings: Settings,
+    kind: str,
+    destination: str,
+    *,
+    read_only: bool = False,
+    settled: bool = True,
+    ask: Ask | None = None,
+) -> Inspection:
+    """Find out what ``kind`` (upgrade, downgrade, stamp) to ``destination`` would do to this database.
+
+    Raises an error with its own code for each state that a person must decide about; with ``read_only`` a
+    standby, or a database without a version table, is none.  Nor is the latter while it is not ``settled``: before
+    the lock is held, another run may be about to commit tables and version table both.  ``ask`` runs ``env.py``.
+    """
+    if not read_only:
+        _refuse_standby(session)
+        _refuse_role(session, settings.role)
+    # In this order: whoever made the tables that are counted has made the version table by then.
+    tables, objects = session.query(CONTENTS)[0]
+
+    def pending(rows: frozenset[str]) -> int:
+        if history.unknown(rows):
+            return UNKNOWN
+        plan = history.plan(kind, destination, rows)
+        return len(plan.revisions) or int(not plan.empty)
+
+    looked: set[VersionTable] = set()
+
+    def look(table: VersionTable) -> None:
+        if not read_only and table not in looked:
+            looked.add(table)
+            refuse_code(session, table, settings.role)
+
+    where = find_tables(session, history, settings, pending, ask, look)
+    table, current = where.table, where.rows
+    if read_only and where.doubt:
+        if table is None and where.others:
+            raise refusal(where.others)
+        log.warning(
+            "env.py could not be asked for its version tables (%s): %s",
+            where.doubt,
+            f"of what it goes through, only {_some(tuple(map(str, where.visits or (table,))))} was looked at",
+        )
+    _refuse_copies(table, current)
+    if table is not None:
+        look(table)
+    # It is about tables that are there: the history of a database without any begins at its beginning.
+    baseline = settings.baseline if tables and not current else ""
+    standing = read_standing(session, table, settings.role) if settings.ledger else Standing()
+    unknown, ahead = history.unknown(current), ""
+    kept = (
+        _plan_back(session, history, settings.role, table, current, destination)
+        if unknown and kind == "downgrade"
+        else None
+    )
+    if unknown and kind != "stamp" and kept is None:
+        ahead = refuse_or_allow(
+            history,
+            unknown,
+            standing,
+            allow_ahead=settings.allow_ahead and kind == "upgrade",
+            target=session.target,
+            table=table,
+        )
+    behind = [place for place, ids in where.visits.items() if not history.unknown(ids) and pending(ids)]
+    if ahead and behind:
+        raise DatabaseAhead(
+            f"{where.about} is ahead of this image, and {_some(tuple(map(str, behind)))} behind it.",
+            next_step="run the newer image, which brings all of them to one revision",
+        )
+    # Until env.py has been asked, under the lock where it writes, nobody knows.
+    unknown_yet = bool(where.doubt) and not read_only
+    must_know = settled and not read_only and kind == "upgrade" and len(where.visits) < 2 and not unknown_yet
+    if must_know and table is None and tables and not baseline and not _has_one(session, history.siblings()):
+        raise _unversioned(session, history, int(tables), where)
+    if baseline and baseline != "base":
+        history.find(baseline)
+    rows = frozenset(current)
+    if ahead or (unknown_yet and table is None):
+        plan = Plan(kind, destination, (), rows, rows)
+    else:
+        plan = kept or history.plan(kind, destination, current, baseline)
+        refuse_unknown_floors(history, plan)
+    return Inspection(
+        facts=session.facts,
+        version_table=table,
+        current=current,
+        plan=plan,
+        tables=int(tables),
+        objects=int(objects),
+        standing=standing,
+        edits=find_edits(history, standing),
+        ahead=ahead,
+        where=where,
+    )
+
+
+UNKNOWN = 1_000_000
+"""What is pending where this image cannot know: that decides first."""
+
+
+def _unversioned(session: Session, history: History, tables: int, where: Whereabouts) -> Unversioned:
+    newest = f"`migrator upgrade --baseline REV` (the newest is {_some(history.heads)})"
+    text = f"{session.target} has {tables} table{'' if tables == 1 else 's'} but no version table"
+    if not where.others:
+        return Unversioned(
+            f"{text}.",
+            next_step=f"if they are this application's, say at which revision: {newest};"
+            " if they are another's: `--baseline base`",
+        )
+    looked = f" where env.py looks for it ({where.about})" if where.about else ""
+    names = ", ".join(map(str, where.others))
+    return Unversioned(
+        f"{text}{looked}; revisions of this history are in {names}.",
+        next_step=f"if that is the one, let env.py look there (version_table_schema, search_path); if not, {newest},"
+        " or `--baseline base`",
+    )
+
+
+def _refuse_copies(table: VersionTable | None, rows: Sequence[str]) -> None:
+    """Raise :class:`HistoryError` for equal rows, which Alembic can neither move nor count."""
+    copies = sorted({row for row in rows if rows.count(row) > 1})
+    if table is None or not copies:
+        return
+    raise HistoryError(
+        f"The version table {table} has {', '.join(f'{row} {rows.count(row)} times' for row in copies)}.",
+        next_step=f"DELETE FROM {table.typed} a USING {table.typed} b"  # noqa: S608 - to be typed by a person
+        " WHERE a.version_num = b.version_num AND a.ctid > b.ctid; and give it back its primary key",
+    )
+
+
+def _has_one(session: Session, names: frozenset[str]) -> bool:
+    """Whether one of these tables is there: the database is shared, and what is in it may all be the others'."""
+    found = "SELECT EXISTS (SELECT 1 FROM pg_class WHERE relkind = 'r' AND relname = ANY(%s))"
+    return bool(names) and bool(session.value(found, (list(names),)))
+
+
+def _refuse_role(session: Session, role: str) -> None:
+    """Raise :class:`AccessDenied` where the login cannot do ``SET ROLE`` to the role that is to own what is made."""
+    try:
+        with session.as_role(role):
+            pass
+    except QueryFailed as error:
+        if error.sqlstate not in ("22023", "42501"):  # invalid_parameter_value: no such role
+            raise
+        raise AccessDenied(
+            f"{session.facts.user} cannot SET ROLE to MIGRATOR_ROLE={role}: {error.text.rstrip('.')}"
+            f" [{error.sqlstate}].",
+            next_step=f"GRANT {quote_identifier(role)} TO {quote_identifier(session.facts.user)}, or correct"
+            " MIGRATOR_ROLE",
+        ) from None
+
+
+def _plan_back(
+    session: Session,
+    history: History,
+    role: str,
+    table: VersionTable | None,
+    current: tuple[str, ...],
+    destination: str,
+) -> Plan | None:
+    """Plan a downgrade by the SQL in the ledger; None where that is empty."""
+    ways = read_ways_back(session, table, role) if table else []
+    if not ways:
+        return None
+    chosen = choose(ways, current, destination, history.heads)
+    refuse_other_paths(chosen, session.user_path)
+    steps = rows_after(ways, chosen, current)
+    return Plan(
+        kind="downgrade",
+        destination=destination,
+        revisions=tuple(Revision(way.revision, way.parents, way.message, "") for way in chosen),
+        before=frozenset(current),
+        after=steps[-1] if steps else frozenset(current),
+        kept=tuple(zip(chosen, steps, strict=True)),
+    )
+
+
+def _refuse_standby(session: Session) -> None:
+    target = session.target
+    if session.facts.in_recovery:
+        raise AccessDenied(
+            f"{target} is a standby: it takes no changes.",
+            next_step="point migrator to the primary (several hosts with target_session_attrs=read-write find it)",
+        )
+    if session.facts.read_only:
+        raise AccessDenied(
+            f"{target} takes read-only transactions only (default_transaction_read_only is on).",
+            next_step="ALTER ROLE or ALTER DATABASE ... SET default_transaction_read_only = off",
+        )
+
+
+def _some(revisions: tuple[str, ...]) -> str:
+    return ", ".join(revisions[:5]) + (", ..." if len(revisions) > 5 else "")

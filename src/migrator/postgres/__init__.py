@@ -1,0 +1,1 @@
+"""Postgres through psycopg2: sessions, errors, deadlines and the version table."""

@@ -1,0 +1,116 @@
+"""A server without room for one more connection: wait for it, as long as for a server that is not there yet.
+
+Each of a run's later connections may meet it, and each program's: that the first one found room says nothing of the
+next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+
+from migrator.config.database_url import Target
+from migrator.errors import AccessDenied
+from migrator.postgres.errors import PATIENCE, child_refused, had_no_room
+from migrator.postgres.session import ConnectFailed, Refusal, Session, as_typed, classify, message_of
+from migrator.postgres.session import connect as _connect
+from migrator.runtime.subprocesses import Finished
+
+log = logging.getLogger("migrator.wait")
+
+_LONGEST_PAUSE = 2.0
+
+
+def connect(target: Target, application_name: str, timeout: float) -> Session:
+    """Open a session; wait for room where the server has none.  Raises :class:`ConnectFailed`."""
+    waiting = _Waiting(str(target))
+    while True:
+        try:
+            return _connect(target, application_name, timeout)
+        except ConnectFailed as error:
+            if not error.no_room:
+                raise
+            if not waiting.goes_on(error.text):
+                error.waited = True
+                raise
+        waiting.pause()
+
+
+_LIMIT = """
+SELECT least(nullif(rolconnlimit, -1), nullif(datconnlimit, -1)), session_user::text
+  FROM pg_roles, pg_database WHERE rolname = session_user AND datname = current_database() AND NOT rolsuper
+"""
+
+
+def refuse_too_few(session: Session, needed: int, what: str) -> None:
+    """Raise :class:`AccessDenied` where role or database may never have the connections that ``what`` takes at once."""
+    for limit, role in session.query(_LIMIT):
+        if limit is not None and limit < needed:
+            raise AccessDenied(
+                f"{what} takes {needed} connections at once, and role {role} may have {limit} to"
+                f" {session.facts.database} (CONNECTION LIMIT).",
+                next_step=f"ALTER ROLE {as_typed(role)} CONNECTION LIMIT {needed};"
+                f" or ALTER DATABASE {as_typed(session.facts.database)} CONNECTION LIMIT, where that is the lower one",
+            )
+
+
+def run(start: Callable[[], Finished]) -> Finished:
+    """Run a program of PostgreSQL's, again where the server did not let it in: it did nothing then.
+
+    The server's words may be in any language, and the program does not tell their SQLSTATE.  Sessions of ours were
+    let in with the same address and password.  Raises :class:`ConnectFailed` where the wait was in vain.
+    """
+    waiting = None
+    while True:
+        finished = start()
+        if finished.status == 0 or not child_refused(finished.stderr):
+            return finished
+        words = " ".join(finished.stderr.split())
+        if classify("", words) is Refusal.DENIED:
+            return finished
+        waiting = waiting or _Waiting(finished.program)
+        if not waiting.goes_on(words):
+            refused = ConnectFailed(Refusal.TRANSIENT, words[-600:])
+            refused.waited = True
+            raise refused
+        waiting.pause()
+
+
+def run_env(go: Callable[[], None], entered: Callable[[], bool]) -> None:
+    """Run ``env.py``, again from the top where the server has no room for it and it has reached no database yet.
+
+    Raises what it raised last.
+    """
+    waiting = _Waiting("env.py")
+    while True:
+        try:
+            go()
+            return
+        except Exception as error:
+            if entered() or not had_no_room(error) or not waiting.goes_on(message_of(error)):
+                raise
+        waiting.pause()
+
+
+class _Waiting:
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._deadline = time.monotonic() + PATIENCE.seconds
+        self._pause = 0.2
+        self._said = False
+
+    def goes_on(self, why: str) -> bool:
+        """Say once what is waited for; return whether any time is left."""
+        left = self._deadline - time.monotonic()
+        if left > 0 and not self._said:
+            log.warning("%s: no connection yet (%.0f s left): %s", self._who, left, why)
+            self._said = True
+        return left > 0
+
+    def pause(self) -> None:
+        """Sleep for a jittered while that grows."""
+        left = max(0.0, self._deadline - time.monotonic())
+        time.sleep(min(left, random.uniform(self._pause / 2, self._pause)))  # noqa: S311 - jitter, no secret
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)

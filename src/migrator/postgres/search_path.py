@@ -1,0 +1,132 @@
+"""The search_path of our own sessions, and where the user's own one finds a name.
+
+Whoever may create something in a schema of the search_path may put an operator, a function, a cast or a type there that
+matches our statements better than the one in pg_catalog.  So our sessions leave the user's search_path with their first
+message, and that message is written so that no search_path matters.  Where the user's path counts, it is asked for its
+schemas, and the name is compared with the catalog.
+https://www.postgresql.org/docs/current/typeconv-oper.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from migrator.postgres.queries import LEDGER
+
+FIRST_OF_OTHERS = 16384
+"""The first oid that initdb has not given away: FirstNormalObjectId in the server's source."""
+
+SAFE = "pg_catalog, pg_temp"
+"""Relations and types of pg_temp come first unless it is named: it is named last."""
+_SAFE = f"'{SAFE}'"
+
+PATH, SCHEMAS = "migrator.search_path", "migrator.schemas"
+"""Settings that live as long as one message: the user's search_path, and its schemas as JSON, nearest first."""
+
+_RESTRICTION = "restrict_nonsystem_relation_kind"
+"""Refuses the views of others, which call functions: https://www.postgresql.org/docs/current/runtime-config-client.html
+Servers from August 2024 on have it."""
+
+_LEARN_SCHEMAS = (
+    f"pg_catalog.set_config('{SCHEMAS}', CAST(pg_catalog.array_to_json(pg_catalog.current_schemas(false))"
+    " AS pg_catalog.text), true)"
+)
+
+
+def settled(path: str, kinds: str, local: str) -> str:
+    """Return the columns that set a search_path and which relations are refused; ``local`` is an SQL expression.
+
+    ``path`` is an SQL expression as well.
+    """
+    return (
+        f"pg_catalog.set_config('search_path', {path}, {local}),"
+        f" CASE WHEN pg_catalog.current_setting('{_RESTRICTION}', true) IS NOT NULL"
+        f" THEN pg_catalog.set_config('{_RESTRICTION}', '{kinds}', {local}) END"
+    )
+
+
+def ours(local: str = "false") -> str:
+    """Return the statement that sets our path; ``local`` is an SQL expression."""
+    return f"SELECT {settled(_SAFE, 'view, foreign-table', local)}"
+
+
+def theirs(literal: str, local: str = "false") -> str:
+    """Return the statement that sets a path of the user's, as an SQL literal; every relation may be read again."""
+    return f"SELECT {settled(literal, '', local)}"
+
+
+def each_message(restricts: bool) -> str:
+    """Return what comes before a statement behind a pooler, which may give each transaction another connection."""
+    restriction = f" SET LOCAL {_RESTRICTION} = 'view, foreign-table';" if restricts else ""
+    return f"SET LOCAL search_path = {SAFE};{restriction} "
+
+
+RESTRICTS = f"pg_catalog.current_setting('{_RESTRICTION}', true) IS NOT NULL"
+"""Whether the server can refuse views."""
+
+
+def leave(backend_pid: int) -> str:
+    """Return the statements that learn the user's path and leave it, whatever it is.
+
+    Behind a pooler, which makes a process id up, they hold for this message alone: its server connection is lent.
+    """
+    pooled = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) CAST('{backend_pid}' AS pg_catalog.int8)"
+    return (
+        f"SELECT pg_catalog.set_config('{PATH}', pg_catalog.current_setting('search_path'), true), {_LEARN_SCHEMAS};"
+        f" {ours(pooled)}"
+    )
+
+
+_FIND = f"""
+SELECT n.nspname::text, c.relkind::text
+FROM json_array_elements_text(current_setting('{SCHEMAS}')::json) WITH ORDINALITY AS s (name, place)
+JOIN pg_namespace n ON n.nspname = s.name JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s
+ORDER BY s.place LIMIT 1
+"""  # noqa: S608 - constants only
+_LOOK = (
+    f"SELECT pg_catalog.set_config('search_path', %s, true); SELECT {_LEARN_SCHEMAS};"
+    f" SELECT pg_catalog.set_config('search_path', {_SAFE}, true); "
+)
+FIND = _LOOK + _FIND
+"""Returns the schema and the kind of the first relation of a name (second parameter) in a search_path (the first)."""
+LIST = f"{_LOOK}SELECT s.value FROM json_array_elements_text(current_setting('{SCHEMAS}')::json) AS s"  # noqa: S608 - constants only
+"""Returns the schemas of a search_path (the parameter) that are there and that the role may use."""
+
+FIND_HERE = """
+SELECT CAST(pg_catalog.json_build_array(n.nspname, c.relkind) AS pg_catalog.text)
+FROM pg_catalog.generate_subscripts(pg_catalog.current_schemas(false), 1) AS s (place)
+JOIN pg_catalog.pg_namespace n ON n.nspname OPERATOR(pg_catalog.=) (pg_catalog.current_schemas(false))[s.place]
+JOIN pg_catalog.pg_class c ON c.relnamespace OPERATOR(pg_catalog.=) n.oid AND c.relname OPERATOR(pg_catalog.=) {name}
+ORDER BY s.place LIMIT 1
+"""
+"""The same on a connection that keeps its search_path, as JSON."""
+
+
+def beside(table: str, schema: str, literal: Callable[[str], str]) -> str:
+    """Return the statement that leaves nothing to find, for this message, but what is beside a plain table.
+
+    That is the first of this name in the user's path, or the one in ``schema``.  A view, or a column whose type is not
+    the system's, or an index or statistics over an expression, could bring a function of others: then nothing is found
+    at all.
+    """
+    schemas = f"json_build_array({literal(schema)})" if schema else f"current_setting('{SCHEMAS}')::json"
+    return f"""
+SELECT set_config('search_path', coalesce((
+  SELECT CASE WHEN NOT EXISTS (
+         SELECT FROM pg_class o JOIN pg_attribute a ON a.attrelid = o.oid AND a.attnum > 0 AND NOT a.attisdropped
+          WHERE o.relnamespace = n.oid AND o.relname IN ({literal(table)}, '{LEDGER}')
+            AND (o.relkind <> 'r' OR a.atttypid >= {FIRST_OF_OTHERS}
+              OR EXISTS (SELECT FROM pg_statistic_ext s WHERE s.stxrelid = o.oid)
+              OR EXISTS (
+                SELECT FROM pg_index i JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+                 WHERE i.indrelid = o.oid AND d.refobjid >= {FIRST_OF_OTHERS}
+                   AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass))))
+         THEN quote_ident(n.nspname) || ', pg_temp' END
+    FROM json_array_elements_text({schemas}) WITH ORDINALITY AS s (name, place)
+    JOIN pg_namespace n ON n.nspname = s.name
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = {literal(table)}
+   ORDER BY s.place LIMIT 1), {_SAFE}), true);"""  # noqa: S608 - quoted
+
+
+BACK = f"SELECT pg_catalog.set_config('search_path', {_SAFE}, true);"
+"""Leaves such a place."""

@@ -1,0 +1,42 @@
+"""Alembic's own statements, with operators that no schema of the user's search_path can replace."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_LOOK_FOR_TABLE = "SELECT pg_catalog.pg_class.relname "
+_WRITE_VERSION = re.compile(
+    r"(?:UPDATE|DELETE FROM) [^']+ (?:SET version_num='[^']*' )?WHERE [^']+\.version_num = '[^']*'"
+)
+_COMPARISONS = {" = ": " OPERATOR(pg_catalog.=) ", " != ": " OPERATOR(pg_catalog.<>) "}
+
+
+def qualified(statement: str) -> str:
+    """Return one of Alembic's own statements with its operators in pg_catalog; any other as it is.
+
+    Alembic looks for the version table, and writes it, with operators that it leaves to the search_path.  Whoever may
+    create something in a schema of it may have made ``=`` for ``"char"`` and text: an exact match wins.
+    """
+    if statement.startswith(_LOOK_FOR_TABLE) or _WRITE_VERSION.fullmatch(statement.strip()):
+        for bare, named in _COMPARISONS.items():
+            statement = statement.replace(bare, named)
+    return statement
+
+
+@contextlib.contextmanager
+def operators_of_the_server() -> Iterator[None]:
+    """Within the block, let Alembic's own statements call nobody's operators, on any connection of ``env.py``."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def before(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
+        return qualified(statement), parameters
+
+    event.listen(Engine, "before_cursor_execute", before, retval=True)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_cursor_execute", before)

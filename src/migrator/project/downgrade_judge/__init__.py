@@ -1,0 +1,1 @@
+"""Judge whether a revision's downgrade() can be called without a database."""

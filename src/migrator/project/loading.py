@@ -1,0 +1,112 @@
+"""How the project's own code is loaded: under the words of Alembic's command, and with sessions that only read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+log = logging.getLogger("migrator")
+
+_READ_ONLY = "-c default_transaction_read_only=on"
+_READ_ONLY_TRANSACTION = "25006"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
+
+
+@contextlib.contextmanager
+def command_line(program: str, words: Sequence[str]) -> Iterator[None]:
+    """Let ``sys.argv`` be that of another program: an application may do more, or less, under the one it knows."""
+    before = sys.argv
+    sys.argv = [os.path.join(os.path.dirname(sys.executable), program), *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def of_flask(words: Sequence[str]) -> list[str]:
+    """Return what ``flask`` is told where ``alembic`` is told ``words``."""
+    rest, options = list(words), list[str]()
+    while rest[:1] == ["-x"]:
+        options += rest[:2]
+        del rest[:2]
+    command, arguments = rest[:1], rest[1:]
+    return ["db", *command, *options, *([] if rest == ["upgrade", "head"] else arguments)]
+
+
+@contextlib.contextmanager
+def reading_only() -> Iterator[None]:
+    """Let every session that is opened in the block begin read-only transactions, as far as its driver can be told.
+
+    At its start, and not by a statement: what a statement sets stays in a pooler's connection, which others use next.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.pool import Pool
+
+    opened: list[Any] = []
+
+    def connect(*arguments: Any) -> Any:  # of this block alone, for blocks within blocks
+        return _connect(*arguments)
+
+    def note(_: Any, record: Any) -> None:
+        opened.append(record)
+
+    before = os.environ.get("PGOPTIONS")
+    os.environ["PGOPTIONS"] = f"{before or ''} {_READ_ONLY}".strip()
+    event.listen(Engine, "do_connect", connect)
+    event.listen(Pool, "connect", note)
+    try:
+        yield
+    finally:
+        event.remove(Pool, "connect", note)
+        event.remove(Engine, "do_connect", connect)
+        for record in opened:
+            record.invalidate(soft=True)  # the application's pool outlives the block
+        if before is None:
+            del os.environ["PGOPTIONS"]
+        else:
+            os.environ["PGOPTIONS"] = before
+
+
+def _connect(dialect: Any, _: Any, arguments: Any, options: dict[str, Any]) -> Any:
+    """Connect as SQLAlchemy would, to a session that only reads; to another one where a pooler refuses that."""
+    if dialect.name != "postgresql":
+        return None
+    told = dict(options)
+    if dialect.driver == "asyncpg":
+        settings = {**(told.get("server_settings") or {}), "default_transaction_read_only": "on"}
+        told["server_settings"] = settings
+    elif told.get("options"):  # stands in the place of PGOPTIONS
+        told["options"] = f"{told['options']} {_READ_ONLY}"
+    try:
+        return dialect.connect(*arguments, **told)
+    except Exception as error:
+        if "startup parameter" not in str(error):
+            raise
+        log.debug("a pooler takes no settings for a session, so this one may write: %s", error)
+    with _without_options():
+        return dialect.connect(*arguments, **options)
+
+
+@contextlib.contextmanager
+def _without_options() -> Iterator[None]:
+    told = os.environ["PGOPTIONS"]
+    os.environ["PGOPTIONS"] = told.removesuffix(_READ_ONLY).strip()
+    try:
+        yield
+    finally:
+        os.environ["PGOPTIONS"] = told
+
+
+def remedy(error: BaseException, otherwise: str) -> str:
+    """Return what to do about code that failed while it was loaded; ``otherwise`` where it did not try to write."""
+    at: BaseException | None = error
+    while at is not None:
+        for item in (at, getattr(at, "orig", None)):
+            if _READ_ONLY_TRANSACTION in {getattr(item, "pgcode", None), getattr(item, "sqlstate", None)}:
+                return "let it write nothing while it is loaded: this command only looks, so its sessions are read only"
+        at = at.__cause__ or at.__context__
+    return otherwise

@@ -1,0 +1,64 @@
+"""What the machine lacks: files, processes, memory or room, told by name, and neither a defect nor a wrong address."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from migrator.errors import Unreachable
+
+_LACKS = {
+    errno.EMFILE: "this process may not open more files (ulimit -n)",
+    errno.ENFILE: "this machine has no file handles left (fs.file-max)",
+    errno.ENOMEM: "there is no memory left",
+    errno.EAGAIN: "no further process or thread can be started (ulimit -u, or the container's limit of processes)",
+    errno.ENOSPC: "there is no room left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file may not grow further (ulimit -f)",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+def lack(error: BaseException) -> str:
+    """Return what the machine lacks, where that is what an error came from; else an empty string."""
+    for item in _causes(error):
+        if isinstance(item, MemoryError):
+            return _LACKS[errno.ENOMEM]
+        if isinstance(item, RuntimeError) and "can't start new thread" in str(item):
+            return _LACKS[errno.EAGAIN]
+        if isinstance(item, OSError) and item.errno in _LACKS:
+            place = f": {item.filename}" if item.filename else ""
+            return f"{_LACKS[item.errno]}{place}"
+        if isinstance(item, ImportError):  # the loader of shared libraries has words only
+            if "failed to map segment" in str(item):
+                return _LACKS[errno.ENOMEM]
+            for number, sentence in _LACKS.items():
+                if os.strerror(number) in str(item):
+                    return sentence
+    return ""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from; not what was merely being handled when it was raised."""
+    item: BaseException | None = error
+    while item is not None:
+        yield item
+        item = getattr(item, "orig", None) or item.__cause__
+
+
+def without(why: str) -> Unreachable:
+    """Return the error of a run that the machine gave too little to; the database was not changed by it."""
+    return Unreachable(
+        f"This machine lacks what the run needs: {why}.",
+        next_step="give the process or the container more of it, then run it again",
+    )
+
+
+def cannot_start(error: OSError) -> str:
+    """Say why a program that is there cannot be started."""
+    if error.errno == errno.ENOENT:
+        return "its loader or interpreter is not there"
+    if error.errno == errno.ENOEXEC:
+        return "it is no program for this machine"
+    return lack(error).partition(": ")[0] or error.strerror or str(error)
