@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 from tests.support.installations import embedded  # noqa: E402
 from tests.support.servers import normalise, running  # noqa: E402
 
-from migrator import target as addresses  # noqa: E402
-from migrator.target import Target  # noqa: E402
+from migrator.config import database_url as addresses  # noqa: E402
+from migrator.config.database_url import Target  # noqa: E402
 
 STYLED = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 

@@ -3,7 +3,7 @@
     bin/image size IMAGE        what each layer adds, and each Python distribution in migrator's own; a table for docs/
     bin/image same IMAGE IMAGE  whether two images have the same files to the byte, times aside; exit code 1 where not
     bin/image sbom IMAGE        its bill of materials (CycloneDX), as the build has put it in
-    bin/image document IMAGE IMAGE  write the sizes of the full and of the slim image into docs/image.md
+    bin/image document IMAGE IMAGE  write the sizes of the full and of the slim image into docs/reference/image.md
 
 A file is its path, type, mode, owner, target and content. Only `docker` is run (DOCKER=podman works as well).
 """
@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 MB = 1_000_000
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "image.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "image.md"
 SBOM = "/opt/migrator/sbom.cdx.json"
 ENVIRONMENT = "opt/migrator/"
 PARTS = (

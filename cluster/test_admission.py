@@ -80,8 +80,9 @@ def test_every_combination_of_components_is_admitted(shop: Shop, tmp_path: Path)
 
 
 def test_the_overlays_of_the_documentation_are_admitted(shop: Shop, tmp_path: Path) -> None:
-    """That of `Make it yours`, with the bucket's key and, as the page says, with the platform's identity."""
-    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    """That of `Make it yours`, with the bucket's key and, as backups.md says, with the platform's identity."""
+    pages = (ROOT / "docs" / "howto" / "kubernetes" / name for name in ("README.md", "backups.md"))
+    page = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = [re.sub(r"(?m)^  ", "", text) if text.startswith("  ") else text for text in _yaml(page)]
     (whole,) = (text for text in blocks if "kind: Kustomization" in text)
     (patch,) = (text for text in blocks if "role-arn" in text)

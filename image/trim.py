@@ -95,7 +95,7 @@ def link_system_libpq(site: Path) -> None:
     old = f"\0{own.name}\0".encode()
     before, found, after = driver.read_bytes().partition(old)
     if not found or old in after:
-        raise SystemExit(f"{driver} does not name {own.name} once: mend link_system_libpq() for this release")
+        raise SystemExit(f"{driver} does not name {own.name} once: fix link_system_libpq() for this release")
     driver.write_bytes(before + b"\0libpq.so.5".ljust(len(old), b"\0") + after)
     shutil.rmtree(own.parent)
     for bill in site.glob("psycopg2_binary-*.dist-info/sboms/auditwheel.cdx.json"):

@@ -51,6 +51,12 @@ class ByPlace(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
         return next((name for folder, name in shared.items() if place.startswith(folder)), place)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what one worker has to do alone and takes longest: the container engine's tests, the real projects."""
+    alone = ("tests/engine/", "tests/image/", "tests/histories/")
+    items.sort(key=lambda item: not item.nodeid.startswith(alone))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByPlace:
     """Hand the tests out by what they share."""

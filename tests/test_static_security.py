@@ -20,10 +20,10 @@ from tests.support.runner import ROOT
 # What ruff has no rule for, or does not mistake for something else, as bandit does.  bandit's numbers are ruff's:
 # everything else is waived where it stands, by ruff's own noqa with a reason.
 EXPLAINED = {
-    ("B404", "process.py"): "the one module that starts processes",
-    ("B603", "process.py"): "without a shell, with lists of arguments that migrator makes",
+    ("B404", "subprocesses.py"): "the one module that starts processes",
+    ("B603", "subprocesses.py"): "without a shell, with lists of arguments that migrator makes",
     ("B105", "settings.py"): "the text 'True' in a field's metadata is no password",
-    ("B105", "target.py"): "PGPASSWORD is a variable's name",
+    ("B105", "database_url.py"): "PGPASSWORD is a variable's name",
 }
 NOQA = re.compile(r"# noqa: (?P<rules>[A-Z0-9, ]+)(?P<reason>.*)")
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from migrator import settings
-from migrator.readers import boolean, duration, optional_duration, whole_number
+from migrator.config import settings
+from migrator.config.value_parsers import boolean, duration, optional_duration, whole_number
 
 CHART = Path(__file__).parent / "migrator"
 BEGIN, END = "<!-- generated: values -->\n", "<!-- end -->"

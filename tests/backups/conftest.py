@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from migrator.backups.manifest import Backup
-from migrator.backups.restore import restore
-from migrator.backups.restored import Restored
-from migrator.backups.store import new_id
-from migrator.postgres import connect, quote_identifier
-from migrator.settings import Settings, load
-from migrator.stages.backup import back_up
+from migrator.backups.restore.restore import restore
+from migrator.backups.restore.result import Restored
+from migrator.backups.storage.interface import new_id
+from migrator.config.settings import Settings, load
+from migrator.pipeline.stages.backup import back_up
+from migrator.postgres.session import connect, quote_identifier
 from tests.support import buckets, leaks
 from tests.support.buckets import Bucket
 from tests.support.servers import Database

@@ -9,13 +9,16 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from migrator import process
-from migrator.backups import archive, clients, snapshot
-from migrator.backups.dump import _children_name
-from migrator.stages.backup import decide
+from migrator.backups import clients, pg_restore
+from migrator.backups.dump.backup import _children_name
+from migrator.backups.verification.verify_new import Proving
+from migrator.pipeline.stages.backup import decide
+from migrator.postgres.session import Session
+from migrator.runtime import subprocesses
 from tests.support import PLANTED, leaks
 from tests.support.servers import Database, Server, normalise
 
@@ -89,9 +92,9 @@ def test_the_counts_are_those_of_the_dump(database: Database, workbench: Bench) 
         writer.join()
     for backup in backups:
         chunks: list[bytes] = []
-        process.run(
+        subprocesses.run(
             [database.server.bin / "pg_restore", "--data-only", "--file=-", backup.place],
-            environment=process.base_environment(),
+            environment=subprocesses.base_environment(),
             on_output=chunks.append,
         )
         rows = b"".join(chunks).decode().partition("FROM stdin;\n")[2].partition("\n\\.")[0].splitlines()
@@ -99,17 +102,52 @@ def test_the_counts_are_those_of_the_dump(database: Database, workbench: Bench) 
     assert backups[0].tables["public.t"].rows != backups[-1].tables["public.t"].rows
 
 
-def test_a_big_table_is_estimated(
+def test_more_tables_take_no_more_questions(
     database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "COUNTED_BYTES", 100_000)
+    asked: list[str] = []
+    real = Session.query
+
+    def query(session: Session, sql: str, *arguments: Any, **options: Any) -> Any:
+        asked.append(sql)
+        return real(session, sql, *arguments, **options)
+
+    def questions() -> int:
+        asked.clear()
+        workbench(database).back_up()
+        return len(
+            [sql for sql in asked if "pg_stat_" not in sql]
+        )  # how often those come is for the clock to say
+
+    database.execute("CREATE TABLE t (a int); CREATE SEQUENCE s")
+    monkeypatch.setattr(Session, "query", query)
+    few = questions()
     database.execute(
-        "CREATE TABLE big AS SELECT g FROM generate_series(1, 5000) g; CREATE TABLE small (a int)"
+        "DO $$ BEGIN FOR k IN 1..40 LOOP EXECUTE format('CREATE TABLE t%s (a int PRIMARY KEY)', k); END LOOP; END $$"
     )
-    database.execute("ANALYZE")
-    tables = workbench(database).back_up().tables
-    assert (tables["public.big"].rows, tables["public.big"].estimated_rows) == (None, 5000)
-    assert tables["public.small"].rows == 0
+    assert questions() == few
+
+
+def test_only_pg_dump_locks_the_tables(
+    database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The locks of a server have room for so many, and as many again would be too many."""
+    database.execute("CREATE TABLE t (a int PRIMARY KEY); INSERT INTO t VALUES (1)")
+    held: list[Any] = []
+    real = Proving.meanwhile
+
+    def meanwhile(proving: Proving, session: Session) -> None:
+        real(proving, session)
+        held.extend(
+            session.query(
+                "SELECT relation::regclass::text, mode FROM pg_locks"
+                " WHERE pid = pg_backend_pid() AND relation IN ('public.t'::regclass, 'public.t_pkey'::regclass)"
+            )
+        )
+
+    monkeypatch.setattr(Proving, "meanwhile", meanwhile)
+    assert workbench(database).back_up().tables["public.t"].rows == 1
+    assert held == []
 
 
 def test_nothing_secret_is_in_any_argument(database: Database, workbench: Bench) -> None:
@@ -128,7 +166,7 @@ def test_truncation_is_found_by_reading(database: Database, workbench: Bench, fr
     place = Path(bench.back_up().place)
     os.truncate(place, int(place.stat().st_size * fraction))
     client = clients.installed(bench.settings)[0]
-    assert archive.read_whole(client, place).status != 0
+    assert pg_restore.read_whole(client, place).status != 0
 
 
 def test_a_statement_timeout_of_the_role_does_not_end_it(database: Database, workbench: Bench) -> None:
@@ -179,9 +217,9 @@ def test_the_rows_of_the_archive_are_the_rows_of_the_database(
     each_database.execute(RICH)
     backup = workbench(each_database).back_up()
     chunks: list[bytes] = []
-    process.run(
+    subprocesses.run(
         [each_database.server.bin / "pg_restore", "--file=-", backup.place],
-        environment=process.base_environment(),
+        environment=subprocesses.base_environment(),
         on_output=chunks.append,
     )
     assert normalise(b"".join(chunks).decode()) == each_database.dump()

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import parts, pg_dump, snapshot
+from migrator.backups import exported_snapshot
+from migrator.backups.dump import pg_dump
+from migrator.backups.storage import parts
+from migrator.backups.verification import fingerprint
 from migrator.errors import BackupFailed
-from migrator.postgres import connect
-from migrator.stages.backup import preflight
+from migrator.pipeline.stages.backup import preflight
+from migrator.postgres.session import QueryFailed, connect
 from tests.support import leaks
 from tests.support.proxy import Proxy
 from tests.support.servers import Database, Server
@@ -195,24 +198,39 @@ def test_row_level_security_is_refused(role: str, database: Database, workbench:
     assert "BYPASSRLS" in caught.value.next_step
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("proof", ["read", "restore"])
 def test_a_locked_table_ends_the_wait(
-    counted: bool, database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+    proof: str, database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pg_dump, "LOCK_WAIT", 1.5)
-    monkeypatch.setattr(snapshot, "LOCK_WAIT", 1.5)
-    if not counted:
-        monkeypatch.setattr(snapshot, "count", lambda *_: {})
-    database.execute("CREATE TABLE t (a int)")
-    bench = workbench(database)
+    monkeypatch.setattr(exported_snapshot, "LOCK_WAIT", 1.5)
+    database.execute("CREATE TABLE free (a int); CREATE TABLE t (a int)")
+    bench = workbench(database, MIGRATOR_BACKUP_VERIFY=proof)
     with database.connect() as holder:
         holder.cursor().execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
-        with pytest.raises(BackupFailed, match=r"kept .*t.* locked for 2 s"):
+        with pytest.raises(BackupFailed, match=r"kept public\.t locked for 2 s"):
             bench.back_up()
         assert bench.files() == []
         assert bench.sessions() == []
     holder.close()
     bench.back_up()
+
+
+def test_what_fails_beside_pg_dump_ends_it(
+    database: Database, workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schema is read while pg_dump is at it."""
+    noise(database, 4)
+
+    def schema(_: object) -> tuple[str, ...]:
+        raise QueryFailed("the connection is gone", lost=True)
+
+    monkeypatch.setattr(fingerprint, "schema", schema)
+    bench = workbench(database)
+    with pytest.raises(BackupFailed, match="the connection is gone"):
+        bench.back_up()
+    assert bench.files() == []
+    assert bench.sessions() == []
 
 
 def test_pg_dump_killed_midway_leaves_nothing(database: Database, workbench: Bench) -> None:
@@ -247,7 +265,9 @@ def test_the_server_gone_midway(private_server: Callable[..., Server], workbench
 
     def crash() -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not any(name.endswith(".dump.part") for name in bench.files()):
+        while time.monotonic() < deadline and not any(
+            (bench.folder / name).stat().st_size > 100_000 for name in bench.files() if "dump" in name
+        ):
             time.sleep(0.002)
         server.stop("immediate")
 

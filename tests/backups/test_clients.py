@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from migrator import __version__, process
+from migrator import __version__
 from migrator.backups import clients
 from migrator.backups.clients import Client
+from migrator.config.database_url import parse
+from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, RestoreFailed
-from migrator.settings import Settings
-from migrator.target import parse
+from migrator.runtime import subprocesses
 from tests.support import PLANTED, installations
 from tests.support.servers import Server
 
@@ -131,7 +132,7 @@ def test_the_environment_is_the_connection_and_little_else(monkeypatch: pytest.M
         "PGCONNECT_TIMEOUT": "5",
         "PGSSLCERTMODE": "disable",
     }
-    assert found.keys() - given.keys() <= {"PATH", "LANG", "LC_ALL", *process._INHERITED}
+    assert found.keys() - given.keys() <= {"PATH", "LANG", "LC_ALL", *subprocesses._INHERITED}
     assert found["LC_ALL"] == "C.UTF-8"
 
 

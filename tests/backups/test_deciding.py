@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import method
 from migrator.backups.clients import Client
-from migrator.backups.losses import Incomplete
-from migrator.backups.restore import Wishes
-from migrator.backups.snapshot import Relation
+from migrator.backups.dump import format
+from migrator.backups.exported_snapshot import Relation
+from migrator.backups.restore.restore import Wishes
+from migrator.backups.restore.write_detection import Incomplete
+from migrator.config.settings import Settings, load
 from migrator.errors import BackupFailed, SettingsError
 from migrator.outcome import ExitCode
 from migrator.schema.patterns import parse
-from migrator.settings import Settings, load
 from tests.support import installations
 from tests.support.outcomes import done, refusal, unchanged
 from tests.support.projects import bring_to, linear_history
@@ -176,28 +176,28 @@ def test_the_method(
     expected: tuple[str, int, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(method, "cores", lambda: 2)
-    found = method.choose(Settings(**settings), ZSTD, folder=folder, table_bytes=sizes)
+    monkeypatch.setattr(format, "cores", lambda: 2)
+    found = format.choose(Settings(**settings), ZSTD, folder=folder, table_bytes=sizes)
     assert (found.dump_format, found.jobs, found.compression, found.note) == (*expected, "")
 
 
 def test_a_directory_where_none_can_be_is_one_file_and_that_is_said() -> None:
-    found = method.choose(Settings(backup_format="directory"), ZSTD, folder=False, table_bytes=[BIG])
+    found = format.choose(Settings(backup_format="directory"), ZSTD, folder=False, table_bytes=[BIG])
     assert (found.dump_format, found.jobs) == ("custom", 1)
     assert "needs a folder" in found.note
 
 
 def test_each_client_compresses_as_well_as_it_can() -> None:
     embedded = Client(installations.binaries("embedded"), "16.14", 16)
-    assert method.supports(ZSTD, "zstd")
-    assert method.supports(ZSTD, "lz4")
-    assert not method.supports(embedded, "zstd")  # new enough, and built without
-    assert not method.supports(OLD, "zstd")
-    assert method.choose(Settings(), embedded, folder=True, table_bytes=[]).compression == "gzip:1"
-    assert method.compress_option(embedded, "gzip:1") == "--compress=gzip:1"
-    assert method.compress_option(OLD, "gzip:1") == "--compress=1"
+    assert format.supports(ZSTD, "zstd")
+    assert format.supports(ZSTD, "lz4")
+    assert not format.supports(embedded, "zstd")  # new enough, and built without
+    assert not format.supports(OLD, "zstd")
+    assert format.choose(Settings(), embedded, folder=True, table_bytes=[]).compression == "gzip:1"
+    assert format.compress_option(embedded, "gzip:1") == "--compress=gzip:1"
+    assert format.compress_option(OLD, "gzip:1") == "--compress=1"
     with pytest.raises(BackupFailed, match=r"pg_dump 15\.1 cannot compress with zstd") as caught:
-        method.choose(Settings(backup_compression="zstd:3"), OLD, folder=True, table_bytes=[])
+        format.choose(Settings(backup_compression="zstd:3"), OLD, folder=True, table_bytes=[])
     assert "MIGRATOR_PG_BIN" in caught.value.next_step
 
 

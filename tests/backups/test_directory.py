@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import directory, folder, pg_dump
-from migrator.backups.folder import FolderStore
-from migrator.backups.parts import DirectoryPart
-from migrator.backups.stores import open_store
+from migrator.backups.dump import pg_dump
+from migrator.backups.storage import directory, local
+from migrator.backups.storage.local import FolderStore
+from migrator.backups.storage.open import open_store
+from migrator.backups.storage.parts import DirectoryPart
 from migrator.errors import BackupFailed
 from tests.support.servers import Database, Server
 
@@ -182,7 +183,7 @@ def test_what_a_killed_run_left_is_removed_and_what_lives_is_not(tmp_path: Path)
     with store.new_directory("shop-20260102T000000Z-abcdef") as living:
         store.remove_stale("shop")
         assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, living.temporary.name]
-        old = time.time() - 2 * folder.STALE_AFTER
+        old = time.time() - 2 * local.STALE_AFTER
         os.utime(other, (old, old))
         store.remove_stale("shop")
         assert [path.name for path in tmp_path.iterdir()] == [living.temporary.name]

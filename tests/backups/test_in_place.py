@@ -10,12 +10,16 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from migrator.backups import event_triggers, in_place, psql, side_schema
-from migrator.backups.restored import Restored
-from migrator.backups.side_schema import restore_tables
+from migrator.backups import event_triggers, psql
+from migrator.backups.restore import in_place
+from migrator.backups.restore import tables as side_schema
+from migrator.backups.restore.restore import Wishes
+from migrator.backups.restore.result import Restored
+from migrator.backups.restore.tables import restore_tables
+from migrator.backups.restore.write_detection import Incomplete
 from migrator.errors import BackupFailed, RestoreFailed, SettingsError
-from migrator.interruption import Interrupt
-from migrator.postgres import as_typed, connect, quote_identifier
+from migrator.postgres.session import as_typed, connect, quote_identifier
+from migrator.runtime.signals import Interrupt
 from migrator.service import MigrationService
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
@@ -104,6 +108,101 @@ def test_from_within_extensions_stay(app: Database, workbench: Bench) -> None:
     restored = bench.restore()
     assert app.dump() == before
     assert "Extensions were left as they are: pgcrypto." in restored.notes
+
+
+# What an extension's script does with pg_extension_config_dump(): pg_dump then dumps the rows that are the user's.
+CONFIGURED = """
+CREATE EXTENSION citext SCHEMA {schema}; GRANT ALL ON SCHEMA {schema} TO app_role;
+CREATE TABLE {schema}.cfg (id int{key}, own boolean); CREATE TABLE {schema}.part (id int{reference});
+CREATE SEQUENCE {schema}.seq; REVOKE ALL ON FUNCTION {schema}.citext_eq FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION {schema}.citext_eq TO app_role;
+ALTER EXTENSION citext ADD TABLE {schema}.cfg; ALTER EXTENSION citext ADD TABLE {schema}.part;
+ALTER EXTENSION citext ADD SEQUENCE {schema}.seq;
+UPDATE pg_extension SET extconfig = ARRAY['{schema}.cfg', '{schema}.part', '{schema}.seq']::regclass[]::oid[],
+  extcondition = ARRAY['WHERE own', '', ''] WHERE extname = 'citext';
+INSERT INTO {schema}.cfg VALUES (1, false), (2, true); INSERT INTO {schema}.part VALUES (2);
+GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO app_role; GRANT SELECT ON {schema}.seq TO app_role;
+"""
+
+
+@pytest.mark.parametrize("each_server", ["debian"], indirect=True)
+@pytest.mark.parametrize("may", [True, False])
+@pytest.mark.parametrize(
+    ("schema", "key"), [("public", True), ("public", False), ("ext", True), ('"e x"', False)]
+)
+def test_from_within_what_users_keep_in_an_extension(
+    schema: str, key: bool, may: bool, app: Database, workbench: Bench
+) -> None:
+    if schema != "public":
+        app.execute(f"CREATE SCHEMA {schema}")
+    keys = (" PRIMARY KEY", f" REFERENCES {schema}.cfg") if key else ("", "")
+    app.execute(CONFIGURED.format(schema=schema, key=keys[0], reference=keys[1]))
+    if may:
+        app.execute(
+            f"GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO app_role; GRANT ALL ON {schema}.seq TO app_role"
+        )
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    before = app.dump()
+    bench = workbench(app)
+    bench.back_up()
+    app.execute(f"INSERT INTO {schema}.cfg VALUES (3, true); SELECT nextval('{schema}.seq')")
+    as_app(app, "DELETE FROM t")
+    restored = bench.restore()
+    assert app.psql("SELECT a FROM t") == [(1,)]
+    rows = app.psql(f"SELECT id FROM {schema}.cfg ORDER BY id")
+    told = "Their tables keep the rows" in restored.message
+    if may:
+        assert (app.dump(), told) == (before, False)
+    else:
+        assert (rows, told) == ([(1,), (2,), (3,)], True)
+
+
+# The publisher is never asked: the subscription has no slot and is off.
+MAPPING = """
+CREATE FOREIGN DATA WRAPPER other; CREATE SERVER "far away" FOREIGN DATA WRAPPER other;
+ALTER SERVER "far away" OWNER TO app_role; GRANT USAGE ON FOREIGN DATA WRAPPER other TO app_role;
+CREATE USER MAPPING FOR postgres SERVER "far away" OPTIONS (password 'of the other side');
+"""
+SUBSCRIPTION = """
+CREATE SUBSCRIPTION news CONNECTION 'host=127.0.0.1' PUBLICATION p
+WITH (connect = false, enabled = false, slot_name = NONE)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "there", "named"),
+    [
+        (
+            MAPPING,
+            "SELECT umoptions FROM pg_user_mappings",
+            'options of the user mapping postgres on "far away"',
+        ),
+        (SUBSCRIPTION, "SELECT subname::text FROM pg_subscription", "subscription news"),
+    ],
+)
+def test_what_only_a_superuser_can_dump_is_named_and_not_lost(
+    hidden: str, there: str, named: str, app: Database, workbench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    app.execute(hidden)
+    before = app.psql(there)
+    bench = workbench(app)
+    made = bench.back_up()
+    assert made.not_dumped == (named,)
+    assert f"role app_role is no superuser: it leaves out {named}" in caplog.text
+    with pytest.raises(RestoreFailed, match=f"lose for good what role app_role cannot back up.*{named}"):
+        bench.restore()
+    assert app.psql(there) == before
+    app.execute("ALTER ROLE app_role CREATEDB")
+    app.execute("ALTER FOREIGN DATA WRAPPER other OWNER TO postgres" if hidden == MAPPING else "SELECT 1")
+    with pytest.raises(Incomplete, match=named):
+        bench.restore(wishes=Wishes(drop_old=True))
+    if hidden == MAPPING:  # which nobody but a superuser may make again
+        bench = workbench(Database(app.server, app.name))
+    restored = bench.restore()
+    assert any(named in note for note in restored.notes)
+    if hidden == SUBSCRIPTION:
+        app.server.psql("DROP SUBSCRIPTION news", dbname=restored.kept)
 
 
 def test_from_within_nothing_is_changed_where_it_fails(
@@ -502,17 +601,66 @@ def test_the_command_says_what_is_there_when_a_signal_comes_late(
 
 
 @pytest.mark.parametrize(
+    ("encoding", "table", "schema"),
+    [
+        ("LATIN1", "größe", "neuß"),
+        ("SQL_ASCII", "größe", "neuß"),
+        ("EUC_JP", "注文", "復元"),
+        ("UTF8", "注文", "neuß"),
+    ],
+)
+def test_names_in_the_encoding_of_the_database(
+    encoding: str, table: str, schema: str, server: Server, workbench: Bench
+) -> None:
+    name = f"encoded_{encoding.lower()}"
+    server.psql(
+        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    server.create_role("app_role")
+    server.psql(f"ALTER DATABASE {name} OWNER TO app_role")
+    database = Database(server, name)
+    database.url = database.url.replace("//postgres:", "//app_role:")
+    try:
+        bench = workbench(database)
+        with connect(bench.target, "migrator/t", 60) as session:  # as UTF-8
+            session.query(f'CREATE TABLE public."{table}" AS SELECT \'{table}\'::text AS "{table}"')
+        made = bench.back_up()
+        with connect(bench.target, "migrator/t", 60) as session:
+            session.query(f'DELETE FROM public."{table}"')
+        bench.restore()
+        wanted = [f'"{table}"']
+        common = {"run_id": "run3", "application_name": "migrator/t"}
+        restore_tables(bench.target, bench.settings, made.id, wanted, schema=schema, **common)
+        with connect(bench.target, "migrator/t", 60) as session:
+            for place in ("public", schema):
+                found = session.query(f'SELECT "{table}" FROM {quote_identifier(place)}."{table}"')
+                assert found == [(table,)]
+        if encoding == "LATIN1":
+            with pytest.raises(RestoreFailed, match="Schema 復 cannot be named"):
+                restore_tables(bench.target, bench.settings, made.id, wanted, schema="復", **common)
+    finally:
+        server.psql(f"DROP DATABASE {name} WITH (FORCE)")
+        server.psql("DROP ROLE app_role")
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
-    [("nothing", "has no one table nothing"), ("child", "inherits from another table")],
+    [
+        ("nothing", "has no one table nothing"),
+        ("Orders", 'it could be public."Orders"'),
+        ("public.orders", "--table 'public.\"Orders\"'"),
+        ("child", "inherits from another table"),
+    ],
 )
 def test_a_table_that_cannot_come_back_alone(
     database: Database, workbench: Bench, name: str, words: str
 ) -> None:
-    database.execute(RICH)
+    database.execute(f'{RICH}; CREATE TABLE "Orders" (id int)')
     bench = workbench(database)
     bench.back_up()
-    with pytest.raises(RestoreFailed, match=words):
+    with pytest.raises(RestoreFailed) as caught:
         tables(bench, name, schema="side")
+    assert words in f"{caught.value} {caught.value.next_step}"
     assert database.psql("SELECT to_regnamespace('side')") == [(None,)]
 
 

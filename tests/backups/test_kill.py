@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator.backups import archive
-from migrator.backups.stores import open_store
+from migrator.backups import pg_restore
+from migrator.backups.storage.open import open_store
 from tests.support import leaks
 from tests.support.servers import Database
 
@@ -94,7 +94,7 @@ def test_a_killed_backup(number: int, shape: str, database: Database, workbench:
         codes.add(kill_after(start(bench, "back_up", **variables), number, seconds / 2))
         nobody_is_left(bench)
         for backup in open_store(bench.settings.backup_url).backups():
-            assert archive.checksum_of(Path(backup.place)) == (backup.sha256, backup.size_bytes)
+            assert pg_restore.checksum_of(Path(backup.place)) == (backup.sha256, backup.size_bytes)
         if number == signal.SIGTERM:
             assert not [name for name in bench.files() if name.endswith(".part")]
     whole = bench.back_up()

@@ -39,7 +39,7 @@ def test_like_the_original(servers: Callable[[str], Server], workbench: Bench, k
     server.psql(f'CREATE DATABASE {name} TEMPLATE template0 OWNER "{owner}" {how}')
     try:
         backup = workbench(Database(server, name)).back_up()
-        create, _ = description.by_hand(backup)
+        create, *_ = description.by_hand(backup)
         done = subprocess.run(
             shlex.split(create),
             env={"PATH": f"{server.bin}:/usr/bin:/bin", **server.environment()},

@@ -56,12 +56,14 @@ def test_what_proved_it_and_what_it_is_compared_with_come_back() -> None:
     backup = dataclasses.replace(
         BACKUP,
         sequences={"public.s": Sequence((1, False), (7, True))},
-        tables={"public.t": Table(12, content_hash="-77")},
+        tables={"public.t": Table(12, rows_hash="-77")},
         excluded_table_data=("public.log",),
         encrypted_to=("age1x",),
         stored_sha256="1" * 64,
         stored_bytes=13,
         next_xid=77,
+        unseen_xid=79,
+        running_xids=(77, 78),
     )
     proven = backup.proven(good).proven(bad)
     assert (proven.verified, verified_at(proven)) == ("restore", good.at)
@@ -91,7 +93,16 @@ def test_manifests_of_the_first_version_are_read() -> None:
             "stored_sha256",
             "stored_bytes",
         ),
-        *("compression", "jobs", "excluded_table_data", "globals_note", "oddities", "next_xid"),
+        *(
+            "compression",
+            "jobs",
+            "excluded_table_data",
+            "not_dumped",
+            "globals_note",
+            "oddities",
+            "next_xid",
+            "unseen_xid",
+        ),
         *("system_identifier", "timeline", "database_oid"),
     }
     old = {key: value for key, value in document.items() if key in first | {"format"}}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from migrator import answers
 from migrator.backups import databases, reuse
 from migrator.backups.manifest import summary
-from migrator.backups.stores import open_store
+from migrator.backups.storage.open import open_store
+from migrator.cli import formatters
 from migrator.errors import BackupFailed
-from migrator.postgres import Session, connect
+from migrator.postgres.session import Session, connect
 from tests.support.servers import Database, Server
 
 from .conftest import APPLICATION, Workbench
@@ -203,7 +203,9 @@ def unfinished(
         scripts = {"pg_restore": ONLY_THE_RESTORE.format(f'echo "{error}" >&2; exit 1')}
         said = "could not be restored here: .*lock timeout"
     if case == "reading is killed":
-        scripts = {"pg_restore": 'case "$*" in */dev/null*) kill -9 $$;; esac\nexec $real "$@"\n'}
+        scripts = {
+            "pg_restore": 'case "$*" in *--section=data*--file=-*) kill -9 $$;; esac\nexec $real "$@"\n'
+        }
     if case in ("no room", "the server is gone"):
         statement = "DO $$ BEGIN RAISE disk_full USING MESSAGE = 'no room left'; END $$"
         said = "was not finished: .*no room left"
@@ -236,18 +238,18 @@ def test_in_a_run_too(
             ) as caught:
                 bench.back_up()
     assert caught.value.code == 36
-    assert not [name for name in bench.files() if "bad" in name]
+    assert not [name for name in bench.files() if ".bad" in name]
     store = open_store(bench.settings.backup_url, bench.settings)
     kept, good = store.backups(database.name)
     assert (kept.verified, good) == ("", older)
     assert [proof.ok for proof in kept.proofs][-1] is False
     assert f"migrator verify-backup {kept.id}" in caught.value.next_step
-    assert "NOT PROVEN" in answers.of_backups([summary(kept)]).text
-    assert "not proven:" in answers.of_backup(kept).text
+    assert "NOT PROVEN" in formatters.of_backups([summary(kept)]).text
+    assert "not proven:" in formatters.of_backup(kept).text
     assert store.get("latest", database.name) == older
     for how in ("read", "restore"):
         again = workbench(database, MIGRATOR_BACKUP_MAX_AGE="1h", MIGRATOR_BACKUP_VERIFY=how)
         with connect(again.target, APPLICATION, 60) as session:
-            assert reuse.find(session, again.settings, ("r1",)) == (older if how == "read" else None)
+            assert reuse.find(session, again.settings, ("r1",), None) == (older if how == "read" else None)
     assert prove(workbench(database), "restore", kept.id).verified == "restore"
     assert store.get("latest", database.name).id == kept.id

@@ -14,8 +14,8 @@ import psycopg2
 import pytest
 
 from migrator.backups import databases
-from migrator.backups.restore import Wishes
-from migrator.backups.snapshot import Relation
+from migrator.backups.exported_snapshot import Relation
+from migrator.backups.restore.restore import Wishes
 from migrator.errors import RestoreFailed, SettingsError
 from tests.support import PLANTED, installations, leaks
 from tests.support.servers import Database, Server
@@ -295,6 +295,26 @@ def test_what_was_kept_longer_than_told_is_dropped(database: Database, workbench
     assert bench.databases() == {database.name, restored.kept, new, foreign}
     assert database.server.has_database(f"x{old}")
     database.server.drop_database(f"x{old}")
+
+
+@pytest.mark.parametrize("jobs", ["1", "4"])
+def test_event_triggers_come_last(
+    jobs: str, each_database: Database, workbench: Callable[..., Workbench]
+) -> None:
+    each_database.execute("""
+        CREATE TABLE ddl (tag text);
+        CREATE FUNCTION noted() RETURNS event_trigger LANGUAGE plpgsql AS
+          $$ BEGIN INSERT INTO public.ddl VALUES (tg_tag); END $$;
+        CREATE MATERIALIZED VIEW one AS SELECT 1 AS a; CREATE MATERIALIZED VIEW two AS SELECT a FROM one;
+        CREATE EVENT TRIGGER noted ON ddl_command_end EXECUTE FUNCTION noted();
+        COMMENT ON EVENT TRIGGER noted IS 'each'; ALTER EVENT TRIGGER noted ENABLE ALWAYS;
+        CREATE TABLE after (a int)""")
+    before = each_database.dump()
+    bench = workbench(each_database, MIGRATOR_RESTORE_JOBS=jobs)
+    bench.back_up()
+    bench.restore()
+    assert each_database.dump() == before
+    assert each_database.psql("SELECT tag FROM ddl") == [("CREATE TABLE",)]
 
 
 def test_subscriptions_are_named_and_not_made(database: Database, workbench: Bench) -> None:

@@ -7,15 +7,19 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from migrator import process
-from migrator.backups import archive, databases
-from migrator.backups import restore as module
-from migrator.backups.side_schema import restore_tables
+from migrator.backups import databases, pg_restore
+from migrator.backups.failures import WouldLose
+from migrator.backups.restore import restore as module
+from migrator.backups.restore import write_detection
+from migrator.backups.restore.tables import restore_tables
 from migrator.errors import AccessDenied, BackupFailed, LockBusy, NoSuchBackup, RestoreFailed
+from migrator.postgres.session import Session
+from migrator.runtime import subprocesses
 from tests.support.servers import Database, Server
 
 from .conftest import Workbench
@@ -41,7 +45,7 @@ def test_a_swap_that_cannot_be_done_leaves_the_original(database: Database, work
     patience = databases.SWAP_PATIENCE
     databases.SWAP_PATIENCE = 0.0
     try:
-        with pytest.raises(RestoreFailed, match="prepared transaction") as caught:
+        with pytest.raises(RestoreFailed, match=r"prepared transaction.*ROLLBACK PREPARED 'held'") as caught:
             bench.restore()
     finally:
         databases.SWAP_PATIENCE = patience
@@ -141,7 +145,7 @@ def test_a_role_that_may_not_create_databases(app_database: Database, workbench:
         bench.restore(to=app_database.name + "_look")
     assert 'ALTER ROLE "app_role" CREATEDB' in caught.value.next_step
     by_hand = caught.value.next_step.partition("as it is: ")[2]
-    assert by_hand == archive.by_hand(backup, app_database.name)
+    assert by_hand == pg_restore.by_hand(backup, app_database.name)
     app_database.execute("SET ROLE app_role; DELETE FROM t; CREATE TABLE newer (a int)")
     done = subprocess.run(
         ["sh", "-ec", by_hand],
@@ -168,7 +172,7 @@ def test_what_goes_before_a_restore_from_within_is_backed_up_whole(
     bench = workbench(app_database, MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA="audit")
     bench.back_up()
     restored = bench.restore(wishes=module.Wishes(incomplete=True))
-    assert "the rows of public.audit are not in this backup" in " ".join(restored.notes)
+    assert "it lacks the rows of public.audit" in " ".join(restored.notes)
     assert app_database.psql("SELECT count(*) FROM audit") == [(0,)]
     bench.restore(restored.safety, run_id="run3")
     assert app_database.psql("SELECT count(*) FROM audit") == [(10,)]
@@ -197,7 +201,7 @@ def test_rows_that_did_not_come_back_are_noticed(
     database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a; CREATE TABLE u (a int)")
     bench = workbench(database)
     bench.back_up()
-    real = module.archive.restore_into
+    real = module.pg_restore.restore_into
 
     def lose(client: Any, path: Path, connection: str, *more: Any, **options: Any) -> None:
         real(client, path, connection, *more, **options)
@@ -206,7 +210,7 @@ def test_rows_that_did_not_come_back_are_noticed(
         database.server.psql("DELETE FROM t WHERE a = 1", dbname=name[1])
         database.server.psql("DROP TABLE u; CREATE TABLE w (a int)", dbname=name[1])
 
-    monkeypatch.setattr(module.archive, "restore_into", lose)
+    monkeypatch.setattr(module.pg_restore, "restore_into", lose)
     with pytest.raises(RestoreFailed) as caught:
         bench.restore()
     for fact in ("public.u is missing", "public.w was not in the backup", "public.t has 9 rows and not 10"):
@@ -258,8 +262,8 @@ def test_an_interruption_leaves_nothing(
     place: tuple[object, str] = {
         "create": (databases, "create"),
         "mark": (databases, "mark"),
-        "fill": (process, "run"),
-        "compare": (module.snapshot, "count_exactly"),
+        "fill": (subprocesses, "run"),
+        "compare": (module.exported_snapshot, "count_exactly"),
         "finish": (databases, "copy_settings"),
     }[moment]
     with monkeypatch.context() as patch:
@@ -317,14 +321,14 @@ def test_a_server_that_goes_away_in_the_middle(
     bench = workbench(database)
     bench.back_up()
     database.execute("DELETE FROM t")
-    real = module.archive.restore_into
+    real = module.pg_restore.restore_into
 
     def crash(*arguments: Any, **options: Any) -> None:
         server.stop("immediate")
         real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.archive, "restore_into", crash)
+        patch.setattr(module.pg_restore, "restore_into", crash)
         with pytest.raises(RestoreFailed) as caught:
             bench.restore(run_id="20260101T000000Z-abcdef")
     assert "was not changed" in caught.value.state
@@ -333,3 +337,29 @@ def test_a_server_that_goes_away_in_the_middle(
     restored = bench.restore()
     assert database.psql("SELECT count(*) FROM t") == [(1000,)]
     assert bench.databases() == {database.name, restored.kept}
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_who_has_written_since_is_counted_by_what_the_snapshot_has_not_seen(
+    here: bool, database: Database, workbench: Bench
+) -> None:
+    other = database.server.create_database()
+    before = (database if here else other).connect()
+    try:
+        cursor = before.cursor()
+        cursor.execute("SELECT txid_current()")  # and it stays open
+        (number,) = cursor.fetchone() or (0,)
+        for _ in range(10):
+            database.execute("SELECT txid_current()")
+        backup = workbench(database).back_up()
+        assert backup.running_xids == ((number,) if here else ())
+        asked = cast(Session, SimpleNamespace(value=lambda _: backup.unseen_xid))
+        if here:
+            with pytest.raises(WouldLose, match=r"^1 transaction that this run cannot account"):
+                write_detection.refuse_losses(asked, backup, frozenset())
+        assert (
+            write_detection.refuse_losses(asked, backup, frozenset(backup.running_xids)) == backup.unseen_xid
+        )
+    finally:
+        before.close()
+        database.server.drop_database(other.name)

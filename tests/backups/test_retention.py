@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from migrator import ledger
 from migrator.backups import retention
-from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
 from migrator.backups.retention import judge, prune, too_old
-from migrator.backups.store import BadDump
+from migrator.backups.storage.interface import BadDump
+from migrator.backups.storage.local import FolderStore
+from migrator.config.database_url import parse
+from migrator.config.value_parsers import keep
 from migrator.errors import BackupFailed, SettingsError
-from migrator.past import read_needed_backups
-from migrator.postgres import connect
-from migrator.readers import keep
-from migrator.target import parse
-from migrator.versions import VersionTable
+from migrator.ledger import table as ledger
+from migrator.ledger.queries import read_needed_backups
+from migrator.postgres.session import connect
+from migrator.postgres.version_table import VersionTable
 from tests.support.buckets import Bucket
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
@@ -255,7 +255,8 @@ def test_after_a_run_and_by_command(
 
 def test_what_the_ledger_needs(database: Database) -> None:
     """The backups of the newest run that changed the schema, and of runs after it that did not end well."""
-    database.execute(ledger.creation(VersionTable(ledger.NAME)))
+    with connect(parse(database.url), APPLICATION, 60) as session:
+        ledger.create(VersionTable(ledger.NAME, "public"), session.value)
     runs = [
         ("old", ("begun", "applied", "run"), 0),
         ("failed-before", ("begun", "run"), 39),
@@ -278,7 +279,9 @@ def test_what_the_ledger_needs(database: Database) -> None:
     with connect(parse(database.url), APPLICATION, 60) as session:
         assert read_needed_backups(session) == {"backup-changed", "backup-failed", "backup-killed"}
         session.query("CREATE SCHEMA other")
-        session.query(f"CREATE TABLE other.{ledger.NAME} AS SELECT * FROM {ledger.NAME} WHERE run_id = 'old'")
+        session.query(
+            f"CREATE TABLE other.{ledger.NAME} AS SELECT * FROM public.{ledger.NAME} WHERE run_id = 'old'"
+        )
         needed = {"backup-changed", "backup-failed", "backup-killed", "backup-old"}
         assert read_needed_backups(session) == needed
 
@@ -286,7 +289,8 @@ def test_what_the_ledger_needs(database: Database) -> None:
 def test_a_ledger_that_cannot_be_read_keeps_everything(database: Database, workbench: Bench) -> None:
     bench = workbench(database)
     copies = backups_of(bench, 3)
-    database.execute(f"CREATE TABLE {ledger.NAME} (something integer)")
+    # One with other columns is another project's table.
+    database.execute(f"CREATE TABLE {ledger.NAME} (version_table text, details jsonb, backup_id text)")
     with pytest.raises(BackupFailed, match="nobody knows which backups it needs"):
         pruned(bench, "last=1")
     assert len(FolderStore(bench.folder).backups()) == len(copies)

@@ -11,7 +11,7 @@ import pytest
 
 from migrator.backups import reuse
 from migrator.backups.manifest import Backup
-from migrator.postgres import connect
+from migrator.postgres.session import connect
 from tests.support.buckets import Bucket, FaultyProxy
 from tests.support.servers import Database
 
@@ -36,7 +36,7 @@ def bench(database: Database, workbench: Bench, bucket: Bucket, proxy: FaultyPro
 
 def reused(bench: Workbench) -> Backup | None:
     with connect(bench.target, APPLICATION, 60) as session:
-        return reuse.find(session, bench.settings, ("r1",))
+        return reuse.find(session, bench.settings, ("r1",), None)
 
 
 def dumps_read(proxy: FaultyProxy) -> int:

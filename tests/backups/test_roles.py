@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from migrator.backups import roles, space
-from migrator.backups.snapshot import Sizes
+from migrator.backups.dump import disk_space, globals
+from migrator.backups.exported_snapshot import Sizes
 from migrator.errors import BackupFailed
-from migrator.postgres import connect
+from migrator.postgres.session import connect
 from tests.support import PLANTED
 from tests.support.servers import Database
 
@@ -133,12 +133,12 @@ def test_room_for_a_second_copy(
 ) -> None:
     bench = workbench(database)
     with connect(bench.target, APPLICATION, 60) as session:
-        space.check_scratch(session, Sizes(10**6, 10**6))
+        disk_space.check_scratch(session, Sizes(10**6, 10**6, {}))
         assert caplog.text == ""
         with pytest.raises(BackupFailed, match=r"needs about 1000000\.0 TB on the server") as caught:
-            space.check_scratch(session, Sizes(10**18, 10**18))
+            disk_space.check_scratch(session, Sizes(10**18, 10**18, {}))
         assert str(database.server.data) in str(caught.value)
-        monkeypatch.setattr(space, "_data_folder", lambda _: None)
-        space.check_scratch(session, Sizes(10**18, 10**18))
+        monkeypatch.setattr(disk_space, "_data_folder", lambda _: None)
+        disk_space.check_scratch(session, Sizes(10**18, 10**18, {}))
     assert "how much is free there cannot be seen from here" in caplog.text
-    assert roles.ENDING == ".globals.sql"
+    assert globals.ENDING == ".globals.sql"

@@ -11,11 +11,11 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from migrator.backups import proof, verify
-from migrator.backups.stores import open_store
+from migrator.backups.storage.open import open_store
+from migrator.backups.verification import verify_new, verify_stored
+from tests.docs.test_example import upgrade
 from tests.histories.projects import HISTORIES, History
 from tests.support.servers import Database, Row, Server
-from tests.test_example import upgrade
 
 from .conftest import APPLICATION, RICH, Workbench
 
@@ -159,11 +159,11 @@ def test_onto_a_newer_major(
         backup = bench.back_up()
         there = workbench(database, MIGRATOR_VERIFY_URL=other.url("postgres"), MIGRATOR_PG_BIN=str(other.bin))
         store = open_store(there.settings.backup_url, there.settings)
-        found = verify.verify(
+        found = verify_stored.verify(
             store,
             backup,
             there.settings,
-            proof.RESTORE,
+            verify_new.RESTORE,
             run_id="20260101T000000Z-abcdef",
             application_name=APPLICATION,
         )

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from migrator.backups import s3_stale, s3_upload
 from migrator.backups.manifest import Backup
-from migrator.backups.s3 import S3Store
-from migrator.backups.s3_upload import first_size, part_size
-from migrator.backups.store import checksum, new_id
-from migrator.backups.stores import open_store
+from migrator.backups.storage import s3_stale, s3_upload
+from migrator.backups.storage.interface import checksum, new_id
+from migrator.backups.storage.open import open_store
+from migrator.backups.storage.s3 import S3Store
+from migrator.backups.storage.s3_upload import first_size, part_size
+from migrator.config.settings import load
 from migrator.errors import BackupFailed, NoSuchBackup
-from migrator.settings import load
 from tests.support.buckets import Bucket
 from tests.support.sink import sink
 

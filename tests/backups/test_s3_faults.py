@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from migrator.backups import s3_client
-from migrator.backups.s3 import S3Store
-from migrator.backups.s3_client import S3Failure
-from migrator.backups.store import checksum, new_id
+from migrator.backups.storage import s3_client
+from migrator.backups.storage.interface import checksum, new_id
+from migrator.backups.storage.s3 import S3Store
+from migrator.backups.storage.s3_client import S3Failure
 from migrator.errors import BackupFailed
-from migrator.logs import redact
+from migrator.runtime.logs import redact
 from tests.support.buckets import SECRET, Bucket, Fault, FaultyProxy
 
 from .test_s3 import MEGABYTE, add, open_it

@@ -11,15 +11,15 @@ from pathlib import Path
 import pyrage
 import pytest
 
-from migrator.backups import sealing
-from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
-from migrator.backups.parts import FilePart
-from migrator.backups.sealing import CannotOpen, opened, seal_all
-from migrator.backups.store import checksum, new_id
-from migrator.backups.stores import open_store
+from migrator.backups.storage import encryption
+from migrator.backups.storage.encryption import CannotOpen, opened, seal_all
+from migrator.backups.storage.interface import checksum, new_id
+from migrator.backups.storage.local import FolderStore
+from migrator.backups.storage.open import open_store
+from migrator.backups.storage.parts import FilePart
+from migrator.config.settings import load
 from migrator.errors import SettingsError
-from migrator.settings import load
 from tests.support.buckets import Bucket
 from tests.support.sink import sink
 
@@ -258,4 +258,4 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, key: Key) -> None:
         open_store("s3://bucket").backups()
     assert "migrator[s3]" in caught.value.next_step
     assert "migrator:1.4.2," in caught.value.next_step
-    assert sealing.seal_all({".x": b"y"}, ()) == {".x": b"y"}
+    assert encryption.seal_all({".x": b"y"}, ()) == {".x": b"y"}

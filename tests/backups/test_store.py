@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from migrator.backups import folder as module
-from migrator.backups.folder import FolderStore
 from migrator.backups.manifest import Backup
-from migrator.backups.store import checksum, file_chunks, new_id
-from migrator.backups.stores import open_store
+from migrator.backups.storage import local as module
+from migrator.backups.storage.interface import checksum, file_chunks, new_id
+from migrator.backups.storage.local import FolderStore
+from migrator.backups.storage.open import open_store
 from migrator.errors import BackupFailed, NoSuchBackup
 
 from .test_manifest import BACKUP

@@ -16,10 +16,12 @@ from typing import Any
 import pyrage
 import pytest
 
-from migrator.backups import description, verify
-from migrator.backups.folder import FolderStore
+from migrator.backups import description
 from migrator.backups.manifest import Backup
-from migrator.backups.stores import open_store
+from migrator.backups.storage.local import FolderStore
+from migrator.backups.storage.open import open_store
+from migrator.backups.verification import verify_stored
+from migrator.cli import formatters
 from migrator.errors import BackupFailed, NoSuchBackup
 from tests.support.buckets import Bucket
 from tests.support.projects import linear_history
@@ -36,7 +38,7 @@ RUN = "20260101T000000Z-abcdef"
 def prove(bench: Workbench, how: str = "read", wanted: str = "latest") -> Backup:
     store = open_store(bench.settings.backup_url, bench.settings)
     backup = store.get(wanted, bench.database.name)
-    return verify.verify(store, backup, bench.settings, how, run_id=RUN, application_name=APPLICATION)
+    return verify_stored.verify(store, backup, bench.settings, how, run_id=RUN, application_name=APPLICATION)
 
 
 def manifest(bench: Workbench) -> Any:
@@ -200,7 +202,7 @@ def test_where_nothing_can_be_noted(
         flip(Path(backup.place))
         said = "is not what was written: .* could not be renamed so that it is not taken for one: .*Read-only"
     if case == "unproven":
-        monkeypatch.setattr(verify.scratch, "check", read_only)
+        monkeypatch.setattr(verify_stored.scratch_database, "check", read_only)
         said = f"The proof of {backup.id} was not finished"
     with pytest.raises(BackupFailed, match=said):
         prove(bench, "restore" if case == "unproven" else "read")
@@ -342,31 +344,43 @@ def test_the_commands_by_hand_are_right(
         server.drop_database(name)
 
 
-@pytest.mark.parametrize(
-    ("change", "start"),
-    [
-        (
-            {"place": "s3://bucket/pre fix/a.dump"},
-            "aws s3 cp 's3://bucket/pre fix/a.dump' - | pg_restore --file=-",
-        ),
-        (
-            {"place": "s3://b/a.dump.age", "encrypted_to": ("age1x",)},
-            "aws s3 cp s3://b/a.dump.age - | age -d -i KEY_FILE | pg_restore --file=-",
-        ),
-        (
-            {"place": "/b/a.dump.age", "encrypted_to": ("age1x",)},
-            "age -d -i KEY_FILE /b/a.dump.age | pg_restore --file=-",
-        ),
-        ({"place": "/b/a.dir", "database": "a=b'"}, "pg_restore --file=- /b/a.dir"),
-    ],
-)
-def test_by_hand_from_elsewhere(change: dict[str, Any], start: str) -> None:
-    create, restore = description.by_hand(dataclasses.replace(BACKUP, **{"database": "shop", **change}))
+ELSEWHERE: list[tuple[dict[str, Any], str, str]] = [
+    ({"place": "s3://bucket/pre fix/a.dump"}, "aws s3 cp 's3://bucket/pre fix/a.dump' - | ", ""),
+    (
+        {"place": "s3://b/a.dump.age", "encrypted_to": ("age1x",)},
+        "aws s3 cp s3://b/a.dump.age - | age -d -i KEY_FILE | ",
+        "",
+    ),
+    ({"place": "/b/a.dump.age", "encrypted_to": ("age1x",)}, "age -d -i KEY_FILE /b/a.dump.age | ", ""),
+    ({"place": "/b/a.dir", "database": "a=b'"}, "", " /b/a.dir"),
+]
+PLAIN = dataclasses.replace(BACKUP, client_version="16.2")
+NEWER = {"client_version": "17.5", "server_version": "15.1"}
+
+
+@pytest.mark.parametrize(("change", "feeds", "place"), ELSEWHERE)
+def test_by_hand_from_elsewhere(change: dict[str, Any], feeds: str, place: str) -> None:
+    backup = dataclasses.replace(PLAIN, **{"database": "shop", **change})
+    create, restore = description.by_hand(backup)
     made = "--template=template0 --owner=o --encoding=UTF8 --lc-collate=C --lc-ctype=C --locale-provider=libc"
     assert create.startswith(f"createdb {made} -- ")
-    assert restore.startswith(f"{{ echo 'BEGIN;' && {start} && echo 'COMMIT WORK;' || ")
     name = "shop_by_hand" if "database" not in change else "dbname='a=b\\'_by_hand'"
-    assert shlex.split(restore)[-1] == f"--dbname={name}"
+    options = "--exit-on-error --single-transaction"
+    assert restore == f"{feeds}pg_restore {options} {shlex.quote(f'--dbname={name}')}{place}"
+    for longer in (NEWER, {"oddities": ("pg_attver",)}):
+        long = description.by_hand(dataclasses.replace(backup, **longer))[-1]
+        assert long.startswith(
+            f"{{ echo 'BEGIN;' && {feeds}pg_restore --file=-{place} && echo 'COMMIT WORK;' || "
+        )
+        assert shlex.split(long)[-1] == f"--dbname={name}"
+
+
+def test_why_the_longer_command_is_needed() -> None:
+    """Only where it is, it is shown, with the reason."""
+    assert "sed takes" not in formatters.of_backup(PLAIN).text
+    assert (
+        "PostgreSQL 15 does not know; sed" in formatters.of_backup(dataclasses.replace(PLAIN, **NEWER)).text
+    )
 
 
 def test_proven_by_restoring_from_a_bucket(database: Database, workbench: Bench, bucket: Bucket) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from migrator.backups.manifest import Backup
-from migrator.backups.store import checksum, new_id
-from migrator.backups.stores import open_store
-from migrator.interruption import Interrupt, Interruption
-from migrator.settings import load
+from migrator.backups.storage.interface import checksum, new_id
+from migrator.backups.storage.open import open_store
+from migrator.config.settings import load
+from migrator.runtime.signals import Interrupt, Interruption
 from tests.backups.test_manifest import BACKUP
 
 BLOCK = bytes(range(256)) * 4096

@@ -9,11 +9,11 @@ import os
 import sys
 from pathlib import Path
 
-from migrator.backups.restore import restore
-from migrator.interruption import Interrupt, Interruption
-from migrator.postgres import connect
-from migrator.settings import load
-from migrator.stages.backup import back_up
+from migrator.backups.restore.restore import restore
+from migrator.config.settings import load
+from migrator.pipeline.stages.backup import back_up
+from migrator.postgres.session import connect
+from migrator.runtime.signals import Interrupt, Interruption
 
 
 def main(verb: str, folder: str, wanted: str = "latest") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import tempfile
 import threading
@@ -13,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, RUN_LOCK
+from migrator.outcome import ExitCode
+from migrator.pipeline.stages.lock import APPLY_LOCK, LOCK_CLASS, RUN_LOCK
 from tests.chaos import invariants
 from tests.chaos.injections import NETWORK, SIGNALS, Injection, injection
 from tests.chaos.invariants import must
-from tests.chaos.world import World, world
+from tests.chaos.world import UNDO_BY_HAND, World, world
 from tests.support.forked import Forked
 from tests.support.proxy import Proxy
 from tests.support.servers import Database
@@ -118,11 +120,13 @@ class Trial:
         if not self.what.at_once:
             self._look(victim)
         second = self._start({})
+        if second.finish(300) == ExitCode.UNSAFE:
+            second = self._type_what_it_says(second)
         must(second.finish(300) == 0, f"the second run ended with {second.code}")
         if self.what.at_once:
             invariants.backups_whole(self.backups)
         invariants.nothing_held(self.database, PATIENCE)
-        invariants.complete(self.database)
+        invariants.complete(self.database, whole=self.what.whole)
         before = self.database.psql("SELECT count(*) FROM migrator_ledger")
         third = self._start({})
         must(third.finish(300) == 0, f"the third run ended with {third.code}")
@@ -132,9 +136,22 @@ class Trial:
             "the third run wrote the ledger",
         )
 
+    def _type_what_it_says(self, refused: Forked) -> Forked:
+        """Do what a run says that does not go on by itself, to the letter; returns the run that then does."""
+        _, _, next_step = refused.stderr.splitlines()[-1].partition(" Next: ")
+        commands = [found.split() for found in re.findall(r"`migrator ([^`]+)`", next_step)]
+        restores = [command for command in commands if command[0] == "restore"]
+        again = [command for command in commands if "--retry" in command]
+        must(again and bool(restores) == self.what.backup, f"it says what cannot be typed: {next_step}")
+        if restores and self.what.number % 2:
+            must(self._start({}, *restores[0]).finish(300) == 0, "the restore that it named failed")
+            return self._start({})
+        self.database.psql(UNDO_BY_HAND)
+        return self._start({}, *again[0])
+
     def _look(self, victim: Forked) -> None:
         invariants.nothing_held(self.database, PATIENCE)
-        reached = invariants.position(self.database)
+        reached = invariants.position(self.database, whole=self.what.whole)
         invariants.told_the_truth(victim.finish(1), victim.stderr, reached, self.database)
         invariants.backups_whole(self.backups)
 
@@ -144,13 +161,14 @@ class Trial:
         if self.what.fault in NETWORK:
             self._proxy = Proxy(self.world.server.port)
             env = self._proxy.environment(self.database)
-        holder = self._hold(_LOCK) if self.what.moment == "lock" else None
+        held = {"lock": _LOCK, "lock wait": _BUSY}.get(self.what.moment)
+        holder = self._hold(held) if held else None
         run = self._start(env)
         while (
             self.what.lines and run.code is None and not any(line in run.stderr for line in self.what.lines)
         ):
             time.sleep(0.002)
-        if self.what.moment == "index build":
+        if self.what.moment == "index build" and not self.what.whole:  # which other transactions hold up
             holder = self._hold("LOCK TABLE items IN ROW EXCLUSIVE MODE")
             _until(lambda: run.code is not None or self.database.psql(_BUILDING), 3)
         time.sleep(self.what.delay)
@@ -168,13 +186,13 @@ class Trial:
         session.cursor().execute(sql)
         return session
 
-    def _start(self, env: dict[str, str]) -> Forked:
+    def _start(self, env: dict[str, str], *command: str) -> Forked:
         backup = {
             "MIGRATOR_BACKUP_URL": self.backups.as_uri(),
             "MIGRATOR_BACKUP": "auto" if self.what.backup else "off",
         }
         out = self.place / f"run{len(self.runs) + 1}"
-        run = self.world.run(self.database, self.what.env_file, {**backup, **env}, out)
+        run = self.world.run(self.database, self.what.env_file, {**backup, **env}, out, *command)
         self.runs.append(run)
         return run
 
@@ -187,6 +205,8 @@ class Trial:
             self.missed |= not _until(lambda: self.database.psql(ends), 1.5)
         elif fault.startswith("restart "):
             server.restart(fault.removeprefix("restart "))
+        elif fault == "busy":
+            _until(lambda: run.code is not None, self.what.lasts)
         elif proxy is not None:
             _hit(proxy, fault, self.what.lasts, run)
 
@@ -196,7 +216,10 @@ class Trial:
             run.end()
         if self._proxy:
             self._proxy.close()
-        self.world.server.drop_database(self.database.name)
+        server = self.world.server
+        kept = "SELECT datname::text FROM pg_database WHERE datname ~ ('^' || %s || '(_|$)')"
+        for (name,) in server.psql(kept, [self.database.name]):  # a restore sets one aside
+            server.drop_database(name)
 
 
 def _until(look: Callable[[], object], seconds: float) -> bool:
@@ -231,6 +254,7 @@ def _refuse(proxy: Proxy) -> Callable[[], None]:
 
 
 _LOCK = f"SELECT pg_advisory_lock({LOCK_CLASS}, {RUN_LOCK})"
+_BUSY = "LOCK TABLE busy IN ACCESS SHARE MODE"
 _BUILDING = "SELECT 1 FROM pg_stat_progress_create_index WHERE datname = current_database()"
 _OURS = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity a WHERE datname = current_database()"

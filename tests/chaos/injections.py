@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from tests.support.env_shapes import SHAPES
+
 FAULTS = (
     "SIGKILL",
     "SIGTERM",
@@ -19,7 +21,9 @@ FAULTS = (
     "drop",
     "reset",
     "refuse",
+    "busy",
 )
+"""What is done to a run; ``busy`` does nothing to it, but a table that it needs stays locked for some time."""
 NETWORK = frozenset({"stall", "drop", "reset", "refuse", "cut"})
 SIGNALS = frozenset({"SIGKILL", "SIGTERM", "SIGINT"})
 
@@ -35,11 +39,16 @@ MOMENTS: dict[str, tuple[tuple[str, ...], float]] = {
     "index build": (("applied 2 of",), 0.2),
     "apply, in the middle": (("applied 2 of",), 0.4),
     "apply, late": (("applied 4 of",), 0.2),
+    "lock wait": (("applied 5 of",), 0.4),
     "verify": (("apply done",), 0.2),
 }
-"""Lines of the run's log, and up to how many seconds after one of them the fault comes."""
+"""Lines of the run's log, and up to how many seconds after one of them the fault comes.
 
-ENV_FILES = ("plain_url", "per_migration", "async_engine")
+One fewer than there are faults, and an odd number: so each fault comes to each moment (see :func:`injection`).
+"""
+
+OWN_TRANSACTION = frozenset(name for name in SHAPES if name.startswith("its own transaction"))
+"""Shapes of env.py that begin a transaction around Alembic: there is no autocommit_block in it, or in their history."""
 CUT_EVERY = 60
 CUTS = ("backup", "apply", "index build", "verify", "inspect")
 """A network that stays cut is given up after half a minute, so it is tried more rarely than the rest."""
@@ -59,6 +68,11 @@ class Injection:
     at_once: bool
 
     @property
+    def whole(self) -> bool:
+        """Whether the history of this run leaves no transaction."""
+        return self.env_file in OWN_TRANSACTION
+
+    @property
     def lines(self) -> tuple[str, ...]:
         """The texts in the run's log, either of which `delay` counts from; none for its start."""
         return MOMENTS[self.moment][0]
@@ -66,7 +80,7 @@ class Injection:
     def __str__(self) -> str:
         return (
             f"injection {self.number}: {self.fault} at {self.moment} + {self.delay:.3f} s (lasts {self.lasts:.1f} s),"
-            f" env.py {self.env_file}, backup {'on' if self.backup else 'off'},"
+            f" env.py {self.env_file!r}, backup {'on' if self.backup else 'off'},"
             f" next run {'at once' if self.at_once else 'after a look'}"
         )
 
@@ -76,8 +90,7 @@ def injection(seed: int, number: int) -> Injection:
     chance = random.Random(f"{seed}/{number}")  # noqa: S311 - no secret, and the same again for the same seed
     fault = FAULTS[number % len(FAULTS)]
     moment = list(MOMENTS)[(number // len(FAULTS) + number) % len(MOMENTS)]
-    if fault == "terminate dump":
-        moment = "backup"
+    moment = {"terminate dump": "backup", "busy": "lock wait"}.get(fault, moment)
     if number % CUT_EVERY == CUT_EVERY - 1:
         fault, moment = "cut", CUTS[number // CUT_EVERY % len(CUTS)]
     backup = moment == "backup" or chance.random() < 0.2
@@ -87,7 +100,7 @@ def injection(seed: int, number: int) -> Injection:
         moment=moment,
         delay=chance.uniform(0, MOMENTS[moment][1]),
         lasts=chance.uniform(0.2, 2.5),
-        env_file=chance.choice(ENV_FILES),
+        env_file=chance.choice(list(SHAPES)),
         backup=backup,
         at_once=chance.random() < 0.5,
     )

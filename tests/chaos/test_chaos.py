@@ -6,7 +6,7 @@ import os
 import secrets
 
 from tests.chaos.campaign import campaign
-from tests.chaos.injections import FAULTS
+from tests.chaos.injections import FAULTS, MOMENTS, SIGNALS, injection
 
 INJECTIONS = 300
 
@@ -21,3 +21,9 @@ def test_whatever_happens_to_a_run_the_next_one_finishes_the_work() -> None:
     # What came too late to hit anything shows nothing: it must be the exception, with every fault.
     assert report.missed < INJECTIONS / 10
     assert {fault for fault, _ in report.codes} == {*FAULTS, "cut"}
+
+
+def test_each_signal_comes_to_each_moment() -> None:
+    """What SIGTERM leaves is to be compared with what SIGKILL leaves at the same place."""
+    drawn = {(one.fault, one.moment) for one in (injection(1, number) for number in range(INJECTIONS))}
+    assert {(fault, moment) for fault in SIGNALS for moment in MOMENTS} <= drawn

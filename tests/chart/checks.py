@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from migrator import cli, settings
+from migrator.cli import main as cli
+from migrator.config import settings
 from tests.support.helm import CHART, LEAST, merged
 from tests.support.kubernetes import (
     VERSIONS,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from migrator import cli
+from migrator.cli.catalogue import COMMANDS
 from tests.chart.checks import BACKUPS, EXTRAS, MODES, check, check_pod, of
 from tests.support.helm import LEAST, Helm, Refused, merged
 from tests.support.kubernetes import (
@@ -39,7 +39,7 @@ def test_another_chart_puts_them_into_its_pods(schema: str, extras: str, helm: H
     assert not list(of(objects, "Job"))
     first, backend = containers_of(deployment)
     assert backend["name"] == "backend"
-    if schema != "sidecar" or "sidecar" in cli.COMMANDS:
+    if schema != "sidecar" or "sidecar" in COMMANDS:
         check_pod(deployment)
     check_settings_names(first)
     # The container is restricted by itself, whatever the pod around it says.

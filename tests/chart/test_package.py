@@ -12,7 +12,7 @@ from types import ModuleType
 
 import yaml
 
-from migrator import settings
+from migrator.config import settings
 from tests.chart.checks import BACKUPS
 from tests.support.helm import CHART, CHARTS, LEAST, Helm, merged
 from tests.support.kubernetes import of_kind, pod_of

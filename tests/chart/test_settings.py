@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from migrator import settings
+from migrator.config import settings
 from tests.chart.checks import check_settings
 from tests.support.helm import CHART, LEAST, Helm, Refused, merged
 from tests.support.kubernetes import containers_of, of_kind

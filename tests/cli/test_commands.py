@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from migrator import cli
-from migrator.arguments import PASSED_ON
+from migrator.cli import main as cli
+from migrator.cli.arguments import PASSED_ON
+from migrator.cli.catalogue import COMMANDS
 from migrator.outcome import ExitCode
 from tests.support import PLANTED
 from tests.support.outcomes import done, left_behind, refusal, unchanged
@@ -376,13 +377,13 @@ def test_a_failure_under_alembics_own_command_is_no_defect_of_ours(
 # -- help ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in PASSED_ON])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in PASSED_ON])
 def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.build_parser().parse_args([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    example = cli.COMMANDS[command][1]
+    example = COMMANDS[command].example
     assert f"example:\n  {example}" in text
     assert example.startswith("migrator ")
     words = example.split("||")[0].split()[1:]
@@ -391,8 +392,8 @@ def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.
 
 def test_help_and_version_exit_zero_and_name_every_command(run_migrator: Runner) -> None:
     text = done(run_migrator("--help")).stdout
-    assert all(f"    {name}" in text for name in cli.COMMANDS)
-    assert "exit codes" in text
+    assert all(f"\n  {name} " in text for name in COMMANDS)
+    assert "Exit codes" in text
     assert done(run_migrator("--version")).stdout.startswith("migrator ")
     assert "migrator restore latest" in done(run_migrator("restore", "--help")).stdout
 

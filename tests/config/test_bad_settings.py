@@ -208,7 +208,7 @@ def test_a_project_that_is_named_wrongly(
         (("upgrade", "--backups", "off"), "--backups"),
         (("--nosuch", "upgrade"), "--nosuch"),
         (("upgrade", "head", "head2"), "head2"),
-        (("downgrade",), "revision"),
+        (("downgrade",), "REVISION"),
         (("upgrade", "--format", "xml"), "'xml'"),
         (("upgrade", "--wait-timeout"), "--wait-timeout"),
         (("current", "--yes"), "--yes"),

@@ -10,7 +10,7 @@ import psycopg2.extensions
 import pytest
 from sqlalchemy import make_url
 
-from migrator.target import BadAddress, Target, from_environment, parse
+from migrator.config.database_url import BadAddress, Target, from_environment, parse
 from tests.support import PLANTED
 
 PASSWORDS = [

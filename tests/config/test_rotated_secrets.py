@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from migrator import settings
+from migrator.config import settings
+from migrator.config.database_url import Target
+from migrator.config.secret_files import SecretFiles
+from migrator.config.settings import Settings
 from migrator.errors import AccessDenied
 from migrator.outcome import ExitCode
-from migrator.postgres import ConnectFailed, Session, connect
-from migrator.redaction import redact
-from migrator.rotation import SecretFiles
-from migrator.settings import Settings
-from migrator.stages import wait as stage
-from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
-from migrator.target import Target
+from migrator.pipeline.stages import wait as stage
+from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
+from migrator.postgres.session import ConnectFailed, Session, connect
+from migrator.runtime.redaction import redact
 from tests.support import PLANTED
 from tests.support.outcomes import done, refusal
 from tests.support.projects import linear_history

@@ -9,10 +9,8 @@ from urllib.parse import quote
 
 import pytest
 
-from migrator.errors import SettingsError
-from migrator.outcome import ExitCode
-from migrator.readers import backup_url, boolean, duration, optional_duration, relation
-from migrator.settings import (
+from migrator.config.database_url import Target
+from migrator.config.settings import (
     ADDRESS_VARIABLES,
     SECRET_VARIABLES,
     Settings,
@@ -22,7 +20,9 @@ from migrator.settings import (
     table,
     variable_name,
 )
-from migrator.target import Target
+from migrator.config.value_parsers import backup_url, boolean, duration, optional_duration, relation
+from migrator.errors import SettingsError
+from migrator.outcome import ExitCode
 from tests.support import PLANTED
 
 URL = f"postgresql://u:{quote(PLANTED, safe='')}@h/db"
@@ -129,6 +129,19 @@ def test_every_secret_can_be_a_file(tmp_path: Path, name: str) -> None:
     found = load({}, environment, NOWHERE)
     assert found.required_target.password == PLANTED
     assert PLANTED in found.secrets
+
+
+def test_a_password_in_a_file_is_that_of_an_address_without_one(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(PLANTED)
+    environment = {"DATABASE_URL": "postgresql://u@h/db", "PGPASSWORD_FILE": str(secret)}
+    target = load({}, environment, NOWHERE).required_target
+    assert (target.host, target.password) == ("h", PLANTED)
+    assert target.source is not None
+    secret.write_text("the next one")
+    assert target.source.now().password == "the next one"
+    own = load({}, {**environment, "DATABASE_URL": "postgresql://u:own@h/db"}, NOWHERE).required_target
+    assert own.password == "own"
 
 
 def test_the_server_for_proofs(tmp_path: Path) -> None:

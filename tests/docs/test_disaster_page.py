@@ -1,4 +1,4 @@
-"""docs/disaster.md, followed word for word: each section's commands run on a database that was just broken so."""
+"""docs/howto/disaster.md, followed word for word: each section's commands run on a database that was just broken so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.projects import Revision
 from tests.support.runner import Runner, migrator_command
 from tests.support.servers import Database, Server
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "disaster.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "howto" / "disaster.md"
 Project = Callable[..., Path]
 
 ROWS = "INSERT INTO orders SELECT g, 'order ' || g FROM generate_series(1, 1000) g; SELECT lo_from_bytea(7, 'large')"

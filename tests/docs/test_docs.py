@@ -17,13 +17,17 @@ import pytest
 import yaml
 from alembic.config import CommandLine
 
-from migrator import cli, errors, settings
-from migrator.arguments import PASSED_ON
+from migrator import errors
+from migrator.cli import main as cli
+from migrator.cli.arguments import PASSED_ON
+from migrator.cli.catalogue import COMMANDS as CATALOGUE
+from migrator.config import settings
 from migrator.outcome import ExitCode
 from migrator.schema import expectations
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+TROUBLESHOOTING = DOCS / "howto" / "troubleshooting"
 CHART = ROOT / "k8s" / "chart" / "migrator" / "README.md"
 PAGES = (
     ROOT / "README.md",
@@ -68,6 +72,11 @@ def blocks(page: Path, *languages: str) -> Iterator[str]:
             yield text
 
 
+def troubleshooting() -> str:
+    """Return all pages about messages as one text."""
+    return "\n".join(page.read_text(encoding="utf-8") for page in sorted(TROUBLESHOOTING.glob("*.md")))
+
+
 def prose(page: Path) -> str:
     """Return a page without its fenced blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -85,13 +94,24 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["settings", "exit-codes", "commands"])
+GENERATED = ("settings", "exit-codes", "commands", "help", "outcome", "outcome-parts")
+
+
+@pytest.mark.parametrize("name", GENERATED)
 def test_generated_tables_are_current(name: str) -> None:
     module = generator()
-    assert set(module.TABLES) == {"settings", "exit-codes", "commands"}
+    assert set(module.TABLES) == set(GENERATED)
     page, table = module.TABLES[name]
     text = (DOCS / page).read_text(encoding="utf-8")
     assert module.fill(text, name, table()) == text, "run `python docs/generate.py`"
+
+
+def test_every_command_is_documented_with_its_help() -> None:
+    page = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
+    rows, _, helps = page.partition("\n## Help\n")
+    for name in CATALOGUE:
+        assert f"\n| `{name}` |" in rows, name
+        assert f"\n### `{name}`\n\n```text\nusage: migrator" in helps, name
 
 
 # -- names and numbers ------------------------------------------------------------------------------------
@@ -106,7 +126,7 @@ def test_every_variable_named_is_a_setting(page: Path) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
     missing = [item.name for item in settings.options() if f"`{settings.variable_name(item)}`" not in page]
     missing += [
         name for name in (*settings.ADDRESS_VARIABLES, *settings.SECRET_VARIABLES) if name not in page
@@ -130,9 +150,8 @@ def test_every_exit_code_named_has_its_number(page: Path) -> None:
 
 
 def test_every_exit_code_is_explained() -> None:
-    troubleshooting = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    head = troubleshooting.split("## ", 1)[0]
-    reserved = {24, 38}  # no message yet
+    head = (TROUBLESHOOTING / "README.md").read_text(encoding="utf-8").split("## ", 1)[0]
+    reserved = {38}  # no message yet
     for code in set(ExitCode) - {ExitCode.OK, ExitCode.PENDING}:
         listed = re.search(rf"^\|.*\b{int(code)}\b.*\|.*\|$", head, re.M) is not None
         assert listed is (int(code) not in reserved), code
@@ -190,7 +209,7 @@ COMMANDS = sorted(
 def test_the_documents_have_commands() -> None:
     assert len(COMMANDS) > 40
     shown = {command.split()[0] for _, command in COMMANDS if command}
-    assert set(cli.COMMANDS) <= shown | {"COMMAND"}
+    assert set(CATALOGUE) <= shown | {"COMMAND"}
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
@@ -222,7 +241,7 @@ def literals() -> frozenset[str]:
     return frozenset(found)
 
 
-MESSAGES = re.findall(r"^### (.*)$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+MESSAGES = re.findall(r"^### (.*)$", troubleshooting(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
@@ -262,14 +281,14 @@ def words(node: ast.expr) -> str:
 
 
 def test_every_error_can_be_found() -> None:
-    page = " ".join((DOCS / "troubleshooting.md").read_text(encoding="utf-8").split())
+    page = " ".join(troubleshooting().split())
     missing = []
     for message in raised():
         parts = [part.strip(" .:;,[]") for part in message.split("…")]
         own = [part for part in parts if len(part) > 4]
         if own and not any(part[:25] in page for part in own):
             missing.append(message)
-    assert not missing, "not in docs/troubleshooting.md"
+    assert not missing, "not in docs/howto/troubleshooting"
 
 
 # -- links and blocks -------------------------------------------------------------------------------------
@@ -292,6 +311,28 @@ def test_links_resolve(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", prose(place), re.MULTILINE)
             assert anchor in {slug(heading) for heading in headings}, target
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    folders = {TROUBLESHOOTING, DOCS / "howto" / "migrating-from", DOCS / "why" / "adr"}
+    for page in DOCS.rglob("*.md"):
+        leads = page.parent / "README.md" if page.parent in folders else page
+        found = f"({leads.relative_to(DOCS)})" in index and (
+            leads == page or f"({page.name})" in leads.read_text(encoding="utf-8")
+        )
+        assert found or page == DOCS / "README.md", page
+
+
+@each_page
+def test_lines_are_wrapped_at_100_columns(page: Path) -> None:
+    if page.name != "CHANGELOG.md":
+        text = re.sub(
+            r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        )
+        lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "<!--"))]
+        whole = {line: INLINE.sub("code", line).lstrip(" -0123456789.") for line in lines}
+        assert not [line for line in lines if len(line) > 100 and " " in whole[line]]
 
 
 @each_page
@@ -325,3 +366,26 @@ def test_python_compiles(page: Path) -> None:
 def test_a_page_names_no_place_of_the_machine_it_was_written_on(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"(?:/work/|/home/\w|/root/)\S*", text)
+
+
+def test_the_architecture_page_names_what_is_there() -> None:
+    text = (DOCS / "why" / "architecture.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    source = ROOT / "src" / "migrator"
+    places = {place: path for path in source.rglob("*.py") for place in _spellings(path.relative_to(source))}
+    named = re.findall(r'\["([a-z_/]+\.py): ([\w.]+)', text)
+    assert len(named) > 12
+    for place, name in named:
+        assert re.search(rf"\b(?:def|class) {name.rpartition('.')[2]}\b", places[place].read_text()), (
+            place,
+            name,
+        )
+    assert not [
+        place for place in re.findall(r"`([a-z_/]+\.py)`", text) if place not in {**places, "env.py": 0}
+    ]
+    assert not [folder for folder in re.findall(r"`([a-z_/]+/)`", text) if not (source / folder).is_dir()]
+
+
+def _spellings(path: Path) -> list[str]:
+    """Return the ways to write a module's place: whole, or without the folders above it."""
+    return ["/".join(path.parts[start:]) for start in range(len(path.parts))]

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.support.servers import Database, Row
 
-MIGRATIONS = Path(__file__).parent.parent / "migrations"
+MIGRATIONS = Path(__file__).parents[2] / "migrations"
 SCHEMAS = ("accounts", "audit", "catalog", "integrations", "sales")
 BEFORE_BACKFILL = "c82af6013d7e"
 BEFORE_UNIFIED = "6d1ce84a0f3b"

@@ -1,4 +1,4 @@
-"""docs/migrating-from.md: its YAML is valid, its settings are accepted, and databases end as it says."""
+"""docs/howto/migrating-from: its YAML is valid, its settings are accepted, and databases end as it says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from migrator import cli, settings
+from migrator.cli import main as cli
+from migrator.config import settings
 from migrator.outcome import ExitCode
 from tests.chart.checks import check, check_pod
 from tests.support import plain_alembic
@@ -22,13 +23,13 @@ from tests.support.projects import linear_history, write_project
 from tests.support.runner import Result, Runner
 from tests.support.servers import Database, Server
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "migrating-from.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs" / "howto" / "migrating-from").glob("*.md"))
 SECTIONS = {
-    part.splitlines()[0]: part
-    for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)
-    if part.startswith("From ")
+    text.splitlines()[0].removeprefix("# "): text
+    for text in (page.read_text(encoding="utf-8") for page in PAGES if page.name != "README.md")
 }
+"""The pages by their titles, one for each origin."""
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # `shop` is the database in the page; its own tables, and those that are not compared.
 SHOP = """
@@ -68,8 +69,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def part(section: str, heading: str) -> str:
-    """Return what stands below one of a section's headings."""
-    return SECTIONS[section].partition(f"### {heading}\n")[2].partition("\n### ")[0]
+    """Return what stands below one of a page's headings."""
+    return SECTIONS[section].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def after() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -99,7 +100,7 @@ def test_every_way_is_told_whole() -> None:
     assert len(SECTIONS) == 5
     for section, text in SECTIONS.items():
         for heading in ("Before", "After", "What changes", "Going back"):
-            assert text.count(f"### {heading}\n") == 1, (section, heading)
+            assert text.count(f"\n## {heading}\n") == 1, (section, heading)
         assert blocks(part(section, "Before"), "yaml"), section
         assert blocks(part(section, "After"), "yaml"), section
     assert {section for section, _ in migrators()} == set(SECTIONS)

@@ -1,4 +1,4 @@
-"""docs/migrating-from.md with a container engine: its compose files, and the way from Flyway from beginning to end."""
+"""docs/howto/migrating-from with a container engine: its compose files, and the way from Flyway to its end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.docs.test_migrating_from import FLYWAY, NEXT, SECTIONS, SHOP, blocks, part
 from tests.engine.compose import Compose, Program
 from tests.engine.containers import secret_file, wait_for
 from tests.engine.engine import Engine
 from tests.support.projects import write_project
-from tests.test_migrating_from import FLYWAY, NEXT, SECTIONS, SHOP, blocks, part
 
 pytestmark = pytest.mark.engine
 

@@ -1,4 +1,4 @@
-"""The pods of k8s/ run: podman plays them. What the manifests say is checked in tests/test_manifests.py.
+"""The pods of k8s/ run: podman plays them. What the manifests say is checked in tests/manifests/test_manifests.py.
 
 podman plays pods. What a cluster does around them is done here by hand, and said where: it reads a Job's policy, and
 asks a startup probe (podman knows no native sidecars).
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from migrator.outcome import ExitCode
-from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
+from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
 from tests.engine.containers import wait_for
 from tests.engine.engine import ROOT, Engine
 from tests.engine.pods import Pods, playable

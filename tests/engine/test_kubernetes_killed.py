@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from migrator.outcome import ExitCode
-from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
+from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
 from tests.engine.containers import wait_for
 from tests.engine.engine import Engine, as_root, call
 from tests.engine.pods import Pods, playable

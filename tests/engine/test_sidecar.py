@@ -22,8 +22,8 @@ pytestmark = pytest.mark.engine
 
 
 def health_check() -> list[str]:
-    """Return the words of the health check that docs/sidecar.md gives."""
-    page = (ROOT / "docs" / "sidecar.md").read_text(encoding="utf-8")
+    """Return the words of the health check that docs/howto/run-a-sidecar.md gives."""
+    page = (ROOT / "docs" / "howto" / "run-a-sidecar.md").read_text(encoding="utf-8")
     blocks = [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)]
     (services,) = [block["services"] for block in blocks if "services" in block]
     kind, *words = services["migrator"]["healthcheck"]["test"]

@@ -22,7 +22,9 @@ class Application:
     driver: the one that its address names for that command.
     inside: whether it must be run in the folder of its ini (1), or in site-packages (2), for a relative path.
     sections: the ini's, each a history of its own. options: what migrator is told. first: a program that makes what
-    must be there first. ground: the text of a bootstrap. files: what the command wants to read.
+    must be there first. ground: the text of a bootstrap. files: what the command wants to read; an `alembic.ini` among
+    them is the one of a project that ships none. one_way: what migrator says of the next downgrade, which its authors
+    do not support.
     """
 
     history: History
@@ -35,13 +37,17 @@ class Application:
     options: tuple[str, ...] = ()
     first: str = ""
     ground: str = ""
+    one_way: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def working_folder(self, installed: Installation, folder: Path) -> Path:
         """Return where it is to be run, by both."""
-        site_packages = next(parent for parent in installed.ini.parents if parent.name == "site-packages")
-        return (folder, installed.ini.parent, site_packages)[self.inside]
+        return (folder, installed.ini.parent, installed.site_packages)[self.inside]
+
+    def ini(self, installed: Installation, folder: Path) -> Path:
+        """Return the ini that migrator is given."""
+        return folder / "alembic.ini" if "alembic.ini" in self.files else installed.ini
 
     def environment(self, folder: Path) -> dict[str, str]:
         """Return what the application itself wants to be told."""
@@ -114,6 +120,66 @@ def prepare(config):
     config.set_main_option("version_locations", theirs.get_main_option("version_locations"))
     with create_engine(config.get_main_option("sqlalchemy.url")).begin() as connection:
         config.attributes["connection"] = connection
+        yield
+"""
+
+# What `glance-manage` does around Alembic.
+GLANCE = """
+import contextlib
+
+@contextlib.contextmanager
+def prepare(config):
+    from oslo_config import cfg
+    from oslo_db import options
+
+    config.attributes["configure_logger"] = False
+    options.set_defaults(cfg.CONF, connection=config.get_main_option("sqlalchemy.url"))
+    yield
+"""
+
+# What `barbican-db-manage` does around Alembic.
+BARBICAN = """
+import contextlib
+
+@contextlib.contextmanager
+def prepare(config):
+    config.barbican_sqlalchemy_url = config.get_main_option("sqlalchemy.url")
+    yield
+"""
+
+PROFILE = """
+from aiida.manage.configuration import Profile
+from aiida.storage.psql_dos.migrator import PsqlDosMigrator
+from sqlalchemy.engine import make_url
+
+def migrator_of(url):
+    url = make_url(url)
+    storage = {
+        "database_hostname": url.host,
+        "database_port": url.port,
+        "database_username": url.username,
+        "database_password": "",
+        "database_name": url.database,
+        "engine_kwargs": {"connect_args": {"password": url.password}},
+    }
+    profile = {"storage": {"backend": "core.psql_dos", "config": storage}, "process_control": {}}
+    return PsqlDosMigrator(Profile("shop", profile))
+"""
+
+# What `verdi storage migrate` does in the end: the labelled branches of older kinds of database stay out.
+AIIDA_COMMAND = f"""{PROFILE}
+import sys
+with migrator_of(sys.argv[1]) as migrator:
+    getattr(migrator, sys.argv[2])(sys.argv[3])
+"""
+AIIDA = f"""{PROFILE}
+import contextlib
+
+@contextlib.contextmanager
+def prepare(config):
+    with migrator_of(config.get_main_option("sqlalchemy.url")) as migrator:
+        with migrator._alembic_connect() as theirs:
+            config.attributes.update(theirs.attributes)
         yield
 """
 
@@ -202,6 +268,34 @@ APPLICATIONS = (
         destination="heads",
         ground=KEYSTONE,
         files={"keystone.conf": "[database]\nconnection = {url}\n"},
+    ),
+    Application(
+        History(
+            "glance",
+            "glance/db/sqlalchemy/alembic_migrations/alembic.ini",
+            head="2024_1_contract01",
+            revisions=29,
+        ),
+        ("glance-manage", "--config-file", "{folder}/glance.conf", "db", "sync"),
+        destination="heads",
+        ground=GLANCE,
+        one_way="2024_1_contract01_empty.py has no downgrade()",
+        files={"glance.conf": "[database]\nconnection = {url}\n"},
+    ),
+    Application(
+        History("barbican", "barbican/model/migration/alembic.ini", head="8c74e2d7f1ff", revisions=3),
+        ("barbican-db-manage", "--dburl", "{url}", "upgrade"),
+        ground=BARBICAN,
+        one_way="8c74e2d7f1ff_update_secret_consumers_unique_.py has no downgrade()",
+    ),
+    Application(
+        History("aiida-core", "", head="main_0002", revisions=2, home_variable="AIIDA_PATH"),
+        ("python", "-c", AIIDA_COMMAND, "{url}", "migrate_up", "main@head"),
+        ("python", "-c", AIIDA_COMMAND, "{url}", "migrate_down", "main@-1"),
+        destination="main@head",
+        ground=AIIDA,
+        one_way="main_0001_initial.py cannot be reverted: its downgrade() is `raise NotImplementedError(",
+        files={"alembic.ini": "[alembic]\nscript_location = aiida.storage.psql_dos:migrations\n"},
     ),
     Application(
         History(

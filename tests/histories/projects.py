@@ -22,7 +22,8 @@ CACHE = ROOT / ".cache" / "histories"
 class History:
     """A project on PyPI that ships its migrations.
 
-    name: the project, its pins in `<name>.txt`. ini: its Alembic configuration, below site-packages.
+    name: the project, its pins in `<name>.txt`. ini: its Alembic configuration, below site-packages; empty where it
+    ships none.
     head and revisions: what its history ends in and how many there are. address_variable: the variable in
     which its env.py expects the address; None where it reads Alembic's `sqlalchemy.url`.
     """
@@ -44,13 +45,14 @@ class History:
             pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
             if _changed(venv / "pinned", pins):
                 run(sys.executable, "-m", "venv", "--clear", str(venv))
-                run(*pip, "--only-binary=:all:", "--no-deps", "-r", str(pins))
+                # What is imported is compiled then: a small part of it.
+                run(*pip, "--only-binary=:all:", "--no-deps", "--no-compile", "-r", str(pins))
                 _note(venv / "pinned", pins)
             if _changed(venv / "project", ROOT / "pyproject.toml"):
                 run(*pip, "-c", str(pins), "--editable", str(ROOT))
                 _note(venv / "project", ROOT / "pyproject.toml")
         (site_packages,) = (venv / "lib").glob("python3.*/site-packages")
-        return Installation(self, venv / "bin", site_packages / self.ini)
+        return Installation(self, venv / "bin", site_packages, site_packages / self.ini)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Installation:
 
     history: History
     bin: Path
+    site_packages: Path
     ini: Path
 
     def variables(self, database: Database, folder: Path) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """Applications that have a command of their own to migrate end, under migrator, where that command ends.
 
-Unmodified, from an empty database to head, and back by one where their authors support it; the databases are compared
-as pg_dump writes them, rows and version tables included.
+Unmodified, from an empty database to head, and back by one where their authors support it; where they do not, migrator
+says so before anything runs. The databases are compared as pg_dump writes them, rows and version tables included.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def told(application: Application, folder: Path) -> dict[str, str]:
     if application.ground:
         (folder / "ground.py").write_text(application.ground)
         variables["MIGRATOR_BOOTSTRAP"] = "ground:prepare"
+    if "@" in application.destination:
+        variables["MIGRATOR_DESTINATION"] = application.destination
     return variables
 
 
@@ -77,7 +79,15 @@ def test_it_ends_where_its_own_command_ends(
         """Run migrator for each section of the ini."""
         results = []
         for section in application.sections or ("alembic",):
-            command = ("-c", str(installed.ini), "-n", section, "--format", "json", *words)
+            command = (
+                "-c",
+                str(application.ini(installed, tmp_path)),
+                "-n",
+                section,
+                "--format",
+                "json",
+                *words,
+            )
             results.append(migrator(*command, cwd=folder, env=variables, database=database))
             assert results[-1].code == code, results[-1]
         return results
@@ -88,10 +98,17 @@ def test_it_ends_where_its_own_command_ends(
 
     for again in each("upgrade", application.destination):
         assert again.answer["revisions"] == [], again
+    if "MIGRATOR_DESTINATION" in variables:
+        each("check")
 
     if application.back:
         application.run(application.back, installed, theirs, tmp_path)
         each("downgrade", "-1", "--yes")
         assert difference(theirs.dump(), database.dump(LEDGER)) == ""
         each("check", code=3)
+    if application.one_way:
+        (refused,) = each("downgrade", "-1", "--yes", code=31)
+        assert application.one_way in refused.logs[-1]["message"], refused
+        assert difference(theirs.dump(), database.dump(LEDGER)) == ""
+    if application.back:
         each(*application.options, "upgrade", application.destination)

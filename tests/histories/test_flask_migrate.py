@@ -153,3 +153,63 @@ def test_an_application_that_does_not_load(
     assert result.code == code, result
     assert said in result.logs[-1]["message"], result
     assert database.psql("SELECT to_regclass('alembic_version') IS NULL") == [(True,)]
+
+
+LOOKS = ("check", "status --exit-code", "verify", "wait-for-current --wait-timeout 1s")
+READS_ARGV = """
+import os, sys
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+
+db = SQLAlchemy()
+
+class Customer(db.Model):
+    id = db.Column(db.Integer, primary_key=True)
+    name = db.Column(db.String(80))
+
+def create_app():
+    program, *words = sys.argv
+    with open(os.environ["LOADS"], "a") as file: print(os.path.basename(program), *words, file=file)
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
+    db.init_app(app)
+    Migrate(app, db)
+    with app.app_context():
+        if "db" not in words:
+            db.create_all()
+        if db.inspect(db.engine).has_table("loads"):
+            db.session.execute(db.text("INSERT INTO loads VALUES (1)"))
+            db.session.commit()
+    return app
+"""
+
+
+def test_an_application_sees_the_words_of_flask_db_and_writes_nothing_where_a_command_only_looks(
+    shop: Path, migrator: Runner, database: Database, tmp_path: Path
+) -> None:
+    (shop / "shop.py").write_text(READS_ARGV)
+    for file in ((shop / "migrations" / "env.py"), *(shop / "migrations" / "versions").glob("*.py")):
+        file.write_text(file.read_text().replace(NOTED, "") + "\nimport shop\n" * (file.name != "env.py"))
+    loads = tmp_path / "loads"
+    env = {"FLASK_APP": "shop:create_app", "LOADS": str(loads), "MIGRATOR_BACKUP": "off"}
+    for words, code in zip(LOOKS, (3, 3, 41, 24), strict=True):
+        result = migrator(*words.split(), cwd=shop, env=env, database=database)
+        assert result.code == code, result
+        assert database.psql("SELECT to_regclass('customer') IS NULL") == [(True,)], words
+    result = migrator(cwd=shop, env=env, database=database)
+    assert result.code == 0, result
+    named = env | {"MIGRATOR_VERSION_TABLE": "alembic_version"}
+    result = migrator("-x", "a=b", "downgrade", "-1", cwd=shop, env=named, database=database)
+    assert result.code == 35, result
+    assert set(loads.read_text().splitlines()) == {"flask db upgrade", "flask db upgrade -x a=b"}
+
+    database.execute("CREATE TABLE loads (n int)")
+    for words in LOOKS:
+        result = migrator(*words.split(), cwd=shop, env=env, database=database)
+        assert result.code == 31, result
+        assert "read-only transaction" in result.logs[-1]["message"], result
+        assert "let it write nothing while it is loaded" in result.logs[-1]["message"], result
+    assert database.psql("SELECT count(*) FROM loads") == [(0,)]
+    result = migrator(cwd=shop, env=env, database=database)
+    assert result.code == 0, result

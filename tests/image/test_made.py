@@ -83,7 +83,7 @@ def test_every_layer_is_accounted_for(engine: Engine, images: dict[str, str], va
 def test_the_page_has_the_command_and_its_figures(
     engine: Engine, images: dict[str, str], variant: str, command: str
 ) -> None:
-    page = (ROOT / "docs" / "image.md").read_text()
+    page = (ROOT / "docs" / "reference" / "image.md").read_text()
     documented = figures(
         page.partition(f"<!-- measured: bin/image size {command} -->")[2].partition("<!-- end")[0]
     )

@@ -134,7 +134,7 @@ def test_a_server_newer_than_the_client_is_refused_by_the_right_tag(
 
 @pytest.fixture
 def frozen(engine: Engine, image: str, project: Callable[..., Path]) -> Iterator[str]:
-    """A project's own image, its history frozen as docs/image.md says."""
+    """A project's own image, its history frozen as docs/howto/freeze-the-history.md says."""
     folder = project(revisions=linear_history(2))
     lines = f'FROM {image}\nCOPY --chown=10001 . /app/\nRUN ["migrator", "freeze"]\n'
     (folder / ".dockerignore").write_text("Dockerfile\n.dockerignore\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,7 +41,11 @@ class Images:
         return done(self._run(*arguments, cwd=self.newer, database=self._database, env={**OFF, **variables}))
 
     def downgrade(self, *arguments: str, **variables: str) -> Result:
-        """Go back with the older image."""
+        """Go back with the older image; ``--yes`` is for the SQL that was shown."""
+        return self.asks(*arguments, "--yes", **variables)
+
+    def asks(self, *arguments: str, **variables: str) -> Result:
+        """Go back with the older image, without consent."""
         return self._run(
             "downgrade", *arguments, cwd=self.older, database=self._database, env={**OFF, **variables}
         )
@@ -100,7 +105,7 @@ def test_to_base_wants_consent(images: Images, database: Database) -> None:
     images.build(linear_history(4), 2)
     images.upgrade()
     with unchanged(database):
-        refusal(images.downgrade("base"), ExitCode.UNSAFE, "it reverts all 4 revisions")
+        refusal(images.asks("base"), ExitCode.UNSAFE, "it reverts all 4 revisions")
         refusal(images.downgrade("nonsense"), ExitCode.BAD_HISTORY, "The ledger knows no revision 'nonsense'")
 
 
@@ -183,7 +188,7 @@ def test_adopted_revisions_have_no_sql(images: Images, database: Database) -> No
 
 
 def test_names_mean_what_they_meant(images: Images, database: Database) -> None:
-    """A search_path that env.py sets holds on the way back too: another schema's table of that name stays."""
+    """What env.py's search_path made is not looked for in another: no row says which path a session has."""
     connected = (
         "connection.execute(text('CREATE SCHEMA IF NOT EXISTS tenant'))\n"
         "connection.execute(text('SET search_path TO tenant, public')); connection.commit()"
@@ -191,7 +196,11 @@ def test_names_mean_what_they_meant(images: Images, database: Database) -> None:
     images.build(linear_history(3), 2, env(connected=connected, configure="version_table_schema='tenant'"))
     database.execute("CREATE TABLE public.t3 (precious int)")
     images.upgrade("--baseline", "base")
-    done(images.downgrade("r002"))
+    with unchanged(database):
+        said = refusal(images.downgrade("r002"), ExitCode.BAD_HISTORY, "under the search_path tenant, public")
+    option = re.search("PGOPTIONS='([^']*)'", said)
+    assert option, said
+    done(images.downgrade("r002", PGOPTIONS=option[1]))
     there = database.psql("SELECT to_regclass('tenant.t3')::text, to_regclass('public.t3')::text")
     assert there == [(None, "t3")]
     assert database.psql("SELECT version_num FROM tenant.alembic_version") == [("r002",)]
@@ -249,7 +258,7 @@ def test_a_lock_that_is_not_to_be_had_is_asked_for_again(
     env = {**OFF, "MIGRATOR_LOCK_TIMEOUT": "1s", "MIGRATOR_LOCK_RETRIES": "100"}
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SELECT * FROM t3")
-        running = start_migrator("downgrade", "r002", cwd=images.older, database=database, env=env)
+        running = start_migrator("downgrade", "r002", "--yes", cwd=images.older, database=database, env=env)
         running.wait_for(
             lambda: database.psql("SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 't3'::regclass")
         )

@@ -176,7 +176,7 @@ def test_a_role_that_the_migration_becomes(
         done(run_migrator(cwd=newer, env=variables))
         assert database.dump() == before
         older = project(env(connected=own), revisions=THREE[:2], name="older")
-        back = done(run_migrator("downgrade", "r002", cwd=older, env=variables))
+        back = done(run_migrator("downgrade", "r002", "--yes", cwd=older, env=variables))
         assert "the ledger does not say" not in back.stderr
         assert runs(database) == [("upgrade", "OK"), ("downgrade", "OK")]
     finally:
@@ -273,7 +273,7 @@ def test_the_recipe_for_plain_alembic(database: Database, project: Project, run:
     process = plain_alembic.start("check", cwd=folder, database=database, env={})
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
-    assert " ".join(RECIPE.split()) in " ".join(Path("docs/ledger.md").read_text().split())
+    assert " ".join(RECIPE.split()) in " ".join(Path("docs/howto/alembic-commands.md").read_text().split())
 
 
 # -- many runs ---------------------------------------------------------------------------------------------

@@ -1,18 +1,14 @@
-"""Rows of revisions that share a transaction are written together, and yet commit with their revisions."""
+"""Each revision has one row in the ledger, written by one statement in the transaction that moves the version row."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from alembic import op
-from alembic.operations import MigrateOperation, Operations
 
-from migrator.created import Relation, share
-from migrator.history.plain import is_plain, is_straight
 from migrator.outcome import ExitCode
 from tests.support.env_text import AUTOCOMMIT, async_env, env
 from tests.support.ledgers import agrees
@@ -26,29 +22,31 @@ OFF = {"MIGRATOR_BACKUP": "off"}
 RAW = "connection.connection.dbapi_connection"
 
 
-def writes(database: Database) -> int:
-    """Return how many statements wrote the rows of the revisions."""
-    counted = "SELECT count(DISTINCT (xmin::text, cmin::text)) FROM migrator_ledger WHERE event = 'applied'"
+def transactions(database: Database) -> int:
+    """Return in how many transactions the rows of the revisions were written."""
+    counted = "SELECT count(DISTINCT xmin::text) FROM migrator_ledger WHERE event = 'applied'"
     return int(database.psql(counted)[0][0])
+
+
+EACH = env(configure="transaction_per_migration=True")
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
-    [
-        (env(), 3),
-        (async_env(), 3),
-        (env(configure="transaction_per_migration=True"), 230),
-        (env(connected=AUTOCOMMIT), 230),
-    ],
+    [(env(), 1), (async_env(), 1), (EACH, 30), (env(connected=AUTOCOMMIT), 30)],
     ids=["one transaction", "asyncpg", "a transaction each", "autocommit"],
 )
-def test_rows_of_one_transaction_take_few_statements(
+def test_a_row_for_each_revision_in_its_transaction(
     files: Any, expected: int, database: Database, project: Project, run_migrator: Runner
 ) -> None:
-    folder = project(files, revisions=linear_history(230))
+    folder = project(files, revisions=linear_history(30))
     done(run_migrator(cwd=folder, database=database, env=OFF))
-    agrees(database, [f"r{number:03d}" for number in range(1, 231)])
-    assert writes(database) == expected
+    agrees(database, [f"r{number:03d}" for number in range(1, 31)])
+    assert transactions(database) == expected
+    statements = database.psql(
+        "SELECT count(DISTINCT (xmin::text, cmin::text)) FROM migrator_ledger WHERE event = 'applied'"
+    )
+    assert statements == [(30,)]
     wrong = database.psql(
         "SELECT revision, details->'created', details->'locks' FROM migrator_ledger WHERE event = 'applied'"
         " AND (details->'created' <> jsonb_build_array('public.t' || substr(revision, 2)::int,"
@@ -60,6 +58,35 @@ def test_rows_of_one_transaction_take_few_statements(
         " WHERE event = 'applied') x"
     )
     assert ordered == [(True,)]
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_a_failure_leaves_no_row_of_what_was_rolled_back(
+    each: bool, database: Database, project: Project, run_migrator: Runner
+) -> None:
+    fails = Revision("r004", "r003", "CREATE TABLE t4 (id int); SELECT 1/0")
+    folder = project(EACH if each else env(), revisions=[*linear_history(3), fails])
+    result = run_migrator(cwd=folder, database=database, env=OFF)
+    refusal(result, ExitCode.PARTIAL if each else ExitCode.ROLLED_BACK, "division by zero")
+    if each:
+        agrees(database, ["r001", "r002", "r003"])
+    else:
+        assert database.psql("SELECT to_regclass('migrator_ledger'), to_regclass('t1')") == [(None, None)]
+
+
+def test_no_more_statements_than_one_question_and_one_row(
+    private_server: Any, project: Project, run_migrator: Runner
+) -> None:
+    """What is added to Alembic's own statements, for each revision after the first."""
+    server = private_server("embedded", settings={"log_statement": "all"})
+    database = server.create_database()
+    folder = project(revisions=linear_history(12))
+    done(run_migrator(cwd=folder, database=database, env=OFF))
+    said = re.findall(r"\[(\d+)\] LOG:  statement: \s*(\w+)\s+(\S+\s+\S+)", server.log.read_text())
+    (process,) = {process for process, *words in said if words == ["CREATE", "TABLE t11"]}
+    ours = [words for of, *words in said if of == process]
+    after = ours[ours.index(["CREATE", "TABLE t11"]) :]
+    assert [word for word, _ in after[:5]] == ["CREATE", "SELECT", "UPDATE", "INSERT", "CREATE"], after
 
 
 ENDS = {
@@ -85,7 +112,6 @@ def test_who_commits_in_the_middle_commits_the_rows_before_it(
     result = run_migrator(cwd=folder, database=database, env={**OFF, "PYTHONPATH": str(folder)})
     refusal(result, ExitCode.PARTIAL, "division by zero")
     agrees(database, ["r001", "r002", "r003"])
-    assert writes(database) == 1
 
 
 def test_an_env_py_may_commit_in_its_own_way(
@@ -117,7 +143,7 @@ def test_who_reads_the_ledger_finds_the_rows_before_it(
 def test_a_callback_of_env_py_finds_the_row(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:
-    """What runs after a step may do anything, so nothing waits."""
+    """What runs after a step may commit."""
     look = "def look(ctx, step, **_):\n    ctx.connection.connection.dbapi_connection.commit()\n"
     folder = project(env(before=look, configure="on_version_apply=look"), revisions=linear_history(3))
     run_migrator(cwd=folder, database=database, env=OFF)
@@ -162,79 +188,3 @@ def test_each_revision_is_told_what_it_made(
     assert "public.b" in measured["r005"]["locks"]
     kept = each_database.psql("SELECT revision, details FROM migrator_ledger WHERE event = 'applied'")
     assert dict(kept) == measured
-
-
-def test_shares_of_what_was_made() -> None:
-    def relation(oid: int, name: str, kind: str = "r", owner: int | None = None) -> Relation:
-        return Relation(oid, "s", name, kind, oid, owner)
-
-    made = [
-        relation(12, "a"),
-        relation(10, "a_id_seq", "S", 12),
-        relation(14, "a_pkey", "i"),
-        relation(15, "by_a_trigger"),
-        relation(16, "b"),
-    ]
-    first, nothing, second = share(made, [["s.A"], ["gone"], ['"b"']])
-    assert [item.oid for item in first] == [10, 12, 14, 15]
-    assert nothing == []
-    assert [item.oid for item in second] == [16]
-    assert share([], [[], []]) == [[], []]
-
-
-PLAIN = {
-    "op.execute('x')": (True, True),
-    "op.add_column('t', sa.Column('u', postgresql.UUID(), server_default=sa.text('x')))": (True, True),
-    "[op.drop_table(name) for name in ('a', 'b')]": (True, False),
-    "helper()": (True, False),
-    "raise ValueError('x')": (True, False),
-    "op.get_bind()": (False, False),
-    "op.get_context()": (False, False),
-    "op.run_async(None)": (False, False),
-    "bad_helper()": (False, False),
-    "getattr(op, 'get_' + 'bind')()": (False, False),
-    "import os": (False, False),
-    "os.remove('x')": (False, False),
-    "open('x')": (False, False),
-    "sa.create_engine('x')": (True, False),
-    "op.f.__globals__": (False, False),
-    "exec('x')": (False, False),
-}
-
-
-@pytest.mark.parametrize("body", PLAIN)
-def test_what_is_plain_and_straight(body: str) -> None:
-    module = ModuleType("revision")
-    text = (
-        "from alembic import op\nimport os\nimport sqlalchemy as sa\nfrom sqlalchemy.dialects import postgresql\n"
-        "def helper(): op.execute('x')\ndef bad_helper(): op.get_bind()\n"
-        f"def upgrade():\n    {body}\n"
-    )
-    exec(compile(text, "revision", "exec"), vars(module))  # noqa: S102 - our own text
-    upgrade = vars(module)["upgrade"]
-    assert (is_plain(upgrade), is_straight(upgrade)) == PLAIN[body]
-
-
-def test_an_operation_of_somebody_else_is_not_plain() -> None:
-    """Alembic lets anybody register one: https://alembic.sqlalchemy.org/en/latest/api/operations.html"""
-
-    def upgrade() -> None:
-        op.operation_of_a_test()
-
-    assert is_plain(upgrade)
-
-    @Operations.register_operation("operation_of_a_test")
-    class _(MigrateOperation):
-        @classmethod
-        def operation_of_a_test(cls, operations: Operations) -> None:
-            pass
-
-    assert not is_plain(upgrade)
-
-
-def test_a_decorated_function_is_not_plain() -> None:
-    def wrapped(function: Callable[[], None]) -> Callable[[], None]:
-        return lambda: function()
-
-    assert not is_plain(wrapped(lambda: None))
-    assert not is_plain(print)

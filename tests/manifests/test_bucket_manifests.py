@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.manifests.test_manifests import Objects, composed, environment_of, references, rendered
 from tests.support.kubernetes import VERSIONS, containers_of, of_kind, pod_of, restricted_violations, validate
-from tests.test_manifests import Objects, composed, environment_of, references, rendered
 
 KEY = {
     "AWS_ACCESS_KEY_ID_FILE": "/etc/shop-backups/access-key-id",

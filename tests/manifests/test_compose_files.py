@@ -76,8 +76,8 @@ def test_no_backend_starts_before_its_migrator_has_completed(file: Path) -> None
 
 @each_recipe
 def test_the_page_about_compose_names_it(file: Path) -> None:
-    page = (ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
-    assert f"(../{file.relative_to(ROOT)})" in page
+    page = (ROOT / "docs" / "howto" / "compose.md").read_text(encoding="utf-8")
+    assert f"(../../{file.relative_to(ROOT)})" in page
 
 
 @each_recipe

@@ -356,7 +356,7 @@ def test_time_to_roll_back_is_given(name: str) -> None:
 
 
 def test_the_overlay_of_the_documentation_builds(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    page = (ROOT / "docs" / "howto" / "kubernetes" / "README.md").read_text()
     (block,) = (text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "Kustomization" in text)
     shutil.copytree(K8S, tmp_path / "migrator" / "k8s")
     mine = tmp_path / "mine"
@@ -420,13 +420,13 @@ def test_the_key_of_a_shipped_overlay_is_replaced_by_whoever_builds_on_it(tmp_pa
 
 
 def test_the_documentation_names_every_overlay_and_component() -> None:
-    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    page = (ROOT / "docs" / "howto" / "kubernetes" / "README.md").read_text()
     assert [name for name in OVERLAYS if f"overlays/{name}`" not in page and f"`{name}`" not in page] == []
     assert [name for name in COMPONENTS if f"`{name}`" not in page] == []
 
 
 def test_the_documented_figures_are_the_measured_ones() -> None:
-    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    page = (ROOT / "docs" / "reference" / "memory.md").read_text()
     measured = (ROOT / "bench" / "results" / "memory.md").read_text()
     rows = [line for line in measured.splitlines() if line.startswith("|")]
     assert len(rows) > 5

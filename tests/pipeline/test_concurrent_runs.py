@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from migrator.outcome import ExitCode
-from migrator.stages.lock import APPLY_LOCK, LOCK_CLASS, RUN_LOCK
+from migrator.pipeline.stages.lock import APPLY_LOCK, LOCK_CLASS, RUN_LOCK
 from tests.support.gates import Gate
 from tests.support.outcomes import done, left_behind, refusal, unchanged
 from tests.support.pace import Stopwatch

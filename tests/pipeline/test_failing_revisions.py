@@ -73,7 +73,7 @@ def test_a_run_goes_on_once_the_revision_is_mended(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:
     folder = project(revisions=history_failing_at_third(RAISES))
-    refusal(run_migrator(cwd=folder, database=database), ExitCode.ROLLED_BACK, "mend revision r003")
+    refusal(run_migrator(cwd=folder, database=database), ExitCode.ROLLED_BACK, "fix revision r003")
     project(revisions=linear_history(4))
     done(run_migrator(cwd=folder, database=database))
     assert database.psql("SELECT version_num FROM alembic_version") == [("r004",)]
@@ -113,7 +113,7 @@ def test_a_downgrade_that_stops_half_way_says_where(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:
     revisions = linear_history(4)
-    revisions[1] = Revision("r002", "r001", "CREATE TABLE t2 (id int)", 'raise RuntimeError("no way back")')
+    revisions[1] = Revision("r002", "r001", "CREATE TABLE t2 (id int)", RAISES)
     folder = project(env_with(PER_MIGRATION), revisions=revisions)
     done(run_migrator(cwd=folder, database=database))
     result = run_migrator("downgrade", "r001", cwd=folder, database=database)

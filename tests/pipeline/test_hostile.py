@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from migrator.backups.manifest import BadManifest, from_json
-from migrator.postgres import as_typed
-from migrator.visible import json_text, visible, visible_lines
+from migrator.postgres.session import as_typed
+from migrator.runtime.escaping import json_text, visible, visible_lines
 from tests.support import leaks
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import Result, Runner
@@ -57,6 +57,7 @@ def test_a_name_in_sql_that_is_shown_to_be_typed_is_no_command() -> None:
     assert as_typed("shop_1") == "shop_1"
     assert as_typed('a"; DROP TABLE t; --') == '"a""; DROP TABLE t; --"'
     assert as_typed("Shop") == '"Shop"'
+    assert (as_typed("order"), as_typed("current_user")) == ('"order"', '"current_user"')
 
 
 # -- a hostile database ------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def test_a_signal_within_a_finalizer_is_not_lost() -> None:
     """Python drops what is raised in a weakref's callback; the import system has such callbacks."""
     program = """
 import os, signal, time, weakref
-from migrator.interruption import Interrupt, Interruption
+from migrator.runtime.signals import Interrupt, Interruption
 
 class Thing: pass
 def gone(_):

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg2
 import pytest
 
-from migrator.stages.leftovers import builds
+from migrator.pipeline.stages.invalid_indexes import builds
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database

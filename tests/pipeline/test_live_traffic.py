@@ -23,7 +23,7 @@ from tests.support.servers import Database
 Project = Callable[..., Path]
 Start = Callable[..., Running]
 
-OWN_VARIABLE = (Path(__file__).parent / "support/env_files/own_variable.py").read_text()
+OWN_VARIABLE = (Path(__file__).parents[1] / "support/env_files/own_variable.py").read_text()
 PER_MIGRATION = OWN_VARIABLE.replace(
     "context.configure(connection=connection)",
     "context.configure(connection=connection, transaction_per_migration=True)",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrator.outcome import ExitCode
-from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
+from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
 from tests.support.env_text import env
 from tests.support.gates import Gate
 from tests.support.outcomes import done, left_behind, refusal
@@ -24,7 +24,7 @@ from tests.support.servers import Database, Server
 Project = Callable[..., Path]
 Start = Callable[..., Running]
 
-ASYNC = (Path(__file__).parent / "support/env_files/async_engine.py").read_text()
+ASYNC = (Path(__file__).parents[1] / "support/env_files/async_engine.py").read_text()
 URL = "config.get_main_option('sqlalchemy.url').replace('postgresql:', 'postgresql+psycopg:')"
 ENV_FILES = {
     "psycopg2": env(),

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from migrator.config.database_url import parse
 from migrator.outcome import ExitCode
-from migrator.postgres import QueryFailed, Session, connect
-from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
-from migrator.target import parse
+from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
+from migrator.postgres.session import QueryFailed, Session, connect
 from tests.support.env_text import env
 from tests.support.gates import Gate
 from tests.support.outcomes import done, left_behind, refusal, unchanged
@@ -146,7 +146,7 @@ def test_while_env_py_is_loaded(
 ASSERTION = """\
 [[assertions]]
 name = "slow"
-sql = "SELECT slowly()"
+sql = "SELECT public.slowly()"
 expect = 1
 """
 SLOWLY = f"op.execute('CREATE FUNCTION slowly() RETURNS int LANGUAGE plpgsql AS $$ BEGIN {Gate.body} RETURN 1; END $$')"
@@ -262,6 +262,6 @@ def test_an_answer_that_was_lost_is_not_waited_for(database: Database, proxy: Pr
         losing = threading.Thread(target=lose)
         losing.start()
         with pytest.raises(QueryFailed, match="no answer for") as caught:
-            stalled.value("SELECT slowly()")
+            stalled.value("SELECT public.slowly()")
         losing.join()
         assert caught.value.lost

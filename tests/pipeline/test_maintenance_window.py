@@ -9,11 +9,11 @@ import psycopg2
 import pytest
 
 from migrator.outcome import ExitCode
+from tests.pipeline.test_on_failure import each_in_its_own, failing
 from tests.support.outcomes import done, refusal
 from tests.support.projects import Revision, bring_to, linear_history
 from tests.support.runner import Runner, Running
 from tests.support.servers import Database, Server
-from tests.test_on_failure import each_in_its_own, failing
 
 Project = Callable[..., Path]
 ACL = (
@@ -74,6 +74,28 @@ def test_nobody_else_gets_in_and_everybody_does_afterwards(
     ((_, comment, may),) = shop.psql(ACL)
     assert (comment, may) == ("the shop's", True)
     psycopg2.connect(variables(shop)["OTHERS"]).close()
+
+
+@pytest.mark.parametrize("what", ["nothing", '{"comment": null, "connect": [["nobody_at_all", false]]}'])
+def test_the_comment_of_somebody_elses_database_keeps_nothing_closed(
+    what: str, shop: Database, project: Project, run_migrator: Runner
+) -> None:
+    planted = f"""
+import psycopg2
+other = psycopg2.connect(os.environ["OTHERS"].rpartition("/")[0] + "/a_planted")
+asked = other.cursor()
+asked.execute("SELECT application_name FROM pg_stat_activity WHERE application_name LIKE 'migrator/%'")
+comment = "migrator: maintenance window " + asked.fetchone()[0].split()[-1] + ' {what}'
+asked.execute("COMMENT ON DATABASE a_planted IS '" + comment + "'")
+other.commit()"""
+    shop.server.psql("CREATE DATABASE a_planted OWNER shop_app")
+    try:
+        folder = project(revisions=[*linear_history(1), Revision("r002", "r001", TRIES + planted)])
+        result = done(run_migrator(cwd=folder, database=shop, env=variables(shop)))
+        assert "a_planted has the comment" in result.stderr
+        assert shop.psql(ACL)[0][1:] == ("the shop's", True)
+    finally:
+        shop.server.drop_database("a_planted")
 
 
 def test_grants_come_back_as_they_were(shop: Database, project: Project, run_migrator: Runner) -> None:

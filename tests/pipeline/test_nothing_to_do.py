@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,10 +94,86 @@ def test_the_poison_works(frozen: Callable[..., Glance]) -> None:
     assert glance.run().code == 0
 
 
-@pytest.mark.parametrize("words", [(), ("upgrade",), ("upgrade", "head"), ("upgrade", "heads")])
-def test_every_way_to_ask(words: tuple[str, ...], frozen: Callable[..., Glance]) -> None:
-    result = frozen().fast(*words)
+NAMED = {"MIGRATOR_VERSION_TABLE": "public.alembic_version"}
+
+
+@pytest.mark.parametrize(
+    ("words", "env"),
+    [
+        ((), {}),
+        (("upgrade",), {}),
+        (("upgrade", "head"), {}),
+        (("upgrade", "heads"), {}),
+        (("upgrade", "r003"), {}),
+        ((), {**NAMED, "MIGRATOR_BOOTSTRAP": "module:callable"}),
+    ],
+)
+def test_every_way_to_ask(words: tuple[str, ...], env: dict[str, str], frozen: Callable[..., Glance]) -> None:
+    result = frozen().fast(*words, env=env)
     assert result.code == 0, result
+
+
+def test_with_x_where_the_version_table_is_named(frozen: Callable[..., Glance]) -> None:
+    result = frozen().run("-x", "a=b", env={**NAMED, "MIGRATOR_LOG_LEVEL": "debug"})
+    assert (result.code, "glance is not enough" in result.stderr) == (0, False), result
+
+
+SLOW = {
+    "options of its own": (
+        "",
+        (),
+        {},
+        "code in env.py may choose the version table: set MIGRATOR_VERSION_TABLE",
+    ),
+    "-x": ("", ("-x", "a=b"), {}, "-x may choose the version table: set MIGRATOR_VERSION_TABLE=schema.name"),
+    "a bootstrap": (
+        "",
+        (),
+        {"MIGRATOR_BOOTSTRAP": "m:f"},
+        "m:f may choose the version table: set MIGRATOR_VERSION",
+    ),
+    "a package": ("sourceless = true\n", (), {}, "sourceless"),
+}
+
+
+@pytest.mark.parametrize("why", SLOW)
+def test_freeze_says_why_runs_are_slow_all_the_same(
+    why: str, project: Callable[..., Path], run_migrator: Runner
+) -> None:
+    ini, words, env, reason = SLOW[why]
+    folder = project(revisions=linear_history(1))
+    (folder / "alembic.ini").write_text((folder / "alembic.ini").read_text() + ini)
+    (folder / "m.py").write_text("import contextlib\nf = contextlib.contextmanager(lambda config: (yield))\n")
+    if why == "options of its own":
+        file = folder / "migrations" / "env.py"
+        file.write_text(
+            file.read_text().replace("connection=connection, ", "connection=connection, **dict(), ")
+        )
+    slow = run_migrator(*words, "freeze", cwd=folder, env=env)
+    assert slow.code == 0, slow
+    assert f"takes the long way all the same: {reason}" in slow.stdout.replace(
+        "the revisions are in a package or ", ""
+    )
+    if not ini:
+        quick = run_migrator(*words, "freeze", cwd=folder, env={**env, **NAMED})
+        assert (quick.code, "the long way" in quick.stdout) == (0, False), quick
+
+
+def test_a_history_without_source_is_frozen_as_it_can_be_read(
+    database: Database, project: Callable[..., Path], run_migrator: Runner
+) -> None:
+    folder = project(revisions=linear_history(2))
+    with (folder / "alembic.ini").open("a") as ini:
+        ini.write("sourceless = true\n")
+    for file in (folder / "migrations" / "versions").glob("*.py"):
+        py_compile.compile(str(file), cfile=f"{file}c")
+        file.unlink()
+    assert run_migrator("freeze", cwd=folder).code == 0
+    assert run_migrator("freeze", "--check", cwd=folder).code == 0
+    for _ in range(2):
+        result = run_migrator(cwd=folder, database=database)
+        assert result.code == 0, result
+        assert "manifest.json" not in result.stderr
 
 
 def _plain(document: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +278,8 @@ def test_a_new_revision_is_applied_and_not_overlooked(
     ("words", "env"),
     [
         (("-x", "a=b"), {}),
-        (("upgrade", "r003"), {}),
+        (("upgrade", "r00"), {}),
+        (("-x", "a=b"), {"MIGRATOR_VERSION_TABLE": "alembic_version"}),
         ((), {"MIGRATOR_BACKUP": "always"}),
         ((), {"MIGRATOR_VERSION_TABLE": "another"}),
         ((), {"MIGRATOR_BOOTSTRAP": "module:callable"}),

@@ -16,11 +16,11 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from migrator.logs import Redactor
-from migrator.measured import MOST, Lock, Measured, Rows, Statement, shown
-from migrator.observation import Observation
-from migrator.postgres import connect
-from migrator.target import parse
+from migrator.config.database_url import parse
+from migrator.pipeline.apply.metrics.measurement import MOST, Lock, Measured, Rows, Statement, shown
+from migrator.pipeline.apply.metrics.observer import Observation
+from migrator.postgres.session import connect
+from migrator.runtime.logs import Redactor
 from tests.support.projects import ENV_FILES, Revision
 from tests.support.runner import Runner
 from tests.support.servers import Database
@@ -61,7 +61,7 @@ def revision(
     observation.begins(number)
     yield found
     connection.exec_driver_sql("UPDATE alembic_version SET version_num = version_num")  # as Alembic does
-    found.append(observation.ends())
+    found.append(observation.ends()[0])
 
 
 @pytest.fixture
@@ -217,9 +217,44 @@ def test_a_table_that_somebody_locks_is_not_waited_for(filled: Database) -> None
             connection.execute(text("ALTER TABLE t1 ADD COLUMN b int"))
         found.extend(measured)
 
+    before = errors_told(filled)
     observe(filled, work)
     other.close()
     assert found[0].locks[0] == Lock("public.t1", ("AccessExclusiveLock",))
+    assert errors_told(filled) == before + 1  # of the statement itself
+
+
+def errors_told(database: Database) -> int:
+    """How often the server's log tells of a lock that was not granted in time."""
+    return database.server.log.read_text().count("canceling statement due to lock timeout")
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "asyncpg"])
+def test_no_question_of_ours_waits_for_what_the_migration_itself_holds(filled: Database, driver: str) -> None:
+    found: list[Measured] = []
+
+    def work(connection: Any, observation: Observation) -> None:
+        for number, statements in enumerate(
+            (
+                ("CREATE TABLE new (id int)", "CREATE INDEX ON new (id)", "INSERT INTO new VALUES (1)"),
+                (
+                    "ALTER TABLE new ADD COLUMN note text",
+                    "TRUNCATE t1 CASCADE",
+                    "ALTER TABLE t1 ADD COLUMN c int",
+                ),
+                ("DO $$ BEGIN LOCK TABLE t1; END $$", "UPDATE t1 SET id = id", "DROP TABLE new"),
+            )
+        ):
+            with revision(connection, observation) as measured:
+                for statement in statements:
+                    connection.execute(text(statement))
+            assert measured[0].statement_count == len(statements), number
+            found.extend(measured)
+
+    before = errors_told(filled)
+    observe(filled, work, driver=driver)
+    assert "public.new" in found[0].created
+    assert errors_told(filled) == before
 
 
 def test_the_statement_says_what_is_wrong_and_not_the_observation(filled: Database) -> None:
@@ -272,7 +307,6 @@ def test_observing_costs_a_statement_next_to_nothing() -> None:
     observation._looked = {"t1": 0}
     observation._ignore = frozenset({"alembic_version", "migrator_ledger"})
     observation._transaction = 1
-    observation._put_off = []
     began = time.process_time()
     for number in range(20_000):
         statement = f"INSERT INTO t1 VALUES ({number})"
@@ -294,7 +328,7 @@ def test_observing_costs_a_statement_next_to_nothing() -> None:
     ],
 )
 def test_a_statement_as_it_is_shown(monkeypatch: pytest.MonkeyPatch, sql: str, text: str) -> None:
-    monkeypatch.setattr("migrator.measured.redact", Redactor(["tr0ub4dor&3"]))
+    monkeypatch.setattr("migrator.pipeline.apply.metrics.measurement.redact", Redactor(["tr0ub4dor&3"]))
     assert shown(sql) == text
 
 

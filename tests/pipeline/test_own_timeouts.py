@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator.postgres import connect
-from migrator.target import parse
+from migrator.config.database_url import parse
+from migrator.postgres.session import Question, connect
 from tests.support.projects import Revision
 from tests.support.runner import Runner
 from tests.support.servers import Database, Server
@@ -23,7 +23,9 @@ def test_a_question_that_takes_longer(each_database: Database) -> None:
         f" ALTER DATABASE {each_database.name} SET idle_in_transaction_session_timeout = '20ms'"
     )
     target = parse(each_database.url)
-    with connect(target, "migrator/test", 60, also=lambda: "pg_sleep(0.1)::text || 'slept'") as session:
+    with connect(
+        target, "migrator/test", 60, also=lambda: Question("pg_sleep(0.1)::text || 'slept'")
+    ) as session:
         assert session.also == ("slept",)
         assert session.value("SELECT pg_sleep(0.1)::text || 'again'") == "again"
         session.query("BEGIN")

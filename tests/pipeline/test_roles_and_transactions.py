@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.env_text import AUTOCOMMIT, OWN_ENGINE, async_env, env
+from tests.support.outcomes import done
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import Runner, Running
 from tests.support.servers import Database
@@ -39,6 +40,43 @@ def owners(database: Database) -> set[str]:
         " WHERE relname ~ '^(t[0-9]|alembic_version|part)$'"
     )
     return {row[0] for row in rows}
+
+
+@pytest.fixture
+def login(database: Database) -> Iterator[tuple[str, str]]:
+    """A login that acts as another role, the database's owner, and that: how Vault and Terraform make them."""
+    owner, name = (f"{kind}_{uuid.uuid4().hex[:8]}" for kind in ("o", "mig"))
+    database.server.create_role(name)
+    database.execute(
+        f"CREATE ROLE {owner} CREATEDB; GRANT {owner} TO {name}; ALTER ROLE {name} SET role = '{owner}'"
+    )
+    database.execute(f'ALTER DATABASE "{database.name}" OWNER TO {owner}')
+    yield name, owner
+    kept = database.psql(f"SELECT datname::text FROM pg_database WHERE datdba = '{owner}'::regrole")
+    for (other,) in kept:
+        database.server.psql(f'ALTER DATABASE "{other}" OWNER TO postgres')
+        if other != database.name:
+            database.server.drop_database(other)
+    database.execute(f"DROP OWNED BY {owner}, {name} CASCADE; DROP ROLE {owner}, {name}")
+
+
+@pytest.mark.parametrize("way", ["in place", "maintenance window"])
+def test_a_login_that_acts_as_another_role(
+    way: str, login: tuple[str, str], project: Project, run_migrator: Runner, database: Database
+) -> None:
+    name, owner = login
+    env = {"MIGRATOR_DATABASE_URL": database.server.url(database.name, name)}
+    folder = project(revisions=THREE)
+    done(run_migrator("upgrade", "r002", cwd=folder, env=env))
+    window = {"MIGRATOR_MAINTENANCE_WINDOW": "true"} if way == "maintenance window" else {}
+    done(run_migrator("upgrade", "r003", cwd=folder, env={**env, **window}))
+    assert database.psql("SELECT DISTINCT role FROM migrator_ledger") == [(name,)]
+    application = database.server.connect(database.name, user=name)  # and it idles
+    if way == "in place":
+        database.execute(f"ALTER ROLE {owner} NOCREATEDB")
+    done(run_migrator("restore", "latest", "--yes", cwd=folder, env=env))
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+    application.close()
 
 
 BLOCK = "with op.get_context().autocommit_block(): op.execute('CREATE TABLE part (id int)')"

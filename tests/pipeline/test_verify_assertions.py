@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from migrator.postgres import QueryFailed, Session, connect
+from migrator.config.database_url import parse as parse_address
+from migrator.pipeline.stages.verify import same, verify
+from migrator.postgres.session import QueryFailed, Session, connect
 from migrator.schema.expectations import parse
-from migrator.stages.verify import same, verify
-from migrator.target import parse as parse_address
 from tests.support.checks import EXPECTED, SCHEMA, check, rules
 from tests.support.pace import Stopwatch
 from tests.support.servers import Database, Server
@@ -150,7 +150,7 @@ def test_an_assertion_cannot_change_anything(database: Database, session: Sessio
     assert session.value("SHOW search_path") == path
     assert session.value("SHOW transaction_read_only") == "off"
     assert session.value("SELECT count(*) FROM pg_cursors WHERE is_holdable") == 0
-    session.query("CREATE TABLE ordinary ()")
+    session.query("CREATE TABLE public.ordinary ()")
     assert database.psql("SELECT to_regclass('ordinary') IS NOT NULL") == [(True,)]
 
 

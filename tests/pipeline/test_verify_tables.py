@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from migrator.postgres import Session, connect
+from migrator.config.database_url import parse as parse_address
+from migrator.pipeline.stages.verify import verify
+from migrator.postgres.session import Session, connect
 from migrator.schema.expectations import parse
-from migrator.stages.verify import verify
-from migrator.target import parse as parse_address
 from tests.support.checks import EXPECTED, SCHEMA, check, rules
 from tests.support.servers import Database
 

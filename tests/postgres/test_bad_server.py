@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from tests.support.outcomes import done, refusal, unchanged
 from tests.support.pace import Stopwatch
 from tests.support.ports import free_port
 from tests.support.projects import bring_to, linear_history
-from tests.support.runner import Result, Runner
+from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database, Server
 
 Project = Callable[..., Path]
@@ -134,13 +135,17 @@ def test_a_host_that_does_not_resolve_is_waited_for_to_the_end(
 
 
 def test_a_server_that_appears_after_eight_seconds_is_waited_for(
-    private_server: Callable[..., Server], project: Project, run_migrator: Runner
+    private_server: Callable[..., Server], project: Project, start_migrator: Callable[..., Running]
 ) -> None:
     server = private_server(start=False)
     env = {"MIGRATOR_DATABASE_URL": server.url(), "MIGRATOR_WAIT_TIMEOUT": "150s"}
     folder = project(revisions=linear_history(1))
-    with Stopwatch() as watch, after(8, server.start):
-        result = done(run_migrator("--format", "json", cwd=folder, env=env))
+    with Stopwatch() as watch:
+        run = start_migrator("--format", "json", cwd=folder, env=env)
+        run.wait_for("waiting for")  # only now: a busy machine takes seconds to get so far
+        time.sleep(8)
+        server.start()
+        result = done(run.finish())
         assert server.psql("SELECT version_num FROM alembic_version") == [("r001",)]
     wait = result.answer["stages"][0]
     assert wait["seconds"] > 7

@@ -1,4 +1,4 @@
-"""The SQL of docs/roles.md: every command works as its role, and says what is missing where one privilege is."""
+"""The SQL of docs/howto/least-privileges.md: every command works as its role, and says which privilege is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.runner import ROOT, Result, Runner
 from tests.support.servers import Database, Server
 
 Project = Callable[..., Path]
-PAGE = ROOT / "docs" / "roles.md"
+PAGE = ROOT / "docs" / "howto" / "least-privileges.md"
 ROLES = ("shop_migrator", "shop_watcher", "shop_reader", "shop_backup", "shop_restorer")
 
 

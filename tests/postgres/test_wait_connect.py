@@ -13,11 +13,11 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from migrator import settings
+from migrator.config import settings
+from migrator.config.database_url import Target, parse
 from migrator.errors import Unreachable
-from migrator.postgres import ConnectFailed, Refusal, Session, classify, connect
-from migrator.stages.wait import wait
-from migrator.target import Target, parse
+from migrator.pipeline.stages.wait import wait
+from migrator.postgres.session import ConnectFailed, Refusal, Session, classify, connect
 from tests.support import PLANTED, installations, leaks
 from tests.support.pace import Stopwatch
 from tests.support.ports import free_port

@@ -34,19 +34,19 @@ FAULTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     ),
     "an import that fails": (
         {"r003": f'"""a"""\n{IMPORTS}\nrevision = "r003"\ndown_revision = "r002"\n'},
-        ("r003.py, line 2", "ModuleNotFoundError", "a_module_of_the_application", "mend r003.py"),
+        ("r003.py, line 2", "ModuleNotFoundError", "a_module_of_the_application", "fix r003.py"),
     ),
     "a syntax error": (
         {"r003": '"""a"""\nrevision = "r003"\ndown_revision = "r002"\ndef upgrade(:\n'},
-        ("r003.py, line 4", "SyntaxError", "mend r003.py"),
+        ("r003.py, line 4", "SyntaxError", "fix r003.py"),
     ),
     "an error while it is imported": (
         {"r003": 'revision = "r003"\ndown_revision = "r002"\n1 / 0\n'},
-        ("r003.py, line 3", "ZeroDivisionError", "mend r003.py"),
+        ("r003.py, line 3", "ZeroDivisionError", "fix r003.py"),
     ),
     "sys.exit while it is imported": (
         {"r003": 'import sys\nrevision = "r003"\ndown_revision = "r002"\nsys.exit(3)\n'},
-        ("r003.py, line 4", "SystemExit", "mend r003.py"),
+        ("r003.py, line 4", "SystemExit", "fix r003.py"),
     ),
     "no revision id": ({"r003": '"""a"""\n'}, ("r003.py",)),
     "a circle": (
@@ -76,6 +76,60 @@ def test_a_broken_history_is_named_by_file_or_parent(
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)
     refusal(result, BAD, *words)
+
+
+IN_A_CIRCLE = {
+    "shop/__init__.py": "",
+    "shop/models.py": "from shop import kinds\nclass Order:\n    kind = kinds.Kind()\n",
+    "shop/kinds.py": "import shop.models\nclass Kind:\n    pass\n",
+}
+"""The models have to be imported first, as with fastapi-users: env.py does that, and revisions import the kinds."""
+
+
+@pytest.mark.parametrize("env", ["plain_url", "async_engine", "online only"])
+def test_revisions_that_import_after_env_py_alone(
+    database: Database, project: Project, run_migrator: Runner, env: str
+) -> None:
+    text = (ENV_FILES / f"{env.replace('online only', 'plain_url')}.py").read_text()
+    if env == "online only":
+        text = text.replace(
+            "if context.is_offline_mode():", "if context.is_offline_mode():\n    raise SystemExit(3)\nif 0:"
+        )
+    last = linear_history(2)[-1].render().replace("import sqlalchemy", "import shop.kinds\nimport sqlalchemy")
+    project(revisions=linear_history(1))
+    folder = project(
+        {
+            **IN_A_CIRCLE,
+            "migrations/env.py": f"import shop.models\n{text}",
+            "migrations/versions/r002.py": last,
+        }
+    )
+    assert run_migrator("check", cwd=folder, database=database).code == 3
+    history = done(run_migrator("history", cwd=folder))
+    assert history.stdout.count("\n") == 2, history
+    done(run_migrator(cwd=folder, database=database))
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+    done(run_migrator("downgrade", "-1", cwd=folder, database=database))
+
+
+@pytest.mark.parametrize("command", ["upgrade", "check", "alembic upgrade head", "history"])
+@pytest.mark.parametrize("fault", ["raise TypeError('too old')", "import sys; sys.exit(3)", "import gone"])
+def test_a_plugin_of_alembic_that_fails_is_named_with_its_distribution(
+    database: Database, project: Project, run_migrator: Runner, tmp_path: Path, command: str, fault: str
+) -> None:
+    place = tmp_path / "packages"
+    (place / "shop_tools-1.2.dist-info").mkdir(parents=True)
+    (place / "shop_tools.py").write_text(f"{fault}\n")
+    files = {
+        "METADATA": "Name: shop-tools\nVersion: 1.2\n",
+        "entry_points.txt": "[alembic.plugins]\ntools = shop_tools\n",
+    }
+    for name, text in files.items():
+        (place / "shop_tools-1.2.dist-info" / name).write_text(text)
+    folder = project(revisions=linear_history(1))
+    with unchanged(database):
+        result = run_migrator(*command.split(), cwd=folder, database=database, env={"PYTHONPATH": str(place)})
+    refusal(result, BAD, "tools = shop_tools of shop-tools 1.2", "fix shop-tools in the image")
 
 
 def test_an_empty_versions_folder_is_no_success(
@@ -127,6 +181,8 @@ def test_two_heads_are_named_with_both_ways_out(
         (("upgrade", "+5"), ("5",)),
         (("downgrade", "-5"), ("5",)),
         (("downgrade", "nosuch"), ("nosuch",)),
+        (("upgrade", "r001-1"), ("'r001-1' names no revision", "at r002")),
+        (("upgrade", "@"), ("'@' names no revision",)),
         (("stamp", "nosuch"), ("nosuch",)),
         (("show", "nosuch"), ("nosuch",)),
         (("upgrade", "--baseline", "nosuch"), ("nosuch",)),
@@ -147,6 +203,17 @@ def test_a_revision_that_nobody_knows_or_that_is_ambiguous(
     with unchanged(database):
         result = run_migrator(*command, cwd=folder, database=database)
     refusal(result, BAD, *words)
+
+
+@pytest.mark.parametrize("command", [("downgrade", "fork@-1"), ("stamp", "-1")])
+def test_a_step_back_from_base_on_a_branch(
+    database: Database, project: Project, run_migrator: Runner, command: tuple[str, ...]
+) -> None:
+    """Alembic ends it with an assertion of its own."""
+    folder = project(revisions=two_heads())
+    with unchanged(database):
+        result = run_migrator(*command, cwd=folder, database=database)
+    refusal(result, BAD, f"'{command[1]}' names no revision where the database is at base")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +293,7 @@ def test_another_applications_tables_are_no_baseline(
         ("import sys; sys.exit(7)", ("sys.exit(7)",)),
         ("def broken(:", ("SyntaxError", "env.py")),
         ("import os; os.environ['NOT_SET']", ("KeyError", "NOT_SET")),
+        ("from alembic import context; context.config.ours", ("no attribute 'ours'", "MIGRATOR_BOOTSTRAP")),
     ],
 )
 def test_an_env_that_fails(
@@ -325,3 +393,100 @@ def test_a_step_back_from_several_heads_must_say_which(
     refusal(result, ExitCode.BAD_HISTORY, "several heads (a001, b001)", "migrator downgrade a001@-1")
     done(run_migrator("downgrade", "a001@-1", cwd=folder, database=database))
     assert database.psql("SELECT to_regclass('a'), to_regclass('b')::text") == [(None, "b")]
+
+
+def lacking(name: str, function: str, *, how: str) -> dict[str, str]:
+    """Return the file of a revision of `linear_history(3)` that has no such function."""
+    number = int(name[1:])
+    text = linear_history(3)[number - 1].render().replace(f"def {function}(", "def _not_it(")
+    return {f"migrations/versions/{name}.py": text + INSTEAD[how].format(function)}
+
+
+INSTEAD = {
+    "missing": "",
+    "None": "\n\n{} = None\n",
+    "raises": '\n\ndef {}():\n    """No."""\n    raise NotImplementedError("one way")\n',
+}
+
+
+@pytest.mark.parametrize("how", INSTEAD)
+def test_a_revision_without_downgrade_is_no_way_back(
+    database: Database, project: Project, run_migrator: Runner, how: str
+) -> None:
+    files = lacking("r002", "downgrade", how=how) | {
+        "migrations/env.py": (ENV_FILES / "plain_url.py")
+        .read_text()
+        .replace("connection=connection, ", "connection=connection, transaction_per_migration=True, ")
+    }
+    project(revisions=linear_history(3))
+    folder = project(files)
+    broken = folder / "migrations/versions/r003.py"
+    sound = broken.read_text()
+    broken.write_text(sound.replace("def upgrade():", "def upgrade():\n    op.execute('SELECT 1/0')"))
+    bring_to(database, 1)
+    with unchanged(database):  # known when the plan is made
+        result = run_migrator(cwd=folder, database=database, env={"MIGRATOR_ON_FAILURE": "downgrade"})
+    refusal(result, BAD, "r002 has no downgrade()", "MIGRATOR_ON_FAILURE=restore")
+
+    result = run_migrator(cwd=folder, database=database)
+    sentence = refusal(result, ExitCode.PARTIAL, "the database is at r002", "migrator restore")
+    assert "migrator downgrade" not in sentence
+
+    broken.write_text(sound)
+    done(run_migrator(cwd=folder, database=database))
+    for place in ("r001", "-2"):
+        with unchanged(database):  # not even r003, which has one
+            result = run_migrator("downgrade", place, cwd=folder, database=database)
+        said = "r002.py cannot be reverted: its downgrade() is `raise NotImplementedError('one way')`"
+        refusal(result, BAD, said if how == "raises" else "r002.py has no downgrade()", "`migrator backups`")
+    done(run_migrator("downgrade", "-1", cwd=folder, database=database))
+
+    (folder / "migrations/verify.toml").write_text(
+        '[[assertions]]\nname = "never"\nsql = "SELECT 1"\nexpect = 2\n'
+    )
+    database.execute("DROP TABLE t2; UPDATE alembic_version SET version_num = 'r001'")
+    result = run_migrator(cwd=folder, database=database)
+    sentence = refusal(result, ExitCode.VERIFY_FAILED, "never", "migrator restore")
+    assert "migrator downgrade" not in sentence
+
+
+@pytest.mark.parametrize("how", ["missing", "None"])
+def test_a_pending_revision_without_upgrade_is_found_before_anything_runs(
+    database: Database, project: Project, run_migrator: Runner, how: str
+) -> None:
+    project(revisions=linear_history(3))
+    folder = project(lacking("r003", "upgrade", how=how))
+    bring_to(database, 1)
+    for command in ("upgrade", "check", "verify"):
+        with unchanged(database):
+            result = run_migrator(command, cwd=folder, database=database)
+        refusal(result, BAD, "r003.py has no upgrade()")
+
+
+@pytest.mark.parametrize(
+    ("at", "command", "words", "out"),
+    [
+        ("r001", "upgrade +15", "branches at r001 (b001, c001)", "migrator upgrade b001"),
+        ("b001,c001", "upgrade +15", "at several heads (b001, c001)", "migrator upgrade b001@+1"),
+        ("last", "downgrade -2", "merged at m001 (b001, c001)", "migrator downgrade b001"),
+    ],
+)
+def test_a_number_of_steps_over_a_branch_says_where_it_branches_and_what_to_type(
+    database: Database, project: Project, run_migrator: Runner, at: str, command: str, words: str, out: str
+) -> None:
+    folder = project(
+        revisions=[
+            *linear_history(1),
+            Revision("b001", "r001"),
+            Revision("c001", "r001"),
+            Revision("m001", ("b001", "c001")),
+            Revision("last", "m001"),
+        ]
+    )
+    bring_to(database, 1)
+    rows = ", ".join(f"('{name}')" for name in at.split(","))
+    database.execute(f"DELETE FROM alembic_version; INSERT INTO alembic_version VALUES {rows}")
+    with unchanged(database):
+        result = run_migrator(*command.split(), cwd=folder, database=database)
+    refusal(result, BAD, command.split()[1], words, f"`{out}`")
+    done(run_migrator(*out.split()[1:], cwd=folder, database=database))

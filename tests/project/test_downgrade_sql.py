@@ -13,13 +13,13 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from migrator.history.way_back import WayBack, offline_downgrade
-from migrator.logs import Redactor
+from migrator.project.downgrade_sql import OfflineDowngrade, offline_downgrade
+from migrator.runtime.logs import Redactor
 from tests.support import plain_alembic
 from tests.support.projects import ALEMBIC_INI, ENV_FILES
 from tests.support.servers import Database
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAD = """\
 import datetime
 import enum
@@ -103,11 +103,11 @@ def upgrade():
 
 
 @pytest.fixture
-def render(tmp_path: Path) -> Callable[[str], WayBack]:
+def render(tmp_path: Path) -> Callable[[str], OfflineDowngrade]:
     """Return what becomes of a downgrade's body; fails where calling it left a mark."""
     mark = tmp_path / "side-effect"
 
-    def of(body: str) -> WayBack:
+    def of(body: str) -> OfflineDowngrade:
         folder = tmp_path / "project"
         (folder / "versions").mkdir(parents=True)
         (folder / "versions" / "x.sql").write_text("DROP VIEW from_file")
@@ -287,6 +287,14 @@ REFUSED = {
     "a nested function": ("def inner():\n    pass\ninner()", "it has a `FunctionDef`"),
     "run_async": ("op.run_async(touch)", "it "),
     "recursion": ("recurse()", "(RecursionError"),
+    "an object without a text": (
+        "op.execute(object())",
+        "it cannot be written as SQL (",
+    ),
+    "an author's object": (
+        "raise NotImplementedError(object())",
+        "its author supports no downgrade (NotImplementedError: <object object>)",
+    ),
     "a parameter without a value": ("op.execute('SELECT :x')", "it cannot be written as SQL ("),
     "json": (
         "op.execute(sa.table('s', sa.column('v', postgresql.JSONB)).update().values(v={'a': 1}))",
@@ -308,19 +316,26 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("body", "statements"), RENDERED.values(), ids=RENDERED.keys())
-def test_sql_of_a_downgrade(render: Callable[[str], WayBack], body: str, statements: list[str]) -> None:
-    assert render(body) == WayBack(tuple(statements))
+def test_sql_of_a_downgrade(
+    render: Callable[[str], OfflineDowngrade], body: str, statements: list[str]
+) -> None:
+    assert render(body) == OfflineDowngrade(tuple(statements))
 
 
 @pytest.mark.parametrize(("body", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_has_no_offline_form_says_why(render: Callable[[str], WayBack], body: str, reason: str) -> None:
+def test_what_has_no_offline_form_says_why(
+    render: Callable[[str], OfflineDowngrade], body: str, reason: str
+) -> None:
     found = render(body)
     assert found.statements is None
     assert reason in found.reason
+    assert " at 0x" not in found.reason
 
 
 def test_nothing_is_printed_or_logged(
-    render: Callable[[str], WayBack], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    render: Callable[[str], OfflineDowngrade],
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     assert render('print("back")\nlogger.error("back")').statements == ()
@@ -337,13 +352,17 @@ def test_odd_files(tmp_path: Path, text: str) -> None:
     text = f"revision, down_revision = 'a1', None\ndef upgrade():\n    pass\n{text}\n"
     (tmp_path / "versions" / "a1.py").write_text(text)
     found = offline_downgrade(script(tmp_path, "a1"))
-    assert found == (WayBack(()) if "downgrade" in text else WayBack(None, "it has no downgrade()"))
+    assert found == (
+        OfflineDowngrade(()) if "downgrade" in text else OfflineDowngrade(None, "it has no downgrade()")
+    )
 
 
-def test_a_secret_is_not_kept(render: Callable[[str], WayBack], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migrator.history.way_back.redact", Redactor(["tr0ub4dor&3"]))
+def test_a_secret_is_not_kept(
+    render: Callable[[str], OfflineDowngrade], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("migrator.project.downgrade_sql.redact", Redactor(["tr0ub4dor&3"]))
     found = render("op.execute(\"SELECT dblink('password=tr0ub4dor&3')\")")
-    assert found == WayBack(None, "it holds a password, which must not be kept")
+    assert found == OfflineDowngrade(None, "it holds a password, which must not be kept")
 
 
 def test_the_running_migration_keeps_its_operations(tmp_path: Path) -> None:

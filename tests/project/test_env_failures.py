@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from migrator.outcome import ExitCode
 from tests.support.env_text import AUTOCOMMIT, OWN_ENGINE, async_env, env
+from tests.support.outcomes import refusal
 from tests.support.pace import Stopwatch
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import Runner, Running
@@ -26,7 +28,7 @@ here = Session(bind=op.get_bind())
 here.execute(sa.text("SELECT 1"))
 here.commit()
 """
-ALL, SOME = "Everything was rolled back.", "A part of r003 was committed too"
+ALL, SOME = "Everything was rolled back.", "A part of r003 was committed"
 
 FAILURES = {
     "one transaction": (env(), "", 39, ALL),
@@ -78,6 +80,67 @@ def test_an_env_that_never_commits(
     result = run_migrator(cwd=project(env(run=run), revisions=THREE), database=database)
     assert result.code == 39, result
     assert "committed none of them" in result.logs[-1]["message"], result
+
+
+def test_a_failure_after_the_revisions_blames_none(
+    project: Project, run_migrator: Runner, database: Database
+) -> None:
+    held = "op.execute('CREATE TABLE a (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)')"
+    revision = Revision("d001", None, f"{held}\nop.execute('INSERT INTO a VALUES (1), (1)')")
+    result = run_migrator(cwd=project(env(), revisions=[revision]), database=database)
+    assert result.code == 39, result
+    assert "duplicate key" in result.logs[-1]["message"], result
+    assert "Next: fix what it says, then" in result.logs[-1]["message"], result
+    assert database.psql("SELECT to_regclass('a') IS NULL") == [(True,)]
+
+
+BEGUN = "with connection.begin():\n    {}"
+NOT_ALEMBICS = {
+    "a block": env(run=BEGUN.format("run(connection)")),
+    "a statement ahead": env(connected="connection.execute(text('SELECT 1'))"),
+    "no transaction of Alembic's": env(
+        run="context.configure(connection=connection)\ncontext.run_migrations()\nconnection.commit()"
+    ),
+    "an error of its own": env(
+        run=BEGUN.format("try: run(connection)\n    except Exception: raise RuntimeError('no luck')")
+    ),
+    "an async engine": {
+        name: text.replace("await connection.run_sync", "await connection.begin(); await connection.run_sync")
+        for name, text in async_env().items()
+    },
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ALEMBICS)
+def test_an_autocommit_block_in_a_transaction_that_env_py_began(
+    kind: str, project: Project, run_migrator: Runner, database: Database
+) -> None:
+    revisions = [*THREE[:2], Revision("r003", "r002", BLOCK, BLOCK)]
+    folder = project(NOT_ALEMBICS[kind], revisions=revisions)
+    result = run_migrator(cwd=folder, database=database)
+    sentence = refusal(
+        result,
+        ExitCode.ROLLED_BACK,
+        "Revision r003 failed: it calls autocommit_block() in a transaction that env.py has begun, and not Alembic.",
+        "Everything was rolled back",
+        "let env.py begin no transaction before context.configure()",
+    )
+    assert "fix revision" not in sentence, result
+    assert database.psql("SELECT to_regclass('t1') IS NULL") == [(True,)]
+
+    project(env())  # as it says
+    for words in ("upgrade", "downgrade -1"):
+        result = run_migrator(*words.split(), cwd=folder, database=database)
+        assert result.code == 0, result
+
+
+def test_an_assertion_of_a_revision_is_the_revisions(
+    project: Project, run_migrator: Runner, database: Database
+) -> None:
+    body = "op.get_bind()\nassert sa is None, 'not so'"
+    folder = project(NOT_ALEMBICS["a block"], revisions=[*THREE[:2], Revision("r003", "r002", body)])
+    result = run_migrator(cwd=folder, database=database)
+    refusal(result, ExitCode.ROLLED_BACK, "AssertionError: not so", "fix revision r003")
 
 
 HANDLERS = """

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from migrator.history import History, ProjectOptions
-from migrator.history.freeze import freeze
-from migrator.manifest import NoManifest, dump, file_sums, load, parse, problems, syntax_of
+from migrator.project import History, ProjectOptions
+from migrator.project.freeze import freeze
+from migrator.project.manifest import NoManifest, dump, file_sums, load, parse, problems, syntax_of
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import ROOT, Runner
 

@@ -21,7 +21,7 @@ from tests.support.servers import LEDGER, Database, Server
 Project = Callable[..., Path]
 
 TEMPLATE = (Path(alembic.__file__).parent / "templates" / "multidb" / "env.py").read_text()
-LOGGING = (Path(__file__).parent / "support" / "env_files" / "file_config.ini").read_text()
+LOGGING = (Path(__file__).parents[1] / "support" / "env_files" / "file_config.ini").read_text()
 
 # As the template's script.py.mako renders them.
 REVISION = """
@@ -163,9 +163,9 @@ def test_a_failure_in_the_second_is_told_and_the_next_run_goes_on(
     pending = upgrade(run_migrator, folder, pair, "check")
     assert pending.code == 3, pending
     file.write_text(right)
-    mended = upgrade(run_migrator, folder, pair, "--edited", "warn")
-    assert mended.code == 0, mended
-    assert pair.at() == [[("r2",)], [("r2",)]], mended
+    fixed = upgrade(run_migrator, folder, pair, "--edited", "warn")
+    assert fixed.code == 0, fixed
+    assert pair.at() == [[("r2",)], [("r2",)]], fixed
 
 
 def test_with_a_manifest_the_others_are_looked_at_all_the_same(

@@ -10,16 +10,22 @@ import logging
 import logging.config
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
+import pythonjsonlogger.json
 
-from migrator import logs
-from migrator.logs import MASK, Logs, RedactingStream, Redactor, protect_streams
+from migrator.runtime import logs
+from migrator.runtime.logs import MASK, Logs, RedactingStream, Redactor, protect_streams
+from tests.config.test_database_url import PASSWORDS
 from tests.support import PLANTED, leaks
-from tests.test_target import PASSWORDS
+from tests.support.env_text import env
+from tests.support.projects import Revision, linear_history
+from tests.support.runner import Runner
+from tests.support.servers import Database
 
 SECRETS = [password for password in PASSWORDS if len(password) >= 6]
 FORMS = {
@@ -203,6 +209,35 @@ def test_json_lines(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
 
 
 @pytest.mark.usefixtures("secret", "logging_kept")
+@pytest.mark.parametrize(
+    ("message", "extra"),
+    [
+        ("Nothing to do: x is at r003 (head), verified.", {"stage": "verify", "seconds": 0.25}),
+        (f"é→ \u202e \x1b[1m\n{PLANTED}", {"path": Path("x"), "text": "\x7f", "none": None, "items": [1, 2]}),
+        ("its keys", {"time": 1, "run_id": "mine"}),
+    ],
+)
+@pytest.mark.parametrize("run_id", ["run-1", ""])
+def test_the_line_without_logging_is_that_of_logging(
+    monkeypatch: pytest.MonkeyPatch, run_id: str, message: str, extra: dict[str, Any]
+) -> None:
+    """A run with nothing to do writes its line itself; pythonjsonlogger makes all others."""
+    stderr = catch_stderr(monkeypatch)
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.25)
+    Logs("json", "info", run_id).say("info", message, **extra)
+    fast = stderr.getvalue()
+    logs = Logs("json", "info", run_id)
+    logs.install()
+    logs.say("info", message, **extra)
+    assert stderr.getvalue() == fast + fast
+    document = json.loads(fast)
+    assert document["logger"] == "migrator"
+    assert next(iter(document)) == "message"
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    assert any(isinstance(formatter, pythonjsonlogger.json.JsonFormatter) for formatter in formatters)
+
+
+@pytest.mark.usefixtures("secret", "logging_kept")
 def test_text_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = catch_stderr(monkeypatch)
     Logs("text", "warning").install()
@@ -294,3 +329,40 @@ def test_the_log_survives_file_config(monkeypatch: pytest.MonkeyPatch, tmp_path:
     file = (tmp_path / "app.log").read_text()
     assert f"FILE-CONFIG to the file: {MASK}\n" in file
     assert leaks.find(stderr.getvalue() + file) is None
+
+
+OF_A_CLASS_OF_ITS_OWN = """
+import logging, sys
+class Pretty(logging.Handler):
+    def emit(self, record):
+        print("PRETTY", record.getMessage(), file=sys.stderr)
+        print("PRETTY", record.getMessage(), file=sys.__stdout__)
+        with open("seen.txt", "a") as file:
+            print(record.getMessage(), file=file)
+{0}
+"""
+REPLACED = {
+    "the root's handlers": "logging.basicConfig(level='INFO', handlers=[Pretty()], force=True)",
+    "our own logger's": "mine = logging.getLogger('migrator'); mine.handlers = [Pretty()]; mine.propagate = False",
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+@pytest.mark.parametrize("where", ["env.py", "a revision"])
+def test_an_env_py_that_replaces_logging_gets_each_line_once_and_as_json(
+    database: Database, project: Callable[..., Path], run_migrator: Runner, what: str, where: str
+) -> None:
+    text = OF_A_CLASS_OF_ITS_OWN.format(REPLACED[what])
+    revisions = linear_history(2)
+    if where == "a revision":
+        revisions[0] = Revision("r001", None, f"{text}\nop.execute('CREATE TABLE t1 (id int)')")
+    folder = project(env(top=text if where == "env.py" else ""), revisions=revisions)
+    result = run_migrator(cwd=folder, database=database)
+    assert result.code == 0, result
+    lines = result.stderr.splitlines()
+    assert len(result.logs) == len(lines), result
+    said = [line["message"] for line in result.logs]
+    assert len(said) == len(set(said)), result
+    assert len([line for line in said if line.startswith("applied ")]) == 2, result
+    assert "PRETTY" not in result.stdout
+    assert "applied 2 of 2" in (folder / "seen.txt").read_text()  # what else it does, it does

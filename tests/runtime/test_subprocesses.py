@@ -15,7 +15,7 @@ from types import FrameType
 
 import pytest
 
-from migrator import process
+from migrator.runtime import subprocesses
 from tests.support.pace import Stopwatch
 
 PYTHON = sys.executable
@@ -37,9 +37,9 @@ def alarm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, previous)
 
 
-def python(code: str, *arguments: str, **options: object) -> process.Finished:
+def python(code: str, *arguments: str, **options: object) -> subprocesses.Finished:
     command = [PYTHON, "-c", textwrap.dedent(code), *arguments]
-    return process.run(command, environment=process.base_environment(), **options)  # type: ignore[arg-type]
+    return subprocesses.run(command, environment=subprocesses.base_environment(), **options)  # type: ignore[arg-type]
 
 
 def alive(pid: int) -> bool:
@@ -70,7 +70,7 @@ def test_both_pipes_are_drained_whatever_the_order() -> None:
     )
     assert finished.status == 7
     assert b"".join(chunks) == b"o" * 5_000_000
-    assert len(finished.stderr) == process.STDERR_KEPT
+    assert len(finished.stderr) == subprocesses.STDERR_KEPT
     assert finished.stderr.endswith("the end")
 
 
@@ -82,7 +82,7 @@ def test_the_environment_is_what_was_given(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MIGRATOR_SECRET_OF_OURS", "x")
     chunks: list[bytes] = []
     code = "import os; print(sorted(os.environ))"
-    process.run(
+    subprocesses.run(
         [PYTHON, "-c", code], environment={"PATH": "/bin", "PGPASSWORD": "p"}, on_output=chunks.append
     )
     names = eval(b"".join(chunks))  # noqa: S307 - what repr() wrote
@@ -131,7 +131,7 @@ def test_an_exception_from_a_signal_handler_ends_the_child() -> None:
 
 
 def test_a_child_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "GRACE", 0.2)
+    monkeypatch.setattr(subprocesses, "GRACE", 0.2)
     pids: list[int] = []
 
     def fail(chunk: bytes) -> None:
@@ -153,14 +153,14 @@ def test_a_child_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_timeout_counts_with_pipes_open_and_with_pipes_closed() -> None:
     for code in ("import time; time.sleep(60)", "import os, time; os.close(1); os.close(2); time.sleep(60)"):
-        with Stopwatch() as watch, pytest.raises(process.TimedOut, match=r"did not end within 0\.5 s"):
+        with Stopwatch() as watch, pytest.raises(subprocesses.TimedOut, match=r"did not end within 0\.5 s"):
             python(code, timeout=0.5)
         assert watch.within(5)
 
 
 def test_a_program_that_is_missing_is_an_oserror() -> None:
     with pytest.raises(FileNotFoundError):
-        process.run(["/nonexistent/pg_dump"], environment={})
+        subprocesses.run(["/nonexistent/pg_dump"], environment={})
 
 
 def terminate_ourselves() -> None:
@@ -173,7 +173,7 @@ def test_uninterrupted_holds_signals_back_and_hands_them_on() -> None:
     done = []
 
     def work() -> None:
-        with process.uninterrupted():
+        with subprocesses.uninterrupted():
             terminate_ourselves()
             done.append("all of it")
 
@@ -184,7 +184,7 @@ def test_uninterrupted_holds_signals_back_and_hands_them_on() -> None:
 
 @pytest.mark.usefixtures("alarm")
 def test_uninterrupted_can_forget_what_came_too_late() -> None:
-    with process.uninterrupted(forget=True):
+    with subprocesses.uninterrupted(forget=True):
         terminate_ourselves()
     with pytest.raises(Stop):  # and the handler is back
         terminate_ourselves()
@@ -194,10 +194,10 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     code = f"""
         import sys
-        sys.path.insert(0, {str(Path(process.__file__).parents[1])!r})
-        from migrator import process
+        sys.path.insert(0, {str(Path(subprocesses.__file__).parents[2])!r})
+        from migrator.runtime import subprocesses
         child = "import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-        process.run([sys.executable, "-c", child], environment=process.base_environment())
+        subprocesses.run([sys.executable, "-c", child], environment=subprocesses.base_environment())
     """
     parent = subprocess.Popen([PYTHON, "-c", textwrap.dedent(code)])
     try:
@@ -209,7 +209,7 @@ def test_a_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_what_the_pulse_raises_ends_a_child_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "PULSE", 0.1)
+    monkeypatch.setattr(subprocesses, "PULSE", 0.1)
     beats: list[float] = []
 
     def pulse() -> None:
@@ -281,11 +281,11 @@ def test_a_process_that_left_the_group_is_not_waited_for_either(talks: bool, tmp
 def test_what_a_child_leaves_is_reaped_by_a_process_that_inherits_it() -> None:
     code = f"""
         import ctypes, os, sys
-        sys.path.insert(0, {str(Path(process.__file__).parents[1])!r})
-        from migrator import process
+        sys.path.insert(0, {str(Path(subprocesses.__file__).parents[2])!r})
+        from migrator.runtime import subprocesses
         assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: as PID 1 is
         child = "import os, time; os.fork() or time.sleep(300)"
-        process.run([sys.executable, "-c", child], environment=process.base_environment())
+        subprocesses.run([sys.executable, "-c", child], environment=subprocesses.base_environment())
         try:
             os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from migrator.config.database_url import parse as parse_address
 from migrator.outcome import ExitCode
-from migrator.postgres import connect
+from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
+from migrator.postgres.session import connect
 from migrator.schema.difference import differences
 from migrator.schema.snapshot import Snapshot, Unreadable, take, unpack
-from migrator.stages.lock import LOCK_CLASS, RUN_LOCK
-from migrator.target import parse as parse_address
 from tests.support import plain_alembic
 from tests.support.env_text import env
 from tests.support.outcomes import done, refusal, unchanged
@@ -299,6 +300,16 @@ def test_a_snapshot_is_small_and_comes_back_as_it_was(database: Database) -> Non
             unpack(broken)
 
 
+def test_the_order_in_which_an_older_migrator_wrote_a_snapshot_is_no_difference(database: Database) -> None:
+    database.execute(SCHEMA)
+    now = snapshot(database)
+    older = dataclasses.replace(now, text=json.dumps([list(item) for item in reversed(now.items)]))
+    assert older.text != now.text
+    assert told(older, now) == []
+    database.execute("DROP INDEX sales.orders_total")
+    assert told(older, snapshot(database)) == ["index sales.orders_total: it is gone; it was on sales.orders"]
+
+
 # -- the commands ------------------------------------------------------------------------------------------
 
 
@@ -395,6 +406,31 @@ def test_a_schema_is_accepted(database: Database, project: Project, run: Run) ->
     (row,) = json.loads(done(run("ledger", "--limit", "1", "--format", "json", cwd=folder)).stdout)
     assert row["details"]["differences"][0] == "table public.t2: it is gone"
     assert "items" not in row["details"]["schema"]
+
+
+def test_old_snapshots_go_and_nothing_else_does(database: Database, project: Project, run: Run) -> None:
+    folder = project(revisions=linear_history(4))
+    for number in range(1, 5):
+        done(run("upgrade", f"r{number:03d}", cwd=folder, MIGRATOR_DRIFT_KEEP="1"))
+    kept = "SELECT revision, event, run_id FROM migrator_ledger WHERE event <> 'schema' ORDER BY id"
+    snapshots = "SELECT rows_after[1] FROM migrator_ledger r WHERE event = 'run' AND EXISTS (SELECT FROM"
+    snapshots += " migrator_ledger s WHERE s.run_id = r.run_id AND s.event = 'schema') ORDER BY id"
+    assert database.psql(snapshots) == [("r003",), ("r004",)]
+    before = database.psql(kept)
+    assert [event for _, event, _ in before].count("run") == 4
+    done(
+        run("repair", "--accept-schema", cwd=folder)
+    )  # a person's word stays, though it is older than the next ones
+    for step in ("-1", "-1", "-1"):
+        done(run("downgrade", step, "--yes", cwd=folder, MIGRATOR_DRIFT_KEEP="0"))
+    assert database.psql(
+        "SELECT message IS NOT NULL FROM migrator_ledger WHERE event = 'schema' ORDER BY id"
+    ) == [
+        (True,),
+        (False,),
+    ]
+    assert database.psql(kept)[: len(before)] == before
+    assert "is what run" in done(run("verify", cwd=folder, MIGRATOR_DESTINATION="r001")).stdout
 
 
 def test_nothing_is_compared_where_nobody_knows(database: Database, project: Project, run: Run) -> None:

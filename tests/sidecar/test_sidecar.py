@@ -375,7 +375,7 @@ def test_the_metrics_are_well_formed(sidecar: Callable[..., Sidecar]) -> None:
     one.wait_for(lambda: "migrator_verify_success" in one.metrics(), "a verification")
     families = {family.name: family for family in text_string_to_metric_families(one.ask("/metrics").body)}
     assert all(family.documentation for family in families.values())
-    page = (ROOT / "docs" / "sidecar.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "sidecar.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"`(migrator_[a-z_]+)`", page)) - {"migrator_min_compatible"}
     served = set(re.findall(r"^# TYPE (migrator_\w+)", one.ask("/metrics").body, re.M))
     assert documented - served == {"migrator_last_run_backup_size_bytes"}  # there was no backup

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from migrator.outcome import Finding, Severity
-from migrator.postgres import Session
+from migrator.pipeline.stages.verify import verify
+from migrator.postgres.session import Session
 from migrator.schema.expectations import parse
-from migrator.stages.verify import verify
 
 SCHEMA = """
 CREATE SCHEMA accounts;

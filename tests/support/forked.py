@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _PRELOAD = [
-    "migrator.cli",
-    "migrator.commands",
-    "migrator.stages.apply",
+    "migrator.cli.main",
+    "migrator.cli.commands",
+    "migrator.pipeline.apply.apply",
     "alembic.command",
     "alembic.runtime.environment",
     "sqlalchemy.dialects.postgresql.psycopg2",
@@ -117,6 +117,6 @@ def _run(arguments: tuple[str, ...], cwd: str, env: dict[str, str], out: str) ->
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = ["migrator", *arguments]
-    from migrator.cli import script
+    from migrator.cli.main import script
 
     script()

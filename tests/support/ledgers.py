@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from migrator.ledger import APPLIED, FOUND, GONE, REVERTED, STAMPED, UNSTAMPED
+from migrator.ledger.table import APPLIED, FOUND, GONE, REVERTED, STAMPED, UNSTAMPED
 from tests.support.servers import Database
 
 _CAME = {APPLIED, FOUND, STAMPED}

@@ -10,6 +10,9 @@
         proxy.reset()       # ... or had crashed
         proxy.refuse()      # new connections are refused until resume()
 
+With `watch=`, a function sees all that clients send, piece by piece (one query each, as psycopg2 and libpq send them),
+before it is passed on, and may let the network fall silent there: see `Watch`.
+
 The server sees each connection under a port of the proxy's: `pg_stat_activity.client_port`. Given such ports, `stall`,
 `drop` and `reset` are about these connections only.
 """
@@ -22,7 +25,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -31,6 +34,10 @@ from tests.support.servers import Database
 Direction = Literal["up", "down", "both"]
 """up: what goes to the server; down: what comes from it."""
 
+Watch = Callable[[int, bytes], str]
+"""Gets a connection's number and what its client sends.  What it returns holds everything from then on: "question"
+before this reaches the server, "answer" afterwards; "" passes it on."""
+
 _TICK = 0.02  # seconds after which a pump looks again whether it is stalled
 
 
@@ -38,12 +45,18 @@ class _Link:
     """One connection through the proxy: two sockets, and two threads that carry bytes between them."""
 
     def __init__(
-        self, client: socket.socket, server: socket.socket, stalled: Iterable[str], rate: float
+        self,
+        client: socket.socket,
+        server: socket.socket,
+        stalled: Iterable[str],
+        rate: float,
+        watch: Callable[[_Link, bytes], bool],
     ) -> None:
         self.client, self.server = client, server
         self.port: int = server.getsockname()[1]
         self.stalled = set(stalled)
         self.rate = rate
+        self.watch = watch
         self.over = threading.Event()
         for source, sink, way in ((client, server, "up"), (server, client, "down")):
             threading.Thread(target=self._pump, args=(source, sink, way), daemon=True).start()
@@ -61,6 +74,8 @@ class _Link:
                 data = source.recv(65536)
                 if not data:
                     break
+                if way == "up" and not self.watch(self, data):
+                    continue
                 sink.sendall(data)
                 self.over.wait(len(data) / self.rate)
         self.close()
@@ -80,9 +95,13 @@ class _Link:
 class Proxy:
     """Passes connections to its own port on to a server's; use it as a context manager."""
 
-    def __init__(self, server_port: int, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, server_port: int, host: str = "127.0.0.1", *, watch: Watch = lambda _number, _data: ""
+    ) -> None:
         self._server = (host, server_port)
         self._host = host
+        self._watch = watch
+        self._numbers: dict[_Link, int] = {}
         self._links: list[_Link] = []
         self._stalled: set[str] = set()
         self._rate = math.inf
@@ -102,6 +121,15 @@ class Proxy:
         """Return the variables with which a run reaches the database through the proxy."""
         port = urlsplit(database.url).port
         return {"MIGRATOR_DATABASE_URL": database.url.replace(f":{port}/", f":{self.port}/")}
+
+    def _look(self, link: _Link, data: bytes) -> bool:
+        """Ask the watch about what a client sends; whether it is passed on."""
+        with self._mutex:
+            held = "up" in link.stalled
+            verdict = self._watch(self._numbers.setdefault(link, len(self._numbers)), data)
+        if verdict:
+            self.stall()
+        return not held and verdict != "question"
 
     def stall(self, *ports: int, direction: Direction = "both") -> None:
         """Hold back what comes in from now on, on all connections and new ones, or on these alone."""
@@ -185,7 +213,7 @@ class Proxy:
                 continue
             server.settimeout(None)
             with self._mutex:
-                link = _Link(client, server, self._stalled, self._rate)
+                link = _Link(client, server, self._stalled, self._rate, self._look)
                 self._links.append(link)
             if self._closed:
                 link.close()

@@ -1,0 +1,147 @@
+"""What a restore will end at is said when the backup is made; and what is only our bookkeeping fails no backup."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from migrator.backups import clients, description
+from migrator.backups.verification import fingerprint
+from migrator.runtime.subprocesses import Finished
+from tests.support import installations
+from tests.support.servers import Database, Server
+
+from .conftest import Workbench
+
+Bench = Callable[..., Workbench]
+
+BODIES = """
+CREATE TABLE other (id int PRIMARY KEY); INSERT INTO other VALUES (1), (2);
+CREATE FUNCTION known(i int) RETURNS boolean LANGUAGE sql STABLE
+  AS 'SELECT EXISTS (SELECT FROM other o WHERE o.id = i)';
+CREATE FUNCTION known_too(i int) RETURNS boolean LANGUAGE plpgsql STABLE
+  AS 'BEGIN RETURN EXISTS (SELECT FROM other WHERE id = i); END';
+CREATE FUNCTION low(t text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT lower(t)';
+CREATE FUNCTION norm(t text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT low(t)';
+CREATE FUNCTION outer_one(t text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT public.norm(t)';
+CREATE FUNCTION good(i int) RETURNS boolean LANGUAGE sql STABLE
+  AS 'SELECT EXISTS (SELECT FROM public.other WHERE id = i)';
+CREATE FUNCTION good_too(i int) RETURNS boolean LANGUAGE sql STABLE SET search_path = public
+  AS 'SELECT EXISTS (SELECT FROM other WHERE id = i) AND known(i)';
+CREATE FUNCTION good_three(i int) RETURNS boolean LANGUAGE plpgsql STABLE
+  AS 'BEGIN /* FROM other */ RETURN EXISTS (WITH other AS (SELECT i) SELECT FROM other, public.other o -- JOIN other
+  ); END';
+"""
+BROKEN = {
+    "check one of public.a": "CREATE TABLE a (id int CONSTRAINT one CHECK (known(id))); INSERT INTO a VALUES (1)",
+    "check two of public.a": "CREATE TABLE a (id int CONSTRAINT two CHECK (known_too(id))); INSERT INTO a VALUES (1)",
+    "check late of public.a": "CREATE TABLE a (id int CONSTRAINT late CHECK (good_too(id))); INSERT INTO a VALUES (1)",
+    "check odd of public.small": "CREATE DOMAIN small AS int CONSTRAINT odd CHECK (known(VALUE));"
+    " CREATE TABLE a (id small); INSERT INTO a VALUES (1)",
+    "generated column n of public.a": "CREATE TABLE a (t text, n text GENERATED ALWAYS AS (norm(t)) STORED);"
+    " INSERT INTO a VALUES ('A')",
+    "index public.x": "CREATE TABLE a (t text); INSERT INTO a VALUES ('A'); CREATE INDEX x ON a (outer_one(t))",
+    "materialized view public.m": "CREATE VIEW v AS SELECT id, known(id) FROM other;"
+    " CREATE MATERIALIZED VIEW m AS SELECT * FROM v",
+}
+
+
+@pytest.mark.parametrize("named", BROKEN)
+def test_what_needs_a_search_path_is_named(
+    named: str, database: Database, workbench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a restore does end at it, which shows that the warning is true: with one job, which takes them by name."""
+    database.execute(BODIES + BROKEN[named])
+    bench = workbench(database, MIGRATOR_RESTORE_JOBS="1")
+    backup = bench.back_up()
+    (proof,) = backup.proofs
+    assert proof.ok
+    assert proof.why.startswith(f"{named} calls public.")
+    assert f"may end at this: {named} calls" in caplog.text
+    assert named in description.text(backup, lambda rows: "")
+    with pytest.raises(Exception, match=r"does not exist|violates check"):
+        bench.restore(to=f"{database.name}_look")
+
+
+def test_what_needs_none_is_not_named(database: Database, workbench: Bench) -> None:
+    """Qualified, with a path of its own, in a comment, or never evaluated by a restore."""
+    database.execute(
+        BODIES + "CREATE TABLE a (id int CHECK (id > 0), d bool DEFAULT known(1)); INSERT INTO a VALUES (1);"
+        " CREATE VIEW v AS SELECT known(id) FROM a;"
+        " CREATE MATERIALIZED VIEW m AS SELECT good(id), good_too(id), good_three(id) FROM a"
+    )
+    bench = workbench(database)
+    backup = bench.back_up()
+    assert [proof.why for proof in backup.proofs] == [""]
+    bench.restore(to=f"{database.name}_look")
+
+
+def test_a_table_that_cannot_be_counted_by_a_query(each_database: Database, workbench: Bench) -> None:
+    each_database.execute(
+        BODIES + "CREATE TABLE person (id int PRIMARY KEY, name text); INSERT INTO person VALUES (1, 'A');"
+        " CREATE STATISTICS st ON (norm(name)), id FROM person"
+    )
+    for how in ("read", "restore"):
+        backup = workbench(each_database, MIGRATOR_BACKUP_VERIFY=how).back_up()
+        assert backup.tables["public.person"].rows == 1
+
+
+@pytest.mark.parametrize("broken", ["_SCHEMA", "_SEQUENCES"])
+def test_bookkeeping_fails_no_backup(
+    broken: str,
+    database: Database,
+    workbench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The backup is made, a warning says what is not known, and its proof does without."""
+    database.execute("CREATE TABLE t (id serial); INSERT INTO t DEFAULT VALUES")
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(fingerprint, broken, f"SELECT no_such_thing, {broken!r}")
+        backup = workbench(database, MIGRATOR_BACKUP_VERIFY="read").back_up()
+    assert backup.verified == "read"
+    assert "no_such_thing" in caplog.text
+
+
+def test_why_a_worker_died() -> None:
+    said = (
+        "pg_restore: error: could not execute query: ERROR:  could not create unique index\nDETAIL:  Key (a)=(1)\n"
+        "pg_restore: error: a worker process died unexpectedly\n"
+    )
+    assert "could not create unique index DETAIL: Key" in clients.last_words(
+        Finished("pg_restore", 1, said, 1.0)
+    )
+    alone = "pg_restore: error: a worker process died unexpectedly\n"
+    assert "worker process died" in clients.last_words(Finished("pg_restore", 1, alone, 1.0))
+
+
+def test_an_extension_of_one_database(
+    private_server: Callable[..., Server], workbench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pg_cron is left out of a copy beside, which is said when the backup is made and when it is restored."""
+    if not Path("/usr/lib/postgresql/15/lib/pg_cron.so").exists():
+        installations.apt_install("postgresql-15-cron")
+    server = private_server(settings={"shared_preload_libraries": "pg_cron", "cron.database_name": "jobs"})
+    server.psql("CREATE DATABASE jobs")
+    database = Database(server, "jobs")
+    database.execute("CREATE EXTENSION pg_cron; CREATE TABLE t AS SELECT 1 AS a")
+    database.execute("SELECT cron.schedule('nightly', '0 3 * * *', 'VACUUM')")
+    bench = workbench(database)
+    backup = bench.back_up()
+    assert "pg_cron can be in no database with another name" in backup.proofs[0].why
+    database.execute("DELETE FROM t")
+    restored = bench.restore()
+    assert database.psql("SELECT a FROM t") == [(1,)]
+    (note,) = [note for note in restored.notes if "pg_cron" in note]
+    database.execute("CREATE EXTENSION pg_cron")
+    command = note.partition("then `")[2].partition("`")[0]
+    subprocess.run(
+        ["/bin/sh", "-ec", command],
+        env={"PATH": f"{server.bin}:/usr/bin:/bin", **server.environment()},
+        check=True,
+    )
+    assert database.psql("SELECT jobname, schedule FROM cron.job") == [("nightly", "0 3 * * *")]

@@ -1,0 +1,244 @@
+"""A second attempt goes through env.py from the top: it sees what the first one saw, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrator.outcome import ExitCode
+from migrator.pipeline.apply.attempts import LOSSES, Attempt, Cause, cause_of, cut_alike, may_repeat
+from migrator.pipeline.apply.revisions import Part
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal
+from migrator.postgres.version_table import VersionTable
+from tests.support.env_shapes import SHAPES
+from tests.support.outcomes import done, left_behind, refusal
+from tests.support.projects import Revision, linear_history
+from tests.support.proxy import Proxy
+from tests.support.runner import Runner, Running
+from tests.support.servers import Database, Server
+
+Project = Callable[..., Path]
+Start = Callable[..., Running]
+
+# What a session sees, one line an attempt; the file is opened anew by each.
+LOOK = """\
+import json, os
+from sqlalchemy import text
+with op.get_context().connection.begin_nested():
+    rows = op.get_bind().execute(text(
+        "SELECT 'setting ' || name, setting FROM pg_settings WHERE name <> 'transaction_timestamp'"
+        " UNION ALL SELECT 'role', current_user || ' of ' || session_user"
+        " UNION ALL SELECT 'lock ' || classid || ' ' || objid, mode FROM pg_locks"
+        "  WHERE pid = pg_backend_pid() AND locktype = 'advisory'"
+        " UNION ALL SELECT 'temporary', coalesce(to_regclass('pg_temp.scratch')::text, 'none')"
+        " UNION ALL SELECT 'orders', coalesce(to_regclass('orders')::oid::text, 'none')"))
+    found = dict(tuple(row) for row in rows)
+with open(os.environ['SEEN'], 'a') as file: file.write(json.dumps(found) + '\\n')
+op.execute('ALTER TABLE orders DROP COLUMN note')
+"""
+PREPARED = """
+CREATE SCHEMA app;
+CREATE TABLE app.orders (id int, note text); CREATE TABLE public.orders (id int, note text);
+GRANT ALL ON SCHEMA app, public TO "{role}"; ALTER TABLE app.orders OWNER TO "{role}";
+ALTER TABLE public.orders OWNER TO "{role}"
+"""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_the_second_attempt_sees(
+    database: Database, project: Project, start_migrator: Start, tmp_path: Path, shape: str
+) -> None:
+    role = database.server.create_role(f"owns_{database.name}")
+    database.execute(PREPARED.format(role=role))
+    files = {name: text.replace("{role}", f'\\"{role}\\"') for name, text in SHAPES[shape].items()}
+    folder = project(files, revisions=[Revision("a1", None, LOOK)])
+    seen = tmp_path / "seen"
+    blocker = database.connect()
+    blocker.cursor().execute("LOCK TABLE app.orders, public.orders IN ACCESS SHARE MODE")
+    settings: Mapping[str, str | None] = {
+        "MIGRATOR_LOCK_TIMEOUT": None if "lock_timeout" in shape else "300ms",
+        "MIGRATOR_LOCK_RETRIES": "100",
+        "SEEN": str(seen),
+        "MIGRATOR_VERSION_TABLE": "app.alembic_version" if "version_table_schema" in str(files) else None,
+        "MIGRATOR_BASELINE": "base",
+        "MIGRATOR_BACKUP": "off",
+    }
+    run = start_migrator("upgrade", cwd=folder, database=database, env=settings)
+    run.wait_for("rolled back, trying again")
+    blocker.close()
+    result = done(run.finish())
+    attempts = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert len(attempts) >= 2, result
+    assert all(attempt == attempts[0] for attempt in attempts[1:]), _difference(attempts)
+    lost = "SELECT attrelid::regclass::text FROM pg_attribute WHERE attisdropped AND attrelid = {}"
+    assert database.psql(lost.format(attempts[0]["orders"])), "the column is still where env.py pointed to"
+    others = "SELECT count(*)::int FROM information_schema.columns WHERE column_name = 'note'"
+    assert database.psql(others) == [(1,)]
+    assert left_behind(database) == []
+
+
+def _difference(attempts: list[dict[str, Any]]) -> str:
+    first, second = attempts[0], attempts[1]
+    names = sorted({*first, *second})
+    return "; ".join(
+        f"{name}: {first.get(name)} != {second.get(name)}"
+        for name in names
+        if first.get(name) != second.get(name)
+    )
+
+
+PART = (Part("b1", VersionTable(), upgrade=True),)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "again"),
+    [
+        (Attempt(Cause.BUSY, busy=1), True),
+        (Attempt(Cause.BUSY, busy=3), True),
+        (Attempt(Cause.BUSY, busy=4), False),
+        (Attempt(Cause.LOST, losses=LOSSES), True),
+        (Attempt(Cause.LOST, losses=LOSSES + 1), False),
+        (Attempt(Cause.LOST, busy=9, losses=1), True),
+        (Attempt(Cause.BUSY, busy=1, unfinished=PART), False),
+        (Attempt(Cause.LOST, losses=1, unfinished=PART), False),
+        (Attempt(Cause.BUSY, busy=1, settled=False), False),
+        (Attempt(Cause.LOST, losses=1, settled=False), False),
+        (Attempt(Cause.BUSY, busy=1, stopped=True), False),
+        (Attempt(Cause.OTHER), False),
+    ],
+)
+def test_when_env_py_is_run_again(attempt: Attempt, again: bool) -> None:
+    assert may_repeat(attempt, lock_retries=3) is again
+
+
+class Coded(Exception):
+    """A driver's error."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.sqlstate = code
+
+
+def wrapped(error: BaseException) -> BaseException:
+    """Return an error that a program has raised from another one."""
+    outer = RuntimeError("no luck")
+    outer.__cause__ = error
+    return outer
+
+
+class OperationalError(Exception):
+    """What SQLAlchemy makes of a failed connection: no SQLSTATE."""
+
+
+@pytest.mark.parametrize(
+    ("error", "connected", "gone", "answers", "cause"),
+    [
+        (Coded("55P03"), True, False, True, Cause.BUSY),
+        (Coded("40P01"), True, False, True, Cause.BUSY),
+        (Coded("40001"), True, False, True, Cause.BUSY),
+        (wrapped(Coded("55P03")), True, False, True, Cause.BUSY),
+        (Coded("08006"), True, False, True, Cause.LOST),
+        (Coded("57P01"), True, False, True, Cause.LOST),
+        (Coded("25P03"), True, True, True, Cause.OTHER),
+        (Coded("22012"), True, False, True, Cause.OTHER),
+        (Coded("22012"), True, True, True, Cause.LOST),
+        (OperationalError("no route"), False, False, True, Cause.OTHER),
+        (OperationalError("no route"), False, False, False, Cause.LOST),
+        (OperationalError("no route"), True, False, False, Cause.OTHER),
+        (QueryFailed("gone", "", lost=True), True, False, True, Cause.LOST),
+        (ConnectFailed(Refusal.TRANSIENT, "waited for it"), False, False, False, Cause.OTHER),
+        (KeyboardInterrupt(), True, True, False, Cause.OTHER),
+    ],
+)
+def test_why_an_attempt_failed(
+    error: BaseException, connected: bool, gone: bool, answers: bool, cause: Cause
+) -> None:
+    assert cause_of(error, connected=connected, gone=gone, answers=lambda: answers) is cause
+
+
+def test_a_retry_does_not_leave_env_py_s_schema(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    """The case that was reported: the second attempt dropped the column of the other schema's table, with 0."""
+    database.execute(
+        "CREATE SCHEMA app; CREATE TABLE app.orders (id int, note text); CREATE TABLE public.orders (id int, note text)"
+    )
+    folder = project(
+        SHAPES["SET search_path in the transaction"],
+        revisions=[Revision("a1", None, "ALTER TABLE orders DROP COLUMN note")],
+    )
+    reader = database.connect()
+    reader.cursor().execute("SELECT * FROM app.orders")
+    env = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "MIGRATOR_BASELINE": "base", "MIGRATOR_BACKUP": "off"}
+    run = start_migrator(
+        "upgrade",
+        cwd=folder,
+        database=database,
+        env={**env, "MIGRATOR_VERSION_TABLE": "app.alembic_version"},
+    )
+    run.wait_for("rolled back, trying again")
+    reader.close()
+    assert run.finish().code == ExitCode.OK
+    columns = "SELECT table_schema FROM information_schema.columns WHERE column_name = 'note'"
+    assert database.psql(columns) == [("public",)]
+
+
+def test_a_prepared_transaction_in_the_way_is_named(
+    private_server: Callable[..., Server], project: Callable[..., Path], run_migrator: Runner
+) -> None:
+    database = private_server(settings={"max_prepared_transactions": "2"}).create_database()
+    folder = project(revisions=[*linear_history(1), Revision("r002", "r001", "ALTER TABLE t1 ADD n int")])
+    done(run_migrator("upgrade", "r001", cwd=folder, database=database))
+    with closing(database.connect()) as other:
+        other.tpc_begin("it's held")
+        other.cursor().execute("LOCK TABLE t1 IN SHARE MODE")
+        other.tpc_prepare()
+    env = {"MIGRATOR_BACKUP": "off", "MIGRATOR_LOCK_TIMEOUT": "3s", "MIGRATOR_LOCK_RETRIES": "0"}
+    result = run_migrator(cwd=folder, database=database, env=env)
+    named = "blocked by prepared transaction 'it''s held'"
+    refusal(result, ExitCode.BLOCKED, named, "ROLLBACK PREPARED 'it''s held';")
+
+
+@pytest.mark.parametrize(
+    ("ages", "alike"),
+    [
+        ((5.1, 5.0, 5.4, 5.0), True),
+        ((600.2, 640.0), True),
+        ((5.0,), False),
+        ((5.0, 11.0), False),
+        ((0.1, 0.1), False),
+    ],
+)
+def test_connections_that_are_cut_at_a_like_age(ages: tuple[float, ...], alike: bool) -> None:
+    assert bool(cut_alike(ages)) is alike
+
+
+def test_a_proxy_that_ends_idle_connections_is_named_and_no_revision(
+    database: Database, project: Callable[..., Path], start_migrator: Start
+) -> None:
+    asleep = (
+        "SELECT client_port, query_start FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(600)'"
+        " AND state = 'active'"
+    )
+    cut: set[Any] = set()
+    with Proxy(database.server.port) as proxy:
+        env = {"MIGRATOR_BACKUP": "off", **proxy.environment(database)}
+        run = start_migrator(cwd=project(revisions=[Revision("r001", None, "SELECT pg_sleep(600)")]), env=env)
+        while run.process.poll() is None:
+            for port, since in database.psql(f"{asleep} AND clock_timestamp() - query_start > interval '4s'"):
+                if since not in cut:
+                    cut.add(since)
+                    proxy.drop(port)
+            time.sleep(0.05)
+        result = run.finish()
+    assert len(cut) == LOSSES + 1
+    told = refusal(
+        result, ExitCode.ROLLED_BACK, "ends connections that it takes for idle", "MIGRATOR_DIRECT_URL"
+    )
+    assert "fix revision" not in told

@@ -1,0 +1,1 @@
+"""What a role without privileges cannot make migrator do."""
