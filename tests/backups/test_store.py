@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import signal
 import stat
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ def store(tmp_path: Path) -> FolderStore:
 
 def add(store: FolderStore, created_at: str = "2026-01-01T12:00:00+00:00", **facts: object) -> Backup:
     database = str(facts.get("database", "shop"))
+    beside: dict[str, bytes] = facts.pop("beside", {})  # type: ignore[assignment]
     backup_id = new_id(database)
     with store.new_dump(backup_id) as part:
         part.write(b"abc")
@@ -44,7 +46,7 @@ def add(store: FolderStore, created_at: str = "2026-01-01T12:00:00+00:00", **fac
             sha256=part.sha256,
             size_bytes=part.size,
         )
-        return store.add(part, backup)
+        return store.add(part, backup, beside)
 
 
 def test_a_backup_is_two_files_that_only_we_can_read(store: FolderStore) -> None:
@@ -129,6 +131,33 @@ def test_what_dead_runs_left_is_removed_and_what_lives_is_not(store: FolderStore
         store.remove_stale("shop")
     left = {path.name for path in store.folder.iterdir()}
     assert left == {other_young.name, live_old.name, stranger.name}
+
+
+@pytest.mark.parametrize("published", [1, 2])
+def test_a_run_that_was_killed_before_its_manifest_was_published_leaves_nothing(
+    store: FolderStore, published: int
+) -> None:
+    """Seen in a container: the kill came between the dump's rename and the manifest's."""
+    whole = add(store)
+    kept = set(os.listdir(store.folder))
+    child = os.fork()
+    if child == 0:
+        real, left = os.rename, [published]
+
+        def killed(source: object, target: object) -> None:
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            real(source, target)  # type: ignore[arg-type]
+
+        module.os.rename = killed  # type: ignore[attr-defined]
+        add(store, beside={".globals.sql": b"CREATE ROLE a;"})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(set(os.listdir(store.folder)) - kept) == 3
+    assert [backup.id for backup in store.backups()] == [whole.id]
+    store.remove_stale(whole.database)
+    assert set(os.listdir(store.folder)) == kept
 
 
 def test_the_id_is_a_file_name_whatever_the_database_is_called() -> None:

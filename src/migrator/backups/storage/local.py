@@ -55,6 +55,7 @@ STALE_AFTER = 3600.0
 """Seconds after which a ``.part`` file of *another* database is taken for dead, where flock says it is free."""
 
 _PROBE = ".migrator-"
+_UNPUBLISHED = re.compile(r"(?P<id>[A-Za-z0-9_.]+-\d{8}T\d{6}Z-[0-9a-f]{6})(?:\.bad)?\.json\.part")
 _NOT_OF_THE_FOLDER = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -214,10 +215,26 @@ class FolderStore:
                     continue
                 old = time.time() - path.stat().st_mtime > STALE_AFTER
                 if (old or ours.fullmatch(path.name)) and _nobody_holds(path):
+                    self._remove_without_manifest(path)
                     _delete(path)
                     LOGGER.info("removed %s, which an interrupted run left", path)
             except OSError as error:
                 LOGGER.warning("cannot remove %s: %s", path, error.strerror)
+
+    def _remove_without_manifest(self, path: Path) -> None:
+        """Remove what a run published before it was killed, if ``path`` is the manifest that it did not publish.
+
+        The manifest is written before anything is published, and published last.
+        """
+        found = _UNPUBLISHED.fullmatch(path.name)
+        if found is None or any(
+            (self.folder / f"{found['id']}{end}").exists() for end in (MANIFEST, BAD_MANIFEST)
+        ):
+            return
+        for published in self._names(""):
+            if published.name.startswith(f"{found['id']}.") and not published.name.endswith(PART):
+                _delete(published)
+                LOGGER.info("removed %s, which an interrupted run left without a manifest", published)
 
     def remove(self, found: Backup | BadDump) -> None:
         """Remove a backup, its manifest first, so that it is none from the first moment; raises OSError."""
@@ -238,16 +255,17 @@ class FolderStore:
             if isinstance(found, Backup):
                 database = database or found.database
                 (self.folder / f"{found.id}{MANIFEST}").rename(manifest)
-                place = Path(found.place)
-                bad = place.with_name(place.name + BAD)
-                place.rename(bad)
-            else:
-                part = _inner(found)
-                bad = part.path.with_name(part.path.name + BAD)
-                part.publish(bad)
             with FilePart(manifest, found.id) as text:
                 text.write(bad_manifest(found, why, database).encode())
                 text.sync()
+                if isinstance(found, Backup):
+                    place = Path(found.place)
+                    bad = place.with_name(place.name + BAD)
+                    place.rename(bad)
+                else:
+                    part = _inner(found)
+                    bad = part.path.with_name(part.path.name + BAD)
+                    part.publish(bad)
                 text.publish()
         return str(bad)
 
