@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from migrator.backups import databases
 from migrator.backups.dump import disk_space, globals
 from migrator.backups.exported_snapshot import Sizes
 from migrator.errors import BackupFailed
@@ -142,3 +145,28 @@ def test_room_for_a_second_copy(
         disk_space.check_scratch(session, Sizes(10**18, 10**18, {}))
     assert "how much is free there cannot be seen from here" in caplog.text
     assert globals.ENDING == ".globals.sql"
+
+
+def test_a_role_drops_its_scratch_database_though_a_superuser_is_in_it(
+    each_database: Database, workbench: Bench, owner: str
+) -> None:
+    """DROP DATABASE WITH (FORCE) refuses where an autovacuum worker, or a monitor, is in it; both leave soon."""
+    server = each_database.server
+    scratch = f"{each_database.name}_scratch"
+    server.psql(f'CREATE DATABASE {scratch} OWNER "{owner}"')
+    inside = server.connect(scratch)  # the superuser's
+
+    def leave() -> None:
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'DROP DATABASE %%' AND pid = %s"
+        end = time.monotonic() + 30
+        while not server.psql(waiting, [session.pid]) and time.monotonic() < end:
+            time.sleep(0.05)
+        inside.close()
+
+    target = workbench(each_database, DATABASE_URL=server.url("postgres", user=owner)).target
+    with connect(target, APPLICATION, 60) as session:
+        leaver = threading.Thread(target=leave, daemon=True)
+        leaver.start()
+        databases.drop(session, scratch)
+        leaver.join()
+    assert server.psql("SELECT count(*) FROM pg_database WHERE datname = %s", [scratch]) == [(0,)]

@@ -43,7 +43,7 @@ DROP_PATIENCE = 120.0
 _KEPT_OF_NAME = 20  # bytes
 SWAP_PATIENCE = 15.0
 """Seconds to get everyone out of a database and rename it; a container is usually given 30 to end."""
-_OBJECT_IN_USE = "55006"
+_DENIED, _OBJECT_IN_USE = "42501", "55006"
 _LOCK_NOT_AVAILABLE = "55P03"
 _MARK = "migrator: half-restored copy of "
 _SCRATCH_NAME = re.compile(r"_restore_\d{8}T\d{6}Z-[0-9a-f]{6}\Z")
@@ -143,16 +143,33 @@ def drop(session: Session, name: str) -> None:
 
     The server may wait for ever for one of its own processes that does not answer a signal barrier.
     """
-    force = session.facts.major >= 13
-    if not force:
-        terminate(session, name)
-    command = f"DROP DATABASE IF EXISTS {quote_identifier(name)}{' WITH (FORCE)' if force else ''}"
     session.query(f"SET statement_timeout = '{DROP_PATIENCE:.0f}s'")
     try:
-        session.query(command, timeout=DROP_PATIENCE + PROBE)  # the server does not time its COMMIT
+        if session.facts.major < 13 or not _drop_by_force(session, name):
+            terminate(session, name)
+            _drop(session, name)
     finally:
         if not session.closed:
             session.query("SET statement_timeout = 0")
+
+
+def _drop_by_force(session: Session, name: str) -> bool:
+    """Drop a database and end all sessions in it; False if one of them is a superuser's, and this role may not end it.
+
+    An autovacuum worker is such a session too. The server ends it for a DROP DATABASE without FORCE.
+    """
+    try:
+        _drop(session, name, " WITH (FORCE)")
+    except QueryFailed as error:
+        if error.sqlstate != _DENIED:
+            raise
+        return False
+    return True
+
+
+def _drop(session: Session, name: str, how: str = "") -> None:
+    # The server does not time its COMMIT.
+    session.query(f"DROP DATABASE IF EXISTS {quote_identifier(name)}{how}", timeout=DROP_PATIENCE + PROBE)
 
 
 def mark(session: Session, name: str, original: str) -> None:
