@@ -43,8 +43,8 @@ UNCHANGED = "The database was not changed."
 class MigratorError(Exception):
     """A failure that a person can act on.
 
-    ``message`` is one sentence on what happened, ``state`` one on what the database is like now, and
-    ``next_step`` the command to type or the thing to change.
+    ``message`` says what happened, ``state`` where the database stands, and ``next_step`` which command
+    to type or what to change. Each is one sentence.
     """
 
     code: ClassVar[ExitCode] = ExitCode.INTERNAL
@@ -68,7 +68,7 @@ class MigratorError(Exception):
 
 
 class SettingsError(MigratorError):
-    """Settings or arguments are wrong; ``problems`` lists every one of them."""
+    """Settings or arguments are wrong; ``problems`` lists all of them."""
 
     code = ExitCode.BAD_SETTINGS
 
@@ -78,7 +78,8 @@ class SettingsError(MigratorError):
         told = "; ".join(self.problems)
         super().__init__(
             f"{count} in the settings: {told}{'' if told.endswith('?') else '.'}",
-            next_step=next_step or "correct it; `migrator settings` then shows each value and its source",
+            next_step=next_step
+            or "fix it, then check with `migrator settings`, which shows each value and its source",
         )
 
 
@@ -89,7 +90,7 @@ class Unreachable(MigratorError):
 
 
 class LockBusy(MigratorError):
-    """Another run held the lock for the whole lock wait."""
+    """Another run held the lock until the lock wait ended."""
 
     code = ExitCode.LOCK_BUSY
 
@@ -101,29 +102,29 @@ class Blocked(MigratorError):
 
 
 class Interrupted(MigratorError):
-    """SIGTERM, SIGINT or SIGHUP arrived and all was rolled back."""
+    """SIGTERM, SIGINT or SIGHUP arrived, and everything was rolled back."""
 
     code = ExitCode.INTERRUPTED
 
 
 class NotCurrent(MigratorError):
-    """The database did not come to this image's heads within the wait."""
+    """The database did not reach this image's heads within the wait."""
 
     code = ExitCode.NOT_CURRENT
 
 
 class AccessDenied(MigratorError):
-    """Postgres is there but will not let us in: credentials, privileges, TLS, or no such database."""
+    """Postgres answers and refuses the login: credentials, privileges, TLS, or no such database."""
 
     code = ExitCode.ACCESS_DENIED
 
 
 class NoSuchDatabase(AccessDenied):
-    """Postgres is there, and the database is not."""
+    """Postgres answers, and the database does not exist."""
 
 
 class HistoryError(MigratorError):
-    """The revision files do not make one sound graph."""
+    """The revision files do not form one valid graph."""
 
     code = ExitCode.BAD_HISTORY
 
@@ -141,7 +142,7 @@ class Unversioned(MigratorError):
 
 
 class Tampered(MigratorError):
-    """An applied revision's file is not the one that was applied."""
+    """The file of an applied revision was edited."""
 
     code = ExitCode.TAMPERED
 
@@ -159,11 +160,11 @@ class BackupFailed(MigratorError):
 
 
 class NoSuchBackup(BackupFailed):
-    """There is no backup of that name, or none at all; nothing was begun."""
+    """There is no backup of that name, or no backup at all; no work was started."""
 
 
 class Drifted(MigratorError):
-    """The live schema is not what the last run left."""
+    """The live schema differs from the schema that the last run left."""
 
     code = ExitCode.DRIFTED
 
@@ -199,7 +200,7 @@ class RestoreFailed(MigratorError):
 
 
 class DamagedBackup(RestoreFailed):
-    """What is stored of a backup is not what was written."""
+    """The stored backup differs from the one that was written."""
 
 
 class Internal(MigratorError):

@@ -1,4 +1,4 @@
-"""What a run is and how it ended: exit codes, stage results, findings, and the outcome as one value."""
+"""How a run ended: exit codes, stage results, findings, and the outcome that holds them all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 class ExitCode(enum.IntEnum):
     """The exit codes of every command; an API, so a code never changes its meaning.
 
-    Bands: 0 done; 3 only from ``check`` and ``status --exit-code``; 10 settings; 20s nothing changed and
-    trying again can help; 30s nothing changed and a person is needed; 40s the database may have changed;
-    70 a defect in migrator.
+    Bands: 0 done; 3 only from ``check`` and ``status --exit-code``; 10 settings; 20s nothing changed
+    and a retry can help; 30s nothing changed and manual action is required; 40s the database may have
+    changed; 70 a defect in migrator.
     """
 
     meaning: str
@@ -27,42 +27,43 @@ class ExitCode(enum.IntEnum):
     PENDING = 3, "only from check and status --exit-code: revisions are pending"
     BAD_SETTINGS = 10, "settings or arguments are wrong; all problems listed"
     UNREACHABLE = 20, "no Postgres answered within the wait"
-    LOCK_BUSY = 21, "another run held the lock for the whole lock wait; its holder is named"
-    BLOCKED = 22, "lock_timeout retries are used up; the blocking sessions are named"
-    INTERRUPTED = 23, "SIGTERM, SIGINT or SIGHUP; all rolled back"
+    LOCK_BUSY = 21, "another run held the lock for the whole lock wait; the message names its holder"
+    BLOCKED = 22, "lock_timeout retries are used up; the message names the blocking sessions"
+    INTERRUPTED = 23, "SIGTERM, SIGINT or SIGHUP; everything was rolled back"
     NOT_CURRENT = 24, "wait-for-current gave up"
     ACCESS_DENIED = 30, "credentials, privileges, TLS, or no such database"
     BAD_HISTORY = 31, "several heads, a missing parent, a revision that does not import, an ambiguous id"
     DATABASE_AHEAD = 32, "the database is at a revision this image does not know (older image)"
     UNVERSIONED = 33, "tables but no alembic_version: needs an explicit --baseline REV"
-    TAMPERED = 34, "an applied revision's file is not the one that was applied"
-    UNSAFE = 35, "the guard refused; findings listed"
+    TAMPERED = 34, "the file of an applied revision was edited"
+    UNSAFE = 35, "the guard refused; its findings are listed"
     BACKUP_FAILED = 36, "no verified backup, so nothing was applied"
-    DRIFTED = 37, "the live schema is not what the last run left"
-    REHEARSAL_FAILED = 38, "it failed on the copy; the database was not touched"
+    DRIFTED = 37, "the live schema differs from the schema that the last run left"
+    REHEARSAL_FAILED = 38, "the revisions failed on a copy; the database was not touched"
     ROLLED_BACK = 39, "a revision failed and everything was rolled back"
     PARTIAL = (
         40,
-        "a revision failed after others (or a non-transactional part of it) were committed; which, is said",
+        "a revision failed after something was committed: other revisions, or a non-transactional "
+        "part; the message names it",
     )
     VERIFY_FAILED = 41, "at the target revision, but a check failed"
-    RESTORED = 42, "it failed and the database was restored from the backup"
-    RESTORE_FAILED = 43, "it failed and so did the restore; the backup's place is said"
+    RESTORED = 42, "the run failed, and the database was restored from the backup"
+    RESTORE_FAILED = 43, "a restore failed; the message says where the backup is"
     INTERNAL = 70, "a defect in migrator"
 
 
 class Severity(enum.StrEnum):
-    """How much a finding matters: an ``error`` fails the stage, a ``warning`` is only said."""
+    """How much a finding matters: an ``error`` fails the stage, a ``warning`` is only reported."""
 
     ERROR = "error"
     WARNING = "warning"
 
 
 class Finding(NamedTuple):
-    """One thing that ``guard`` or ``verify`` has to say.
+    """One result of ``guard`` or ``verify``.
 
-    ``rule`` is a stable kebab-case name, ``place`` the relation, revision or setting it is about,
-    ``sentence`` what is the case, ``remedy`` what to do.
+    ``rule`` is a stable kebab-case name. ``place`` is the relation, revision or setting. ``sentence``
+    says what was found, ``remedy`` what to do.
     """
 
     rule: str
@@ -79,7 +80,7 @@ _NOTHING: Mapping[str, Any] = {}
 
 
 class Status(enum.StrEnum):
-    """How a stage ended; a skip is a value with a reason, not a silent branch."""
+    """How a stage ended. A skip is a value with a reason, not a silent branch."""
 
     DONE = "done"
     SKIPPED = "skipped"
@@ -87,7 +88,7 @@ class Status(enum.StrEnum):
 
 
 class StageResult(NamedTuple):
-    """One stage of a run: how it ended, in how many seconds, and what it found (JSON-ready ``details``)."""
+    """One stage of a run: how it ended, its duration in seconds, and JSON-ready ``details``."""
 
     stage: str
     status: Status
@@ -99,7 +100,7 @@ class StageResult(NamedTuple):
 class RevisionResult(NamedTuple):
     """One revision that was applied (``upgrade``) or reverted (``downgrade``), and its duration in seconds.
 
-    ``no_way_back`` says why it cannot be reverted without its file; ``measured`` is what it did, JSON-ready.
+    ``no_way_back`` says why it cannot be reverted without its file. ``measured`` is JSON-ready.
     """
 
     revision: str
@@ -114,8 +115,8 @@ class RevisionResult(NamedTuple):
 class Outcome(NamedTuple):
     """How a run ended: the one value that every report is made from.
 
-    ``others`` are the outcomes, JSON-ready, of the other databases of an ``env.py`` that migrates several;
-    ``version_tables`` are those of an ``env.py`` that goes through several in this one.
+    ``others`` are the JSON-ready outcomes of the other databases of an ``env.py`` that migrates
+    several. ``version_tables`` lists the tables of an ``env.py`` that uses several in one database.
     """
 
     run_id: str

@@ -203,7 +203,7 @@ def test_each_client_compresses_as_well_as_it_can() -> None:
 
 @pytest.mark.parametrize("text", ["0", "none", "gzip:0", "zstd:0"])
 def test_no_compression_is_refused_with_the_reason(text: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="tells a flipped bit"):
+    with pytest.raises(SettingsError, match="cannot reveal a flipped bit"):
         load({}, {"DATABASE_URL": "postgresql://u@h/d", "MIGRATOR_BACKUP_COMPRESSION": text}, tmp_path)
 
 

@@ -244,7 +244,7 @@ def test_in_a_run_too(
     assert (kept.verified, good) == ("", older)
     assert [proof.ok for proof in kept.proofs][-1] is False
     assert f"migrator verify-backup {kept.id}" in caught.value.next_step
-    assert "NOT PROVEN" in formatters.of_backups([summary(kept)]).text
+    assert "NOT VERIFIED" in formatters.of_backups([summary(kept)]).text
     assert "not proven:" in formatters.of_backup(kept).text
     assert store.get("latest", database.name) == older
     for how in ("read", "restore"):

@@ -130,7 +130,7 @@ def test_how_a_policy_is_written(text: str, read: str) -> None:
     "text", ["5", "last", "last=0", "last=-1", "last=1,last=2", "fortnightly=2", "last=1;daily=2"]
 )
 def test_what_is_no_policy(text: str) -> None:
-    with pytest.raises(ValueError, match=r"does not say what to keep|would keep nothing"):
+    with pytest.raises(ValueError, match=r"does not say which backups to keep|would keep nothing"):
         keep(text)
 
 

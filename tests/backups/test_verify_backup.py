@@ -294,7 +294,7 @@ def test_the_command(database: Database, run_migrator: Runner, project: Callable
     assert (made.code, made.answer["verified"]) == (0, "restore"), made
     done = run_migrator("verify-backup", "latest", "--how", "read", cwd=folder, database=database)
     assert done.code == 0, done
-    assert f"{made.answer['id']} is proven: " in done.stdout
+    assert f"{made.answer['id']} is verified: " in done.stdout
     assert "read whole" in done.stdout
     listed = run_migrator("backups", cwd=folder, database=database)
     assert "VERIFIED" in listed.stdout

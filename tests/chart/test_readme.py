@@ -92,4 +92,4 @@ def test_the_drift_job_only_verifies_and_the_page_says_what_that_sees(helm: Helm
     (job,) = of(objects, "CronJob")
     assert [container["args"] for container in containers_of(job)] == [["verify"]]
     (row,) = (line for line in PAGE.splitlines() if line.startswith("| `drift.enabled`"))
-    assert "a schema that is not what the last run left" in row
+    assert "a schema that differs from what the last run left" in row

@@ -20,7 +20,7 @@ LOUD = Revision(
 )
 """It prints more than a pipe holds, and what ASCII does not have."""
 
-NOT_WRITTEN = "the answer was not written to stdout"
+NOT_WRITTEN = "the answer was not fully written to stdout"
 
 
 class Shell:

@@ -76,12 +76,12 @@ def test_all_malformed_settings_are_said_in_one_message(
     ("address", "says"),
     [
         (f"mysql://root:{quote(PLANTED)}@127.0.0.1/db", "its scheme is not postgresql://"),
-        (f"postgresql://postgres:{quote(PLANTED)}@127.0.0.1:54x2/db", "does not read postgresql://"),
+        (f"postgresql://postgres:{quote(PLANTED)}@127.0.0.1:54x2/db", "does not have the form postgresql://"),
         (f"postgresql://postgres:{quote(PLANTED)}@127.0.0.1:99999/db", "'99999' is not a number"),
         (f"postgresql://postgres:{quote(PLANTED)}@127.0.0.1", "names no database"),
         (f"host=127.0.0.1 password='{PLANTED}", "key=value pairs"),
         (f"dbname=x password='{PLANTED}' =", "key=value pairs"),
-        (f"127.0.0.1 {PLANTED}", "neither postgresql://"),
+        (f"127.0.0.1 {PLANTED}", "is not a Postgres address: write postgresql://"),
     ],
 )
 def test_a_malformed_address_is_explained_and_not_repeated(

@@ -219,7 +219,7 @@ def test_every_problem_is_in_one_message(tmp_path: Path) -> None:
         "pyproject.toml [tool.migrator]: lock_timeout is not a single value",
         "pyproject.toml [tool.migrator]: unknown key 'zzz'",
         "MIGRATOR_WAIT_TIMEOUT: 'soon' is not a duration such as 90, 90s or 5m",
-        "MIGRATOR_WAIT_FOR_DATABASE: 'maybe' is neither true nor false",
+        "MIGRATOR_WAIT_FOR_DATABASE: 'maybe' is not true or false",
         "--connect-timeout: '1 fortnight' is not a duration such as 90, 90s or 5m",
         "MIGRATOR_RUN_LOCK_TIMEOUT: '-5s' is not a duration such as 90, 90s or 5m",
         "pyproject.toml [tool.migrator] backup: 'maybe' is not one of auto, always, off",

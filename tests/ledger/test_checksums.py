@@ -98,7 +98,7 @@ def test_accepting_an_edit_says_who_did_it(applied: Path, database: Database, ru
         run_migrator("repair", "--accept", "r001", "r002", cwd=applied, database=database, env=variables)
     )
     assert "accepted r001: versions/r001.py was edited (what it does)" in result.stdout
-    assert "r002: the file is the one that was applied" in result.stdout
+    assert "r002: the file is the applied one" in result.stdout
     row = database.psql(
         "SELECT revision, checksum, details->>'checksum_before', details->>'edit', actor, command FROM migrator_ledger"
         " WHERE event = 'accepted'"

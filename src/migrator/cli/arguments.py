@@ -1,4 +1,4 @@
-"""What each command takes beyond the settings."""
+"""The arguments of each command, besides the settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 PASSED_ON = frozenset({"alembic", "revision", "merge"})
-"""Commands whose arguments are Alembic's, all of them."""
+"""The commands that pass all arguments to Alembic."""
 
 
 class Argument(NamedTuple):
@@ -33,7 +33,7 @@ def _revision(help: str, **keywords: Any) -> Argument:
 _BACKUP = _argument(
     "backup_id", metavar="BACKUP", help="an id or name that `migrator backups` lists, or latest"
 )
-_YES = _switch("--yes", "do what deletes or replaces data")
+_YES = _switch("--yes", "confirm that data is deleted or replaced")
 _REST = _argument("arguments", nargs="*", help="Alembic's own arguments")
 
 ARGUMENTS: Mapping[str, Sequence[Argument]] = {
@@ -55,7 +55,7 @@ ARGUMENTS: Mapping[str, Sequence[Argument]] = {
     "status": [_switch("--exit-code", "exit 3 if revisions are pending")],
     "freeze": [_switch("--check", "write nothing; exit 31 if it would change")],
     "backup": [
-        _argument("--name", dest="backup_name", default="", metavar="TEXT", help="a name to find it by")
+        _argument("--name", dest="backup_name", default="", metavar="TEXT", help="a name for the backup")
     ],
     "verify-backup": [
         _BACKUP,
@@ -72,7 +72,7 @@ ARGUMENTS: Mapping[str, Sequence[Argument]] = {
             metavar="show",
             nargs="?",
             choices=("show",),
-            help="show one, with how to restore it by hand",
+            help="show one backup, and how to restore it by hand",
         ),
         _argument("backup_id", metavar="BACKUP", nargs="?", help="its id or name, or latest"),
     ],
@@ -85,7 +85,7 @@ ARGUMENTS: Mapping[str, Sequence[Argument]] = {
         ),
         _switch(
             "--incomplete",
-            "also a backup whose tables are not all whole: those whose rows were left out are empty then",
+            "also restore a backup without the rows of some tables: those tables are empty afterwards",
         ),
         _argument(
             "--table",
@@ -93,7 +93,7 @@ ARGUMENTS: Mapping[str, Sequence[Argument]] = {
             action="append",
             default=[],
             metavar="NAME",
-            help="restore this table alone, into a schema of its own (may be given several times)",
+            help="restore only this table, into its own schema (repeat it for several tables)",
         ),
         _argument("--into-schema", default="", metavar="NAME", help="the schema for --table [restored_RUN]"),
     ],
@@ -105,14 +105,14 @@ ARGUMENTS: Mapping[str, Sequence[Argument]] = {
             metavar="POLICY",
             help="instead of MIGRATOR_BACKUP_KEEP",
         ),
-        _switch("--dry-run", "only show what would go, and why the rest stays"),
+        _switch("--dry-run", "show which backups would be removed, and why the others stay"),
     ],
     "ledger": [
         _argument("--limit", type=int, default=20, metavar="N", help="how many rows to show [20]"),
     ],
     "repair": [
         _argument("--accept", nargs="+", metavar="REVISION", help="ids of revisions whose file was edited"),
-        _switch("--accept-schema", "what the schema is now is what it should be"),
+        _switch("--accept-schema", "accept the schema as it is now as the expected schema"),
     ],
     "completion": [
         _argument("shell", choices=("bash", "zsh", "tcsh"), metavar="bash|zsh|tcsh", help="the shell")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """One command: its group and one line of help, how it is typed, an example, and the settings in its help.
+    """One command: its group, one line of help, its usage, an example, and the settings in its help.
 
-    ``more`` is said in the help of the command alone, and ``settings`` are names of settings.
+    ``more`` appears only in the help of the command. ``settings`` are names of settings.
     """
 
     group: str
@@ -40,11 +40,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "downgrade": Command(
         "run",
-        "go back, with the same lock, backup and verify",
+        "revert revisions, with the same lock, backup and verify",
         "REVISION",
         "migrator downgrade -1",
         _APPLY,
-        "The way back to base deletes the schema: it needs --yes.",
+        "`downgrade base` deletes the schema: it needs --yes.",
     ),
     "stamp": Command(
         "run",
@@ -63,18 +63,18 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "wait": Command(
         "run",
-        "wait until Postgres answers a query, and do nothing else",
+        "wait until Postgres answers a query, then exit",
         "",
         "migrator wait --wait-timeout 2m",
         _WAIT + "connect_timeout rotation_grace",
     ),
     "wait-for-current": Command(
         "run",
-        "wait until nothing is pending; reads only",
+        "wait until no revision is pending; reads only",
         "",
         "migrator wait-for-current --wait-timeout 10m",
         _WAIT + "destination allow_ahead version_table",
-        "For pods that need the schema and must not migrate.",
+        "For pods that need the schema and must not migrate it.",
     ),
     "sidecar": Command(
         "run",
@@ -84,7 +84,8 @@ COMMANDS: Mapping[str, Command] = {
         "sidecar_listen sidecar_interval sidecar_verify_interval destination allow_ahead "
         + _LOCKED
         + "backup backup_url on_failure",
-        "It serves /livez, /readyz, /metrics and /: they say whether the database is at this image's heads.",
+        "It serves /livez, /readyz, /metrics and /. They report whether the database is at this "
+        "image's heads.",
     ),
     "status": Command(
         "look",
@@ -142,7 +143,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "verify-backup": Command(
         "backups",
-        "verify a backup again: read it, or restore and compare",
+        "verify a backup again: read it, or restore and compare it",
         "BACKUP",
         "migrator verify-backup latest --how restore",
         _PLACE + "backup_identity_file verify_as_superuser restore_jobs pg_bin",
@@ -178,26 +179,26 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "merge": Command(
         "history",
-        "write a revision that joins heads (Alembic's own command)",
+        "write a revision that merges heads (Alembic's own command)",
         "...",
         'migrator merge heads -m "one again"',
     ),
     "freeze": Command(
         "project",
-        "write manifest.json: for a diff, and for fast runs",
+        "write manifest.json, for review and for fast runs",
         "",
         "migrator freeze --check",
         "version_table bootstrap url_variable",
     ),
     "settings": Command(
         "project",
-        "show every setting, its value and where that comes from",
+        "show every setting, its value and its source",
         "",
         "migrator settings",
     ),
     "completion": Command(
         "project",
-        "print what completes commands and options in a shell",
+        "print a shell completion script",
         "bash|zsh|tcsh",
         "migrator completion bash",
         more="For bash, write it to ~/.local/share/bash-completion/completions/migrator.\n"
@@ -209,14 +210,14 @@ COMMANDS: Mapping[str, Command] = {
 }
 """In the order of the help, by group."""
 
-EXIT_CODES = """\
-Exit codes: 0 done; 3 pending; 20-24 nothing changed, trying again can help;
-10 and 30-39 nothing changed, fix it first; 40-43 the database may have changed.
-"""
+EXIT_CODES = (
+    "Exit codes: 0 done; 3 pending; 20-24 nothing changed, a retry can help;\n"
+    "10 and 30-39 nothing changed, fix it first; 40-43 the database may have changed.\n"
+)
 
 
 def overview() -> str:
-    """Return the help of migrator as a whole: one screen, every command, no setting."""
+    """Return the help of migrator: one screen, every command, no setting."""
     lines = [
         "usage: migrator [COMMAND] [OPTIONS]",
         "",

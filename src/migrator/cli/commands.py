@@ -1,4 +1,4 @@
-"""The commands: from parsed arguments to an answer, one short function each."""
+"""The commands: one short function each, from parsed arguments to an answer."""
 
 from __future__ import annotations
 
@@ -59,13 +59,15 @@ def verify(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def _finish(service: MigrationService, outcome: Outcome) -> Answer:
-    """Hand the outcome to everyone who wants it; from here on nothing else can become of the run."""
+    """Send the outcome to every destination. Nothing can change the result of the run after this."""
     service.interruption.settle(int(outcome.code))
     return tell(service, outcome)
 
 
 def tell(service: MigrationService, outcome: Outcome) -> Answer:
-    """Write the outcome wherever it is looked for, the log last, which may be full; return it as an answer."""
+    """Write the outcome to every destination and return it as an answer. The log, which may be full, comes
+    last.
+    """
     settings = service.settings
     if settings.report_file:
         report.write_file(outcome, settings.report_file)
@@ -103,7 +105,7 @@ def freeze(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Say what is pending, in the exit code too."""
+    """Report pending revisions, also by the exit code."""
     from migrator.ledger.checksums import judge
 
     for one in service.all():
@@ -126,7 +128,7 @@ def _backups(service: MigrationService) -> list[dict[str, Any]]:
     try:
         return service.backups()
     except MigratorError as error:
-        log.debug("no backups can be listed: %s", error)
+        log.debug("cannot list the backups: %s", error)
         return []
 
 
@@ -152,7 +154,7 @@ def wait_for_current(service: MigrationService, arguments: argparse.Namespace) -
 
 
 def sidecar(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Run the pipeline, then stay and watch."""
+    """Run the pipeline, then stay and serve."""
     from migrator.sidecar.stay import stay
 
     return stay(service, arguments)
@@ -167,7 +169,7 @@ def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def verify_backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Prove a backup again."""
+    """Verify a backup again."""
     return formatters.of_backup(service.verify_backup(arguments.backup_id, arguments.how or ""), proven=True)
 
 
@@ -184,7 +186,7 @@ def prune(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Bring a backup back."""
+    """Restore a backup."""
     restored = service.restore(
         arguments.backup_id,
         to=arguments.to,
@@ -215,7 +217,7 @@ def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer
 
 
 def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Hand over to Alembic's own command line, with this target and without migrator's stages."""
+    """Run Alembic's own command line with this target and without migrator's stages."""
     return _hand_over(service, list(arguments.arguments))
 
 
@@ -236,20 +238,21 @@ def _hand_over(service: MigrationService, words: list[str]) -> Answer:
     changes = bool({"upgrade", "downgrade", "stamp"} & set(words)) and "--sql" not in words
     if changes:
         log.warning(
-            "Alembic works by itself here: without lock, backup and verify; `migrator %s` has them", words[0]
+            "Alembic's own command runs without lock, backup and verify; use `migrator %s` to have them",
+            words[0],
         )
     try:
         problem = hand_over(words, service.project, service.settings.target)
     except MigratorError:
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not changes:  # the reader has seen enough: `| head`
-            log.warning("not all of the answer was read: Broken pipe")
+        if isinstance(error, BrokenPipeError) and not changes:  # the reader closed the pipe: `| head`
+            log.warning("part of the answer was not read: Broken pipe")
             return Answer({}, "")
         log.debug("Alembic's own command failed", exc_info=True)
         raise outside_of_stages(error, changes=changes) from error
     if problem:
-        raise HistoryError(f"Alembic says: {problem.rstrip('.')}.", next_step="migrator alembic --help")
+        raise HistoryError(f"Alembic reports: {problem.rstrip('.')}.", next_step="migrator alembic --help")
     return Answer({}, "")
 
 

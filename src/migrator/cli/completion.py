@@ -1,4 +1,4 @@
-"""Completion for shells: the only importer of shtab, which makes a script of the parser."""
+"""Completion for shells. Only this module imports shtab, which makes a script from the parser."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from migrator.errors import SettingsError
 def script(shell: str) -> str:
     """Return the script that completes commands, options and paths in ``shell``: bash, zsh or tcsh.
 
-    Raises SettingsError where shtab is not installed: the image does without it.
+    Raises SettingsError if shtab is not installed. The image does not contain it.
     """
     try:
         import shtab
     except ImportError as error:
         raise SettingsError(
-            ["completion scripts are made by shtab, which is not installed"],
+            ["completion scripts need shtab, which is not installed"],
             next_step="pip install 'migrator[completion]'",
         ) from error
     parser = make_parser()

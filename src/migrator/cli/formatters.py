@@ -1,4 +1,4 @@
-"""What a command answers on stdout: data for ``--format json``, and the same for people."""
+"""The answer of each command on stdout: data for ``--format json``, and text for people."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def of_outcome(outcome: Outcome) -> Answer:
 
 
 def of_current(current: Sequence[str], heads: Sequence[str]) -> Answer:
-    """Answer with the revisions that the database is at."""
+    """Answer with the current revisions of the database."""
     text = "\n".join(f"{rev}{' (head)' if rev in heads else ''}" for rev in current) or "base"
     return Answer({"current": list(current), "heads": list(heads)}, text)
 
@@ -45,7 +45,7 @@ def of_revisions(found: Iterable[Revision]) -> Answer:
 
 
 def of_show(found: Iterable[Revision]) -> Answer:
-    """Answer with everything that a revision says of itself."""
+    """Answer with everything that a revision file says about itself."""
     revisions = list(found)
     blocks = [
         "\n".join(
@@ -59,7 +59,7 @@ def of_show(found: Iterable[Revision]) -> Answer:
 
 
 def of_frozen(frozen: Frozen, slow: str) -> Answer:
-    """Answer with the manifest's place, what it holds, what has changed in it, and why runs are still ``slow``."""
+    """Answer with the manifest's path, content and changes, and with the reason why runs are still ``slow``."""
     manifest = frozen.manifest
     data = {
         "place": str(frozen.place),
@@ -71,12 +71,12 @@ def of_frozen(frozen: Frozen, slow: str) -> Answer:
     }
     count = f"{len(manifest.revisions)} revision{'' if len(manifest.revisions) == 1 else 's'}"
     what = f"written: {'; '.join(frozen.changes)}" if frozen.changes else "is current"
-    note = f"\nA run with nothing to do takes the long way all the same: {slow}." if slow else ""
+    note = f"\nThe up-to-date check is still slow: {slow}." if slow else ""
     return Answer(data, f"{frozen.place} ({count}, {', '.join(manifest.heads)}) {what}{note}")
 
 
 def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] | None) -> Answer:
-    """Answer with where the database is; with ``exit_code``, 3 where revisions are pending."""
+    """Answer with the state of the database; with ``exit_code``, return 3 if revisions are pending."""
     import dataclasses
 
     data = {
@@ -115,7 +115,7 @@ def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] 
 
 
 def of_check(state: State) -> Answer:
-    """Answer with what is pending; the exit code is 3 where something is."""
+    """Answer with the pending revisions; the exit code is 3 if there are any."""
     data = {
         "target": state.target,
         "current": list(state.current),
@@ -143,7 +143,7 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
             "DATABASE": str(row["database"]),
             "REVISION": str(row["revision"]),
             "SIZE": human_size(float(row["size"])),
-            "VERIFIED": f"{row['verified'] or 'NOT PROVEN'} {str(row['verified_at'])[:19]}".strip(),
+            "VERIFIED": f"{row['verified'] or 'NOT VERIFIED'} {str(row['verified_at'])[:19]}".strip(),
             "PLACE": str(row["place"]),
         }
         for row in rows
@@ -152,17 +152,17 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
 
 
 def of_backup(backup: Backup, *, proven: bool = False) -> Answer:
-    """Answer with all that is known of a backup, and the command that restores it without migrator."""
+    """Answer with all details of a backup, and the command that restores it without migrator."""
     from migrator.backups import description
 
     data = description.data(backup)
     if proven:
-        return Answer(data, f"{backup.id} is proven: {description.proofs(backup)[-1]}")
+        return Answer(data, f"{backup.id} is verified: {description.proofs(backup)[-1]}")
     return Answer(data, description.text(backup, _table))
 
 
 def of_pruned(pruned: Pruned) -> Answer:
-    """Answer with what becomes of each backup, and why."""
+    """Answer with what happens to each backup, and why."""
     verb = "would go" if pruned.dry_run else "removed"
     shown = [
         {
@@ -173,7 +173,7 @@ def of_pruned(pruned: Pruned) -> Answer:
         for verdict in pruned.verdicts
     ]
     shown += [
-        {"ID": bad.id, "CREATED": bad.at[:19], "WHAT": f"{verb}: it was bad ({bad.why})"}
+        {"ID": bad.id, "CREATED": bad.at[:19], "WHAT": f"{verb}: it is damaged ({bad.why})"}
         for bad in pruned.bad
     ]
     text = pruned.message[0].upper() + pruned.message[1:] + "."
@@ -181,7 +181,7 @@ def of_pruned(pruned: Pruned) -> Answer:
 
 
 def of_restored(restored: Restored) -> Answer:
-    """Answer with what was restored, and where what it replaced is now."""
+    """Answer with what was restored, and where the replaced database is now."""
     from migrator.backups.manifest import summary
 
     data = {
@@ -238,22 +238,22 @@ def of_repair(repair: Repair) -> Answer:
         "unchanged": list(repair.unchanged),
     }
     lines = [f"accepted {edit.entry.revision}: {edit.sentence}" for edit in repair.accepted]
-    lines += [f"{name}: the file is the one that was applied" for name in repair.unchanged]
+    lines += [f"{name}: the file is the applied one; nothing to accept" for name in repair.unchanged]
     return Answer(data, "\n".join(lines))
 
 
 def of_accepted_schema(drift: Drift) -> Answer:
-    """Answer with how the schema differed from what the last run left."""
+    """Answer with the differences to the schema that the last run left."""
     found = [{"place": str(item.item), "difference": item.sentence} for item in drift.differences]
     lines = [f"accepted {item['place']}: {item['difference']}" for item in found]
     return Answer(
         {"differences": found, "unknown": drift.unknown},
-        "\n".join([*lines, f"The schema as it is now is what counts. Before, {drift}."]),
+        "\n".join([*lines, f"The schema as it is now is the expected schema. Before, {drift}."]),
     )
 
 
 def of_settings(loaded: settings.Settings) -> Answer:
-    """Answer with every setting, its value, and where the value comes from."""
+    """Answer with every setting, its value and its source."""
     rows = settings.table(loaded)
     address = str(loaded.target) if loaded.target else ""
     data = {"target": address, "settings": rows, "warnings": list(loaded.warnings)}
@@ -298,7 +298,7 @@ def _line(item: Revision) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Lay out rows in columns; the last one is as wide as it is."""
+    """Lay out rows in columns; the last column has no width limit."""
     rows = [{name: visible(value) for name, value in row.items()} for row in rows]
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}

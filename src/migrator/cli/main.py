@@ -11,8 +11,8 @@ import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-# Importing makes a hundred thousand objects that stay: looking at them again and again for garbage takes longer
-# than a tenth of a run with nothing to do.  Here, before the first of our imports; this module is for programs only.
+# Our imports make a hundred thousand objects that stay. Collecting garbage among them takes a tenth of an
+# up-to-date check. This stands before the first of them; this module is for programs only.
 gc.set_threshold(50_000, *gc.get_threshold()[1:])
 
 from migrator.config import settings  # noqa: E402
@@ -47,7 +47,7 @@ NO_TARGET = frozenset(
 
 
 REPORTED = frozenset({"upgrade", "downgrade", "stamp", "verify"})
-"""Commands that write a report (MIGRATOR_REPORT_FILE) however they end."""
+"""Commands that always write a report (MIGRATOR_REPORT_FILE)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments; those of a container that is only started need no parser, which takes a while to make."""
+    """Parse the arguments. A container without arguments skips the parser, which takes a while to build."""
     if not words or (words[0] == "upgrade" and len(words) <= 2 and words[-1][:1] not in {"-", ""}):
         plain: Any = types.SimpleNamespace(command="upgrade", revision=words[1] if len(words) == 2 else "")
         return cast("argparse.Namespace", plain)
@@ -73,19 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     interruption = Interruption()
     try:
         return _main(argv, interruption)
-    except Exception as error:  # noqa: BLE001 - the machine does not even let the failure be told
+    except Exception as error:  # noqa: BLE001 - the machine cannot even report the failure
         return _bare_word(error, interruption)
 
 
 def _bare_word(error: Exception, interruption: Interruption) -> int:
-    """Say a failure without anything that would have to be loaded, opened or started for it."""
+    """Report a failure without loading, opening or starting anything."""
     lacking = isinstance(error, (OSError, MemoryError, RuntimeError, ImportError))
     code = ExitCode.UNREACHABLE if lacking else ExitCode.INTERNAL
     state = (
         "The database was not changed." if lacking else "`migrator current` shows the state of the database."
     )
     if interruption.unsure:
-        code, state = ExitCode.PARTIAL, f"What was committed is not known: `{interruption.unsure}` shows it."
+        code, state = (
+            ExitCode.PARTIAL,
+            f"It is not known what was committed: `{interruption.unsure}` shows it.",
+        )
     text = f"{code.name} ({int(code)}): {type(error).__name__}: {error}. {state}\n"
     sys.stderr.write(text)
     sys.stderr.flush()
@@ -114,7 +117,7 @@ def _main(argv: Sequence[str] | None, interruption: Interruption) -> int:
         if known.code is ExitCode.UNREACHABLE and interruption.unsure:
             known = Partial(
                 known.message,
-                state="What was committed is not known.",
+                state="It is not known what was committed.",
                 next_step=f"`{interruption.unsure}` shows it",
             )
         if known.code is ExitCode.INTERNAL:
@@ -149,7 +152,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
         os.getcwd(),
         needs_target=command not in NO_TARGET,
     )
-    # Only now, so that --help and a misspelt flag cost nothing: this imports psycopg2 and the rest.
+    # Imported late, so that --help and a mistyped flag cost nothing: this imports psycopg2 and the rest.
     with stdio.hidden("ssl"):
         import migrator.postgres  # noqa: F401 - see hidden()
     from migrator.cli import commands
@@ -158,9 +161,9 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     logs.redact.add(loaded.secrets)
     logging_ = logs.Logs(loaded.log_format, loaded.log_level, run_id)
     logging_.install_when_needed()
-    if command == "alembic":  # a script with other characters in it than were meant is worse than none
+    if command == "alembic":  # a script with wrong characters is worse than no script
         getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="strict")
-    if command != "upgrade":  # which alone has a short way, on which nobody says anything
+    if command != "upgrade":  # which alone has a fast path, and it logs nothing
         lazy_logging.wake()
     for warning in loaded.warnings:
         log.warning("%s", warning)
@@ -176,10 +179,10 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _print(answer: Answer, *, as_json: bool) -> None:
-    """Print an answer; the sentence of a failure was the log's last line, and is not said twice."""
+    """Print an answer. The message of a failure is the log's last line already."""
     if as_json or answer.code in (ExitCode.OK, ExitCode.PENDING):
         text = answer.render("json" if as_json else "text")
-        _write(text, wanted=as_json or not text)  # Alembic's own commands have printed it themselves
+        _write(text, wanted=as_json or not text)  # Alembic's own commands have printed it already
 
 
 def _of_the_signal(error: Exception, interruption: Interruption) -> bool:
@@ -191,9 +194,9 @@ def _of_the_signal(error: Exception, interruption: Interruption) -> bool:
 
 
 def _interrupted(interruption: Interruption, *, forced: bool = False) -> int:
-    """Say what is known of a command that a signal has ended: nothing of what was under way.
+    """Report a command that a signal ended: the server rolls back the open transaction.
 
-    ``forced`` where the main thread hangs, and this one tells it in its place.
+    ``forced``: the main thread hangs, and this thread reports in its place.
     """
     if interruption.outcome is not None:
         outcome = interruption.outcome()
@@ -204,7 +207,7 @@ def _interrupted(interruption: Interruption, *, forced: bool = False) -> int:
     if interruption.unsure:
         told = Partial(
             f"Interrupted by {interruption.received}.",
-            state="What was committed is not known.",
+            state="It is not known what was committed.",
             next_step=f"`{interruption.unsure}` shows it",
         )
     interruption.settle(int(told.code), forced=forced)
@@ -212,7 +215,7 @@ def _interrupted(interruption: Interruption, *, forced: bool = False) -> int:
 
 
 def _end_by_force(interruption: Interruption) -> None:
-    """Write the outcome in the place of a main thread that hangs, and kill what it has started."""
+    """Write the outcome for a main thread that hangs, and kill its child processes."""
     if "migrator.runtime.subprocesses" in sys.modules:
         from migrator.runtime.subprocesses import kill_all
 
@@ -223,21 +226,22 @@ def _end_by_force(interruption: Interruption) -> None:
 
 
 def _write(text: str, *, wanted: bool) -> None:
-    """Print an answer; say where it did not get there, unless it is for a reader who has seen enough (``| head``).
+    """Print an answer. Warn if it was not written, unless the reader closed the pipe (``| head``).
 
-    The exit code says what happened to the database, also then.  ``wanted``: a program reads it, or it is a script.
+    The exit code still says what happened to the database. ``wanted``: a program reads the answer, or
+    it is a script.
     """
     print(text, end="\n" if text else "", flush=True)
     lost = getattr(sys.stdout, "lost", None)
     if lost is not None and (wanted or not isinstance(lost, BrokenPipeError)):
         log.warning(
-            "the answer was not written to stdout, or not all of it: %s",
+            "the answer was not fully written to stdout: %s",
             getattr(lost, "strerror", None) or lost,
         )
 
 
 def _say(error: MigratorError, *, as_json: bool) -> int:
-    """Say a failure once, as the last line of the log, and wherever else an outcome is looked for."""
+    """Report a failure once, as the last line of the log and to every destination of an outcome."""
     _ensure_logging()
     sentence = f"{error.code.name} ({int(error.code)}): {error}"
     sentence += f" Next: {error.next_step}" if error.next_step else ""
@@ -260,7 +264,7 @@ def _say(error: MigratorError, *, as_json: bool) -> int:
 
 
 def _ensure_logging() -> None:
-    """Set logging up for a failure that came before the settings were known."""
+    """Set up logging for a failure before the settings are known."""
     lazy_logging.wake()
     import logging
 
@@ -279,9 +283,9 @@ def _end_logging() -> None:
 def script() -> NoReturn:
     """Run as a program.
 
-    An application that ``env.py`` imported may have started threads that never end: they must not keep the
-    container alive after the work is done.  Nor is Alembic taken to pieces, module by module, by an interpreter that
-    ends: that takes longer than all that a run with nothing to do does.  What was registered to run at the exit runs.
+    An application that ``env.py`` imports may start threads that never end. They must not keep the
+    container alive. The interpreter also skips its own teardown, which takes longer than an up-to-date
+    check. Handlers registered with ``atexit`` do run.
     """
     try:
         code = main()

@@ -1,4 +1,4 @@
-"""The arguments: what each command takes, made of the settings and of Alembic's own options."""
+"""The argument parser, built from the settings and Alembic's own options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SWITCHES = frozenset(
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that knows which of its options its help leaves out, and raises SettingsError."""
+    """A parser that knows which options its help hides, and raises SettingsError."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self._left_out: list[tuple[argparse.Action, str]] = []
 
     def option(self, group: Any, *flags: str, shown: bool = True, help: str, **keywords: Any) -> None:
-        """Add an option to a group; where it is not ``shown``, only ``--help-all`` has it."""
+        """Add an option to a group; if it is not ``shown``, only ``--help-all`` has it."""
         text = help.replace("%", "%%")
         action = group.add_argument(*flags, help=text if shown else argparse.SUPPRESS, **keywords)
         self.flags += flags
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             action.help = text
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse: a switch alone means true, and does not take the word after it, which may be the command."""
+        """Parse. A switch alone means true and does not take the next word, which may be the command."""
         words = [f"{word}=true" if word in _SWITCHES else word for word in args or ()]
         return super().parse_known_args(words, namespace)
 
@@ -63,7 +63,7 @@ class MigratorParser(Parser):
         self._all = False
 
     def format_help(self) -> str:
-        """Return the commands by group; with every setting after ``--help-all``."""
+        """Return the commands by group; after ``--help-all`` with every setting."""
         # Without argparse's usage and its own list of the commands.
         return overview() + ("\n" + super().format_help().split("\n\n", 2)[2] if self._all else "")
 
@@ -73,7 +73,7 @@ class MigratorParser(Parser):
         super().show_all()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and answer what is mistyped with the nearest that there is."""
+        """Parse, and suggest the nearest name for a mistyped one."""
         self._words = list(args or ())
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -81,7 +81,7 @@ class MigratorParser(Parser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        """Name the nearest command where there is no such one; an option before it may be what is mistyped."""
+        """Suggest the nearest command for an unknown one; an option before it may be the mistyped word."""
         mistyped = re.match(r"argument COMMAND: invalid choice: (['\"])(.*?)\1 \(", message)
         if mistyped:
             word = mistyped[2]
@@ -95,7 +95,7 @@ class MigratorParser(Parser):
         super().error(message)
 
     def _refuse(self, unknown: Sequence[str], command: str | None) -> NoReturn:
-        """Refuse words that nothing takes; the value of an unknown option is not repeated, it may be a secret."""
+        """Refuse unknown words. The value of an unknown option is not repeated: it may be a secret."""
         known = {*self.flags, *(self.commands[command].flags if command else ())}
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         problems = [f"unknown option {flag}{_nearest(flag, known)}" for flag in flags]
@@ -113,7 +113,7 @@ def _nearest(flag: str, known: Iterable[str]) -> str:
     name = flag.lstrip("-").replace("-", "_")
     for item in settings.options():
         if settings.flag_name(item) is None and item.name == name:
-            return f": set {settings.variable_name(item)}, for everybody can read arguments"
+            return f": set {settings.variable_name(item)}; other users can read arguments"
     return did_you_mean(flag, known)
 
 
@@ -128,7 +128,7 @@ class _HelpAll(argparse.Action):
 def make_parser(words: Sequence[str] | None = None) -> MigratorParser:
     """Return the parser of the commands; options may stand before or after the command.
 
-    Where the ``words`` to parse are given, only commands among them get their options, which saves time.
+    With ``words``, only the commands among them get their options, which saves time.
     """
     parser = MigratorParser()
     parser.add_argument("--version", action="version", version=f"migrator {__version__}")
@@ -159,7 +159,7 @@ def make_parser(words: Sequence[str] | None = None) -> MigratorParser:
 
 
 def _add_common(parser: Parser, name: str = "") -> None:
-    """Add what every command takes, and show of it what matters to the command ``name``."""
+    """Add the options of every command; show those that matter to the command ``name``."""
     shown = frozenset(COMMANDS[name].settings.split() if name else ())
     keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "shown": bool(name)}
     parser.option(
@@ -170,7 +170,7 @@ def _add_common(parser: Parser, name: str = "") -> None:
         help="show this help with every setting, and exit",
     )
     format_ = {"choices": ("text", "json"), "metavar": "text|json", **keywords}
-    parser.option(parser, "--format", help="how the answer on stdout looks [text]", **format_)
+    parser.option(parser, "--format", help="format of the answer on stdout [text]", **format_)
     chosen = parser.add_argument_group("settings that matter here (each is also a variable, MIGRATOR_...)")
     rest = parser.add_argument_group("other settings")
     for item in settings.options():
@@ -188,11 +188,11 @@ def _add_common(parser: Parser, name: str = "") -> None:
         )
     project = parser.add_argument_group("project (Alembic's own options)")
     config = {"action": "append", "metavar": "PATH", **keywords}
-    parser.option(project, "-c", "--config", help="alembic.ini or pyproject.toml", **config)
+    parser.option(project, "-c", "--config", help="alembic.ini or pyproject.toml of the project", **config)
     section = ("-n",) if name == "backup" else ("-n", "--name")  # a backup's --name is its own
     parser.option(
         project, *section, help="section of the ini file", dest="section", metavar="SECTION", **keywords
     )
-    # argparse lets what stands after the command replace what stands before it: both count here.
+    # In argparse, options after the command replace those before it. Here both count.
     x = {"dest": "x" if name else "x_before", "action": "append", "metavar": "KEY=VALUE", **keywords}
     parser.option(project, "-x", help="argument for env.py", **x)

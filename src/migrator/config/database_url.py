@@ -1,8 +1,8 @@
-"""The target: one database's address, understood in every common spelling and rendered for each reader.
+"""The target: one database's address, parsed from every common form and rendered for each reader.
 
-Addresses come from people, compose files and cloud consoles, so the parser accepts what they really
-write: percent-encoded or raw passwords with any character, SQLAlchemy driver suffixes, libpq key-value
-strings, several hosts, and Unix sockets.  Sources:
+Addresses come from people, compose files and cloud consoles. The parser accepts their forms:
+percent-encoded or raw passwords with any character, SQLAlchemy driver suffixes, libpq key-value
+strings, several hosts, and Unix sockets. Sources:
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING and
 https://docs.sqlalchemy.org/en/20/core/engines.html#database-urls
 """
@@ -63,8 +63,8 @@ ENVIRONMENT_NAMES: Mapping[str, str] = {
     "client_encoding": "PGCLIENTENCODING",
 }
 
-# Parameters of asyncpg's connect() and of SQLAlchemy's dialect for it: those that both libpq and asyncpg know
-# go to both, those that only asyncpg knows would make libpq refuse the whole address.
+# Parameters of asyncpg's connect() and of SQLAlchemy's dialect for it. Those that both libpq and asyncpg
+# know go to both. libpq would refuse the whole address for those that only asyncpg knows.
 _ASYNCPG_ONLY = frozenset(
     {
         "async_fallback",
@@ -88,21 +88,22 @@ _FILES_FOR_ASYNCPG = frozenset(
 _QUERY_KEYS = {*ENVIRONMENT_NAMES, *_ASYNCPG_ONLY, "ssl", "sslpassword", "fallback_application_name"}
 
 
-# What Kubernetes sets POSTGRES_PORT to in every pod beside a Service named postgres.
+# Kubernetes sets POSTGRES_PORT to this form in every pod beside a Service named postgres.
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
 _SERVICE_LINK = r"^tcp://.*:(\d+)$"
 
 
 class BadAddress(ValueError):
-    """An address that is not one for Postgres; the message never repeats the address, for it holds a password."""
+    """An address that is not one for Postgres. The message never repeats the address, which holds a password."""
 
 
 class Target(NamedTuple):
     """One database to migrate.
 
-    ``host`` and ``port`` may be comma-separated lists (libpq's multi-host form); ``parameters`` holds every
-    other libpq connection parameter; ``driver`` is SQLAlchemy's driver name where the address named one.
-    Where ``source`` is set, the password comes from a file, and what is rendered for others has what that says then.
+    ``host`` and ``port`` may be comma-separated lists (libpq's multi-host form). ``parameters`` holds
+    every other libpq connection parameter. ``driver`` is SQLAlchemy's driver name if the address has
+    one. With ``source``, the password comes from a file, and every rendering uses the file's current
+    content.
     """
 
     host: str = ""
@@ -115,11 +116,11 @@ class Target(NamedTuple):
     source: SecretFiles | None = None
 
     def __repr__(self) -> str:
-        """Render for a traceback: without the password, and without parameters, for one may be sslpassword."""
+        """Render for a traceback: without password and parameters, because one may be sslpassword."""
         return f"Target({self})"
 
     def __str__(self) -> str:
-        """Render for people: no password, no parameters that could carry one."""
+        """Render for people: without password and parameters, because one may be secret."""
         user = f"{_quoted(self.user)}@" if self.user else ""
         hosts = ",".join(
             f"[{host}]" if ":" in host else (_quoted(host) if host.startswith("/") else host)
@@ -130,7 +131,7 @@ class Target(NamedTuple):
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Return every string that must never be shown, in each form it can take in a log."""
+        """Return every string that must never be shown, in each form that a log may contain."""
         found = {self.password} | {value for key, value in self.parameters if key.endswith("password")}
         return tuple(sorted(found - {""}))
 
@@ -139,11 +140,11 @@ class Target(NamedTuple):
         return self._replace(database=database)
 
     def fresh(self) -> Target:
-        """Return it with the password that its file says now, if it comes from one."""
+        """Return the target with the current password of its file, if it has a file."""
         return self if self.source is None else self.source.renewed(self)
 
     def libpq(self, **overrides: str | int) -> dict[str, str]:
-        """Return keyword arguments for ``psycopg2.connect``; ``overrides`` are defaults that the address wins over."""
+        """Return keyword arguments for ``psycopg2.connect``. ``overrides`` are defaults: the address wins."""
         self = self.fresh()
         arguments = {key: str(value) for key, value in overrides.items()}
         foreign = _ASYNCPG_ONLY if self.driver == "asyncpg" else frozenset()
@@ -160,15 +161,16 @@ class Target(NamedTuple):
         return arguments
 
     def environment(self) -> dict[str, str]:
-        """Return libpq's environment variables: for child processes, whose arguments anyone may read."""
+        """Return libpq's environment variables for child processes. Other users can read arguments."""
         return {
             ENVIRONMENT_NAMES[key]: value for key, value in self.libpq().items() if key in ENVIRONMENT_NAMES
         }
 
     def tls_variables(self) -> dict[str, str]:
-        """Return the files of certificates as libpq's variables: asyncpg's connect() takes them in no other way.
+        """Return the certificate files as libpq's variables: asyncpg's connect() has no other way to take
+        them.
 
-        SQLAlchemy hands what is in an address to that function, whose ``ssl`` is the mode and nothing more.
+        SQLAlchemy passes the parameters of the address to that function. Its ``ssl`` is only the mode.
         """
         return {
             ENVIRONMENT_NAMES[key]: value
@@ -177,7 +179,7 @@ class Target(NamedTuple):
         }
 
     def sqlalchemy_url(self, driver: str = "") -> str:
-        """Return the address as SQLAlchemy reads it, with ``driver`` where the address itself names none."""
+        """Return the address for SQLAlchemy, with ``driver`` if the address itself names no driver."""
         self, driver = self.fresh(), self.driver or driver
         scheme = f"postgresql+{driver}" if driver else "postgresql"
         userinfo = _quoted(self.user)
@@ -202,7 +204,7 @@ class Target(NamedTuple):
         path = self.database
         if (
             _quoted(path) != path
-        ):  # SQLAlchemy takes the path as it stands, and libpq decodes it; both decode the query
+        ):  # SQLAlchemy does not decode the path, and libpq does; both decode the query
             parameters["database" if driver == "asyncpg" else "dbname"] = path
             path = ""
         at = "@" if userinfo else ""
@@ -217,9 +219,9 @@ class Target(NamedTuple):
 def parse(address: str) -> Target:
     """Read an address in URL or key-value form.
 
-    A password may hold any character, encoded or not: a percent sign that is not followed by two
-    hexadecimal digits is itself, and the *last* ``@`` that a host can follow ends the password.
-    Raises :class:`BadAddress`.
+    A password may hold any character, encoded or raw. A percent sign without two hexadecimal digits
+    stands for itself. The *last* ``@`` that a host can follow ends the password. Raises
+    :class:`BadAddress`.
     """
     text, address = address, address.strip()
     if not address:
@@ -229,18 +231,20 @@ def parse(address: str) -> Target:
         if "://" in address.partition("=")[0] or address.startswith(("'", '"')):
             raise BadAddress("its scheme is not postgresql://")
         if "=" not in address:
-            raise BadAddress("it is neither postgresql://user@host/database nor host=... dbname=...")
+            raise BadAddress(
+                "it is not a Postgres address: write postgresql://user@host/database or host=... dbname=..."
+            )
         return _parse_dsn(text)  # its last character may be an escaped space
     rest = address[scheme.end() :]
     match = _match(rest)
     if match is None:
-        raise BadAddress("it does not read postgresql://user:password@host:port/database")
+        raise BadAddress("it does not have the form postgresql://user:password@host:port/database")
     user, _, password = (match["userinfo"] or "").partition(":")
     pairs = _pairs(match["query"] or "")
     parameters = dict(pairs)
     hosts, ports = _split_hosts(match["hosts"])
     if parameters.pop("host", ""):
-        # Of several, SQLAlchemy's way to write several hosts, each may have its port.
+        # With several hosts, in SQLAlchemy's form, each host may have its port.
         hosts, query_ports = _query_hosts([value for key, value in pairs if key == "host"])
         ports = query_ports or ports
     if "ssl" in parameters and "sslmode" not in parameters:
@@ -251,7 +255,7 @@ def parse(address: str) -> Target:
         Target(
             host=hosts,
             port=parameters.pop("port", "") or ports,
-            # As in libpq and SQLAlchemy, what the query says counts for more.
+            # As in libpq and SQLAlchemy, the query wins.
             database=parameters.pop("dbname", parameters.pop("database", ""))
             or _unquoted(match["database"] or ""),
             user=parameters.pop("user", "") or _unquoted(user),
@@ -263,7 +267,7 @@ def parse(address: str) -> Target:
 
 
 def _quoted(text: str) -> str:
-    """Percent-encode a part of an address; most are plain names, for which nothing has to be imported."""
+    """Percent-encode a part of an address. Most are plain names and need no import."""
     if not text or (text.isascii() and text.isidentifier()):
         return text
     from urllib.parse import quote
@@ -272,7 +276,7 @@ def _quoted(text: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """Decode a part of an address as urllib.parse does, whose import takes longer than all else that is done here."""
+    """Decode a part of an address like urllib.parse, whose import takes longer than the rest of this work."""
     return re.sub(
         "(?:%[0-9A-Fa-f]{2})+",
         lambda found: bytes.fromhex(found[0].replace("%", "")).decode(errors="replace"),
@@ -289,7 +293,9 @@ def _pairs(query: str) -> list[tuple[str, str]]:
 
 
 def secrets_in(address: str) -> set[str]:
-    """Return an address's passwords, and itself where it has any; of what is no address, itself."""
+    """Return an address's passwords, and the address itself if it has any; return any text that is not an
+    address.
+    """
     try:
         found = parse(address).secrets
     except BadAddress:
@@ -298,10 +304,10 @@ def secrets_in(address: str) -> set[str]:
 
 
 def _match(rest: str) -> re.Match[str] | None:
-    """Split what follows the scheme, by RFC 3986 where that can be meant, else with a raw password in it.
+    """Split the part after the scheme by RFC 3986 if possible, else with a raw password in it.
 
-    A password such as ``p@ss/w?rd#1`` makes the strict reading take ``ss`` for the host: then its database or
-    its query holds the ``@`` that in truth ends the password.
+    A password such as ``p@ss/w?rd#1`` makes the strict reading take ``ss`` as the host. Its database or
+    query then holds the ``@`` that really ends the password.
     """
     strict = _STRICT.match(rest)
     if strict is not None:
@@ -313,7 +319,7 @@ def _match(rest: str) -> re.Match[str] | None:
 
 
 def _query_hosts(values: list[str]) -> tuple[str, str]:
-    """Read the values of ``host=``: names, addresses or socket folders, where ``name:port`` may be meant."""
+    """Read the values of ``host=``: names, addresses or socket folders; ``name:port`` is accepted."""
     hosts, ports = [], []
     for part in ",".join(values).split(","):
         match = re.fullmatch(r"(\[.*\]|[^:/]*):(\d+)", part)
@@ -327,7 +333,7 @@ def _split_hosts(text: str) -> tuple[str, str]:
     for part in text.split(","):
         match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d*))?", part)
         if match is None:  # pragma: no cover - the address's own pattern admits nothing else
-            raise BadAddress("a host in it cannot be read")
+            raise BadAddress("one of its hosts cannot be read")
         hosts.append(_unquoted(match[1].strip("[]")))
         ports.append(match[2] or "")
     return ",".join(hosts), ",".join(ports) if any(ports) else ""
@@ -376,13 +382,14 @@ def _for_asyncpg(parameters: Mapping[str, str]) -> dict[str, str]:
 
 
 def from_environment(environment: Mapping[str, str]) -> Target | None:
-    """Build the target from libpq's ``PG*``, else ``POSTGRES_HOST/PORT/USER/PASSWORD/DB``; None where neither is set.
+    """Build the target from libpq's ``PG*``, else ``POSTGRES_HOST/PORT/USER/PASSWORD/DB``; None if neither is
+    set.
 
-    Passwords come as plain values here: the caller has resolved ``NAME_FILE`` already.
+    Passwords are plain values here: the caller has resolved ``NAME_FILE``.
     """
     if environment.get("PGHOST") or environment.get("PGDATABASE") or environment.get("PGSERVICE"):
         by_variable = {variable: key for key, variable in ENVIRONMENT_NAMES.items()}
-        # libpq reads the rest of its variables itself; only what we must know or hand on is taken here.
+        # libpq reads the rest of its variables itself.
         parameters = {
             by_variable[name]: value
             for name, value in environment.items()

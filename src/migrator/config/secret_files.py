@@ -1,7 +1,7 @@
-"""Secrets in files that somebody may replace while a run lasts: read again before each connection.
+"""Secrets in files that may be replaced during a run: they are read again before each connection.
 
-Kubernetes writes the new content of a Secret into the volumes of pods that run already, a minute or two after it was
-changed, by one rename (``..data``), so that no file is ever seen half written.
+Kubernetes updates the volumes of running pods a minute or two after a Secret changes. It does so with
+one rename (``..data``), so a file is never half written.
 https://kubernetes.io/docs/concepts/configuration/secret/#mounted-secrets-are-updated-automatically
 """
 
@@ -18,22 +18,23 @@ _PASSWORDS = {"PG*": "PGPASSWORD", "POSTGRES_*": "POSTGRES_PASSWORD"}
 _READ_BY_LIBPQ = ("passfile", "sslcert", "sslkey", "sslrootcert", "sslcrl")
 
 State = tuple[tuple[int, int, int, int] | None, ...]
-"""Of each file its device, inode, size in bytes and time of change in nanoseconds; None for one that is not there."""
+"""For each file: device, inode, size in bytes and time of change in nanoseconds; None if it does not exist.
+"""
 
 
 def watched(
     target: Target, source: str, environment: Mapping[str, str], variables: Mapping[str, str]
 ) -> Target:
-    """Return the target, with its files where there are any.
+    """Return the target, with its files if it has any.
 
-    ``source`` is where its address comes from, a variable or ``PG*``; ``variables`` are those of ``environment`` with
-    every ``NAME_FILE`` read.
+    ``source`` is the origin of its address, a variable or ``PG*``. ``variables`` are those of
+    ``environment`` with every ``NAME_FILE`` read.
     """
     name = _PASSWORDS.get(source, source)
     place = environment.get(f"{name}_FILE", "")
     password = environment.get("PGPASSWORD_FILE", "")
     if not place and password and target.password == variables.get("PGPASSWORD"):
-        name, place = "PGPASSWORD", password  # of an address that has none
+        name, place = "PGPASSWORD", password  # of an address without one
     others = tuple(value for key, value in target.parameters if key in _READ_BY_LIBPQ and value)
     if not place and not others:
         return target
@@ -41,7 +42,7 @@ def watched(
 
 
 class SecretFiles:
-    """The files of one target: that of its address or password (``place``), and ``others`` that libpq reads itself."""
+    """The files of one target: its address or password (``place``), and ``others`` that libpq reads itself."""
 
     def __init__(
         self,
@@ -53,24 +54,26 @@ class SecretFiles:
     ) -> None:
         self._target = target._replace(source=self)
         self._name, self._place = name, place
-        # As they were: env.py, and what it imports, may change the process's own.
+        # A copy: env.py and its imports may change the variables of the process.
         self._variables = dict(variables)
         self._read: State = ()
         self._lock = threading.Lock()
         self.places = (*((place,) if place else ()), *others)
 
     def state(self) -> State:
-        """Return what changes whenever one of the files does."""
+        """Return a value that changes whenever one of the files does."""
         return _state(self.places)
 
     def now(self) -> Target:
-        """Return the target as its file says it now; as it was known last where that cannot be read just now."""
+        """Return the target from the current content of its file; the last known one if the file cannot be
+        read.
+        """
         if not self._place:
             return self._target
         with self._lock:
             state = _state(
                 (self._place,)
-            )  # before it is read: what is replaced meanwhile is read the next time
+            )  # before the read: a later replacement is then noticed the next time
             if state != self._read:
                 found = self._find()
                 if found is not None:
@@ -91,9 +94,10 @@ class SecretFiles:
         return find_target(self._variables | {self._name: text}, {}, [])
 
     def renewed(self, target: Target) -> Target:
-        """Return a target of this server and role with the password of now; one of another as it is.
+        """Return a target of this server and role with the current password; return any other target
+        unchanged.
 
-        The database may be another one, and stays.
+        The database of the target is kept.
         """
         now = self.now()
         if (now.host, now.port, now.user) != (target.host, target.port, target.user):
@@ -104,7 +108,9 @@ class SecretFiles:
 
     @property
     def kept_up(self) -> bool:
-        """Whether one is in a volume of Kubernetes, which keeps it up to date: in folders ``..2026_11_21_22_06...``."""
+        """Tell whether a file is in a Kubernetes volume, which is kept up to date in folders
+        ``..2026_11_21_22_06...``.
+        """
         return any(
             part.startswith("..") for place in self.places for part in os.path.realpath(place).split(os.sep)
         )

@@ -1,9 +1,9 @@
 """Settings: environment, flags and ``[tool.migrator]`` in pyproject.toml make one frozen value.
 
-One class is the only source of truth: what a field is declared with makes its flag, its ``MIGRATOR_*`` variable,
-its key in the file, its row in ``migrator settings`` and in the documentation.  Precedence: flag,
-environment, file, default.  An empty variable counts as not set, for compose writes ``${NAME:-}`` so.
-Every problem is found before any is reported.
+One class is the only source of truth. The declaration of a field makes its flag, its ``MIGRATOR_*``
+variable, its key in the file, its row in ``migrator settings`` and its row in the documentation.
+Precedence: flag, environment, file, default. An empty variable counts as not set, because compose
+writes ``${NAME:-}`` like that. All problems are found before any is reported.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def setting(
 ) -> Any:
     """Declare a field: its default, its reader, and one line of help.
 
-    ``flag`` is derived from the name where it is ``""`` and absent where it is None; ``shown`` is the
-    default as people write it.
+    ``flag`` is derived from the name if it is ``""``; None means no flag. ``shown`` is the default as
+    people write it.
     """
     return Option(default, read, help, flag, variable, secret, shown)
 
@@ -71,28 +71,32 @@ _HIDDEN: Mapping[str, Any] = {"flag": None, "secret": True}
 
 
 class Settings(NamedTuple):
-    """Everything a run can be told; times are in seconds, None is "no limit" or "not set"."""
+    """All settings of a run. Times are in seconds; None is "no limit" or "not set"."""
 
     database_url: str = setting(
         "", str, "the target's address (else DATABASE_URL, PG*, POSTGRES_*)", flag=None, secret=True
     )
-    direct_url: str = setting("", str, "the target's address around a pooler", flag=None, secret=True)
-    wait_timeout: float = setting(60.0, duration, "how long to wait for Postgres in all", shown="60s")
-    wait_for_database: bool = setting(False, boolean, "also wait for the database to be created")
+    direct_url: str = setting(
+        "", str, "the target's address that goes around a pooler", flag=None, secret=True
+    )
+    wait_timeout: float = setting(60.0, duration, "the total time to wait for Postgres", shown="60s")
+    wait_for_database: bool = setting(False, boolean, "also wait until the database is created")
     rotation_grace: float = setting(
         60.0,
         duration,
-        "Kubernetes: how long a login that is refused is tried again where its secret is a mounted file, which may be"
-        " about to be replaced (never longer than the wait timeout)",
+        "Kubernetes: how long to retry a refused login if its secret is a mounted file, which may "
+        "still be updated (never longer than the wait timeout)",
         shown="60s",
     )
-    connect_timeout: float = setting(5.0, duration, "how long one connection attempt may take", shown="5s")
+    connect_timeout: float = setting(5.0, duration, "the longest time for one connection attempt", shown="5s")
     run_lock_timeout: float = setting(600.0, duration, "how long to wait for another run", shown="10m")
     lock_timeout: float | None = setting(
         5.0, optional_duration, "Postgres's lock_timeout for the migration", shown="5s"
     )
     lock_retries: int = setting(
-        10, whole_number, "how often a migration that got no lock, or lost a deadlock, is tried again"
+        10,
+        whole_number,
+        "how many times to retry a migration after a lock timeout, a deadlock or a serialization failure",
     )
     terminate_blockers_after: float | None = setting(
         None,
@@ -114,25 +118,27 @@ class Settings(NamedTuple):
     backup_verify: str = setting(
         "read",
         choice("read", "restore"),
-        "how a backup is proven: read (all of it is read back and parsed) or restore (into a scratch database, which"
-        " is compared and dropped)",
+        "how to verify a backup: read (read it back and parse it) or restore (restore it into a "
+        "scratch database, compare, and drop that)",
     )
     verify_url: str = setting(
-        "", str, "another server for the scratch databases of proofs (else the target's)", **_HIDDEN
+        "",
+        str,
+        "another server for the scratch databases of verification (default: the target's server)",
+        **_HIDDEN,
     )
     verify_as_superuser: bool = setting(
         False,
         boolean,
-        "let a superuser prove backups by restore, and run assertions, though that runs functions of other roles",
+        "let a superuser verify backups by restore and run assertions, although that runs functions of "
+        "other roles",
     )
     backup_recipients: str = setting(
         "",
         public_keys,
-        "public keys (age1..., ssh-ed25519 ...) that backups are encrypted to, separated by commas or lines",
+        "public keys (age1..., ssh-ed25519 ...) to encrypt backups to, separated by commas or lines",
     )
-    backup_identity_file: str = setting(
-        "", path, "a file with the private key that encrypted backups are read with"
-    )
+    backup_identity_file: str = setting("", path, "a file with the private key that decrypts backups")
     backup_keep: str = setting(
         "", keep, "which backups to keep, such as last=5,daily=7,weekly=4,monthly=6", shown="everything"
     )
@@ -142,21 +148,21 @@ class Settings(NamedTuple):
         "custom (one file), directory (a folder, written by several workers) or auto (by cores and sizes)",
     )
     backup_jobs: int = setting(
-        0, worker_count, "how many tables pg_dump reads at the same time into a directory", shown="auto"
+        0, worker_count, "how many tables pg_dump reads in parallel into a directory", shown="auto"
     )
     backup_compression: str = setting(
         "auto", compression, "zstd:N, gzip:N, lz4:N or auto (zstd:1, else gzip:1)"
     )
     backup_exclude_table_data: str = setting(
-        "", table_patterns, "tables whose rows are left out of backups, such as audit_log, logs.*"
+        "", table_patterns, "tables whose rows are excluded from backups, such as audit_log, logs.*"
     )
     backup_max_age: float | None = setting(
         None,
         optional_duration,
-        "reuse a verified backup of the very same revision that is not older, instead of making one",
+        "reuse a verified backup of the same revision up to this age instead of making one",
         shown="none",
     )
-    s3_endpoint: str = setting("", web_address, "the address of an S3-compatible server, if it is not AWS's")
+    s3_endpoint: str = setting("", web_address, "the address of an S3-compatible server (not for AWS)")
     s3_region: str = setting("", str, "the bucket's region (else AWS_REGION, AWS_DEFAULT_REGION, us-east-1)")
     s3_path_style: str = setting(
         "auto",
@@ -164,48 +170,57 @@ class Settings(NamedTuple):
         "the bucket in the path of addresses (on) or in their host name (off); auto is on with an endpoint",
     )
     aws_access_key_id: str = setting(
-        "", str, "S3: the key's name (none: the platform's identity)", **_HIDDEN, variable="AWS_ACCESS_KEY_ID"
+        "",
+        str,
+        "S3: the access key's id (not set: the platform's identity)",
+        **_HIDDEN,
+        variable="AWS_ACCESS_KEY_ID",
     )
     aws_secret_access_key: str = setting(
-        "", str, "S3: the key itself", **_HIDDEN, variable="AWS_SECRET_ACCESS_KEY"
+        "", str, "S3: the secret access key", **_HIDDEN, variable="AWS_SECRET_ACCESS_KEY"
     )
     aws_session_token: str = setting(
-        "", str, "S3: the token of a temporary key", **_HIDDEN, variable="AWS_SESSION_TOKEN"
+        "", str, "S3: the session token of a temporary key", **_HIDDEN, variable="AWS_SESSION_TOKEN"
     )
-    pg_bin: str = setting("", path, "a folder with pg_dump and pg_restore, instead of the installed ones")
+    pg_bin: str = setting(
+        "", path, "a folder with pg_dump and pg_restore to use instead of the installed ones"
+    )
     restore_jobs: int = setting(
         0,
         worker_count,
-        "how many tables and indexes are restored at once: auto (one a core, 8 at most) or a number",
+        "how many tables and indexes to restore in parallel: auto (one per core, at most 8) or a number",
         shown="auto",
     )
     keep_old: float | None = setting(
         None,
         optional_duration,
-        "how long NAME_before_RUN, which a restore has replaced, is kept: a later restore drops it then",
+        "how long to keep NAME_before_RUN, the database that a restore replaced: a later restore drops "
+        "it after that",
         shown="none",
     )
     on_failure: str = setting(
         "stop",
         choice("stop", "downgrade", "restore"),
-        "when apply or verify fails after something was committed: stop, downgrade (revert what this run applied) or"
-        " restore (the backup, unless others have written since)",
+        "when apply or verify fails after a commit: stop, downgrade (revert this run's revisions) or "
+        "restore (restore the backup, unless others have written since)",
     )
     discard_writes: bool = setting(
         False,
         boolean,
-        "restore on failure also where others have written since the backup: their writes are lost",
+        "restore on failure even if others have written since the backup: their writes are lost",
     )
     maintenance_window: bool = setting(
-        False, boolean, "keep every other role out of the database from before the backup until the end"
+        False,
+        boolean,
+        "keep every other role out of the database from before the backup until the end of the run",
     )
     retry: bool = setting(
         False,
         boolean,
-        "apply a revision again that has failed and was taken back, in the image that it failed in",
+        "apply a revision again that failed in this same image and was reverted or restored",
     )
     baseline: str = setting(
-        "", revision, "the revision an existing schema without a version table is at (or 'base')"
+        "", revision, "the revision of an existing schema without a version table (or 'base')"
     )
     destination: str = setting(
         "",
@@ -214,39 +229,41 @@ class Settings(NamedTuple):
         " (which it is where nothing is set), heads, a revision, or LABEL@head where one of several branches is meant",
     )
     version_table: str = setting(
-        "", relation, "the version table, where it cannot be read from env.py: name or schema.name"
+        "", relation, "the version table, if it cannot be read from env.py: name or schema.name"
     )
     drift: str = setting(
         "warn",
         choice("warn", "refuse", "off"),
-        "a schema that is not what the last run left: warn of it before something is applied, or refuse; off also for"
-        " `migrator verify`, which else ends with 37",
+        "drift, a schema that differs from what the last run left: warn before revisions are applied, "
+        "or refuse; off also turns it off for `migrator verify`, which otherwise exits with 37",
     )
     drift_ignore: str = setting(
-        "", table_patterns, "tables that others create and change, such as partman.*, celery_*: no drift"
+        "",
+        table_patterns,
+        "tables that others create and change, such as partman.*, celery_*: not reported as drift",
     )
     drift_keep: int = setting(
-        5, whole_number, "how many snapshots of the schema the ledger keeps beside the newest"
+        5, whole_number, "how many schema snapshots the ledger keeps besides the newest"
     )
     ledger: bool = setting(
         True, boolean, "keep migrator_ledger beside the version table: who changed the schema, when and how"
     )
     actor: str = setting(
-        "", str, "who is answerable for a run, for the ledger (such as the CI job's address)"
+        "", str, "who is responsible for a run, for the ledger (such as the CI job's address)"
     )
     invalid_indexes: str = setting(
         "rebuild",
         choice("rebuild", "report"),
-        "an INVALID index that a killed run left: rebuild (drop it where a pending revision builds it) or report",
+        "an INVALID index that a killed run left: rebuild (drop it if a pending revision builds it) or "
+        "report",
     )
     edited: str = setting(
         "refuse",
         choice("refuse", "cosmetic", "warn"),
-        "what of applied revisions whose file was edited since: refuse, cosmetic (let comments and formatting pass)"
-        " or warn",
+        "applied revisions whose file was edited: refuse, cosmetic (allow comments and formatting) or warn",
     )
     allow_ahead: bool = setting(
-        False, boolean, "start on a newer schema, unless that declares this image too old"
+        False, boolean, "start on a newer schema, unless that schema declares this image too old"
     )
     url_variable: str = setting(
         "", str, "the variable in which env.py expects the address, if it is not DATABASE_URL (several: a,b)"
@@ -256,14 +273,12 @@ class Settings(NamedTuple):
         callable_name,
         "module:callable, a context manager that is entered with Alembic's Config before env.py loads",
     )
-    role: str = setting(
-        "", role_name, "the role that the migration does SET ROLE to, so that it owns what is made"
-    )
+    role: str = setting("", role_name, "the role for the migration's SET ROLE; it owns the new objects")
     transaction: str = setting(
         "env.py",
         choice("env.py", "each", "all", "none"),
-        "env.py (as it says), each (one transaction a revision), all (one over all of them) or none (transactional_ddl"
-        " off)",
+        "env.py (env.py decides), each (one transaction per revision), all (one for all of them) or "
+        "none (transactional_ddl off)",
     )
     config: str = setting(
         "", path, "alembic.ini or pyproject.toml of the project", flag="-c", variable="ALEMBIC_CONFIG"
@@ -275,25 +290,25 @@ class Settings(NamedTuple):
     sidecar_listen: str = setting(
         "127.0.0.1:8086",
         listen_address,
-        "sidecar: the address that /livez, /readyz, /metrics and / are served on",
+        "sidecar: the address for /livez, /readyz, /metrics and /",
     )
     sidecar_interval: float = setting(
-        30.0, interval, "sidecar: how often it looks whether the database is at the heads", shown="30s"
+        30.0, interval, "sidecar: how often to check whether the database is at the heads", shown="30s"
     )
     sidecar_verify_interval: float | None = setting(
         3600.0,
         optional_interval,
-        "sidecar: how often it verifies the schema, as `migrator verify` does",
+        "sidecar: how often to verify the schema, as `migrator verify` does",
         shown="1h",
     )
     log_format: str = setting(
         "auto", choice("auto", "json", "text"), "auto is text on a terminal and JSON elsewhere"
     )
     log_level: str = setting(
-        "info", choice("debug", "info", "warning", "error"), "the least level that is logged"
+        "info", choice("debug", "info", "warning", "error"), "the lowest level that is logged"
     )
 
-    # What follows is filled in by load() and is no setting of its own.
+    # load() fills in the following fields; they are not settings.
     target: Target | None = None
     sources: Mapping[str, str] = {}
     warnings: tuple[str, ...] = ()
@@ -306,12 +321,12 @@ class Settings(NamedTuple):
 
     @property
     def goal(self) -> str:
-        """Return where the database is meant to be: every head, unless that is set."""
+        """Return the destination: every head, unless one is set."""
         return self.destination or "heads"
 
     @property
     def required_target(self) -> Target:
-        """Return the target, for commands that load() was asked to require one for."""
+        """Return the target, for commands that require one."""
         if self.target is None:
             raise SettingsError([_NO_ADDRESS])
         return self.target
@@ -322,7 +337,7 @@ _OPTIONS = tuple(
     for name, option in Settings._field_defaults.items()
     if isinstance(option, Option)
 )
-# A value's default is that of its declaration, and not the declaration itself.
+# The default of a field is the default in its declaration, not the declaration itself.
 Settings.__new__.__defaults__ = tuple(
     value.default if isinstance(value, Option) else value for value in Settings._field_defaults.values()
 )

@@ -1,6 +1,6 @@
-"""Where settings come from: what one is declared with, and its text in flags, environment and file.
+"""Where settings come from: their declarations, and their text in flags, environment and file.
 
-Who declares them is :mod:`migrator.config.settings`; ``options`` are its declarations.
+:mod:`migrator.config.settings` declares them; ``options`` are its declarations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECRET_VARIABLES = (*ADDRESSES, "AWS_ACCESS_KEY_ID", *PASSWORD_VARIABLES)
 
 
 class Option(NamedTuple):
-    """What a setting is declared with; ``name`` is the field's, ``default`` its value where nobody sets it."""
+    """The declaration of a setting; ``name`` is the field's name, ``default`` its value if it is not set."""
 
     default: Any
     read: Callable[[str], Any]
@@ -39,7 +39,7 @@ def variable_name(item: Option) -> str:
 
 
 def flag_name(item: Option) -> str | None:
-    """Return the flag of a setting, or None: what is secret has none, for arguments can be read by anyone."""
+    """Return the flag of a setting. A secret has none, because other users can read arguments."""
     return f"--{item.name.replace('_', '-')}" if item.flag == "" else item.flag
 
 
@@ -55,7 +55,7 @@ def pick(
     file_values: Mapping[str, str],
     file_name: str,
 ) -> tuple[str, str] | None:
-    """Return a setting's text and where it came from, or None where nothing sets it."""
+    """Return a setting's text and its origin, or None if it is not set."""
     name = variable_name(item)
     if flags.get(item.name) is not None:
         return str(flags[item.name]), flag_name(item) or name
@@ -67,7 +67,7 @@ def pick(
 
 
 def resolve_files(environment: Mapping[str, str], problems: list[str]) -> dict[str, str]:
-    """Return the environment with every secret's ``NAME_FILE`` read; both set is a problem."""
+    """Return the environment with every secret's ``NAME_FILE`` read; if both are set, that is a problem."""
     variables = dict(environment)
     for name in SECRET_VARIABLES:
         place = environment.get(f"{name}_FILE", "")
@@ -129,7 +129,9 @@ def read_file(
 
 
 def find_target(variables: Mapping[str, str], sources: dict[str, str], problems: list[str]) -> Target | None:
-    """Find the address in the documented order; the direct one wins, for a pooler cannot hold a session lock."""
+    """Find the address in the documented order. The direct one wins, because a pooler cannot hold a session
+    lock.
+    """
     for name in ("MIGRATOR_DIRECT_URL", *ADDRESS_VARIABLES):
         if variables.get(name, "").strip():
             field_name = "direct_url" if name == "MIGRATOR_DIRECT_URL" else "database_url"
@@ -153,7 +155,9 @@ def find_target(variables: Mapping[str, str], sources: dict[str, str], problems:
 
 
 def _with_password(target: Target, password: str) -> Target:
-    """Return the target with PGPASSWORD where its address has no password, as libpq does: it may come from a file."""
+    """Return the target with PGPASSWORD if its address has no password, as libpq does. It may come from a
+    file.
+    """
     has_one = target.password or "password" in dict(target.parameters)
     return target if has_one else target._replace(password=password)
 
@@ -161,7 +165,7 @@ def _with_password(target: Target, password: str) -> Target:
 def unknown_variables(environment: Mapping[str, str], options: Iterable[Option]) -> Iterator[str]:
     """Yield a warning for each ``MIGRATOR_*`` variable that looks like a misspelt setting.
 
-    A warning and no error: Kubernetes sets ``MIGRATOR_PORT`` and its like for a Service named migrator.
+    It is not an error: Kubernetes sets ``MIGRATOR_PORT`` and others for a Service named migrator.
     """
     known = {variable_name(item): item for item in options}
     known |= {f"{name}_FILE": item for name, item in known.items() if item.secret}
@@ -176,10 +180,10 @@ _OTHER_VARIABLES = frozenset({"MIGRATOR_IMAGE_VERSION"})
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean NAME?`` with the nearest of the ``known``, or nothing where none is near."""
+    """Return ``; did you mean NAME?`` with the nearest of the ``known``, or nothing if none is near."""
     import difflib
 
-    # A beginning that all share would make any two of them alike.
+    # A common prefix would make any two of them similar.
     short = {_short(item): item for item in known}
     close = difflib.get_close_matches(_short(name), short, n=1, cutoff=0.7)
     return f"; did you mean {short[close[0]]}?" if close else ""

@@ -1,4 +1,4 @@
-"""Readers of settings: from the text that a person wrote to a value, or a ValueError that says what is wrong."""
+"""Readers of settings: from text to a value, or a ValueError that says what is wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def optional_duration(text: str) -> float | None:
 
 
 def interval(text: str) -> float:
-    """Read a duration of a tenth of a second at least."""
+    """Read a duration of at least a tenth of a second."""
     seconds = duration(text)
     if seconds < 0.1:
         raise ValueError(f"{text!r} is too short: the least is 100ms")
@@ -41,7 +41,7 @@ def optional_interval(text: str) -> float | None:
 
 
 def listen_address(text: str) -> str:
-    """Read ``HOST:PORT``, such as ``127.0.0.1:8086`` or ``[::1]:8086``; port 0 is any that is free."""
+    """Read ``HOST:PORT``, such as ``127.0.0.1:8086`` or ``[::1]:8086``; port 0 is any free port."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[\w.-]+):(\d{1,5})", text.strip())
     if match is None or int(match[2]) > 65535:
         raise ValueError(f"{text!r} is not an address to listen on such as 127.0.0.1:8086 or [::]:8086")
@@ -56,7 +56,7 @@ def whole_number(text: str) -> int:
 
 
 def goal(text: str) -> str:
-    """Read a revision that a database can be meant to be at: not one that depends on where it is."""
+    """Read a destination revision; refuse one that depends on the current revision."""
     if re.match(r"[+-]", text.strip()):
         raise ValueError(f"{text!r} depends on where the database is: name a revision, head or LABEL@head")
     return text.strip()
@@ -69,7 +69,7 @@ def boolean(text: str) -> bool:
         return True
     if lowered in {"0", "false", "no", "off"}:
         return False
-    raise ValueError(f"{text!r} is neither true nor false")
+    raise ValueError(f"{text!r} is not true or false")
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
@@ -100,14 +100,14 @@ def callable_name(text: str) -> str:
 
 
 def role_name(text: str) -> str:
-    """Read a role's name as it stands in pg_roles, without quotes."""
+    """Read a role's name as in pg_roles, without quotes."""
     if "\0" in text or len(text.strip().encode()) > 63:
         raise ValueError(f"{text!r} is not the name of a role")
     return text.strip()
 
 
 def backup_url(text: str) -> str:
-    """Read the place of the backups: ``file:///folder``, a plain folder, or ``s3://bucket/prefix``."""
+    """Read the place of backups: ``file:///folder``, a plain folder, or ``s3://bucket/prefix``."""
     if text.startswith("/"):
         from urllib.parse import quote
 
@@ -123,7 +123,7 @@ def backup_url(text: str) -> str:
 
 
 def web_address(text: str) -> str:
-    """Read ``https://host:port``; what may hold a password is not repeated."""
+    """Read ``https://host:port``; the message repeats no part that may hold a password."""
     if not re.fullmatch(r"https?://[^\s@?#]+", text.strip()):
         raise ValueError(
             "it is not an address such as https://s3.example.com:9000 (without user and password)"
@@ -132,7 +132,7 @@ def web_address(text: str) -> str:
 
 
 def public_keys(text: str) -> str:
-    """Read public keys of age and SSH, separated by commas, spaces or lines; returns one a line."""
+    """Read public keys of age and SSH, separated by commas, spaces or lines; return one per line."""
     found = re.findall(r"ssh-[a-z0-9-]+\s+[A-Za-z0-9+/=]+|[^\s,]+", _without_comments(text))
     for key in found:
         if key.upper().startswith("AGE-SECRET-KEY-"):
@@ -143,7 +143,7 @@ def public_keys(text: str) -> str:
 
 
 def _without_comments(text: str) -> str:
-    """Take away what follows an SSH key on its line or before the comma, and lines that begin with #."""
+    """Remove the comment after an SSH key on its line or before the comma, and lines that begin with #."""
     text = re.sub(r"(?m)^\s*#.*$", "", text)
     return re.sub(r"(ssh-[a-z0-9-]+[ \t]+[A-Za-z0-9+/=]+)[^,\n]*", r"\1", text)
 
@@ -152,7 +152,7 @@ KEPT = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
 
 def keep(text: str) -> str:
-    """Read ``last=5,daily=7,weekly=4,monthly=6``, or ``all`` for everything (which is ``""``)."""
+    """Read ``last=5,daily=7,weekly=4,monthly=6``, or ``all`` to keep everything (returned as ``""``)."""
     lowered = text.strip().lower()
     if lowered in {"all", "everything"}:
         return ""
@@ -161,7 +161,8 @@ def keep(text: str) -> str:
         match = re.fullmatch(rf"({'|'.join(KEPT)})=(\d{{1,4}})", part)
         if match is None or match[1] in counts:
             raise ValueError(
-                f"{text!r} does not say what to keep: write such as last=5,daily=7,weekly=4,monthly=6, or all"
+                f"{text!r} does not say which backups to keep: write such as "
+                "last=5,daily=7,weekly=4,monthly=6, or all"
             )
         counts[match[1]] = int(match[2])
     if not any(counts.values()):
@@ -175,7 +176,7 @@ def worker_count(text: str) -> int:
     if lowered == "auto":
         return 0
     if not re.fullmatch(r"[1-9]\d?", lowered) or int(lowered) > 64:
-        raise ValueError(f"{text!r} is neither auto nor a number from 1 to 64")
+        raise ValueError(f"{text!r} is not auto or a number from 1 to 64")
     return int(lowered)
 
 
@@ -183,15 +184,13 @@ _LEVELS = {"zstd": 22, "gzip": 9, "lz4": 12}
 
 
 def compression(text: str) -> str:
-    """Read ``auto`` or ``METHOD:LEVEL``; a method alone is its level 1."""
+    """Read ``auto`` or ``METHOD:LEVEL``; a method alone means level 1."""
     lowered = text.strip().lower()
     if lowered == "auto":
         return lowered
     method, _, level = lowered.partition(":")
     if lowered in {"0", "none", "off"} or (method in _LEVELS and level == "0"):
-        raise ValueError(
-            f"{text!r} is refused: nothing in an uncompressed archive tells a flipped bit from what was written"
-        )
+        raise ValueError(f"{text!r} is refused: an uncompressed archive cannot reveal a flipped bit")
     most = _LEVELS.get(method, 0)
     if not re.fullmatch(r"[1-9]\d?", level or "1") or int(level or 1) > most:
         raise ValueError(
@@ -201,7 +200,7 @@ def compression(text: str) -> str:
 
 
 def table_patterns(text: str) -> str:
-    """Read ``audit_log, logs.*, "Odd".t``: what is not quoted is lower case, and may hold ``*`` and ``?``."""
+    """Read ``audit_log, logs.*, "Odd".t``: unquoted names become lower case and may hold ``*`` and ``?``."""
     part = r'("([^"]|"")+"|[^\s",.]+)'
     if not re.fullmatch(rf"\s*({part}(\.{part})?\s*(,\s*|$))*", text):
         raise ValueError(f'{text!r} is not a list of tables such as audit_log, logs.*, "Odd name"')
@@ -209,12 +208,12 @@ def table_patterns(text: str) -> str:
 
 
 def path(text: str) -> str:
-    """Read the place of a file or folder as it is."""
+    """Read the path of a file or folder unchanged."""
     return text
 
 
 def revision(text: str) -> str:
-    """Read a revision as it is: only the project knows which there are."""
+    """Read a revision unchanged; only the project knows which revisions exist."""
     return text
 
 
@@ -243,5 +242,5 @@ _TYPE_NAMES: Mapping[Callable[[str], object], str] = {
 
 
 def type_name(read: Callable[[str], object]) -> str:
-    """Return what people write for what ``read`` reads: ``DURATION``, ``N``, or its choices."""
+    """Return the form of the value that ``read`` accepts: ``DURATION``, ``N``, or its choices."""
     return "|".join(getattr(read, "choices", ())) or _TYPE_NAMES.get(read, "TEXT")

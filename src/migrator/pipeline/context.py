@@ -99,7 +99,7 @@ def known(this: Run, error: Exception | Interrupt) -> MigratorError:
     if why and record.after != record.before:
         return Partial(
             f"This machine lacks what the run needs: {why}.",
-            state="What was committed is not known."
+            state="It is not known what was committed."
             if record.after is None
             else f"The database is at {', '.join(record.after) or 'base'}.",
             next_step="`migrator current` shows it, and `migrator verify` checks it",
@@ -118,7 +118,7 @@ def known(this: Run, error: Exception | Interrupt) -> MigratorError:
     if record.after is None:
         return Partial(
             f"Interrupted by {error.name}.",
-            state="What was committed is not known.",
+            state="It is not known what was committed.",
             next_step="`migrator current` shows it",
         )
     if record.after == record.before:

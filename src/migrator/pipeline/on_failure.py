@@ -62,7 +62,7 @@ def _untouched(this: Run) -> bool:
     """Whether the run is known to have changed nothing, or nobody knows what it has changed."""
     record = this.record
     if record.after is None:
-        log.warning("nothing is taken back: what was committed is not known")
+        log.warning("nothing is rolled back: it is not known what was committed")
         return True
     return record.after == record.before and not record.committed_parts and not record.revisions
 
