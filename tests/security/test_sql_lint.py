@@ -22,7 +22,7 @@ ON_THEIRS = {
     "postgres/search_path.py": ("_FIND", "FIND", "LIST", "beside"),
     "ledger/sql.py": (),
     "ledger/permissions.py": (),
-    "postgres/attached_code.py": ("_OF_OTHERS", "_TABLE"),  # on a session of ours
+    "postgres/attached_code.py": ("_OF_OTHERS", "_PLAIN", "_TABLE"),  # on a session of ours
     "postgres/session.py": None,
     "pipeline/fast_path/up_to_date.py": None,
 }

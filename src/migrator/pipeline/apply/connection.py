@@ -198,8 +198,8 @@ class MigrationConnection:
         """
         if self._every_statement:
             return 0
-        fresh, number = self.ask(_TRANSACTION).split()
-        return 0 if fresh == "true" and self.ask(_TRANSACTION).startswith("true") else int(number)
+        fresh, number = self.ask_driver(_TRANSACTION).split()
+        return 0 if fresh == "true" and self.ask_driver(_TRANSACTION).startswith("true") else int(number)
 
     def set_timeouts(self, settings: Settings) -> None:
         """Set Postgres's timeouts for the session; what ``env.py`` set itself stays, unless a setting was given."""
