@@ -13,7 +13,7 @@ import pytest
 from migrator.config.database_url import parse
 from migrator.ledger import table as ledger
 from migrator.ledger.queries import read_rows, read_standing
-from migrator.ledger.table import Author, append, insertion
+from migrator.ledger.table import Author, append, insertion, written
 from migrator.postgres.session import Session, connect
 from migrator.postgres.version_table import VersionTable
 from tests.support.outcomes import done
@@ -115,7 +115,10 @@ def test_an_older_ledger_is_numbered_by_the_first_row(older: Database) -> None:
     # An older image goes on writing, and what it has written comes after what was there.
     write_as_older(older, "five", "reverted", "r003")
     assert order(older) == ["one", "two", "three", "four", "five"]
-    older.execute(insertion(LEDGER, [row("six", "applied", "r004")], unicode=True))  # env.py's connection
+    columns = written(LEDGER, lambda sql: older.psql(sql)[0][0])
+    older.execute(
+        insertion(LEDGER, [row("six", "applied", "r004")], columns, unicode=True)
+    )  # env.py's connection
     assert order(older)[-1] == "six"
     step_back(older)
     with session(older) as asked:

@@ -1,10 +1,7 @@
 """The ledger: the table ``migrator_ledger`` beside the version table, which says who changed the schema, when and how.
 
 A row for each revision that was applied or reverted, written in that revision's own transaction on the migration's
-own connection, and one for each run that had something to do.  Rows are only ever added.  Each is handed over as one
-JSON document, which the server unpacks: drivers differ in how they write parameters, and an older migrator's table
-may have fewer columns than a newer one fills.
-https://www.postgresql.org/docs/current/functions-json.html#FUNCTIONS-JSON-PROCESSING (jsonb_populate_record)
+own connection, and one for each run that had something to do.  Rows are only ever added.
 """
 
 from __future__ import annotations
@@ -88,19 +85,21 @@ In a subquery over the table, ``id`` is the table's column if it has one, else t
 NEWEST_FIRST = "id DESC NULLS FIRST, at DESC, number DESC"
 """The order of the rows: a row without an ``id`` is an older migrator's, and newer than all that have one."""
 
-# The new rows come after all others; while there is one without a number, they have none either.
-_INSERT = f"""
-INSERT INTO {{table}} SELECT r.* FROM {OLDER}
-CROSS JOIN LATERAL (SELECT CASE WHEN NOT EXISTS (SELECT FROM ONLY {{table}} WHERE id IS NULL) THEN
-    coalesce((SELECT id FROM ONLY {{table}} WHERE id IS NOT NULL ORDER BY id DESC LIMIT 1), 0) END AS id) AS newest
-CROSS JOIN pg_catalog.jsonb_array_elements(CAST({{rows}} AS pg_catalog.jsonb)) WITH ORDINALITY AS d (item, nth)
-CROSS JOIN LATERAL pg_catalog.jsonb_populate_record(CAST(NULL AS {{table}}), d.item OPERATOR(pg_catalog.||)
-    pg_catalog.jsonb_build_object(
-        'at', pg_catalog.clock_timestamp(),
-        'role', session_user,
-        'id', newest.id OPERATOR(pg_catalog.+) d.nth)) AS r
-RETURNING CAST(pg_catalog.txid_current() AS pg_catalog.text)
-"""  # noqa: S608 - the table is quoted, and the rows are a literal
+COLUMNS = frozenset(re.findall(r"^    ([a-z_]+) ", _CREATE, re.MULTILINE))
+"""Those of a ledger that is made today."""
+
+_WRITTEN = """
+SELECT pg_catalog.string_agg(CAST(attname AS pg_catalog.text), ' ') FROM pg_catalog.pg_attribute
+ WHERE attrelid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass({table}) AS pg_catalog.oid)
+   AND attnum OPERATOR(pg_catalog.>) 0 AND NOT attisdropped
+"""
+_INSERT = (
+    "INSERT INTO {table} ({names}) VALUES {rows} RETURNING CAST(pg_catalog.txid_current() AS pg_catalog.text)"
+)
+# The new rows come after all others.
+_NEXT = """((SELECT coalesce((SELECT id FROM ONLY {table} WHERE id IS NOT NULL ORDER BY id DESC LIMIT 1), 0))
+    OPERATOR(pg_catalog.+) {nth})"""
+_BY_THE_SERVER = {"at": "pg_catalog.clock_timestamp()", "role": "session_user"}
 
 _UNNUMBERED = f"SELECT EXISTS (SELECT FROM ONLY {{table}} WHERE id IS NULL) FROM {OLDER}"  # noqa: S608 - quoted
 
@@ -181,19 +180,81 @@ def close_to_others(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
                 ask(statement)
 
 
+def is_open(ledger: VersionTable, ask: Callable[[str], Any]) -> bool | None:
+    """Whether anybody but its owner was granted more on the ledger than to read it; None where it is not there."""
+    return ask(_OPEN.format(table=quote_literal(ledger.quoted))) if ledger.schema else None
+
+
+_OPEN = """
+SELECT EXISTS (SELECT FROM pg_catalog.aclexplode(c.relacl) a
+                WHERE a.privilege_type OPERATOR(pg_catalog.<>) 'SELECT'
+                  AND a.grantee OPERATOR(pg_catalog.<>) c.relowner)
+    OR EXISTS (SELECT FROM pg_catalog.pg_attribute t WHERE t.attrelid OPERATOR(pg_catalog.=) c.oid
+                  AND t.attacl IS NOT NULL)
+  FROM pg_catalog.pg_class c
+ WHERE c.oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass({table}) AS pg_catalog.oid)
+"""
+
 _OWNED = (
     "SELECT pg_catalog.pg_has_role(relowner, 'USAGE') FROM pg_catalog.pg_class"
     " WHERE oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass({table}) AS pg_catalog.oid)"
 )
 
 
-def insertion(ledger: VersionTable, rows: Iterable[Mapping[str, Any]], *, unicode: bool) -> str:
-    """Return the statement that adds rows, without secrets; ``unicode`` is the answer to :data:`TAKES_UNICODE`."""
+def written(ledger: VersionTable, ask: Callable[[str], Any]) -> frozenset[str]:
+    """Return the columns that new rows fill: an older migrator's ledger may have fewer than today's.
+
+    While there is a row without an ``id``, new ones have none either.
+    """
+    found = COLUMNS & set((ask(_WRITTEN.format(table=quote_literal(ledger.quoted))) or "").split())
+    unnumbered = "id" in found and ask(_UNNUMBERED.format(table=ledger.quoted))
+    return found - {"id"} if unnumbered else found
+
+
+def insertion(
+    ledger: VersionTable,
+    rows: Iterable[Mapping[str, Any]],
+    columns: frozenset[str] = COLUMNS,
+    *,
+    unicode: bool,
+) -> str:
+    """Return the statement that adds rows, without secrets.
+
+    ``columns`` is the answer of :func:`written`, ``unicode`` that to :data:`TAKES_UNICODE`.  Without parameters, for
+    drivers differ in how they write them.
+    """
     rows = list(rows)
-    document = json.dumps(rows, ensure_ascii=False, default=str)
-    if _needs_cleaning(document, unicode):
-        document = json.dumps([_clean(row, unicode) for row in rows], ensure_ascii=False, default=str)
-    return _INSERT.format(table=ledger.quoted, rows=literal(document))
+    if _needs_cleaning(json.dumps(rows, ensure_ascii=False, default=str), unicode):
+        rows = [_clean(row, unicode) for row in rows]
+    given = {name for row in rows for name, value in row.items() if value is not None}
+    names = sorted(columns & (given | {"at", "role", "id"}))
+    lines = [
+        ", ".join(
+            _expression(name, {**row, "id": _NEXT.format(table=ledger.quoted, nth=nth)}) for name in names
+        )
+        for nth, row in enumerate(rows, start=1)
+    ]
+    values = ", ".join(f"({line})" for line in lines)
+    return _INSERT.format(table=ledger.quoted, names=", ".join(names), rows=values)
+
+
+def _expression(name: str, row: Mapping[str, Any]) -> str:
+    """Return what a column of a new row gets, in SQL."""
+    value = row.get(name)
+    if name == "id" or name in _BY_THE_SERVER:
+        return _BY_THE_SERVER.get(name) or str(value)
+    if value is None:
+        return "NULL"
+    if isinstance(value, list | tuple):
+        return literal("{" + ",".join(_element(str(item)) for item in value) + "}")
+    if isinstance(value, Mapping):
+        return literal(json.dumps(value, ensure_ascii=False, default=str))
+    return literal(str(value))
+
+
+def _element(text: str) -> str:
+    """Quote an element of an array: https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO"""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _needs_cleaning(document: str, unicode: bool) -> bool:
@@ -273,7 +334,8 @@ def append(
     if not within:
         _number(session, ledger, role)
     with session.as_role(role):
-        return int(session.value(insertion(ledger, rows, unicode=bool(session.value(TAKES_UNICODE)))))
+        columns, unicode = written(ledger, session.value), bool(session.value(TAKES_UNICODE))
+        return int(session.value(insertion(ledger, rows, columns, unicode=unicode)))
 
 
 # Rows that say that somebody accepted a schema stay, as do all others.

@@ -78,6 +78,7 @@ class Bookkeeper:
         self._ledger = VersionTable()
         self._search_path = ""
         self._unicode = True
+        self._columns = ledger.COLUMNS
         self._sure = False  # that the ledger is there
         self._standing: set[str] = set()
         self._rows: frozenset[str] = frozenset()
@@ -126,6 +127,7 @@ class Bookkeeper:
                 table=self._ledger.quoted, version_table=quote_literal(table.name)
             )
             self._standing = set(json.loads(connection.ask(names) or "[]"))
+            self._columns = ledger.written(self._ledger, connection.ask)
         else:
             _refuse_unless(
                 connection, _MAY_CREATE, self._ledger, "make", "GRANT CREATE ON SCHEMA {schema} TO {role}"
@@ -232,7 +234,7 @@ class Bookkeeper:
         if self._connection.may_have_dropped() or not self._sure:
             self._sure = True
             self._make_or_close(self._connection)
-        statement = ledger.insertion(self._ledger, rows, unicode=self._unicode)
+        statement = ledger.insertion(self._ledger, rows, self._columns, unicode=self._unicode)
         return int(self._connection.ask_driver(statement))
 
     def _make_or_close(self, connection: Connection) -> None:
@@ -240,13 +242,16 @@ class Bookkeeper:
 
         In the transaction of what did so: nobody else ever sees it open.
         """
-        if ledger.exists(self._ledger, connection.ask_driver):
-            ledger.close_to_others(self._ledger, connection.ask_driver)
+        found = ledger.is_open(self._ledger, connection.ask_driver)
+        if found is not None:
+            if found:
+                ledger.close_to_others(self._ledger, connection.ask_driver)
             return
         alone = connection.autocommits
         if alone:
             connection.tell("BEGIN")
         ledger.create(self._ledger, connection.ask_driver)
+        self._columns = ledger.COLUMNS
         if alone:
             connection.tell("COMMIT")
 
