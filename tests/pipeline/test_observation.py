@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from migrator.config.database_url import parse
+from migrator.pipeline.apply.metrics import observer
 from migrator.pipeline.apply.metrics.measurement import MOST, Lock, Measured, Rows, Statement, shown
 from migrator.pipeline.apply.metrics.observer import Observation
 from migrator.postgres.session import connect
@@ -397,3 +399,46 @@ def test_the_outcome_and_the_ledger_say_what_each_revision_did(
     assert not any(
         "alembic_version" in str(item) or "migrator_ledger" in str(item) for item in measured.values()
     )
+
+
+INDEXED = (
+    "CREATE TABLE made (id int PRIMARY KEY, note text)",
+    "CREATE INDEX made_note ON made (note)",
+    'CREATE UNIQUE INDEX "Made" ON public.made USING btree (id, note) WHERE id > 3',
+)
+
+
+@pytest.mark.parametrize(
+    "more", ["", "CREATE INDEX ON t1 (note)", "INSERT INTO made SELECT id, note FROM t1"]
+)
+def test_indexes_of_a_new_table_are_measured_as_by_the_whole_question(
+    more: str, filled: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Measured] = []
+
+    def work(connection: Any, observation: Observation) -> None:
+        with revision(connection, observation) as measured:
+            for statement in (*INDEXED, *[more] * bool(more)):
+                connection.exec_driver_sql(statement)
+        found.extend(measured)
+        connection.rollback()
+
+    asked: list[str] = []
+    query = Observation._query
+    monkeypatch.setattr(Observation, "_query", lambda self, sql: asked.append(sql) or query(self, sql))
+    observe(filled, work)
+    assert ("pg_lock_status" in asked[0]) == bool(more)
+    monkeypatch.setattr(observer, "_CREATES_A_TABLE", re.compile("(?!)"))
+    observe(filled, work)
+    assert "pg_lock_status" in asked[-1]
+    quick, whole = (
+        {**replace(item, seconds=0, statement_seconds=0, statements=()).as_dict(), "locks": strongest(item)}
+        for item in found
+    )
+    assert quick == whole
+    assert quick["created"][:4] == ["public.made", "public.made_pkey", "public.made_note", "public.Made"]
+
+
+def strongest(measured: Measured) -> dict[str, str]:
+    """Return the strongest lock on each relation."""
+    return {lock.relation: lock.modes[0] for lock in measured.locks}

@@ -2,8 +2,9 @@
 
 Nothing is asked of the server when a revision begins.  What was there before is known from the end of the revision
 before it, and for a table that a statement names from a look ahead of the first such statement.  The query reads
-``pg_locks``, which takes longer with every lock that the transaction has.  So where a revision has only made tables,
-which nobody else sees or locks, the query looks for new relations alone.
+``pg_locks``, which takes longer with every lock that the transaction has.  So where a revision has only made tables
+and their indexes, which nobody else sees or locks, the query looks for new relations alone.  Each of those has the
+strongest lock.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
    AND pg_catalog.age(c.xmin) OPERATOR(pg_catalog.<=) pg_catalog.age(CAST('{{xid}}' AS pg_catalog.xid))
 """  # noqa: S608 - nothing but numbers
 _CREATES_A_TABLE = re.compile(r"\s*CREATE\s+(?:UNLOGGED\s+)?TABLE\b", re.IGNORECASE)
+_CREATES_AN_INDEX = re.compile(r"\s*CREATE\s+(?:UNIQUE\s+)?INDEX\b(?!\s+CONCURRENTLY)", re.IGNORECASE)
 _TOUCHES_ANOTHER = re.compile(r"\b(?:REFERENCES|INHERITS|LIKE|PARTITION|OF|AS)\b|;\s*\S", re.IGNORECASE)
 # After a commit the locks are gone: what is new, and what statements named.
 _UNLOCKED = f"""
@@ -214,10 +216,14 @@ class Observation:
         ours, name, _ = read
         if ours:
             return
-        creates = _CREATES_A_TABLE.match(start) and not _TOUCHES_ANOTHER.search(statement)
-        self._only_creates = self._only_creates and bool(creates)
         if name and name not in self._looked and len(self._looked) < MOST:
             self._look(connection, name)
+        if self._only_creates:
+            # Nobody else sees a table that this very revision has made.
+            creates = _CREATES_A_TABLE.match(start) or (
+                _CREATES_AN_INDEX.match(start) and self._looked.get(name, 0) > self._highest
+            )
+            self._only_creates = bool(creates) and not _TOUCHES_ANOTHER.search(statement)
         self._running = time.perf_counter()
 
     def _after(
