@@ -196,7 +196,7 @@ def test_a_text_that_depends_on_it_is_found(sql: str) -> None:
             "CAST(pg_catalog.json_agg(revision) AS pg_catalog.text)",
             "json_agg(revision)",
         ),
-        ("ledger/table.py", "pg_catalog.jsonb_array_elements", "jsonb_array_elements"),
+        ("ledger/table.py", "pg_catalog.aclexplode", "aclexplode"),
         ("pipeline/apply/metrics/observer.py", 'AS pg_catalog."char"[]', 'AS "char"[]'),
         (
             "postgres/search_path.py",
