@@ -84,7 +84,7 @@ def test_a_secret_replaced_under_a_refused_pod_is_what_it_logs_in_with(shop: Sho
     name = pod["metadata"]["name"]
     shop.wait_until_started(name, "migrator")
     wait_for(
-        lambda: "about to be replaced" in shop.kubectl.logs(name, "migrator"),
+        lambda: "only a new version of" in shop.kubectl.logs(name, "migrator"),
         60,
         lambda: shop.kubectl.logs(name, "migrator"),
     )

@@ -30,7 +30,7 @@ from tests.support.volumes import SecretVolume
 Project = Callable[..., Path]
 Start = Callable[..., Running]
 FIRST = "the first one"
-REPLACED = "about to be replaced"
+REPLACED = "only a new version of"
 
 
 @dataclass(frozen=True)

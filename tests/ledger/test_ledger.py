@@ -248,7 +248,7 @@ def test_attempts_leave_each_revision_once(
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SELECT * FROM busy")
         running = start_migrator("--baseline", "base", cwd=folder, database=database, env=variables)
-        running.wait_for("rolled back, trying again")
+        running.wait_for("rolled back, retrying")
         connection.rollback()
     done(running.finish())
     assert events(database) == APPLIED

@@ -177,7 +177,7 @@ def test_a_role_that_the_migration_becomes(
         assert database.dump() == before
         older = project(env(connected=own), revisions=THREE[:2], name="older")
         back = done(run_migrator("downgrade", "r002", "--yes", cwd=older, env=variables))
-        assert "the ledger does not say" not in back.stderr
+        assert "the ledger does not record" not in back.stderr
         assert runs(database) == [("upgrade", "OK"), ("downgrade", "OK")]
     finally:
         database.execute(f"DROP OWNED BY {owner} CASCADE; DROP ROLE {owner}")

@@ -167,8 +167,8 @@ def test_a_restore_of_its_own_backup_says_what_is_still_in_it(
     refusal(
         second,
         ExitCode.RESTORED,
-        "It still holds what an earlier run had committed of a revision that it did not finish;"
-        f" `migrator restore {clean} --yes` goes back to before that.",
+        "It still holds the committed part of a revision that an earlier run did not finish;"
+        f" `migrator restore {clean} --yes` restores the state before that.",
     )
     assert [row[1] for row in database.psql(INDEX)] == [True]
 

@@ -70,7 +70,7 @@ def test_what_the_second_attempt_sees(
         "MIGRATOR_BACKUP": "off",
     }
     run = start_migrator("upgrade", cwd=folder, database=database, env=settings)
-    run.wait_for("rolled back, trying again")
+    run.wait_for("rolled back, retrying")
     blocker.close()
     result = done(run.finish())
     attempts = [json.loads(line) for line in seen.read_text().splitlines()]
@@ -182,7 +182,7 @@ def test_a_retry_does_not_leave_env_py_s_schema(
         database=database,
         env={**env, "MIGRATOR_VERSION_TABLE": "app.alembic_version"},
     )
-    run.wait_for("rolled back, trying again")
+    run.wait_for("rolled back, retrying")
     reader.close()
     assert run.finish().code == ExitCode.OK
     columns = "SELECT table_schema FROM information_schema.columns WHERE column_name = 'note'"
@@ -238,7 +238,5 @@ def test_a_proxy_that_ends_idle_connections_is_named_and_no_revision(
             time.sleep(0.05)
         result = run.finish()
     assert len(cut) == LOSSES + 1
-    told = refusal(
-        result, ExitCode.ROLLED_BACK, "ends connections that it takes for idle", "MIGRATOR_DIRECT_URL"
-    )
+    told = refusal(result, ExitCode.ROLLED_BACK, "ends connections that look idle", "MIGRATOR_DIRECT_URL")
     assert "fix revision" not in told

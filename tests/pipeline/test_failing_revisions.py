@@ -90,7 +90,7 @@ def test_what_landed_before_the_failure_is_said(
         "Revision r003 failed",
         "2 of 4 revisions were applied and committed",
         "the database is at r002",
-        "`migrator upgrade head` goes on from there",
+        "continue with `migrator upgrade head`",
         "to go back: `migrator downgrade base --yes`",
     )
     assert [item["revision"] for item in result.answer["revisions"]] == ["r001", "r002"]
@@ -180,7 +180,7 @@ def test_a_failure_after_a_part_was_committed_is_no_rollback(
         ExitCode.PARTIAL,
         "Revision r002 failed",
         "A part of r002 was committed",
-        "undo by hand",
+        "by hand, then run",
         f"migrator restore {result.answer['backup']['id']}",
     )
     assert result.answer["after"] == ["r001"]
@@ -217,7 +217,7 @@ def test_a_busy_table_is_not_waited_for_longer_than_lock_timeout(
         "Revision r002 failed",
         "lock timeout",
         "55P03",
-        "All was rolled back.",
+        "Everything was rolled back.",
         "MIGRATOR_LOCK_TIMEOUT",
     )
     assert watch.within(20)

@@ -134,7 +134,7 @@ def test_while_a_revision_runs_sql(
     with unchanged(database):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for(waiting_for(database, "PgSleep"))
-        interrupt(run, number, "r002", "All was rolled back.")
+        interrupt(run, number, "r002", "Everything was rolled back.")
     done(run_migrator("verify", cwd=project(revisions=linear_history(1), name="first"), database=database))
 
 
@@ -188,7 +188,7 @@ def test_while_a_revision_runs_python(
     with unchanged(database):
         run = start_migrator(cwd=folder, database=database)
         run.wait_for((folder / "started").exists)
-        interrupt(run, signal.SIGTERM, "r002", "All was rolled back.")
+        interrupt(run, signal.SIGTERM, "r002", "Everything was rolled back.")
 
 
 def test_while_env_py_imports_the_application(
@@ -313,7 +313,7 @@ def test_after_some_revisions_were_committed(
         ExitCode.PARTIAL,
         "Interrupted by SIGTERM in revision r002",
         "1 of 2 revisions were applied and committed; the database is at r001",
-        "goes on from there",
+        "then continue with `migrator upgrade head`",
     )
     assert [item["revision"] for item in result.answer["revisions"]] == ["r001"]
     assert database.psql("SELECT version_num FROM alembic_version") == [("r001",)]

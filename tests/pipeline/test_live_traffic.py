@@ -41,7 +41,7 @@ SHORT = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "DATABASE_URL": None}
 
 def retried(run: Running) -> bool:
     """Whether the run has given up a first attempt."""
-    return "trying again" in run.stderr
+    return "retrying" in run.stderr
 
 
 @pytest.mark.parametrize("env_file", [OWN_VARIABLE, PER_MIGRATION], ids=["one transaction", "per migration"])
@@ -90,7 +90,7 @@ def test_who_blocks_is_named_while_waiting_and_at_the_end(
         f"pid {pid} (nightly report), idle in transaction for",
         "AccessShareLock",
         "SELECT * FROM t1 -- of last month",
-        "All was rolled back.",
+        "Everything was rolled back.",
         "MIGRATOR_LOCK_RETRIES",
     )
     waiting = [line for line in result.logs if line.get("blockers") == [pid]]
@@ -115,7 +115,7 @@ def test_a_blocker_of_another_role_hides_what_it_does(
     )
     pid = application.info.backend_pid
     application.close()
-    refusal(result, ExitCode.BLOCKED, f"pid {pid} (the backend), what it does is hidden", "AccessShareLock")
+    refusal(result, ExitCode.BLOCKED, f"pid {pid} (the backend), its activity is hidden", "AccessShareLock")
     assert "<insufficient privilege>" not in result.stderr
     assert "Exception in thread" not in result.stderr
 
@@ -156,7 +156,7 @@ def test_a_blocker_that_works_is_never_ended(
             "MIGRATOR_TERMINATE_BLOCKERS_AFTER": "1s",
         }
         run = start_migrator(cwd=folder, database=database, env=env)
-        run.wait_for(lambda: run.stderr.count("trying again") >= 3)
+        run.wait_for(lambda: run.stderr.count("retrying") >= 3)
         gate.open()
         result = done(run.finish())
         assert reader.wait(60) == 0
@@ -193,7 +193,7 @@ def test_a_lost_deadlock_is_tried_again(
     locking.join(60)
     result = done(run.finish())
     assert "deadlock" in result.stderr
-    assert "trying again" in result.stderr
+    assert "retrying" in result.stderr
     assert database.psql("SELECT to_regclass('t3') IS NOT NULL") == [(True,)]
 
 
@@ -212,7 +212,7 @@ def test_what_was_committed_is_not_run_twice(
     result = run_migrator(cwd=folder, database=database, env=SHORT)
     reader.close()
     refusal(result, ExitCode.PARTIAL, "A part of r003 was committed")
-    assert "trying again" not in result.stderr
+    assert "retrying" not in result.stderr
     assert database.psql("SELECT count(*) FROM t2") == [(1,)]
 
 
@@ -288,7 +288,7 @@ def test_no_request_waits_longer_than_the_lock_timeout_and_the_migration_gets_th
     with Stopwatch() as watch, Load(database, BUSY) as load:
         report.cursor().execute("SELECT count(*) FROM t1")
         run = start_migrator("--format", "json", cwd=folder, database=database, env=env)
-        run.wait_for(lambda: run.stderr.count("trying again") >= 3)
+        run.wait_for(lambda: run.stderr.count("retrying") >= 3)
         report.close()
         result = done(run.finish())
         after = time.monotonic()  # the traffic goes on after it, too

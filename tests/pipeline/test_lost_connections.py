@@ -69,7 +69,7 @@ def once_each(result: Result, database: Database, *, again: bool | None = True) 
     assert left_behind(database) == []
     assert [item["revision"] for item in result.answer["revisions"]] == ["r001", "r002", "r003"]
     if again is not None:
-        assert ("going through env.py again" in result.stderr) is again, result
+        assert ("running env.py again" in result.stderr) is again, result
 
 
 def gone(database: Database, pid: int) -> Callable[[], bool]:
@@ -159,7 +159,7 @@ def test_both_connections_ended_at_once(
     gate.open()
     result = run.finish()
     once_each(result, database)
-    assert "the run lock was not ours" not in result.stderr
+    assert "the run lock was lost before its release" not in result.stderr
 
 
 def test_another_run_that_was_faster_has_the_lock(
@@ -193,7 +193,7 @@ def test_it_is_given_up_where_it_is_ended_each_time(
     suicide = "{insert}\nop.execute('SELECT pg_terminate_backend(pg_backend_pid())')"
     result = start(project(revisions=history(body=suicide)), database).finish()
     refusal(result, ExitCode.ROLLED_BACK, "Revision r002 failed", "Everything was rolled back.")
-    assert result.stderr.count("going through env.py again") == 3
+    assert result.stderr.count("running env.py again") == 3
     assert database.psql("SELECT to_regclass('effects')") == [(None,)]
 
 
@@ -251,7 +251,7 @@ def test_while_it_commits(
     result = run.finish()
     assert database.psql("DELETE FROM effects WHERE revision = 'last' RETURNING 1") == [(1,)]
     once_each(result, database)
-    assert ("an answer was lost on the way" in result.stderr) is (how == "answer lost")
+    assert ("an answer was lost" in result.stderr) is (how == "answer lost")
 
 
 @both
@@ -286,7 +286,7 @@ def test_a_server_that_does_not_come_back(
     server.start()
     refusal(results[0], ExitCode.UNREACHABLE, "Revision r002 failed", "Nothing was committed")
     assert database.psql("SELECT to_regclass('effects')") == [(None,)]
-    refusal(results[1], ExitCode.PARTIAL, "could not be asked what was committed")
+    refusal(results[1], ExitCode.PARTIAL, "The database could not be read after that")
     assert other.psql("SELECT revision FROM effects") == [("r001",)]
     done(run_migrator(cwd=folder, database=database))
     done(run_migrator(cwd=per_migration, database=other))
@@ -337,7 +337,7 @@ def test_a_stall_of_the_migration_alone(
     gate.open()
     result = run.finish()
     once_each(result, database)
-    assert "an answer was lost on the way" in result.stderr
+    assert "an answer was lost" in result.stderr
 
 
 @both

@@ -144,7 +144,7 @@ def test_what_a_killed_run_left_is_put_back_by_the_next(
         (folder / "migrations/versions/r002.py").unlink()
     env = {**variables(shop), "MIGRATOR_MAINTENANCE_WINDOW": "false"}
     result = done(run_migrator(cwd=folder, database=shop, env=env))
-    assert "it is open again" in result.stderr
+    assert "opening it again" in result.stderr
     psycopg2.connect(variables(shop)["OTHERS"]).close()
     assert shop.psql(ACL)[0][1:] == ("the shop's", True)
 
@@ -169,7 +169,7 @@ def test_sessions_of_the_same_role_cannot_be_kept_out(
     folder = project(revisions=linear_history(2))
     same = psycopg2.connect(variables(shop)["DATABASE_URL"], application_name="the shop")
     result = run_migrator(cwd=folder, database=shop, env=variables(shop))
-    refusal(result, ExitCode.ACCESS_DENIED, "cannot keep out who logs in as shop_owner", "the shop (pid")
+    refusal(result, ExitCode.ACCESS_DENIED, "cannot keep out sessions of shop_owner", "the shop (pid")
     same.close()
     assert shop.psql(ACL)[0][1:] == ("the shop's", True)
 

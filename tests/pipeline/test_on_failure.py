@@ -171,7 +171,9 @@ def test_what_others_wrote_is_not_lost(
             ],
         )
     result = run_migrator(cwd=folder, database=quiet, env=env)
-    sentence = refusal(result, ExitCode.PARTIAL, "It was not restored", "half way", "the database is at r002")
+    sentence = refusal(
+        result, ExitCode.PARTIAL, "The database was not restored", "half way", "the database is at r002"
+    )
     assert (
         "may be writing" if how == "under way" else "1 transaction that this run cannot account"
     ) in sentence
@@ -274,7 +276,9 @@ def test_what_others_make_while_it_is_restored_is_not_lost(
         restored(running.finish(), quiet)
         return
     result = running.finish()
-    refusal(result, ExitCode.PARTIAL, "It was not restored", "while it was being restored", "is at r002")
+    refusal(
+        result, ExitCode.PARTIAL, "The database was not restored", "while it was being restored", "is at r002"
+    )
     assert kept(quiet) == []
     assert quiet.psql("SELECT to_regclass('t2') IS NOT NULL") == [(True,)]
 
@@ -299,7 +303,9 @@ def test_no_backup_no_restore(quiet: Database, project: Project, run_migrator: R
     folder = project(each_in_its_own(), revisions=failing())
     env = {"MIGRATOR_ON_FAILURE": "restore", "MIGRATOR_BACKUP": "off"}
     result = run_migrator(cwd=folder, database=quiet, env=env)
-    refusal(result, ExitCode.PARTIAL, "It was not restored: there is no backup", "MIGRATOR_BACKUP=off")
+    refusal(
+        result, ExitCode.PARTIAL, "The database was not restored: there is no backup", "MIGRATOR_BACKUP=off"
+    )
 
 
 @pytest.mark.parametrize("window", ["false", "true"])
@@ -312,7 +318,12 @@ def test_a_backup_that_is_not_whole_is_not_put_in_the_place_of_what_is(
     told = {"MIGRATOR_ON_FAILURE": "restore", "MIGRATOR_DISCARD_WRITES": window}
     result = run_migrator(cwd=folder, database=quiet, env=env | told)
     refusal(
-        result, ExitCode.PARTIAL, "half way", "It was not restored", "public.audit", "database is at r002"
+        result,
+        ExitCode.PARTIAL,
+        "half way",
+        "The database was not restored",
+        "public.audit",
+        "database is at r002",
     )
     assert "--yes --incomplete" in result.stderr
     assert quiet.psql("SELECT count(*) FROM audit") == [(100,)]
@@ -344,7 +355,7 @@ def test_a_restore_that_fails_says_where_the_backup_is(
     env = {"MIGRATOR_ON_FAILURE": "restore", "WHERE": str(run_migrator.backups)}
     result = run_migrator(cwd=folder, database=quiet, env=env)
     sentence = refusal(
-        result, ExitCode.RESTORE_FAILED, "half way", "The restore failed too", "is not what was written"
+        result, ExitCode.RESTORE_FAILED, "half way", "The restore also failed", "is not what was written"
     )
     assert str(run_migrator.backups) in sentence
     assert quiet.psql("SELECT version_num FROM alembic_version") == [("r002",)]
@@ -366,7 +377,7 @@ def test_what_nothing_remembers_is_not_promised_to_be_refused(
         result = run_migrator("upgrade", "--baseline", "base", cwd=folder, database=quiet, env=env)
         assert result.code == ExitCode.RESTORED, result
         assert "this one refuses" not in result.stderr
-        assert "each run until then tries this one again" in result.stderr
+        assert "each run until then tries again" in result.stderr
         assert len(kept(quiet)) == 1
         time.sleep(1.1)
 
@@ -385,7 +396,7 @@ def test_downgrade_reverts_what_this_run_applied(
     folder = project(each_in_its_own(), revisions=failing())
     env = {"MIGRATOR_ON_FAILURE": "downgrade"}
     result = run_migrator("--format", "json", cwd=folder, database=quiet, env=env)
-    refusal(result, ExitCode.PARTIAL, "half way", "was reverted", "at r001 again")
+    refusal(result, ExitCode.PARTIAL, "half way", "were reverted", "at r001 again")
     directions = [(item["revision"], item["direction"]) for item in result.answer["revisions"]]
     assert directions == [("r002", "upgrade"), ("r002", "downgrade")]
     assert quiet.psql("SELECT version_num FROM alembic_version") == [("r001",)]
@@ -401,7 +412,9 @@ def test_a_downgrade_that_fails_too(quiet: Database, project: Project, run_migra
     revisions[1] = Revision("r002", "r001", "CREATE TABLE t2 (id int)", no_way)
     folder = project(each_in_its_own(), revisions=revisions)
     result = run_migrator("--on-failure", "downgrade", cwd=folder, database=quiet)
-    refusal(result, ExitCode.PARTIAL, "half way", "The downgrade failed too", "no way", "database is at r002")
+    refusal(
+        result, ExitCode.PARTIAL, "half way", "The downgrade also failed", "no way", "database is at r002"
+    )
     assert quiet.psql("SELECT version_num FROM alembic_version") == [("r002",)]
 
 
@@ -489,13 +502,13 @@ def test_a_role_without_createdb_restores_from_within(
     assert result.code == ExitCode.RESTORED, result
     assert quiet.psql("SELECT id FROM t1 ORDER BY id") == [(1,), (2,)]
     assert kept(quiet) == []
-    assert "As the failure left it, it is in backup" in result.stderr
+    assert "The failed state is in backup" in result.stderr
     refusal(run_migrator(cwd=folder, database=quiet), ExitCode.UNSAFE, "r003 failed in run")
     lossy = project(each_in_its_own(), revisions=failing(WRITES), name="lossy")
     env = {"OTHERS": quiet.url, "MIGRATOR_ON_FAILURE": "restore"}
     refusal(
         run_migrator(cwd=lossy, database=quiet, env=env),
         ExitCode.PARTIAL,
-        "It was not restored: 1 transaction",
+        "The database was not restored: 1 transaction",
     )
     assert quiet.psql("SELECT id FROM t1") == [(77,)]

@@ -127,7 +127,7 @@ def test_it_is_owned_by_the_role_after_a_wait_for_a_lock(
     with database.connect() as connection, connection.cursor() as cursor:
         cursor.execute("SELECT * FROM busy")
         run = start_migrator("--baseline", "base", cwd=folder, database=database, env=variables)
-        run.wait_for("rolled back, trying again")
+        run.wait_for("rolled back, retrying")
         connection.rollback()
     result = run.finish()
     assert result.code == 0, result
@@ -142,7 +142,7 @@ def test_a_role_that_env_sets_itself_stays(
     result = run_migrator("--role", owner, cwd=folder, database=database, env=OFF)
     assert result.code == 0, result
     assert owners(database) == {"pg_database_owner"}
-    assert "env.py has set the role pg_database_owner itself" in result.stderr, result
+    assert "env.py set the role pg_database_owner itself" in result.stderr, result
 
 
 @pytest.mark.parametrize("kind", ["no such role", "no member"])

@@ -172,7 +172,7 @@ def test_what_runs_saw_counts_where_env_py_cannot_be_asked(
     database.execute("ALTER TABLE two.t DROP note")
     done(run(cwd=folder, **NAMED))
     result = done(run("check", cwd=folder, **NAMED))
-    assert "only one.alembic_version, two.alembic_version was looked at" in result.stderr
+    assert "only one.alembic_version, two.alembic_version was checked" in result.stderr
 
 
 def test_a_run_that_waits_for_another_asks_env_py_itself(

@@ -174,4 +174,4 @@ def test_a_pool_too_small_for_a_backup(
     with unchanged(database):
         result = run_migrator(cwd=folder, env={"MIGRATOR_DATABASE_URL": address})
     refusal(result, ExitCode.BACKUP_FAILED, "takes 3 connections at once", "MIGRATOR_DIRECT_URL")
-    assert "a backup 3 and one more" in result.stderr
+    assert "A backup takes 3, and one more" in result.stderr

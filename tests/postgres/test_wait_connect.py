@@ -335,7 +335,7 @@ def test_a_server_that_does_not_answer_is_bounded(
 @pytest.mark.parametrize(
     ("told", "refusal", "words"),
     [
-        ("3D000", Refusal.NO_DATABASE, "nobody created the database within 1 s"),
+        ("3D000", Refusal.NO_DATABASE, "the database was not created within 1 s"),
         ("", Refusal.TRANSIENT, "the last one: Connection refused"),
     ],
 )

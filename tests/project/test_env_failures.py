@@ -121,9 +121,9 @@ def test_an_autocommit_block_in_a_transaction_that_env_py_began(
     sentence = refusal(
         result,
         ExitCode.ROLLED_BACK,
-        "Revision r003 failed: it calls autocommit_block() in a transaction that env.py has begun, and not Alembic.",
+        "Revision r003 failed: it calls autocommit_block() in a transaction that env.py began, not Alembic.",
         "Everything was rolled back",
-        "let env.py begin no transaction before context.configure()",
+        "in env.py, begin no transaction before context.configure()",
     )
     assert "fix revision" not in sentence, result
     assert database.psql("SELECT to_regclass('t1') IS NULL") == [(True,)]

@@ -105,7 +105,7 @@ def test_env_py_that_finds_no_room_is_run_again_from_the_top(
     words = ("upgrade", "--baseline", "base")
     result = start_migrator(*words, cwd=folder, database=database, env=env).finish()
     assert result.code == 20, result
-    assert "No further connection was to be had" in result.stderr
+    assert "No further connection was possible" in result.stderr
     running = start_migrator(
         *words, cwd=folder, database=database, env={**env, "MIGRATOR_WAIT_TIMEOUT": "60s"}
     )
@@ -128,7 +128,7 @@ def test_no_room_for_a_later_connection_is_20_after_the_wait(
     folder = project(revisions=linear_history(1))
     result = run_migrator("upgrade", "--baseline", "base", cwd=folder, database=database, env=env)
     assert result.code == 20, result
-    assert "No further connection was to be had" in result.stderr
+    assert "No further connection was possible" in result.stderr
     assert "too many connections for role" in result.stderr
     assert "unexpected" not in result.stderr
     assert database.psql("SELECT to_regclass('t1')::text") == [(None,)]

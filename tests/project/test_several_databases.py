@@ -211,7 +211,7 @@ def test_another_that_is_not_of_postgres(project: Project, run_migrator: Runner,
     ini.write_text(f"{before}[two]\nsqlalchemy.url = sqlite://\n{after.partition(chr(10))[2]}")
     result = upgrade(run_migrator, folder, pair)
     assert result.code == 10, result
-    assert "of another kind than Postgres (sqlite)" in result.logs[-1]["message"], result
+    assert "a database that is not Postgres (sqlite)" in result.logs[-1]["message"], result
     assert pair.one.psql("SELECT to_regclass('one_r1') IS NULL") == [(True,)], result
 
 

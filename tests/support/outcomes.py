@@ -13,7 +13,7 @@ from tests.support.servers import LEDGER, Database
 
 STATES = (
     "The database was not changed.",
-    "All was rolled back.",
+    "Everything was rolled back.",
     "Everything was rolled back.",
     "the database is at ",
     "The database is at ",

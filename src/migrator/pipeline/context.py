@@ -93,16 +93,16 @@ def known(this: Run, error: Exception | Interrupt) -> MigratorError:
         return Partial(
             "Postgres went away after the revisions were committed, before they were verified.",
             state=f"The database is at {', '.join(record.after) or 'base'}.",
-            next_step="`migrator verify` checks it",
+            next_step="check with `migrator verify`",
         )
     why = lack(error)
     if why and record.after != record.before:
         return Partial(
-            f"This machine lacks what the run needs: {why}.",
+            f"This machine lacks a resource that the run needs: {why}.",
             state="It is not known what was committed."
             if record.after is None
             else f"The database is at {', '.join(record.after) or 'base'}.",
-            next_step="`migrator current` shows it, and `migrator verify` checks it",
+            next_step="check with `migrator current`, then with `migrator verify`",
         )
     if not isinstance(error, Interrupt):
         meaning = translate(error)
@@ -119,14 +119,14 @@ def known(this: Run, error: Exception | Interrupt) -> MigratorError:
         return Partial(
             f"Interrupted by {error.name}.",
             state="It is not known what was committed.",
-            next_step="`migrator current` shows it",
+            next_step="check with `migrator current`",
         )
     if record.after == record.before:
         return Interrupted(f"Interrupted by {error.name}.", next_step="run it again")
     return Partial(
         f"Interrupted by {error.name} after the revisions were committed, before they were verified.",
         state=f"The database is at {', '.join(record.after) or 'base'}.",
-        next_step="`migrator verify` checks it",
+        next_step="check with `migrator verify`",
     )
 
 

@@ -46,9 +46,12 @@ class Drift:
             return f"its schema was not compared: {self.unknown}"
         run = self.last.run_id if self.last else ""
         if not self.differences:
-            return f"its schema is what run {run} left"
+            return f"its schema matches the snapshot of run {run}"
         count = len(self.differences)
-        return f"its schema is not what run {run} left ({count} difference{'' if count == 1 else 's'})"
+        return (
+            f"its schema differs from the snapshot of run {run} ({count} "
+            f"difference{'' if count == 1 else 's'})"
+        )
 
     def findings(self, severity: Severity) -> tuple[Finding, ...]:
         """Return a finding for each difference, or a warning that nobody knows."""
@@ -86,7 +89,7 @@ def _compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
     ignored = parse(settings.drift_ignore)
     last = read_last_snapshot(session, settings.role)
     if last is None:
-        return Drift(unknown=f"no run has left a snapshot of it yet; `{_ACCEPT}` takes one")
+        return Drift(unknown=f"no run has left a snapshot yet; `{_ACCEPT}` takes one")
     try:
         before = unpack(last.snapshot)
     except Unreadable as error:
@@ -96,10 +99,10 @@ def _compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
         return Drift(unknown=_moved(before, now))
     found = tuple(item for item in differences(before, now) if not _is_ignored(item.item, ignored))
     if found and not alone and (running := holder(session)):
-        return Drift(unknown=f"it may be changing: {running[1]} is at work")
+        return Drift(unknown=f"{running[1]} is running and may change it")
     newest = read_last_snapshot(session, settings.role) if found else last
     if newest is None or newest.run_id != last.run_id:
-        return Drift(unknown="a run has changed it in this moment")
+        return Drift(unknown="a run changed it during the comparison")
     return Drift(found, last)
 
 
@@ -113,7 +116,7 @@ def _moved(before: Snapshot, now: Snapshot) -> str:
         f"{name} was at {_at(before.versions.get(name))} and is at {_at(now.versions.get(name))}"
         for name in names
     )
-    return f"its revision has moved since the last run that ended well ({rows})"
+    return f"its revision has changed since the last successful run ({rows})"
 
 
 def _at(rows: tuple[str, ...] | None) -> str:
@@ -133,10 +136,11 @@ def refuse(drift: Drift, *, at: Sequence[str]) -> None:
     shown = "; ".join(f"{item.item}: {item.sentence}" for item in drift.differences[:_SHOWN])
     more = f"; and {count - _SHOWN} more in the report" if count > _SHOWN else ""
     raise Drifted(
-        f"The schema is not what run {drift.last.run_id} left on {drift.last.at:%Y-%m-%d %H:%M:%S %Z}: {shown}{more}.",
+        f"The schema differs from the snapshot of run {drift.last.run_id} "
+        f"({drift.last.at:%Y-%m-%d %H:%M:%S %Z}): {shown}{more}.",
         state=f"The database is at {', '.join(at) or 'base'}; this run changed nothing.",
-        next_step="put it back, or make it so in a revision; where it is right as it is: "
-        f"`{_ACCEPT}` (MIGRATOR_DRIFT_IGNORE for tables that others manage)",
+        next_step=f"undo the change, or add it in a revision; to accept the schema as it is: `{_ACCEPT}` "
+        "(MIGRATOR_DRIFT_IGNORE excludes tables that others manage)",
         findings=drift.findings(Severity.ERROR),
     )
 
@@ -172,7 +176,7 @@ def snapshot_after(
     try:
         return take(session, ledger.beside(table, session).quoted).pack()
     except QueryFailed as error:
-        log.info("the ledger does not keep what the schema is now: %s", error.text)
+        log.info("the ledger does not keep the current schema: %s", error.text)
         return None
 
 
@@ -194,7 +198,7 @@ def accept(session: Session, settings: Settings, table: VersionTable | None, aut
     """
     if table is None:
         raise HistoryError(
-            "There is no version table yet, and so no ledger that could keep the schema.",
+            "There is no version table yet, so there is no ledger to keep the schema.",
             next_step="run `migrator upgrade` first",
         )
     drift = compare(session, settings._replace(drift="warn"), alone=True)

@@ -81,7 +81,7 @@ def reopen_after_death(this: Run, session: Session) -> None:
         return
     with lock_if_free(session) as free:
         if free:
-            log.warning("a run that was killed has left the database closed to other roles: it is open again")
+            log.warning("a killed run left the database closed to other roles: opening it again")
             run_id = str(found)[len(MARK) :].split(" ", 1)[0]
             reopen(session.target, this.application_name, this.settings.connect_timeout, run_id)
 
@@ -97,7 +97,11 @@ def reopen(target: Target, application_name: str, timeout: float, run_id: str) -
                     if name == target.database or (isinstance(error, QueryFailed) and error.lost):
                         raise
                     _roll_back(session)  # whoever owns another database may have written its comment
-                    log.warning("%s has the comment of a maintenance window, and is left as it is", name)
+                    log.warning(
+                        "%s has the comment of a maintenance window that cannot be used; it is left "
+                        "unchanged",
+                        name,
+                    )
     except (QueryFailed, ConnectFailed, MigratorError) as error:
         log.error(
             "%s could not be opened to other roles again (%s): %s %s TO PUBLIC",
@@ -117,7 +121,8 @@ def _refuse_own_role(session: Session) -> None:
     if rows:
         who = ", ".join(f"{name or 'unnamed'} (pid {pid})" for pid, name in rows[:5])
         raise AccessDenied(
-            f"A maintenance window cannot keep out who logs in as {session.facts.user}, migrator's own role: {who}.",
+            f"A maintenance window cannot keep out sessions of {session.facts.user}, migrator's own "
+            f"role: {who}.",
             next_step="let the application log in as another role, or end these sessions and run again",
         )
 
@@ -149,7 +154,7 @@ def _close_the_door(session: Session, run_id: str) -> None:
         if left:
             raise AccessDenied(
                 f"A maintenance window cannot keep {left} out of {name}: they keep the right to connect.",
-                next_step=f"REVOKE CONNECT ON DATABASE {database} FROM ..., as who granted it",
+                next_step=f"REVOKE CONNECT ON DATABASE {database} FROM ..., as the role that granted it",
             )
         session.query("COMMIT")
     except QueryFailed as error:
@@ -201,7 +206,7 @@ def _end_sessions(session: Session) -> None:
     stay = [item for item in left if item.user not in superusers]
     if stay:
         raise AccessDenied(
-            f"A maintenance window cannot begin while others stay: {'; '.join(map(str, stay[:5]))}.",
+            f"A maintenance window cannot begin while other sessions stay: {'; '.join(map(str, stay[:5]))}.",
             next_step=f"GRANT pg_signal_backend TO {quote_identifier(session.facts.user)},"
             " or stop the application first",
         )

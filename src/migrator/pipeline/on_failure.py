@@ -103,11 +103,12 @@ def refuse_again(this: Run, session: Session, history: History, found: Inspectio
         severity=Severity.ERROR,
         place=before.revision or "verify",
         sentence=f"{what} failed in run {before.run_id} at {before.at:%Y-%m-%d %H:%M:%S %Z}, and {how}",
-        remedy="deploy an image in which it is fixed, or --retry where something else was the cause",
+        remedy="deploy an image with a fix, or use --retry if the cause was elsewhere",
     )
     raise Unsafe(
-        f"This very image has failed here before: {finding.sentence}.",
-        next_step=f"fix it and deploy the changed image, or `migrator upgrade {this.request.destination} --retry`",
+        f"This image has failed here before: {finding.sentence}.",
+        next_step=f"fix it and deploy the changed image, or run `migrator upgrade {this.request.destination} "
+        "--retry`",
         findings=[finding],
     )
 
@@ -119,9 +120,9 @@ def refuse_one_way(this: Run, found: Inspection) -> None:
     names = found.plan.one_way
     told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     raise HistoryError(
-        f"MIGRATOR_ON_FAILURE=downgrade has no way back: {told} {'has' if len(names) == 1 else 'have'} no downgrade(),"
-        " or one that only raises.",
-        next_step="write it, or set MIGRATOR_ON_FAILURE=restore (or stop)",
+        f"MIGRATOR_ON_FAILURE=downgrade is not possible: {told} {'has' if len(names) == 1 else 'have'} "
+        "no downgrade(), or one that only raises.",
+        next_step="write the downgrade(), or set MIGRATOR_ON_FAILURE=restore (or stop)",
     )
 
 
@@ -152,16 +153,18 @@ def refuse_to_repeat(this: Run, session: Session, found: Inspection) -> None:
             rule="partly-committed",
             severity=Severity.ERROR,
             place=part.revision,
-            sentence=f"run {part.run_id} committed a part of {part.name} at {part.at:%Y-%m-%d %H:%M:%S %Z}, and"
-            f" not its version row; the part began with: {part.statement}",
-            remedy=f"undo that part by hand, then `{command}`"
-            + (f"; where the revision is complete, `migrator stamp {part.revision}`" if part.upgrade else ""),
+            sentence=f"run {part.run_id} committed a part of {part.name} at {part.at:%Y-%m-%d %H:%M:%S %Z} "
+            f"without its version row; the part began with: {part.statement}",
+            remedy=f"undo that part by hand, then run `{command}`"
+            + (
+                f"; if the revision is complete, run `migrator stamp {part.revision}`" if part.upgrade else ""
+            ),
         )
         for part in parts
     ]
-    restore = f"; or `migrator restore {backup} --yes`, the backup from before it" if backup else ""
+    restore = f"; or run `migrator restore {backup} --yes` (the backup from before it)" if backup else ""
     raise Unsafe(
-        f"What left its transaction is not run twice: {findings[0].sentence}.",
+        f"migrator does not repeat a committed part: {findings[0].sentence}.",
         next_step=f"{findings[0].remedy}{restore}",
         findings=findings,
     )
@@ -178,20 +181,20 @@ def _downgraded(
     before, rows = record.before or (), record.after or ()
     reason = _no_way_back(this, history, before, rows)
     if reason:
-        return _with(told, f"It was not downgraded: {reason}.")
-    log.warning("%s Reverting what this run has applied.", told.message)
+        return _with(told, f"No downgrade was run: {reason}.")
+    log.warning("%s Reverting this run's revisions.", told.message)
     try:
         run_plan(history.plan("downgrade", before[0] if before else "base", rows))
     except (MigratorError, Interrupt) as error:
         what = error.message if isinstance(error, MigratorError) else f"interrupted by {error.name}."
         return Partial(
-            f"{told.message} The downgrade failed too: {what}",
+            f"{told.message} The downgrade also failed: {what}",
             state=f"The database is at {_names(record.after)}.",
             next_step=told.next_step,
         )
     if record.after != record.before:
         return Partial(
-            f"{told.message} The downgrade did not lead back to where it was.",
+            f"{told.message} The downgrade did not return to the start.",
             state=f"The database is at {_names(record.after)}.",
             next_step=told.next_step,
         )
@@ -201,12 +204,13 @@ def _downgraded(
         if record.committed_parts
         else ""
     )
-    data = f"; `migrator restore {record.way_back} --yes` brings that back too" if record.way_back else ""
+    data = f"; to restore the rows too: `migrator restore {record.way_back} --yes`" if record.way_back else ""
     return Partial(
-        f"{told.message} What this run had applied was reverted.",
-        state=f"The database is at {_names(record.after)} again.{left} What the revisions deleted or changed in rows is"
-        " not undone by a downgrade.",
-        next_step=f"fix it and deploy a changed image (this one refuses until then, or with --retry){data}",
+        f"{told.message} This run's revisions were reverted.",
+        state=f"The database is at {_names(record.after)} again.{left} A downgrade does not undo what the "
+        "revisions deleted or changed in rows.",
+        next_step="fix it and deploy a changed image (this one refuses until then; --retry overrides "
+        f"that){data}",
     )
 
 
@@ -214,17 +218,17 @@ def _no_way_back(this: Run, history: History, before: tuple[str, ...], rows: tup
     """Return why what was applied cannot be reverted, or an empty string."""
     plan = this.record.plan
     if this.request.kind != "upgrade" or plan is None:
-        return f"{this.request.kind} is no upgrade"
+        return f"{this.request.kind} is not an upgrade"
     if plan.baseline:
-        return "the schema was adopted in this run, and a downgrade would delete what was there before"
+        return "this run adopted the schema, and a downgrade would delete the older objects"
     if len(this.record.visits) > 1:
-        return "env.py goes through several version tables"
+        return "env.py uses several version tables"
     if len(before) > 1:
-        return f"it began at several heads ({', '.join(before)})"
+        return f"the run began at several heads ({', '.join(before)})"
     if set(rows) == set(before):
-        return f"what is committed is a part of {', '.join(this.record.committed_parts)}, and no revision"
+        return f"only a part of {', '.join(this.record.committed_parts)} is committed, and no revision"
     unknown = history.unknown(rows)
-    return f"{', '.join(unknown)} is not of this image" if unknown else ""
+    return f"{', '.join(unknown)} is not in this image" if unknown else ""
 
 
 # -- restore ----------------------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
     if not record.backup_id:
         reasons = [stage.reason for stage in record.stages if stage.stage == "backup" and stage.reason]
         why = f" ({reasons[-1]})" if reasons else ""
-        return _with(told, f"It was not restored: there is no backup{why}.")
+        return _with(told, f"The database was not restored: there is no backup{why}.")
     certain = settings.discard_writes or settings.maintenance_window
     log.warning("%s Restoring %s.", told.message, record.backup_id)
     again = f"`migrator restore {record.backup_id} --yes`"
@@ -266,37 +270,37 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
     except Incomplete as error:
         return _with(
             told,
-            f"It was not restored: {error}.",
-            f"`migrator restore {record.backup_id} --yes --incomplete` restores the rest all the same, and keeps what"
-            " is there now",
+            f"The database was not restored: {error}.",
+            f"`migrator restore {record.backup_id} --yes --incomplete` restores the rest and keeps the "
+            "current state",
         )
     except WouldLose as error:
         return _with(
             told,
-            f"It was not restored: {error}.",
-            f"{again} restores it all the same, and keeps the database as it is now beside it (or set"
-            " MIGRATOR_DISCARD_WRITES or MIGRATOR_MAINTENANCE_WINDOW for the next time)",
+            f"The database was not restored: {error}.",
+            f"{again} restores it anyway and keeps the current database beside it (to allow this next "
+            "time: MIGRATOR_DISCARD_WRITES or MIGRATOR_MAINTENANCE_WINDOW)",
         )
     except Interrupt as error:
         this.interruption.shield()
-        return _with(told, f"The restore was interrupted by {error.name}, and has changed nothing.", again)
+        return _with(told, f"The restore was interrupted by {error.name} and changed nothing.", again)
     except MigratorError as error:
         return RestoreFailed(
-            f"{told.message} The restore failed too: {error.message}",
+            f"{told.message} The restore also failed: {error.message}",
             state=f"{told.state} The backup is {(record.backup or {}).get('place', record.backup_id)}.",
             next_step=f"{error.next_step}; then {again}" if error.next_step else again,
         )
     finally:
         record.after = was
     record.restored, record.after, record.revisions = True, record.before, ()
-    kept = f" As the failure left it, it is now {restored.kept}." if restored.kept else ""
-    kept += f" As the failure left it, it is in backup {restored.safety}." if restored.safety else ""
+    kept = f" The failed database is now {restored.kept}." if restored.kept else ""
+    kept += f" The failed state is in backup {restored.safety}." if restored.safety else ""
     kept += _still_there(this)
     return WasRestored(
         _sentence(this, told),
         state=" ".join((f"The database is at {_names(record.before)} again.{kept}", *restored.notes)),
         next_step="fix it and deploy a changed image ("
-        + ("this one refuses until then, or with --retry)" if any(remembered) else _FORGOTTEN),
+        + ("this one refuses until then; --retry overrides that)" if any(remembered) else _FORGOTTEN),
     )
 
 
@@ -306,16 +310,16 @@ def _still_there(this: Run) -> str:
     if record.way_back == record.backup_id:
         return ""
     way = (
-        f"`migrator restore {record.way_back} --yes` goes back to before that"
+        f"`migrator restore {record.way_back} --yes` restores the state before that"
         if record.way_back
-        else "no backup is from before that"
+        else "there is no backup from before that"
     )
-    return f" It still holds what an earlier run had committed of a revision that it did not finish; {way}."
+    return f" It still holds the committed part of a revision that an earlier run did not finish; {way}."
 
 
 _FORGOTTEN = (
-    "no ledger remembers this failure, so each run until then tries this one again, and sets another database aside:"
-    " MIGRATOR_KEEP_OLD bounds how many stay)"
+    "the ledger has no record of this failure: each run until then tries again and sets another "
+    "database aside; MIGRATOR_KEEP_OLD bounds how many stay)"
 )
 
 
@@ -330,7 +334,7 @@ def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[
     """
     record, table = this.record, this.record.version_table
     if table is None or not this.settings.ledger or place_of(session, table) is None:
-        log.warning("no ledger can remember that this failed: the next run will try it again")
+        log.warning("the ledger cannot record this failure: the next run will try again")
         return False
     row = record.author(this.settings.actor).row(
         ledger.RUN,
@@ -348,9 +352,7 @@ def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[
     try:
         ledger.append(session, table, [row])
     except QueryFailed as error:
-        log.warning(
-            "the ledger cannot remember that this failed (%s): the next run will try it again", error.text
-        )
+        log.warning("the ledger cannot record this failure (%s): the next run will try again", error.text)
         return False
     return True
 

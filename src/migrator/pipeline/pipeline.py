@@ -55,7 +55,7 @@ def _patiently(this: Run) -> None:
             if attempt == ATTEMPTS or not harmless(this, error):
                 raise
             log.warning(
-                "the connection was lost (%s); nothing was applied yet: beginning again (%d of %d)",
+                "the connection was lost (%s); nothing is applied yet: starting again (%d of %d)",
                 error.text.rstrip("."),
                 attempt,
                 ATTEMPTS - 1,

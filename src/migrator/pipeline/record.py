@@ -179,11 +179,11 @@ class Record:
             return ""
         back = self.before[0] if self.before and len(self.before) == 1 else "heads"
         restore = (
-            f"; to get deleted data back too: `migrator restore {self.backup_id} --yes`"
+            f"; to restore deleted data too: `migrator restore {self.backup_id} --yes`"
             if self.backup_id
             else ""
         )
-        return f"to come back: `migrator upgrade {back}`{restore}"
+        return f"to undo the downgrade: `migrator upgrade {back}`{restore}"
 
 
 def _names(revisions: tuple[str, ...] | None) -> str:

@@ -59,7 +59,7 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
     except QueryFailed as error:
         if error.lost:
             raise
-        log.info("the ledger does not say that this run began: %s", error.text)
+        log.info("the ledger does not record the start of this run: %s", error.text)
 
 
 def _close(this: Run, session: Session, history: History, outcome: Outcome) -> None:
@@ -87,9 +87,9 @@ def _close(this: Run, session: Session, history: History, outcome: Outcome) -> N
                     visits=record.visits,
                 )
     except (ConnectFailed, QueryFailed) as error:
-        log.warning("the ledger does not say how this run ended: %s", error.text)
+        log.warning("the ledger does not record the end of this run: %s", error.text)
     except AccessDenied as error:  # it was opened to others meanwhile: the next run says so
-        log.warning("the ledger does not say how this run ended: %s", error)
+        log.warning("the ledger does not record the end of this run: %s", error)
 
 
 def settle_up(this: Run, session: Session, history: History, found: Inspection) -> None:
@@ -119,7 +119,7 @@ def settle_up(this: Run, session: Session, history: History, found: Inspection) 
                     visits=this.record.visits,
                 )
     except QueryFailed as error:
-        log.info("the ledger was left as it is: %s", error.text)
+        log.info("the ledger was not changed: %s", error.text)
 
 
 def _settled(history: History, found: Inspection, standing: Standing) -> bool:

@@ -50,7 +50,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def without(why: str) -> Unreachable:
     """Return the error of a run that the machine gave too little to; the database was not changed by it."""
     return Unreachable(
-        f"This machine lacks what the run needs: {why}.",
+        f"This machine lacks a resource that the run needs: {why}.",
         next_step="give the process or the container more of it, then run it again",
     )
 

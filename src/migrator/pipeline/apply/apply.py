@@ -135,7 +135,7 @@ class Application:
         if self.version_table is None and self._passed_by:
             raise SettingsError(
                 [f"env.py migrates several databases, but not {self.session.target}"],
-                next_step="give migrator the address of one of those that env.py connects to",
+                next_step="set migrator's address to a database that env.py connects to",
             )
         if self.version_table is None:
             raise without_migrations()
@@ -226,7 +226,7 @@ class Application:
             self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=TELL)
         except QueryFailed as error:
             # The server cannot be told: the connection ends on this side, and with it the wait.
-            log.warning("the server cannot be told to cancel: %s", error.text)
+            log.warning("cannot cancel the running statement: %s", error.text)
             if self._connection and self._connection.calls:
                 self._connection.calls.end()
 
@@ -371,8 +371,8 @@ class Application:
         if frozenset(rows) != heads:
             return False
         log.warning(
-            "the application migrated the database to %s by itself while it was loaded: turn that off, so that it is"
-            " done by migrator, which measures and records it",
+            "the application migrated the database to %s by itself while it was loaded: turn that off, "
+            "so that migrator measures and records the migration",
             ", ".join(sorted(heads)) or "base",
         )
         return True
@@ -393,7 +393,9 @@ class Application:
         deadline = time.monotonic() + 2  # an earlier connection may just be going
         while not connection.try_lock(self.apply_lock):
             if not self._backend_pid:
-                raise Internal("Another connection holds the apply lock, under our run lock.")
+                raise Internal(
+                    "Another connection holds the apply lock, although this run holds the run lock."
+                )
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)

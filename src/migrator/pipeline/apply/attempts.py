@@ -198,7 +198,8 @@ class Attempts:
         """Log that ``env.py`` is run again, and return the seconds to wait before."""
         if cause is Cause.LOST:
             log.warning(
-                "the server is back and has rolled back the open transaction: going through env.py again (%d of %d)",
+                "the server is back and has rolled back the open transaction: running env.py again (%d "
+                "of %d)",
                 self.losses,
                 LOSSES,
                 extra={"stage": "apply"},
@@ -207,7 +208,7 @@ class Attempts:
         most = min(10.0, 0.5 * 2 ** (self.busy - 1))
         seconds = random.uniform(0, most)  # noqa: S311 - jitter, no secret
         log.warning(
-            "%s: rolled back, trying again in %.1f s (attempt %d of %d)",
+            "%s: rolled back, retrying in %.1f s (attempt %d of %d)",
             _reason(error).rstrip("."),
             seconds,
             self.busy + 1,

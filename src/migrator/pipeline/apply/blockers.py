@@ -99,7 +99,7 @@ class Blocker:
             return f"prepared transaction {', '.join(map(quote_literal, self.gids)) or 'of an unknown name'}"
         who = f"pid {self.pid}" + (f" ({self.application})" if self.application else "")
         if self.seconds is None:
-            doing = ", what it does is hidden (GRANT pg_read_all_stats shows it)"
+            doing = ", its activity is hidden (GRANT pg_read_all_stats shows it)"
         else:
             doing = f", {self.state or 'busy'} for {self.seconds:.0f} s"
         held = f", holds {self.held}" if self.held else ""
@@ -213,10 +213,10 @@ class Watch:
                 self._cannot_end(blocker, error.text)
                 continue
             if ended:
-                log.warning("ended %s, as MIGRATOR_TERMINATE_BLOCKERS_AFTER says", blocker)
+                log.warning("ended %s (MIGRATOR_TERMINATE_BLOCKERS_AFTER)", blocker)
                 del self._first_seen[blocker.pid]
             elif blocker.pid and not blocker.state:
-                self._cannot_end(blocker, "what it does is hidden; GRANT pg_read_all_stats shows it")
+                self._cannot_end(blocker, "its activity is hidden; GRANT pg_read_all_stats shows it")
 
     def _cannot_end(self, blocker: Blocker, reason: str) -> None:
         """Say once of each blocker that it stays."""

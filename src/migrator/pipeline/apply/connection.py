@@ -115,9 +115,9 @@ class MigrationConnection:
         dialect = self._connection.dialect.name
         if dialect != "postgresql":
             raise SettingsError(
-                [f"env.py connects to a database of another kind than Postgres ({dialect})"],
-                next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
-                " with MIGRATOR_URL_VARIABLE",
+                [f"env.py connects to a database that is not Postgres ({dialect})"],
+                next_step="use sqlalchemy.url or DATABASE_URL in env.py, or set MIGRATOR_URL_VARIABLE to the "
+                "variable that it reads",
             )
         return str(self.ask(_IDENTITY))
 
@@ -132,12 +132,12 @@ class MigrationConnection:
             return
         raise SettingsError(
             [
-                f"env.py connects to another database ({found.split(' ', 2)[2]!r}) than the one that migrator"
-                f" locked and backed up ({facts.database!r} of {session.target})"
+                f"env.py connects to the database {found.split(' ', 2)[2]!r}, not to the one that "
+                f"migrator locked and backed up ({facts.database!r} of {session.target})"
             ],
-            next_step="let env.py use sqlalchemy.url or DATABASE_URL, or name the variable that it reads"
-            " with MIGRATOR_URL_VARIABLE; where it is to migrate several databases, call"
-            " context.run_migrations(engine_name=...) for each, as Alembic's multidb template does",
+            next_step="use sqlalchemy.url or DATABASE_URL in env.py, or set MIGRATOR_URL_VARIABLE to the "
+            "variable that it reads; to migrate several databases, call "
+            "context.run_migrations(engine_name=...) for each, like Alembic's multidb template",
         )
 
     def assume_role(self, role: str, session: Session) -> None:
@@ -151,7 +151,7 @@ class MigrationConnection:
         if now in (login, session.facts.user):
             self.tell("SELECT pg_catalog.set_config('role', :role, false)", role=role)
         elif now != role:
-            log.info("env.py has set the role %s itself; it stays", now)
+            log.info("env.py set the role %s itself; migrator keeps it", now)
 
     def find(self, name: str) -> tuple[str, str] | None:
         """Return the schema in which the connection's search_path finds a relation, and its kind; None: nowhere."""

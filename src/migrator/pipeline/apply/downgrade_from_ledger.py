@@ -89,7 +89,7 @@ class Reversal:
         ):
             connection.query("SELECT set_config(%s, %s, false)", (name, f"{int((seconds or 0) * 1000)}ms"))
         if not connection.value("SELECT pg_try_advisory_lock(%s, %s)", self._apply_lock):
-            raise Internal("Another connection holds the apply lock, under our run lock.")
+            raise Internal("Another connection holds the apply lock, although this run holds the run lock.")
 
     def _attempts(
         self,
@@ -162,7 +162,7 @@ class Reversal:
                 state="Everything was rolled back.",
                 next_step="downgrade with an image that has the revision, or restore a backup: `migrator backups`",
             )
-        part = f" A part of {way.revision} may be committed: it leaves its transaction." if parts else ""
+        part = f" A part of {way.revision} may be committed outside of its transaction." if parts else ""
         return Partial(
             what,
             state=f"{len(self.results)} of {total} revisions were reverted and committed; the database is at {at}."
@@ -176,7 +176,8 @@ def _say_who(plan: Plan, role: str) -> None:
     others = sorted({way.role for way, _ in plan.kept if way.role not in ("", role)})
     if others:
         log.warning(
-            "what is reverted as %s was applied as %s (MIGRATOR_ROLE says which role it should be)",
+            "the downgrade runs as role %s, and the revision was applied as role %s (MIGRATOR_ROLE "
+            "sets the role)",
             role,
             ", ".join(others[:5]),
             extra={"stage": "apply"},

@@ -64,7 +64,7 @@ def survey(history: History, session: Session, *, before_configure: Callable[[],
     if found.pop(identity_of(session.facts), None) is None:
         raise SettingsError(
             [f"env.py migrates several databases, but not {session.target}"],
-            next_step="give migrator the address of one of those that env.py connects to",
+            next_step="set migrator's address to a database that env.py connects to",
         )
     try:
         return tuple(parse(address) for address in found.values())

@@ -71,7 +71,7 @@ class Aftermath:
         names = ", ".join(self.unfinished)
         rows = "its version row was not" if len(self.unfinished) == 1 else "their version rows were not"
         was = "was" if self.certain else "may have been"
-        return f"A part of {names} {was} committed (it leaves its transaction), and {rows}."
+        return f"A part of {names} {was} committed outside of its transaction; {rows}."
 
 
 def explain(error: BaseException, after: Aftermath) -> MigratorError:
@@ -79,8 +79,9 @@ def explain(error: BaseException, after: Aftermath) -> MigratorError:
     what = _what(error, after)
     if after.cut_after:
         what += (
-            f" Each attempt was cut about {after.cut_after:.0f} s after its statement began, and the server was up: a"
-            " proxy or a firewall in between ends connections that it takes for idle."
+            f" Each attempt lost its connection about {after.cut_after:.0f} s after its statement "
+            "began, and the server was up. A proxy or a firewall in between ends connections that look "
+            "idle."
         )
     way_back = _way_back(after)
     if after.rows is None and not after.anything_committed and not isinstance(error, Interrupt):
@@ -91,9 +92,9 @@ def explain(error: BaseException, after: Aftermath) -> MigratorError:
         )
     if after.rows is None:
         return Partial(
-            f"{what} The database could not be asked what was committed.",
-            state="Its state is not known.",
-            next_step=f"`migrator current` when it answers again; {way_back}",
+            f"{what} The database could not be read after that.",
+            state="It is not known what was committed.",
+            next_step=f"run `migrator current` when Postgres answers again; {way_back}",
         )
     if after.rows != after.plan.before or after.landed:
         return _partial(what, way_back, after, _cure(error, after))
@@ -110,13 +111,16 @@ def _finish(after: Aftermath) -> str:
     """Return what a person does about the parts that are committed."""
     names, command = ", ".join(after.unfinished), f"migrator {after.plan.kind} {after.plan.destination}"
     if after.repeatable:
-        return f"fix the cause, then `{command}` runs {names} again, which does no harm to what is there"
-    return f"undo by hand what {names} did outside of its transaction, then `{command} --retry`"
+        return (
+            f"fix the cause, then run `{command}`: it repeats {names}, and its committed part is safe "
+            "to repeat"
+        )
+    return f"undo the committed part of {names} by hand, then run `{command} --retry`"
 
 
 _AROUND = (
-    "raise that proxy's idle timeout (HAProxy: timeout client and timeout server), or give the address around it in"
-    " MIGRATOR_DIRECT_URL"
+    "raise that proxy's idle timeout (HAProxy: timeout client and timeout server), or set "
+    "MIGRATOR_DIRECT_URL to an address that goes around it"
 )
 
 
@@ -134,15 +138,15 @@ def translate(error: Exception) -> MigratorError:
             )
         if error.sqlstate == "42501":
             return AccessDenied(
-                f"The role may not do what migrator needs: {text}{code}.",
+                f"The role lacks a privilege that migrator needs: {text}{code}.",
                 next_step="grant it, or run as the owner of the database",
             )
         if error.sqlstate.startswith("53"):  # insufficient_resources
             return Unreachable(
-                f"The server lacks what a query of migrator's needs: {text}{code}.",
+                f"The server lacks a resource that a query of migrator needs: {text}{code}.",
                 next_step="give the server more of it, then run it again",
             )
-        return Internal(f"A query of migrator's own failed: {text}{code}.", next_step="please report it")
+        return Internal(f"A query of migrator itself failed: {text}{code}.", next_step="please report it")
     if why := lack(error):
         return without(why)
     return Internal(
@@ -164,15 +168,15 @@ def outside_of_stages(
     if "OperationalError" in type(error).__name__ and not code:
         # psycopg2 has no code for a failed connection.
         if classify("", text) is Refusal.DENIED:
-            return AccessDenied(what, next_step="check user and password, which `migrator wait` does too")
+            return AccessDenied(what, next_step="check user and password with `migrator wait`")
         return Unreachable(what, next_step="check that Postgres runs: `migrator wait`")
     if changes:
         return Partial(
             what,
-            state="Alembic was on its own: what it has committed is not known.",
-            next_step="`migrator current` shows where the database is",
+            state="Alembic ran on its own: it is not known what was committed.",
+            next_step="check with `migrator current`",
         )
-    return HistoryError(what, next_step="fix what it says; `migrator alembic --help` shows how it is used")
+    return HistoryError(what, next_step="fix the cause; `migrator alembic --help` shows the usage")
 
 
 def _cannot_leave(error: BaseException | None) -> bool:
@@ -193,19 +197,20 @@ def _cure(error: BaseException, after: Aftermath) -> str:
     code, failed = sqlstate(error), after.failed_in
     if _cannot_leave(error):
         return (
-            "let env.py begin no transaction before context.configure() (or commit it there), and call"
-            " context.run_migrations() in `with context.begin_transaction():`, as Alembic's own template has it"
+            "in env.py, begin no transaction before context.configure() (or commit it there), and call "
+            "context.run_migrations() in `with context.begin_transaction():`, like Alembic's own "
+            "template"
         )
     if code == _TOO_LONG and "version_num" in str(getattr(error, "statement", "") or ""):
         return (
-            f"the id {failed} has {len(failed)} characters, more than version_num takes: ALTER TABLE the version table"
-            " ALTER version_num TYPE varchar(255), or give the revision a shorter id"
+            f"the id {failed} has {len(failed)} characters, more than version_num takes: ALTER TABLE "
+            "the version table ALTER version_num TYPE varchar(255), or shorten the id"
         )
     first = bool(failed) and after.plan.kind == "upgrade" and failed == after.plan.revisions[0].revision
     if code in _IS_THERE and first and not after.plan.before and not after.plan.baseline:
         return (
-            "the version table is empty; if what is there is this application's, say at which revision it is:"
-            " `migrator upgrade --baseline REV`"
+            "the version table is empty; if the existing objects belong to this application, name "
+            "their revision: `migrator upgrade --baseline REV`"
         )
     return ""
 
@@ -228,17 +233,17 @@ def _partial(what: str, way_back: str, after: Aftermath, cure: str) -> Partial:
     if after.plan.baseline and not landed:
         state = f"The database was stamped {rows}; no revision was applied."
     cause = _AROUND if after.cut_after else cure or "fix the cause"
-    again = f"{cause}, then `migrator {after.plan.kind} {after.plan.destination}` goes on from there"
+    again = f"{cause}, then continue with `migrator {after.plan.kind} {after.plan.destination}`"
     if after.unfinished:
         again = _finish(after)
     elif after.rows == after.plan.after and not after.at:
-        again = "fix the cause, then `migrator verify` checks it"
+        again = "fix the cause, then check with `migrator verify`"
     return Partial(what, state=state, next_step=f"{again}; {way_back}")
 
 
 def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorError:
     if isinstance(error, Interrupt):
-        return Interrupted(what, next_step="run it again", state="All was rolled back.")
+        return Interrupted(what, next_step="run it again", state="Everything was rolled back.")
     if isinstance(error, MigratorError):
         return error
     if isinstance(error, (QueryFailed, ConnectFailed)):
@@ -249,10 +254,10 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
         by = f" It was last blocked by {'; '.join(after.blockers)}." if after.blockers else ""
         return Blocked(
             f"{what}{times}{by}",
-            state="All was rolled back.",
+            state="Everything was rolled back.",
             next_step=_end_prepared(after.prepared)
-            or "run it again when the table is less busy, or give it longer with MIGRATOR_LOCK_TIMEOUT"
-            " or MIGRATOR_LOCK_RETRIES",
+            or "run it again when the table is less busy, or raise MIGRATOR_LOCK_TIMEOUT or "
+            "MIGRATOR_LOCK_RETRIES",
         )
     if code == "42501":  # before env.py is entered too: Alembic makes its version table on the way
         return _may_not(what)
@@ -264,21 +269,21 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
         if code.startswith("28") or code == "3D000" or "OperationalError" in type(error).__name__:
             return AccessDenied(
                 what,
-                next_step="env.py connects by itself: check that it uses the address that migrator was given"
-                " (MIGRATOR_URL_VARIABLE names the variable it reads)",
+                next_step="env.py connects by itself: check that it uses migrator's address "
+                "(MIGRATOR_URL_VARIABLE names the variable that env.py reads)",
             )
         return HistoryError(
             what,
-            next_step="fix env.py, or put what it imports into the image (prepend_sys_path in alembic.ini,"
-            " PYTHONPATH, or FROM migrator); what the application's own command sets before env.py loads, such as"
-            " attributes of Alembic's Config, MIGRATOR_BOOTSTRAP can set",
+            next_step="fix env.py, or add its imports to the image (prepend_sys_path in alembic.ini, "
+            "PYTHONPATH, or FROM migrator); if the application's own command sets something before "
+            "env.py loads, such as attributes of Alembic's Config, set that with MIGRATOR_BOOTSTRAP",
         )
     if after.cut_after:
         return RolledBack(
             what, state="Everything was rolled back.", next_step=f"{_AROUND}, then run migrator again"
         )
     # Without a revision it was the end of the transaction, or of env.py.
-    where = f"revision {after.failed_in}" if after.failed_in else "what it says"
+    where = f"revision {after.failed_in}" if after.failed_in else "the cause"
     cure = _cure(error, after) or f"fix {where}, then run migrator again"
     return RolledBack(what, state="Everything was rolled back.", next_step=cure)
 
@@ -288,7 +293,7 @@ def _end_prepared(gids: Sequence[str]) -> str:
     if not gids:
         return ""
     statements = " ".join(f"ROLLBACK PREPARED {quote_literal(gid).strip()};" for gid in gids)
-    return f"{statements} (or COMMIT PREPARED, where its coordinator says so), then run it again"
+    return f"{statements} (or COMMIT PREPARED, if its coordinator says so), then run it again"
 
 
 def none_committed(findings: Sequence[Finding]) -> RolledBack:
@@ -296,16 +301,17 @@ def none_committed(findings: Sequence[Finding]) -> RolledBack:
     for finding in findings:
         if finding.rule == "rolled-back":  # after SQLAlchemy's own rollback, env.py has nothing to commit
             return RolledBack(
-                "env.py ran the revisions and committed none of them:"
-                f" {finding.place} rolled back the transaction that they all ran in.",
+                f"env.py ran the revisions and committed none of them: {finding.place} rolled back "
+                "their common transaction.",
                 state="Everything was rolled back.",
-                next_step=f"let {finding.place} use a savepoint (op.get_bind().begin_nested()), then run it again",
+                next_step=f"use a savepoint in {finding.place} (op.get_bind().begin_nested()), then run it "
+                "again",
             )
     return RolledBack(
         "env.py ran the revisions and committed none of them.",
         state="Everything was rolled back.",
-        next_step="put context.run_migrations() of env.py in `with context.begin_transaction():`,"
-        " as Alembic's own template has it",
+        next_step="in env.py, call context.run_migrations() in `with context.begin_transaction():`, like "
+        "Alembic's own template",
     )
 
 
@@ -313,17 +319,17 @@ def without_migrations() -> HistoryError:
     """Return the error for an ``env.py`` that did nothing."""
     return HistoryError(
         "env.py ended without running migrations (it never called context.run_migrations() online).",
-        next_step="run env.py as Alembic does: `migrator alembic upgrade head --sql` shows if it can",
+        next_step="check with `migrator alembic upgrade head --sql` whether Alembic can run env.py",
     )
 
 
 def without_room(text: str) -> Unreachable:
     """Return the error for a server, or a pooler, that has no room for another connection."""
     return Unreachable(
-        f"No further connection was to be had: {text.rstrip('.')}.",
-        next_step="run it again when fewer sessions are connected (a run takes 2, a backup 3, a restore 4);"
-        " else raise max_connections, the role's or the"
-        " database's CONNECTION LIMIT, or the pooler's limit; MIGRATOR_WAIT_TIMEOUT is how long it is waited for",
+        f"No further connection was possible: {text.rstrip('.')}.",
+        next_step="run it again when fewer sessions are connected (a run takes 2, a backup 3, a restore 4); "
+        "else raise max_connections, the CONNECTION LIMIT of the role or the database, or the "
+        "pooler's limit; MIGRATOR_WAIT_TIMEOUT bounds this wait",
     )
 
 
@@ -332,7 +338,7 @@ def _may_not(what: str) -> AccessDenied:
     return AccessDenied(
         what,
         state="Everything was rolled back.",
-        next_step="grant the role what the statement needs, or migrate as the owner of the objects",
+        next_step="grant the missing privilege, or migrate as the owner of the objects",
     )
 
 
@@ -349,9 +355,7 @@ def _what(error: BaseException, after: Aftermath) -> str:
     if isinstance(error, SystemExit):
         return f"{where}: it called sys.exit({error.code!r})."
     if _cannot_leave(error):
-        return (
-            f"{where}: it calls autocommit_block() in a transaction that env.py has begun, and not Alembic."
-        )
+        return f"{where}: it calls autocommit_block() in a transaction that env.py began, not Alembic."
     code = sqlstate(error)
     text = message_of(getattr(error, "orig", None) or error).rstrip(".")
     kind = "" if code else f"{type(error).__name__}: "

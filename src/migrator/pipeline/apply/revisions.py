@@ -207,7 +207,7 @@ class Steps:
         except QueryFailed as error:
             if not error.lost:  # the migration goes on while the control connection is away
                 raise
-            log.info("the version table was not looked at again: %s", error.text)
+            log.info("the version table was not checked again: %s", error.text)
         self._held = transaction
 
     def _own_transaction(self, command: str) -> None:
@@ -269,7 +269,7 @@ class Steps:
             number = self._books.partial(self.running, statement, upgrade=self._upgrade, session=session)
             self.transactions |= {number} - {0}
         except Exception as error:  # noqa: BLE001 - any driver's
-            log.warning("the ledger cannot note that a part of %s is committed: %s", self.running, error)
+            log.warning("the ledger cannot record that a part of %s is committed: %s", self.running, error)
 
     @property
     def _part(self) -> Part:
@@ -308,9 +308,10 @@ class Steps:
             rule="rolled-back",
             severity=Severity.WARNING,
             place=self.running,
-            sentence=f"{self.running} rolled back its own transaction: what it did before is gone, and its version row"
-            " is written all the same",
-            remedy="let the revision use a savepoint (op.get_bind().begin_nested()), and check what is missing",
+            sentence=f"{self.running} rolled back its own transaction: its earlier work is lost, and its "
+            "version row is still written",
+            remedy="use a savepoint in the revision (op.get_bind().begin_nested()), and check what is "
+            "missing",
         )
         self.findings.append(finding)
         log.warning("%s; %s", finding.sentence, finding.remedy, extra={"stage": "apply"})

@@ -65,8 +65,8 @@ class LostAnswer:
         if waited >= (_SENDING if unsent else _AFTER / 2) and worked < waited / 2:
             self._end(
                 calls,
-                f"the server has waited for the migration for {rows[0][1]:.0f} s, and the migration"
-                " for the server: an answer was lost on the way",
+                f"the server and the migration have waited for each other for {rows[0][1]:.0f} s: an "
+                "answer was lost",
             )
 
     def give_up(self, silent_since: float | None) -> None:
@@ -81,4 +81,4 @@ class LostAnswer:
     def _end(self, calls: DriverCalls, why: str) -> None:
         if calls.end():
             self._calls = self._seen = None
-            log.warning("%s; the migration's connection is ended", why, extra={"stage": "apply"})
+            log.warning("%s; ending the migration's connection", why, extra={"stage": "apply"})

@@ -70,11 +70,11 @@ def glance(
     record = Record("upgrade", settings.target, run_id)
     try:
         if settings.backup == "always":
-            raise _NotEnough("a backup is wanted all the same")
+            raise _NotEnough("MIGRATOR_BACKUP=always")
         found = _manifest_there(settings, project)
         return _look(settings, _Files(settings, project, destination, found), record, interruption)
     except (_NotEnough, MigratorError, ConnectFailed, QueryFailed, OSError) as error:
-        log.debug("a glance is not enough: %s", error)
+        log.debug("the fast path is not enough: %s", error)
         return None
     except Interrupt as error:
         interruption.shield()
@@ -140,12 +140,12 @@ def _manifest_there(settings: Settings, project: ProjectOptions) -> layout.Layou
         from migrator.project.bootstrap import shapes_history
 
         if shapes_history(project.bootstrap):
-            raise _NotEnough(f"{project.bootstrap} may say where the revisions are")
+            raise _NotEnough(f"{project.bootstrap} may set the folders of the revisions")
     found = layout.read(project, os.getcwd())
     if found is None or not os.path.isfile(os.path.join(found.location, FILE_NAME)):
         raise _NotEnough("there is no manifest")
     if layout.migrates_several(os.path.join(found.location, "env.py")):
-        raise _NotEnough("env.py migrates several databases, and each has to be looked at")
+        raise _NotEnough("env.py migrates several databases, and each must be checked")
     return found
 
 
@@ -190,7 +190,7 @@ class _Files:
             )
         rows = rows_at(manifest, self._destination)
         if rows is None:
-            raise _NotEnough(f"only Alembic can tell which revision {self._destination!r} is")
+            raise _NotEnough(f"only Alembic can resolve the revision {self._destination!r}")
         schema, _, name = self._settings.version_table.rpartition(".")
         named = (name, schema) if self._settings.version_table else manifest.version_table
         chosen = self._project.x or self._project.bootstrap
@@ -198,7 +198,7 @@ class _Files:
             who = "-x" if self._project.x else self._project.bootstrap or "code in env.py"
             raise _NotEnough(f"{who} may choose the version table: set MIGRATOR_VERSION_TABLE=schema.name")
         if not manifest.runs_once:
-            raise _NotEnough("env.py may go through several version tables, which only running it tells")
+            raise _NotEnough("env.py may use several version tables; only running it can tell")
         return _Frozen(manifest, location, VersionTable(*named), rows)
 
 
@@ -207,13 +207,13 @@ def _refuse(different: tuple[str, ...]) -> None:
     if not different:
         return
     _say_different(different)
-    raise _NotEnough("the manifest is of other files")
+    raise _NotEnough("the manifest is stale")
 
 
 def _say_different(different: tuple[str, ...]) -> None:
     more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
     log.warning(
-        "manifest.json is not of these files (%s%s), so this run takes longer; run migrator freeze",
+        "manifest.json is stale (%s%s), so this run takes longer; run `migrator freeze`",
         "; ".join(different[:3]),
         more,
     )
@@ -231,7 +231,7 @@ def _moved(manifest: Manifest, found: layout.Layout, project: ProjectOptions, fo
         frozen_in = os.path.join(os.path.realpath(found.location), manifest.working_folder)
         if os.path.realpath(frozen_in) != os.path.realpath(folder):
             names.append("the working directory")
-    return tuple(f"{name} was another" for name in names)
+    return tuple(f"{name} changed" for name in names)
 
 
 def _look(settings: Settings, files: _Files, record: Record, interruption: Interruption) -> Outcome | None:

@@ -28,7 +28,7 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
                 place=f"downgrade {plan.destination}",
                 sentence=f"it reverts {revisions} and deletes the schema"
                 f" ({tables} table{'' if tables == 1 else 's'} in it now)",
-                remedy="add --yes if that is meant",
+                remedy="add --yes to confirm",
             )
         )
     if plan.kept and not yes:
@@ -38,9 +38,9 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
                 rule="kept-sql",
                 severity=Severity.ERROR,
                 place=f"downgrade {plan.destination}",
-                sentence=f"this image does not have {_names(plan)}, so it runs the SQL that the ledger keeps,"
-                " which is shown above",
-                remedy="read it, and add --yes if that is meant",
+                sentence=f"this image does not have {_names(plan)}; it would run the SQL from the ledger, "
+                "which is shown above",
+                remedy="read it, then add --yes to confirm",
             )
         )
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]

@@ -89,7 +89,7 @@ def find_tables(
         sought = sought._replace(doubt="")
     known = read_visited(session, sought.table, settings.role) if settings.ledger else ()
     several = sought.several or len(known) > 1
-    doubt = sought.doubt or ("an earlier run of it went through several version tables" if several else "")
+    doubt = sought.doubt or ("an earlier run of it used several version tables" if several else "")
     unsure = several or sought.others or (doubt and not pending(frozenset(sought.rows)))
     found = ask() if unsure and ask is not None and history.can_be_asked else None
     if found:
@@ -109,7 +109,7 @@ def find_tables(
     several = several or len(visits) > 1
     if found and not several and table is not None and not same:
         log.info(
-            "only env.py knows its version table: with MIGRATOR_VERSION_TABLE=%s it need not be asked", table
+            "only env.py knows its version table: set MIGRATOR_VERSION_TABLE=%s to skip this question", table
         )
     remains = "" if found else doubt
     return Whereabouts(table, rows, visits, about, several, remains, sought.others, sought.table or table)
@@ -122,7 +122,7 @@ def _refuse_another(found: Sequence[Visit], setting: str) -> None:
         return
     table, at = found[0].table, ", ".join(sorted(found[0].rows)) or "base"
     raise SettingsError(
-        [f"env.py keeps its revisions in {table}, which is at {at}, and not in {setting}"],
+        [f"env.py keeps its revisions in {table}, which is at {at}, not in {setting}"],
         next_step=f"set MIGRATOR_VERSION_TABLE={table}",
     )
 
@@ -144,7 +144,7 @@ def asking(
             if not session.answers():
                 raise QueryFailed(f"env.py failed: {error}", lost=True) from error
             if not locked:
-                log.info("env.py cannot be asked for its version tables by reading alone: %s", error)
+                log.info("env.py cannot report its version tables in a read-only session: %s", error)
                 return None
             nothing = Plan("upgrade", "head", (), frozenset(), frozenset())
             raise explain(error, Aftermath(nothing, frozenset(), entered=False)) from error
@@ -246,9 +246,9 @@ def inspect(
         if table is None and where.others:
             raise refusal(where.others)
         log.warning(
-            "env.py could not be asked for its version tables (%s): %s",
+            "env.py could not report its version tables (%s): %s",
             where.doubt,
-            f"of what it goes through, only {_some(tuple(map(str, where.visits or (table,))))} was looked at",
+            f"only {_some(tuple(map(str, where.visits or (table,))))} was checked",
         )
     _refuse_copies(table, current)
     if table is not None:
@@ -314,15 +314,15 @@ def _unversioned(session: Session, history: History, tables: int, where: Whereab
     if not where.others:
         return Unversioned(
             f"{text}.",
-            next_step=f"if they are this application's, say at which revision: {newest};"
-            " if they are another's: `--baseline base`",
+            next_step=f"if the tables belong to this application, name their revision: {newest}; if they "
+            "belong to another: `--baseline base`",
         )
     looked = f" where env.py looks for it ({where.about})" if where.about else ""
     names = ", ".join(map(str, where.others))
     return Unversioned(
         f"{text}{looked}; revisions of this history are in {names}.",
-        next_step=f"if that is the one, let env.py look there (version_table_schema, search_path); if not, {newest},"
-        " or `--baseline base`",
+        next_step="if that is the right one, configure it in env.py (version_table_schema, search_path); if "
+        f"not, {newest}, or `--baseline base`",
     )
 
 
@@ -332,9 +332,10 @@ def _refuse_copies(table: VersionTable | None, rows: Sequence[str]) -> None:
     if table is None or not copies:
         return
     raise HistoryError(
-        f"The version table {table} has {', '.join(f'{row} {rows.count(row)} times' for row in copies)}.",
+        f"The version table {table} has duplicate rows: "
+        f"{', '.join(f'{row} {rows.count(row)} times' for row in copies)}.",
         next_step=f"DELETE FROM {table.typed} a USING {table.typed} b"  # noqa: S608 - to be typed by a person
-        " WHERE a.version_num = b.version_num AND a.ctid > b.ctid; and give it back its primary key",
+        " WHERE a.version_num = b.version_num AND a.ctid > b.ctid; then restore its primary key",
     )
 
 
@@ -355,8 +356,8 @@ def _refuse_role(session: Session, role: str) -> None:
         raise AccessDenied(
             f"{session.facts.user} cannot SET ROLE to MIGRATOR_ROLE={role}: {error.text.rstrip('.')}"
             f" [{error.sqlstate}].",
-            next_step=f"GRANT {quote_identifier(role)} TO {quote_identifier(session.facts.user)}, or correct"
-            " MIGRATOR_ROLE",
+            next_step=f"GRANT {quote_identifier(role)} TO {quote_identifier(session.facts.user)}, or fix "
+            "MIGRATOR_ROLE",
         ) from None
 
 
@@ -389,12 +390,12 @@ def _refuse_standby(session: Session) -> None:
     target = session.target
     if session.facts.in_recovery:
         raise AccessDenied(
-            f"{target} is a standby: it takes no changes.",
+            f"{target} is a standby and accepts no changes.",
             next_step="point migrator to the primary (several hosts with target_session_attrs=read-write find it)",
         )
     if session.facts.read_only:
         raise AccessDenied(
-            f"{target} takes read-only transactions only (default_transaction_read_only is on).",
+            f"{target} accepts only read-only transactions (default_transaction_read_only is on).",
             next_step="ALTER ROLE or ALTER DATABASE ... SET default_transaction_read_only = off",
         )
 

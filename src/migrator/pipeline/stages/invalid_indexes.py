@@ -80,7 +80,7 @@ def _drop(session: Session, index: catalog.Index) -> None:
     """
     quoted = f"{quote_identifier(index.schema)}.{quote_identifier(index.name)}"
     if not session.value(_IS_STILL, (quoted, index.oid)):
-        raise QueryFailed("it has another name by now, or is gone", "42704")
+        raise QueryFailed("it was renamed or dropped", "42704")
     session.query(f"DROP INDEX CONCURRENTLY IF EXISTS {quoted}")
 
 
@@ -114,7 +114,7 @@ def _each(
             yield finding
             continue
         log.warning(
-            "dropping the INVALID index %s, which a run before left: %s builds it anew",
+            "dropping the INVALID index %s of an earlier run: %s builds it again",
             index,
             builder,
             extra={"stage": "apply", "revision": builder},

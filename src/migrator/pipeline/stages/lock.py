@@ -74,8 +74,8 @@ def holder(session: Session) -> tuple[int, str] | None:
     hangs = ""
     if event == "SyncRep":
         hangs = (
-            ", whose COMMIT waits for a synchronous standby (SyncRep);"
-            f" SELECT pg_terminate_backend({pid}) ends it, and what it has committed stays"
+            ", whose COMMIT waits for a synchronous standby (SyncRep); SELECT "
+            f"pg_terminate_backend({pid}) ends it, and its committed work stays"
         )
     return pid, f"{name or 'a session'} (pid {pid}{f', connected since {since}' if since else ''}){hangs}"
 
@@ -161,8 +161,8 @@ class _Waiting:
         pid, text = found or ("PID", "another run")
         return LockBusy(
             f"Another run held the lock for {self._patience:g} s: {text}.",
-            next_step="let it finish and run again; if it hangs, end its session:"
-            f" SELECT pg_terminate_backend({pid})",
+            next_step="wait for it and run again; if it hangs, end its session: SELECT "
+            f"pg_terminate_backend({pid})",
         )
 
 
@@ -180,13 +180,15 @@ def _refuse_pooler(session: Session, settings: Settings) -> None:
         return
     raise SettingsError(
         [f"{session.target} leads through a connection pooler {why}"],
-        next_step="give the address around it in MIGRATOR_DIRECT_URL: lock, backup and migration then use that one",
+        next_step="set MIGRATOR_DIRECT_URL to an address that goes around it; lock, backup and migration "
+        "then use that address",
     )
 
 
 _SERVER_CONNECTIONS = (
-    "%s leads through a connection pooler: a run takes 2 of its server connections at once, a backup 3 and one more for"
-    " each further worker (MIGRATOR_BACKUP_JOBS), a restore 4; where it has fewer, set MIGRATOR_DIRECT_URL"
+    "%s leads through a connection pooler. A run takes 2 of its server connections at once. A backup "
+    "takes 3, and one more for each further worker (MIGRATOR_BACKUP_JOBS). A restore takes 4. If the "
+    "pooler has fewer, set MIGRATOR_DIRECT_URL"
 )
 
 
@@ -196,7 +198,7 @@ def _what_a_pooler_does(session: Session, application_name: str, timeout: float)
     What the session has set is otherwise found by another client, which a pooler hands the connection that was used
     last.  A look that is lost or not answered is an answer: the pooler has no second connection, or takes no look.
     """
-    given_away = "in transaction mode, where a session lock is worth nothing"
+    given_away = "in transaction mode, in which session locks do not work"
     seen = "SELECT current_setting('migrator.probe', true)"
     try:
         for _ in range(3):
@@ -208,7 +210,7 @@ def _what_a_pooler_does(session: Session, application_name: str, timeout: float)
     except ConnectFailed as error:
         if not error.silent:
             raise
-        return f"that gives no second session beside a first one ({error.text})"
+        return f"that gives no second session beside the first ({error.text})"
     except QueryFailed as error:
         return f"that keeps no session for its client ({error.text})"
     return ""
@@ -256,4 +258,4 @@ def _release(session: Session, session_ends: bool, *, shared: bool) -> None:
         log.log(level, "the connection that held the run lock was lost, and the lock with it: %s", error.text)
         return
     if not released:
-        log.warning("the run lock was not ours any more when it was released")
+        log.warning("the run lock was lost before its release")

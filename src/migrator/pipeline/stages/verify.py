@@ -71,7 +71,7 @@ def not_at_target(
         return
     there = " and ".join(sorted(actual)) or "no revision"
     target = " and ".join(sorted(expected)) or "base, before every revision"
-    remedy = "migrator status shows what is pending; migrator upgrade applies it"
+    remedy = "`migrator status` shows the pending revisions; `migrator upgrade` applies them"
     yield _error("not-at-target", place, f"the database is at {there}, not at {target}", remedy)
 
 
@@ -107,7 +107,7 @@ def _constraints(session: Session, expectations: Expectations, before: frozenset
         yield _error(
             "constraint-not-valid",
             constraint,
-            "the constraint is NOT VALID: rows that were there before it were never checked",
+            "the constraint is NOT VALID: existing rows were never checked",
             f"ALTER {constraint.kind} {_quoted(constraint.schema, constraint.owner)}"
             f" VALIDATE CONSTRAINT {_quoted(constraint.name)};",
         )
@@ -134,7 +134,7 @@ def _tables(session: Session, expectations: Expectations, reported: frozenset[st
         yield from _primary_key(table, actual)
 
 
-_REMEDY = "add a revision that makes it so, or correct verify.toml"
+_REMEDY = "add a revision for it, or fix verify.toml"
 
 
 def _similar(name: str, names: tuple[str, ...] | Mapping[str, Any]) -> str:
@@ -255,23 +255,23 @@ def _assertion(session: Session, assertion: Assertion, timeout: float, trusting:
     except (ValueError, ArithmeticError) as error:
         # What Postgres holds and Python cannot: a date after the year 9999, a character that the database's
         # encoding has not.
-        sentence = f"its query or its result cannot be carried over: {error}"
+        sentence = f"its query or its result cannot be transferred: {error}"
         yield _error("assertion-error", place, sentence, "cast the first column to text")
         return
     if not rows or not rows[0]:
-        yield _error("assertion-failed", place, "it returned no row", "correct the data, or the assertion")
+        yield _error("assertion-failed", place, "it returned no row", "fix the data, or the assertion")
     elif not same(assertion.expect, rows[0][0]):
         yield _error(
             "assertion-failed",
             place,
             f"it returned {_shown(rows[0][0])}, not {_shown(assertion.expect)}",
-            f"correct the data, or the assertion: {' '.join(assertion.sql.split())}",
+            f"fix the data, or the assertion: {' '.join(assertion.sql.split())}",
         )
 
 
 _REFUSED = (
-    "migrate as a role that is no superuser; or set MIGRATOR_VERIFY_AS_SUPERUSER=true if you trust these roles; or"
-    " read tables without expression indexes"
+    "migrate as a role that is not a superuser; or set MIGRATOR_VERIFY_AS_SUPERUSER=true if you trust "
+    "these roles; or read tables without expression indexes"
 )
 
 
@@ -301,7 +301,7 @@ def _explain(error: QueryFailed, timeout: float) -> tuple[str, str]:
     if error.sqlstate == _READ_ONLY:
         return f"it tries to change the database: {error.text}", "an assertion may only read: write a SELECT"
     if error.sqlstate == _NOT_A_CURSOR:
-        return f"it is not one query: {error.text}", "write one SELECT; make several assertions of several"
+        return f"it is not one query: {error.text}", "write one SELECT per assertion"
     if error.sqlstate == _CANCELLED:
         return f"it did not end within {timeout:g} s: {error.text}", "make the query cheaper"
     if error.sqlstate == _NO_SUCH_OBJECT and "plpgsql" in error.text:
@@ -309,7 +309,7 @@ def _explain(error: QueryFailed, timeout: float) -> tuple[str, str]:
             f"it runs through plpgsql, which this database lacks: {error.text}",
             "CREATE EXTENSION plpgsql;",
         )
-    return f"its query fails: {error.text}", "correct the query, or the schema that it reads"
+    return f"its query fails: {error.text}", "fix the query, or the schema that it reads"
 
 
 def same(expected: Scalar, value: Any) -> bool:

@@ -80,15 +80,15 @@ def _wait(
             raise _denied(aim, last) from None
         if isinstance(last, ConnectFailed) and last.refusal is Refusal.NO_DATABASE:
             raise Unreachable(
-                f"Postgres answers, but nobody created the database within {settings.wait_timeout:g} s:"
-                f" {aim.target}.",
+                f"Postgres answers, but the database was not created within {settings.wait_timeout:g} "
+                f"s: {aim.target}.",
                 next_step="create the database, or wait longer with MIGRATOR_WAIT_TIMEOUT",
             ) from None
         raise Unreachable(
             f"{aim.target} did not answer within {settings.wait_timeout:g} s"
             f" ({error.last_attempt.attempt_number} attempts); the last one: {reason.rstrip('.?')}.",
-            next_step="check that Postgres runs and that host and port are right; wait longer with"
-            " MIGRATOR_WAIT_TIMEOUT",
+            next_step="check that Postgres runs and that host and port are right; MIGRATOR_WAIT_TIMEOUT sets "
+            "how long to wait",
         ) from None
     except ConnectFailed as error:
         raise _denied(aim, error) from None
@@ -139,7 +139,7 @@ class _Aim:
             self._state = files.state()
             known, self.target = self.target, self.target.fresh() if self._password_only else files.now()
             if self.target != known:
-                log.info("%s was replaced: what it says now counts", self.places)
+                log.info("%s was replaced: its new content is used", self.places)
         return self.target
 
     def can_pass(self, error: BaseException) -> bool:
@@ -205,7 +205,7 @@ class _Complaint:
             if self._aim.refused_at is not None:
                 seconds = max(0.0, min(self._aim.left, self._aim.grace - self._aim.refused_for))
                 log.warning(
-                    "this passes only if %s is about to be replaced: %.0f s for that",
+                    "only a new version of %s can fix this: waiting %.0f s for it",
                     self._aim.places,
                     seconds,
                 )
@@ -223,13 +223,13 @@ def _denied(aim: _Aim, error: ConnectFailed) -> AccessDenied:
     elif about_tls:
         step = about_tls
     elif error.sqlstate.startswith("28") or "password" in error.text or "authentication" in error.text:
-        step = "check user and password, and the server's pg_hba.conf; `migrator settings` shows where they come from"
+        step = "check user and password, and the server's pg_hba.conf; `migrator settings` shows their source"
     elif error.sqlstate == "42501":
         step = (
             f"GRANT CONNECT ON DATABASE {as_typed(target.database)} TO {as_typed(target.user or 'the_role')}"
         )
     elif error.sqlstate:
-        step = "correct the connection parameters; `migrator settings` shows where they come from"
+        step = "fix the connection parameters; `migrator settings` shows their source"
     else:
         step = "check sslmode, sslrootcert and the server's certificate"
     code = f" [{error.sqlstate}]" if error.sqlstate else ""
