@@ -404,8 +404,9 @@ class MigrationService:
             )
         if not to and not replace:
             raise SettingsError(
-                ["restore without --to replaces the database: its sessions are ended"],
-                next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
+                ["restore without --to replaces the database and ends its sessions"],
+                next_step=f"migrator restore {backup_id} --yes; to look first: migrator restore {backup_id} "
+                "--to NAME",
             )
         from migrator.backups.restore.restore import Wishes, restore
         from migrator.backups.restore.write_detection import Incomplete
@@ -413,14 +414,14 @@ class MigrationService:
 
         if to and to == self.settings.required_target.database:
             raise SettingsError(
-                [f"--to {to} names the database itself: --to is for another one beside it"],
-                next_step=f"to put the backup in its place: migrator restore {backup_id} --yes",
+                [f"--to {to} names the database itself: --to needs another name"],
+                next_step=f"to replace the database: migrator restore {backup_id} --yes",
             )
         with contextlib.ExitStack() as stack:
             try:
                 session = stack.enter_context(self._session())
             except NoSuchDatabase:
-                log.info("%s is not there: it will be made from the backup", self.settings.target)
+                log.info("%s does not exist: it is created from the backup", self.settings.target)
             else:
                 if replace and not to:
                     stack.enter_context(lock(session, self.settings, session_ends=lambda: True))
@@ -437,9 +438,9 @@ class MigrationService:
                 )
             except Incomplete as error:
                 raise SettingsError(
-                    [f"{error}: --incomplete is needed, and does not go with --drop-old"],
-                    next_step=f"look first: migrator restore {backup_id} --to NAME; "
-                    f"or migrator restore {backup_id} --yes --incomplete, which keeps what is there now",
+                    [f"{error}: --incomplete is required, and excludes --drop-old"],
+                    next_step=f"look first: migrator restore {backup_id} --to NAME; or migrator restore "
+                    f"{backup_id} --yes --incomplete, which keeps the current state",
                 ) from error
         if not to:
             self._note(restored)
@@ -464,7 +465,7 @@ class MigrationService:
                     backup_id=restored.backup.id,
                 )
         except (MigratorError, ConnectFailed, QueryFailed) as error:
-            log.warning("the ledger does not say that this was restored: %s", error)
+            log.warning("the ledger does not record the restore: %s", error)
 
     @property
     def application_name(self) -> str:

@@ -209,7 +209,7 @@ def test_an_application_sees_the_words_of_flask_db_and_writes_nothing_where_a_co
         result = migrator(*words.split(), cwd=shop, env=env, database=database)
         assert result.code == 31, result
         assert "read-only transaction" in result.logs[-1]["message"], result
-        assert "let it write nothing while it is loaded" in result.logs[-1]["message"], result
+        assert "write nothing while it loads" in result.logs[-1]["message"], result
     assert database.psql("SELECT count(*) FROM loads") == [(0,)]
     result = migrator(cwd=shop, env=env, database=database)
     assert result.code == 0, result

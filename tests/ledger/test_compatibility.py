@@ -81,8 +81,8 @@ def test_without_a_ledger_it_is_told_less(database: Database, project: Project, 
     [
         ({}, False, ""),
         ({}, True, "MIGRATOR_ALLOW_AHEAD is set"),
-        ({"r005": "r002"}, False, "it declares that images from r002 on are compatible"),
-        ({"r005": "r001"}, False, "it declares that images from r001 on are compatible"),
+        ({"r005": "r002"}, False, "images from r002 on are declared compatible"),
+        ({"r005": "r001"}, False, "images from r001 on are declared compatible"),
         ({"r005": "r003"}, False, ""),
         ({"r005": "r003"}, True, ""),  # what is declared is not overridden
         ({"r005": "r001", "r004": "r004"}, True, ""),  # nor what was declared on the way there
@@ -105,7 +105,9 @@ def test_a_floor_says_which_images_may_start(
         waited = run_migrator("wait-for-current", cwd=older, database=database, env=variables)
     if not said:
         why = (
-            "It declares that images need r00" if any(floor > "r002" for floor in wanted.values()) else "r005"
+            "The schema declares that images need at least r00"
+            if any(floor > "r002" for floor in wanted.values())
+            else "r005"
         )
         refusal(upgraded, ExitCode.DATABASE_AHEAD, why)
         refusal(waited, ExitCode.DATABASE_AHEAD, why)
@@ -139,7 +141,9 @@ def test_separate_ways_are_none_that_is_ahead(
     env = {**OFF, "MIGRATOR_ALLOW_AHEAD": "true"}
     result = run_migrator(cwd=other, database=database, env=env)
     refusal(
-        result, ExitCode.DATABASE_AHEAD, "Nor is this image's x003 applied: the two have gone separate ways"
+        result,
+        ExitCode.DATABASE_AHEAD,
+        "This image's x003 is not applied either: the two histories have diverged",
     )
 
 
@@ -153,7 +157,7 @@ def test_a_floor_that_is_no_revision_is_refused_when_it_is_written(
     refusal(
         result,
         ExitCode.BAD_HISTORY,
-        "r002 says migrator_min_compatible = 'r01', and there is no such revision",
+        "r002 sets migrator_min_compatible = 'r01', and there is no such revision",
     )
 
 

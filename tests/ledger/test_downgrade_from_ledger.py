@@ -106,7 +106,11 @@ def test_to_base_wants_consent(images: Images, database: Database) -> None:
     images.upgrade()
     with unchanged(database):
         refusal(images.asks("base"), ExitCode.UNSAFE, "it reverts all 4 revisions")
-        refusal(images.downgrade("nonsense"), ExitCode.BAD_HISTORY, "The ledger knows no revision 'nonsense'")
+        refusal(
+            images.downgrade("nonsense"),
+            ExitCode.BAD_HISTORY,
+            "The ledger has no applied revision 'nonsense'",
+        )
 
 
 BRANCHES = [
@@ -175,7 +179,7 @@ def test_what_has_no_sql_says_so_at_upgrade_time(images: Images, database: Datab
     assert reason
     with unchanged(database):
         refused = images.downgrade("r002")
-    refusal(refused, ExitCode.BAD_HISTORY, "The ledger has no SQL for the way back of r003", reason[:20])
+    refusal(refused, ExitCode.BAD_HISTORY, "The ledger has no SQL to revert r003", reason[:20])
 
 
 def test_adopted_revisions_have_no_sql(images: Images, database: Database) -> None:
@@ -197,7 +201,7 @@ def test_names_mean_what_they_meant(images: Images, database: Database) -> None:
     database.execute("CREATE TABLE public.t3 (precious int)")
     images.upgrade("--baseline", "base")
     with unchanged(database):
-        said = refusal(images.downgrade("r002"), ExitCode.BAD_HISTORY, "under the search_path tenant, public")
+        said = refusal(images.downgrade("r002"), ExitCode.BAD_HISTORY, "with the search_path tenant, public")
     option = re.search("PGOPTIONS='([^']*)'", said)
     assert option, said
     done(images.downgrade("r002", PGOPTIONS=option[1]))
@@ -220,7 +224,7 @@ def test_names_that_are_translated_are_not_kept(images: Images, database: Databa
     database.execute("CREATE TABLE public.t2 (precious int)")
     images.upgrade("--baseline", "base")
     refused = images.downgrade("r001")
-    refusal(refused, ExitCode.BAD_HISTORY, "env.py translates the names of schemas")
+    refusal(refused, ExitCode.BAD_HISTORY, "env.py translates schema names")
     assert database.psql("SELECT to_regclass('public.t2') IS NOT NULL") == [(True,)]
 
 

@@ -178,7 +178,7 @@ def make_invalid(database: Database, name: str) -> None:
     [
         ("other_note_key", WAYS["operation"], "rebuild", "REINDEX INDEX CONCURRENTLY"),
         ("t1_note_key_ccnew", WAYS["operation"], "rebuild", "left over from a REINDEX CONCURRENTLY"),
-        ("x_note_key", "op.execute('CREATE TABLE t2 ()')", "rebuild", "or, where it is not wanted, DROP INDEX"),
+        ("x_note_key", "op.execute('CREATE TABLE t2 ()')", "rebuild", "or, if it is not needed, DROP INDEX"),
         ("t1_note_key", COMPUTED.format(more=", if_not_exists=True"), "rebuild", "REINDEX INDEX CONCURRENTLY"),
         ("t1_note_key", WAYS["SQL, if not exists"], "report", "REINDEX INDEX CONCURRENTLY"),
     ],

@@ -247,7 +247,7 @@ def _append(name: str, text: str) -> Change:
             _append("alembic.ini", "version_locations = %(here)s/migrations/versions\n"),
             "version_locations was",
         ),
-        (_append("migrations/manifest.json", "x"), "it is not as freeze writes it"),
+        (_append("migrations/manifest.json", "x"), "it is not valid"),
     ],
 )
 def test_a_manifest_of_other_files_is_said_and_not_used(

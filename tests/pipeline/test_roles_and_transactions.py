@@ -205,7 +205,7 @@ def test_a_transaction_that_env_holds_cannot_be_split(
     for mode in ("each", "none"):
         result = run_migrator("--transaction", mode, cwd=folder, database=database, env=OFF)
         assert result.code == 10, result
-        assert f"MIGRATOR_TRANSACTION={mode} cannot be kept" in result.logs[-1]["message"], result
+        assert f"MIGRATOR_TRANSACTION={mode} is not possible" in result.logs[-1]["message"], result
         assert database.psql("SELECT to_regclass('t1') IS NULL") == [(True,)]
     result = run_migrator("--transaction", "all", cwd=folder, database=database, env=OFF)
     assert result.code == 0, result

@@ -90,10 +90,7 @@ def test_an_invalid_index_is_found_and_the_remedy_mends_it(database: Database, s
     assert "on public.lines is invalid" in found.sentence
     reindex = 'REINDEX INDEX CONCURRENTLY "public"."lines_note_key"'
     drop = 'DROP INDEX CONCURRENTLY "public"."lines_note_key"'
-    assert (
-        found.remedy
-        == f"remove the rows that are there twice, then {reindex}; or, where it is not wanted, {drop};"
-    )
+    assert found.remedy == f"remove the duplicate rows, then {reindex}; or, if it is not needed, {drop};"
     # REINDEX CONCURRENTLY that fails leaves an index of its own.
     with pytest.raises(psycopg2.errors.UniqueViolation):
         database.psql(reindex)

@@ -30,7 +30,7 @@ FAULTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "a missing parent": ({"r003": Revision("r003", "gone").render()}, ("gone", "r003", "down_revision")),
     "one id twice": (
         {"copy": Revision("r002", "r001").render()},
-        ("r002", "more than once", "an id of its own"),
+        ("r002", "more than once", "a new id"),
     ),
     "an import that fails": (
         {"r003": f'"""a"""\n{IMPORTS}\nrevision = "r003"\ndown_revision = "r002"\n'},
@@ -51,13 +51,13 @@ FAULTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "no revision id": ({"r003": '"""a"""\n'}, ("r003.py",)),
     "a circle": (
         {"r001": Revision("r001", "r003").render()},
-        ("circle", "r001", "r003", "down_revision"),
+        ("cycle", "r001", "r003", "down_revision"),
     ),
     "a circle below sound revisions": (
         {"r001": Revision("r001", "r002").render()},
-        ("circle", "r001", "r002", "down_revision"),
+        ("cycle", "r001", "r002", "down_revision"),
     ),
-    "its own parent": ({"r001": Revision("r001", "r001").render()}, ("circle", "r001")),
+    "its own parent": ({"r001": Revision("r001", "r001").render()}, ("cycle", "r001")),
     "a dependency that is missing": (
         {"r003": Revision("r003", "r002").render().replace("depends_on = None", 'depends_on = "gone"')},
         ("gone", "depends_on"),
@@ -181,8 +181,8 @@ def test_two_heads_are_named_with_both_ways_out(
         (("upgrade", "+5"), ("5",)),
         (("downgrade", "-5"), ("5",)),
         (("downgrade", "nosuch"), ("nosuch",)),
-        (("upgrade", "r001-1"), ("'r001-1' names no revision", "at r002")),
-        (("upgrade", "@"), ("'@' names no revision",)),
+        (("upgrade", "r001-1"), ("'r001-1' leads to no revision", "at r002")),
+        (("upgrade", "@"), ("'@' leads to no revision",)),
         (("stamp", "nosuch"), ("nosuch",)),
         (("show", "nosuch"), ("nosuch",)),
         (("upgrade", "--baseline", "nosuch"), ("nosuch",)),
@@ -213,7 +213,7 @@ def test_a_step_back_from_base_on_a_branch(
     folder = project(revisions=two_heads())
     with unchanged(database):
         result = run_migrator(*command, cwd=folder, database=database)
-    refusal(result, BAD, f"'{command[1]}' names no revision where the database is at base")
+    refusal(result, BAD, f"'{command[1]}' leads to no revision from base")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ BAD = {
         "shop.ground:prepare",
         f"{MANAGER}    config.set_main_option('version_' + 'locations', 'elsewhere')\n    yield\n",
         31,
-        "changed where the revisions are",
+        "changed the folders of the revisions",
     ),
 }
 

@@ -250,13 +250,13 @@ RENDERED = {
 REFUSED = {
     "raises": (
         'raise NotImplementedError("one way only")',
-        "its author supports no downgrade (NotImplementedError: one way only)",
+        "its author excluded a downgrade (NotImplementedError: one way only)",
     ),
     "raises after a statement": (
         'op.drop_table("a")\nraise RuntimeError',
-        "its author supports no downgrade (RuntimeError)",
+        "its author excluded a downgrade (RuntimeError)",
     ),
-    "asserts": ('assert False, "never"', "its author supports no downgrade (AssertionError: never)"),
+    "asserts": ('assert False, "never"', "its author excluded a downgrade (AssertionError: never)"),
     "another file's function": ("subprocess.run(['touch', MARK])", "it calls subprocess.run() (line "),
     "os": ("os.remove(MARK)", "it calls os.remove()"),
     "an engine": ("sa.create_engine('postgresql://')", "it calls sa.create_engine()"),
@@ -293,7 +293,7 @@ REFUSED = {
     ),
     "an author's object": (
         "raise NotImplementedError(object())",
-        "its author supports no downgrade (NotImplementedError: <object object>)",
+        "its author excluded a downgrade (NotImplementedError: <object object>)",
     ),
     "a parameter without a value": ("op.execute('SELECT :x')", "it cannot be written as SQL ("),
     "json": (

@@ -90,7 +90,7 @@ def test_a_failure_after_the_revisions_blames_none(
     result = run_migrator(cwd=project(env(), revisions=[revision]), database=database)
     assert result.code == 39, result
     assert "duplicate key" in result.logs[-1]["message"], result
-    assert "Next: fix what it says, then" in result.logs[-1]["message"], result
+    assert "Next: fix the cause, then" in result.logs[-1]["message"], result
     assert database.psql("SELECT to_regclass('a') IS NULL") == [(True,)]
 
 

@@ -179,7 +179,7 @@ def test_check_says_what_differs(project: Callable[..., Path], run_migrator: Run
     folder = project(revisions=linear_history(3))
     none = run_migrator("freeze", "--check", cwd=folder)
     assert none.code == 31, none
-    assert "there is none" in none.stderr
+    assert "there was no manifest" in none.stderr
     assert not manifest_of(folder).exists()
     run_migrator("freeze", cwd=folder)
     assert run_migrator("freeze", "--check", cwd=folder).code == 0

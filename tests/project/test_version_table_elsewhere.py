@@ -100,7 +100,7 @@ def test_the_second_run_finds_it(shape: str, database: Database, project: Projec
             done(run("upgrade", "r001", "--baseline", "base", cwd=folder, **variables))
         looked = run("check", cwd=folder, **variables)
         if shape == "moved before configure":  # which a look does not let it do
-            refusal(looked, ExitCode.BAD_SETTINGS, "revisions are in: public.alembic_version")
+            refusal(looked, ExitCode.BAD_SETTINGS, "these tables have revisions: public.alembic_version")
         else:
             assert looked.code == ExitCode.PENDING, looked
         done(run(cwd=folder, **variables))

@@ -73,7 +73,7 @@ def test_too_few_open_files_are_not_a_missing_program(
     folder = project(revisions=linear_history(1))
     code, said = limited(run_migrator, database, folder, "ulimit -n 12")
     assert code == 36, said
-    assert "pg_dump cannot be started: this process may not open more files (ulimit -n)" in said
+    assert "pg_dump cannot be started: the limit of open files of this process is reached (ulimit -n)" in said
     assert "There is no pg_dump" not in said
     code, said = limited(run_migrator, database, folder, "ulimit -n 5")
     assert code == 20, said
@@ -93,8 +93,8 @@ def test_a_program_for_another_machine_is_said(
     folder = project(revisions=linear_history(1))
     code, said = limited(run_migrator, database, folder, "true", MIGRATOR_PG_BIN=str(programs))
     assert code == 36, said
-    assert "pg_dump cannot be started: it is no program for this machine" in said
+    assert "pg_dump cannot be started: it is not built for this machine" in said
     assert (
         resource_errors.cannot_start(FileNotFoundError(errno.ENOENT, ""))
-        == "its loader or interpreter is not there"
+        == "its loader or interpreter is missing"
     )

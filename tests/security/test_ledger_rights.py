@@ -63,7 +63,7 @@ def is_superuser(database: Database, role: str) -> bool:
 
 def typed(said: str) -> str:
     """Return the statements that a message says to type."""
-    return said.partition("as its owner or a superuser: ")[2].partition("; migrator begins")[0]
+    return said.partition("as its owner or a superuser: ")[2].partition("; migrator creates")[0]
 
 
 def plant(database: Database, app: str) -> None:
@@ -256,7 +256,7 @@ WAYS = {
     ),
     "a view": (
         "ALTER TABLE migrator_ledger RENAME TO l; CREATE VIEW migrator_ledger AS SELECT * FROM l",
-        "it is no plain table",
+        "it is not a plain table",
     ),
 }
 
@@ -326,6 +326,6 @@ def test_a_restore_leaves_the_ledgers_of_others_alone(
     store = {"MIGRATOR_BACKUP_URL": f"file://{tmp_path}/backups"}
     done(run("backup", cwd=folder, **store))
     restored = done(run("restore", "latest", "--yes", "--drop-old", cwd=folder, **store))
-    assert "the ledger theirs.migrator_ledger does not say that this was restored" in restored.stderr
+    assert "the ledger theirs.migrator_ledger does not record the restore" in restored.stderr
     assert database.psql("SELECT who FROM theirs.seen") == []
     assert database.psql("SELECT count(*) FROM migrator_ledger WHERE command = 'restore'") == [(1,)]

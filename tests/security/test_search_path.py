@@ -70,7 +70,7 @@ def test_a_view_in_the_place_of_the_version_table_is_not_read(
         words = (command, "-1") if command == "downgrade" else (command,)
         result = run_migrator(*words, cwd=folder, database=database)
         assert result.code == 30, str(result)
-        assert "is not a table, and a version table is one" in result.stderr
+        assert "is not a table, so it cannot be the version table" in result.stderr
     assert database.psql("SELECT count(*) FROM called") == [(0,)]
 
 

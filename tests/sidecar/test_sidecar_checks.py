@@ -302,9 +302,7 @@ def test_a_signal_before_the_run_is_an_interruption() -> None:
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        SettingsError, match="the sidecar serves its pages with waitress, which is not installed"
-    ):
+    with pytest.raises(SettingsError, match="the sidecar needs waitress, which is not installed"):
         library()
 
 

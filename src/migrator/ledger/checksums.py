@@ -31,10 +31,10 @@ class Edit:
     @property
     def sentence(self) -> str:
         """Say what differs, and whose work it was."""
-        what = "comments or formatting" if self.kind == "cosmetic" else "what it does"
+        what = "comments or formatting" if self.kind == "cosmetic" else "statements"
         return (
-            f"{self.file} was edited ({what}): its checksum is {self.now.sha256} and was {self.entry.checksum}"
-            f" when it was {self.entry.event} on {self.entry.by}"
+            f"{self.file} was edited ({what}): its checksum is {self.now.sha256[:12]} and was "
+            f"{self.entry.checksum[:12]} when it was {self.entry.event} on {self.entry.by}"
         )
 
 
@@ -67,13 +67,13 @@ def judge(edits: Sequence[Edit], policy: str) -> tuple[Finding, ...]:
         names = " ".join(edit.entry.revision for edit in refused)
         harmless = all(edit.kind == "cosmetic" for edit in refused)
         raise Tampered(
-            "An applied revision is not what was applied: "
+            "The file of an applied revision was edited: "
             + "; ".join(f"{edit.entry.revision}: {edit.sentence}" for edit in refused[:5])
             + (f"; and {len(refused) - 5} more" if len(refused) > 5 else "")
             + ".",
-            next_step="put the file back, and make the change in a new revision; or, if the edit is meant:"
-            f" `migrator repair --accept {names}`"
-            + (" (MIGRATOR_EDITED=cosmetic lets such edits pass)" if harmless else ""),
+            next_step="put the file back, and make the change in a new revision; to accept the edit: "
+            f"`migrator repair --accept {names}`"
+            + (" (MIGRATOR_EDITED=cosmetic accepts such edits)" if harmless else ""),
             findings=[_finding(edit, Severity.ERROR) for edit in refused],
         )
     return tuple(_finding(edit, Severity.WARNING) for edit in edits)

@@ -23,8 +23,8 @@ def refuse_unknown_floors(history: History, plan: Plan) -> None:
         floor = history.min_compatible(item.revision)
         if floor and history.unknown([floor]):
             raise HistoryError(
-                f"{item.revision} says migrator_min_compatible = {floor!r}, and there is no such revision.",
-                next_step="write the whole id of the oldest revision whose image can work on this schema",
+                f"{item.revision} sets migrator_min_compatible = {floor!r}, and there is no such revision.",
+                next_step="set it to the full id of the oldest revision whose image can work on this schema",
             )
 
 
@@ -52,14 +52,17 @@ def refuse_or_allow(
     lacking = sorted(history.known() - set(standing.entries)) if standing.entries else []
     if not too_old and not lacking:
         if all(floors.values()):
-            return f"it declares that images from {_some(sorted(set(floors.values())))} on are compatible"
+            return f"images from {_some(sorted(set(floors.values())))} on are declared compatible"
         if allow_ahead:
             return "MIGRATOR_ALLOW_AHEAD is set"
     reason = ""
     if too_old:
-        reason = f" It declares that images need {_some(too_old)} at least, which this one does not have."
+        reason = (
+            f" The schema declares that images need at least {_some(too_old)}, which this image does "
+            "not have."
+        )
     elif lacking:
-        reason = f" Nor is this image's {_some(lacking)} applied: the two have gone separate ways."
+        reason = f" This image's {_some(lacking)} is not applied either: the two histories have diverged."
     raise _ahead(history, unknown, standing, reason, target, table)
 
 
@@ -84,11 +87,11 @@ def _ahead(
     deploy = f"deploy image {image} or newer" if image else "deploy the image that has the revision"
     other = f"with image {image}" if image else "with that image"
     return DatabaseAhead(
-        f"{target} is at revision {_some(unknown)}, which this image does not have"
-        f" (its newest is {heads}): the image is older than the schema, or another project's.{by}{reason}",
-        next_step=f"{deploy}; to go back, {other}: `migrator downgrade {history.heads[0]}`"
-        + (", which with this image shows the SQL that the ledger keeps, and asks first" if newest else "")
-        + f"; if {table} is another project's, name this one's with MIGRATOR_VERSION_TABLE",
+        f"{target} is at revision {_some(unknown)}, which this image does not have (its newest is "
+        f"{heads}). The image is older than the schema, or it belongs to another project.{by}{reason}",
+        next_step=f"{deploy}; to go back {other}: `migrator downgrade {history.heads[0]}`"
+        + (" (with this image, it shows the SQL from the ledger and asks first)" if newest else "")
+        + f"; if {table} belongs to another project, set MIGRATOR_VERSION_TABLE to this project's table",
     )
 
 

@@ -23,8 +23,8 @@ def choose(
     elif re.fullmatch(r"-\d+", destination):
         if len(rows) > 1:
             raise HistoryError(
-                f"The database is at several heads ({', '.join(sorted(rows))}), so {destination} does not say which"
-                " to leave.",
+                f"The database is at several heads ({', '.join(sorted(rows))}), so {destination} is "
+                "ambiguous.",
                 next_step="name the revision to go back to",
             )
         chosen = list(ways[: -int(destination)])
@@ -45,7 +45,7 @@ def choose(
     ]
     if missing:
         raise HistoryError(
-            f"The ledger has no SQL for the way back of {'; '.join(missing)}.",
+            f"The ledger has no SQL to revert {'; '.join(missing)}.",
             next_step="downgrade with an image that has these revisions, or restore a backup: `migrator backups`",
         )
     return tuple(chosen)
@@ -62,10 +62,10 @@ def refuse_other_paths(chosen: Iterable[KeptDowngrade], path: str) -> None:
         return
     option = shlex.quote("-c search_path=" + other.search_path.replace("\\", "\\\\").replace(" ", "\\ "))
     raise HistoryError(
-        f"{other.revision} was applied under the search_path {other.search_path}, and it is {path} here: the names in"
-        " its SQL may mean other tables.",
-        next_step=f"if that path is right: PGOPTIONS={option}, and the same command again; else downgrade with an image"
-        " that has the revision",
+        f"{other.revision} was applied with the search_path {other.search_path}, and here it is {path}: "
+        "the names in its SQL may mean other tables.",
+        next_step=f"if that path is right: PGOPTIONS={option}, and run the same command again; else downgrade "
+        "with an image that has the revision",
     )
 
 
@@ -104,8 +104,8 @@ def _resolve(ways: Sequence[KeptDowngrade], name: str) -> str:
 
 def _unknown(name: str) -> HistoryError:
     return HistoryError(
-        f"The ledger knows no revision {name!r} that is applied.",
-        next_step="`migrator ledger` lists what was applied",
+        f"The ledger has no applied revision {name!r}.",
+        next_step="`migrator ledger` lists the applied revisions",
     )
 
 

@@ -41,9 +41,9 @@ class Hole:
             "grant": f"{self.role} may {', '.join(self.privileges)}",
             "member": f"{self.role} is a member of pg_write_all_data",
             "code": f"the {self.name} {self.role}",
-            "parent": f"it is a part of {self.name}",
-            "relation": "it is no plain table",
-            "columns": "it has not the ledger's columns",
+            "parent": f"it is a child of {self.name}",
+            "relation": "it is not a plain table",
+            "columns": "it does not have the ledger's columns",
         }[self.kind]
 
 
@@ -163,7 +163,7 @@ def refusal(ledger: VersionTable, found: Sequence[Hole]) -> AccessDenied:
     if any(hole.kind != "code" or not hole.privileges for hole in others):
         # Somebody else made it: a new one holds nothing of theirs.
         steps = [f"ALTER TABLE {ledger.typed} RENAME TO {ledger.name}_refused"]
-        then = "; migrator begins a new one"
+        then = "; migrator creates a new one"
     else:
         steps = [f"DROP TRIGGER {hole.privileges[0]} ON {ledger.typed}" for hole in others]
         steps += revocations(ledger, found)
@@ -171,8 +171,8 @@ def refusal(ledger: VersionTable, found: Sequence[Hole]) -> AccessDenied:
         then = ""
     more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
     return AccessDenied(
-        f"Others can write the ledger {ledger}, so nothing can rest on it:"
-        f" {'; '.join(str(hole) for hole in (*others, *grants)[:5])}{more}.",
-        next_step="look for rows that no run of yours wrote (docs/howto/protect-the-ledger.md), then, as its owner"
-        f" or a superuser: {'; '.join(steps)}{then}",
+        f"Others can write the ledger {ledger}, so migrator does not trust it: "
+        f"{'; '.join(str(hole) for hole in (*others, *grants)[:5])}{more}.",
+        next_step="look for rows that none of your runs wrote (docs/howto/protect-the-ledger.md), then, as "
+        f"its owner or a superuser: {'; '.join(steps)}{then}",
     )

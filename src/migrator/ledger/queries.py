@@ -232,7 +232,7 @@ def read_last_snapshot(session: Session, role: str) -> LastSnapshot | None:
     for table in _ledgers(session):
         try:
             if holes(session.value(question(table, None, role=role))):
-                log.info("the ledger %s says nothing of the schema: others can write it", table)
+                log.info("the ledger %s cannot tell whether the schema drifted: others can write it", table)
                 continue
             rows = query_ledger(session, table, questions.LAST_SNAPSHOT, ())
         except QueryFailed as error:

@@ -51,7 +51,7 @@ def accept_edits(
     if table is None or strangers:
         raise HistoryError(
             f"The ledger does not have {', '.join(strangers) or 'anything'}.",
-            next_step="`migrator ledger` lists what was applied; only that can have been edited since",
+            next_step="`migrator ledger` lists the applied revisions; only those can be accepted",
         )
     edits = {edit.entry.revision: edit for edit in find_edits(history, standing)}
     accepted = tuple(edits[name] for name in wanted if name in edits)
@@ -89,7 +89,7 @@ def note_restore(
     for (schema,) in session.query(_LEDGERS, (ledger.NAME,)):
         place = VersionTable(ledger.NAME, schema)
         if holes(session.value(question(place, None, role=role))):
-            log.warning("the ledger %s does not say that this was restored: others can write it", place)
+            log.warning("the ledger %s does not record the restore: others can write it", place)
             continue
         tables = session.query(f"SELECT DISTINCT version_table FROM {place.quoted}")  # noqa: S608 - quoted
         for (name,) in tables:

@@ -356,7 +356,7 @@ def prune(session: Session, version_table: VersionTable, keep: int) -> None:
     except QueryFailed as error:
         if error.lost:
             raise
-        log.info("the ledger keeps its old snapshots of the schema: %s", error.text)
+        log.info("the ledger keeps its old schema snapshots: %s", error.text)
 
 
 def _create(session: Session, version_table: VersionTable, ledger: VersionTable, *, within: bool) -> None:
@@ -382,7 +382,7 @@ def _number(session: Session, ledger: VersionTable, reader: str) -> None:
     except QueryFailed as error:
         if error.lost:
             raise
-        log.info("the ledger's rows are ordered by their time, for they cannot be numbered: %s", error.text)
+        log.info("the ledger's rows cannot be numbered, so they are ordered by time: %s", error.text)
 
 
 def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: VersionTable) -> None:

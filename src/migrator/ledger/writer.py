@@ -99,7 +99,11 @@ class Bookkeeper:
         if without:
             told = "; ".join(f"{name}: {reason}" for name, reason in list(without.items())[:3])
             more = f"; and {len(without) - 3} more" if len(without) > 3 else ""
-            log.info("an older image cannot revert all of it: there is no SQL for that (%s%s)", told, more)
+            log.info(
+                "an older image cannot revert all of it: there is no SQL for some revisions (%s%s)",
+                told,
+                more,
+            )
         return without
 
     def enter(self, connection: Connection, table: VersionTable, rows: Iterable[str]) -> None:
@@ -192,9 +196,9 @@ class Bookkeeper:
         if way is None or way.statements is None or self._connection is None:
             return way
         if self._connection.translates:
-            return type(way)(None, "env.py translates the names of schemas (schema_translate_map)")
+            return type(way)(None, "env.py translates schema names (schema_translate_map)")
         if not self._unicode and not "".join(way.statements).isascii():
-            return type(way)(None, "its SQL has characters that the database's encoding may not have")
+            return type(way)(None, "its SQL has characters that the database's encoding may lack")
         return way
 
     def stamped(self, rows: Iterable[str]) -> None:
@@ -294,10 +298,14 @@ def told(events: Sequence[tuple[str, str]], place: VersionTable, *, first: bool)
     came = [name for name, event in events if event == ledger.FOUND]
     went = [name for name, event in events if event == ledger.GONE]
     if first and came:
-        return f"the ledger {place} begins: {len(came)} revision{'' if len(came) == 1 else 's'} were applied before"
+        return (
+            f"the ledger {place} starts now: {len(came)} revision{'' if len(came) == 1 else 's'} were "
+            "applied before"
+        )
     parts = [f"applied: {_some(came)}"] * bool(came) + [f"reverted: {_some(went)}"] * bool(went)
     return (
-        f"since migrator's last run, revisions were changed without it ({'; '.join(parts)}); noted in {place}"
+        f"since migrator's last run, something else changed revisions ({'; '.join(parts)}); recorded in "
+        f"{place}"
     )
 
 

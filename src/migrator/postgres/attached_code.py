@@ -171,7 +171,8 @@ def refuse_code(session: Session, table: VersionTable, role: str) -> None:
         return
     what = "; ".join(f"{described} {owner}" for described, owner in rows[:5])
     raise AccessDenied(
-        f"Writing the version table {table} would run the code of other roles: {what}.",
-        next_step=f"look at it (`\\d {table.typed}` in psql), drop it as the table's owner or a superuser, and"
-        f" REVOKE ALL ON TABLE {table.typed} FROM {', '.join(sorted({owner for _, owner in rows}))}",
+        f"A write to the version table {table} would run the code of other roles: {what}.",
+        next_step=f"inspect it (`\\d {table.typed}` in psql), drop it as the table's owner or a superuser, "
+        f"and REVOKE ALL ON TABLE {table.typed} FROM "
+        f"{', '.join(sorted({owner for _, owner in rows}))}",
     )

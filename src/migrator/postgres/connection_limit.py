@@ -49,8 +49,8 @@ def refuse_too_few(session: Session, needed: int, what: str) -> None:
     for limit, role in session.query(_LIMIT):
         if limit is not None and limit < needed:
             raise AccessDenied(
-                f"{what} takes {needed} connections at once, and role {role} may have {limit} to"
-                f" {session.facts.database} (CONNECTION LIMIT).",
+                f"{what} takes {needed} connections at once. Role {role} may have {limit} to "
+                f"{session.facts.database} (CONNECTION LIMIT).",
                 next_step=f"ALTER ROLE {as_typed(role)} CONNECTION LIMIT {needed};"
                 f" or ALTER DATABASE {as_typed(session.facts.database)} CONNECTION LIMIT, where that is the lower one",
             )

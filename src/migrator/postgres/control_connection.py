@@ -42,7 +42,7 @@ def revive(session: Session, patience: float) -> bool:
     """
     if session.answers():
         return False
-    log.warning("the control connection was lost; connecting again")
+    log.warning("the control connection was lost; reconnecting")
     deadline = time.monotonic() + (0.0 if session.abandoned else max(_AT_LEAST, patience))
     while True:
         left = DEADLINES.left(deadline)
@@ -86,7 +86,7 @@ class Lifeline:
         """Note that the connection was lost; says so once."""
         if self.held:
             self.held, self._lost_once = False, True
-            log.warning("the control connection was lost; the migration goes on under its own lock")
+            log.warning("the control connection was lost; the migration continues under its own lock")
 
     def come_back(self) -> bool:
         """Try once to have both back, for some seconds; raises ConnectFailed or QueryFailed."""
@@ -102,7 +102,7 @@ class Lifeline:
                 raise
             self.silent_since = None
         if self.held:
-            log.info("the control connection is back, and the run lock with it")
+            log.info("the control connection is back, with the run lock")
         return self.held
 
     def ensure(self) -> None:
@@ -125,9 +125,9 @@ class Lifeline:
         rows = frozenset(read_rows(self.session, table)) if self._lost_once else frozenset()
         if self._lost_once and {rows} != set(expected):
             raise LockBusy(
-                "Another run was at work while this one had lost its connection.",
+                "Another run worked on the database while this one had lost its connection.",
                 state=f"The database is at {', '.join(sorted(rows)) or 'base'}.",
-                next_step="run it again: it does what is left to do",
+                next_step="run it again: it applies the remaining revisions",
             )
 
     def _wait(self) -> None:
@@ -146,6 +146,6 @@ class Lifeline:
                 raise LockBusy(
                     "Another run took the run lock while this one had lost its connection.",
                     state="Everything was rolled back.",
-                    next_step="run it again: it waits for the other run, and does what is left to do",
+                    next_step="run it again: it waits for the other run, then applies the remaining revisions",
                 )
             time.sleep(random.uniform(0.05, 0.2))  # noqa: S311 - jitter, no secret

@@ -451,7 +451,7 @@ FROM pg_stat_activity WHERE pid = %s
 
 _BEAT = 12.0
 """Seconds after which a statement of our own that is still running is told of, at the next look."""
-_NO_TIME = "after the signal there was no time left to ask"
+_NO_TIME = "after the signal there was no time left for a query"
 
 
 def _still_waiting(wait: Wait, event: str, query: str) -> None:

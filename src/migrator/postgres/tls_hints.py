@@ -18,63 +18,63 @@ UNEXPLAINED = "certificate verify failed"
 # https://www.postgresql.org/docs/current/protocol-message-formats.html#PROTOCOL-MESSAGE-FORMATS-SSLREQUEST
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 
-_OUR_CA = "let sslrootcert name the file of the CA that signed the server's certificate"
+_OUR_CA = "set sslrootcert to the file of the CA that signed the server's certificate"
 _STEPS: tuple[tuple[str, str], ...] = (
-    ("certificate has expired", "renew the server's certificate, and have the server load it"),
+    ("certificate has expired", "renew the server's certificate, and reload the server"),
     (
         "not yet valid",
-        "check the clocks of both machines, and from when on the server's certificate is valid",
+        "check the clocks of both machines, and the start date of the server's certificate",
     ),
     (
         "does not match host name",
-        "connect by a name that the server's certificate has, or have one issued for this",
+        "connect by a name in the server's certificate, or issue a certificate for this name",
     ),
-    ("get server's host name", "connect by a name that the server's certificate has"),
+    ("get server's host name", "connect by a name in the server's certificate"),
     ("unable to get local issuer", _OUR_CA),
     ("self-signed", _OUR_CA),
     (
         "root certificate",
-        "let sslrootcert name a file with the CA's certificate (PEM) that migrator may read",
+        "set sslrootcert to a file with the CA's certificate (PEM) that migrator may read",
     ),
     (
         "alert certificate revoked",
-        "have a new client's certificate (sslcert) issued: this one is revoked, the server says",
+        "issue a new client certificate (sslcert): the server reports this one as revoked",
     ),
     (
         "certificate revoked",
-        "renew the server's certificate: the list in sslcrl says that this one is revoked",
+        "renew the server's certificate: the list in sslcrl revokes it",
     ),
     (
         "private key",
-        "let sslkey name the key of the certificate in sslcert, in a file of mode 0600 (root's own: 0640)",
+        "set sslkey to the key of the certificate in sslcert, in a file of mode 0600 (owned by root: 0640)",
     ),
     (
         "certificate file",
-        "let sslcert name a file with the client's certificate (PEM) that migrator may read",
+        "set sslcert to a file with the client's certificate (PEM) that migrator may read",
     ),
     (
         "valid client certificate",
-        "give sslcert and sslkey, files that are there: the server asks for a certificate",
+        "set sslcert and sslkey to existing files: the server asks for a certificate",
     ),
     (
         "certificate authentication failed",
-        "use a certificate whose common name is the role, or a map in pg_ident.conf",
+        "use a certificate with the role as common name, or add a map to pg_ident.conf",
     ),
     (
         "alert",
-        "have the client's certificate (sslcert) issued by a CA of the server's ssl_ca_file, and valid now",
+        "issue a valid client certificate (sslcert) from a CA in the server's ssl_ca_file",
     ),
     (
         "no encryption",
-        "set sslmode=verify-full where the server's pg_hba.conf has only hostssl; else add a line to it",
+        "set sslmode=verify-full if the server's pg_hba.conf has only hostssl lines; else add a line to it",
     ),
     (
         "does not support SSL",
-        "switch TLS on at the server (ssl = on), or set sslmode=prefer where none is needed",
+        "enable TLS on the server (ssl = on), or set sslmode=prefer if TLS is not needed",
     ),
     (
         UNEXPLAINED,
-        "check sslrootcert and the server's certificate: who signed it, for which name, until when",
+        "check sslrootcert and the server's certificate: its issuer, its name and its dates",
     ),
 )
 

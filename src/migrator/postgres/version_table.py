@@ -85,8 +85,8 @@ def refusal(tables: Sequence[VersionTable]) -> SettingsError:
     """Return the error for a place that ``env.py`` was not asked about."""
     names = ", ".join(map(str, tables))
     return SettingsError(
-        [f"only env.py knows which version table is meant, and revisions are in: {names}"],
-        next_step="name the right one with MIGRATOR_VERSION_TABLE",
+        [f"only env.py knows its version table, and these tables have revisions: {names}"],
+        next_step="set MIGRATOR_VERSION_TABLE to the right one",
     )
 
 
@@ -113,7 +113,7 @@ def seek(session: Session, history: KnowsRevisions, setting: str = "") -> Sought
     schema, _, name = setting.rpartition(".")
     named = VersionTable(name, schema) if setting else history.version_table()
     hints, several = history.hints(), not history.runs_once
-    doubt = "it may go through several version tables" if several else ""
+    doubt = "it may use several version tables" if several else ""
     told = hints & {row[0] for row in session.query("SELECT nspname::text FROM pg_namespace")}
     if named is not None and (named.schema or not told):
         table, rows = (named, read_rows(session, named)) if _exists(session, named) else (None, ())
@@ -123,7 +123,7 @@ def seek(session: Session, history: KnowsRevisions, setting: str = "") -> Sought
     found = _search(session, history.known(), named.name if named else "", told)
     if len(found) > 1 or (found and hints and not told):
         names = tuple(table for table, _ in found)
-        return Sought(None, (), doubt or "only that knows which version table is meant", names, several)
+        return Sought(None, (), doubt or "only env.py knows its version table", names, several)
     if not found:
         return Sought(None, (), doubt, (), several)
     asked = ONLY_THAT_NAMES_IT if history.can_be_asked else ""
@@ -283,8 +283,9 @@ def locate(session: Session, table: VersionTable) -> VersionTable | None:
         return None
     if found[1] != "r":
         raise AccessDenied(
-            f"{table} is not a table, and a version table is one: it is left alone.",
-            next_step=f"look at {as_typed(found[0])}.{as_typed(table.name)}, and who made it; drop it",
+            f"{table} is not a table, so it cannot be the version table; migrator does not touch it.",
+            next_step=f"inspect {as_typed(found[0])}.{as_typed(table.name)} and find out who created it; then "
+            "drop it",
         )
     return VersionTable(table.name, found[0])
 

@@ -35,7 +35,7 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
         if error.code in (0, None):
             return ""
         raise SettingsError(
-            ["Alembic's own command line does not take this; it says why above"], next_step=_ALEMBIC_HELP
+            ["Alembic's own command line rejects this; its reason is above"], next_step=_ALEMBIC_HELP
         ) from None
     if not hasattr(parsed, "cmd"):
         raise SettingsError(["no command for Alembic"], next_step=_ALEMBIC_HELP)

@@ -57,10 +57,10 @@ def refuse_other_locations(before: tuple[str | None, ...], config: Config, boots
     """Raise :class:`HistoryError` where the revisions that were read are not those of the prepared Config."""
     if locations(config) != before:
         raise HistoryError(
-            f"What prepares env.py{f' ({bootstrap})' if bootstrap else ''} changed where the revisions are, after"
-            " they were read.",
-            next_step="name the folders in alembic.ini (version_locations); or set version_locations in the bootstrap's"
-            " own module, where that is seen in time",
+            f"The code that prepares env.py{f' ({bootstrap})' if bootstrap else ''} changed the folders "
+            "of the revisions after they were read.",
+            next_step="name the folders in alembic.ini (version_locations), or set version_locations in the "
+            "bootstrap's own module, where it takes effect in time",
         )
 
 
@@ -108,8 +108,8 @@ def _entered(config: Config, name: str) -> Iterator[None]:
             if not (hasattr(type(manager), "__enter__") and hasattr(type(manager), "__exit__")):
                 raise _bad(
                     name,
-                    f"returns {type(manager).__name__}, not a context manager:"
-                    " decorate it with contextlib.contextmanager",
+                    f"returns {type(manager).__name__}, not a context manager: decorate it with "
+                    "contextlib.contextmanager",
                 )
             leave = type(manager).__exit__
             type(manager).__enter__(manager)
@@ -158,7 +158,7 @@ def _load(name: str) -> Callable[[Config], Any]:
 def _bad(name: str, reason: str) -> SettingsError:
     return SettingsError(
         [f"MIGRATOR_BOOTSTRAP={name}: {reason}"],
-        next_step="name it as module:callable; the module is looked for as env.py's imports are",
+        next_step="name it as module:callable; the module is imported like the imports of env.py",
     )
 
 
@@ -173,9 +173,7 @@ def _named(name: str) -> Iterator[None]:
         text = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else " ".join(str(error).split())
         raise HistoryError(
             f"The bootstrap {name} failed: {type(error).__name__}: {text.rstrip('.')}.",
-            next_step=loading.remedy(
-                error, "fix what it says, or put what the bootstrap imports into the image"
-            ),
+            next_step=loading.remedy(error, "fix the cause, or add the bootstrap's imports to the image"),
         ) from error
 
 
@@ -239,7 +237,7 @@ def _flask_context(config: Config) -> Iterator[Config]:
             except flask_cli.NoAppException as error:
                 raise SettingsError(
                     [f"FLASK_APP={name}: {' '.join(str(error).split()).rstrip('.')}"],
-                    next_step="set FLASK_APP to what `flask db` uses, such as shop:create_app",
+                    next_step="set FLASK_APP to the value that `flask db` uses, such as shop:create_app",
                 ) from error
             except MigratorError:
                 raise
@@ -247,7 +245,7 @@ def _flask_context(config: Config) -> Iterator[Config]:
                 raise HistoryError(
                     f"The Flask application failed to load: {type(error).__name__}: {' '.join(str(error).split())}.",
                     next_step=loading.remedy(
-                        error, "fix what it says, or put what it imports into the image"
+                        error, "fix the cause, or add the application's imports to the image"
                     ),
                 ) from error
             stack.enter_context(application.app_context())

@@ -64,8 +64,8 @@ def find_project(options: ProjectOptions, folder: str | Path) -> tuple[str | Non
         )
     raise SettingsError(
         [
-            f"no Alembic project in {folder}: neither alembic.ini, nor [tool.alembic] in pyproject.toml,"
-            " nor migrations/"
+            f"no Alembic project in {folder}: it needs alembic.ini, [tool.alembic] in pyproject.toml, "
+            "or migrations/"
         ],
         next_step="mount the project at /app, or name its alembic.ini with -c or ALEMBIC_CONFIG",
     )
@@ -165,7 +165,7 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
                 config.set_main_option("prepend_sys_path", ".")
             return config
     except TypeError:
-        raise SettingsError([f"this Alembic is too old to read {toml}: that takes 1.16 or newer"]) from None
+        raise SettingsError([f"this Alembic is too old to read {toml}: it needs 1.16 or newer"]) from None
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise SettingsError([f"{ini} cannot be read: {' '.join(str(error).split())}"]) from error
     except CommandError:

@@ -74,7 +74,7 @@ def _reason(error: BaseException, path: str) -> str:
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     if place is not None and Path(place.tb_frame.f_code.co_filename).name == Path(path).name:
-        return f"its author supports no downgrade ({said})"
+        return f"its author excluded a downgrade ({said})"
     return f"it cannot be written as SQL ({said})"
 
 

@@ -53,7 +53,7 @@ def keep(history: History, options: ProjectOptions, folder: Path, *, check: bool
     if different and check:
         more = f"; and {len(different) - 10} more" if len(different) > 10 else ""
         raise HistoryError(
-            f"{place} is not of these files: {'; '.join(different[:10])}{more}.",
+            f"{place} is not current: {'; '.join(different[:10])}{more}.",
             state="",
             next_step="run `migrator freeze` and commit it",
         )
@@ -64,9 +64,9 @@ def keep(history: History, options: ProjectOptions, folder: Path, *, check: bool
 
 def _changes(before: str, manifest: Manifest) -> tuple[str, ...]:
     if not before:
-        return ("there is none",)
+        return ("there was no manifest",)
     try:
-        return changes(parse(before), manifest) or ("it is written otherwise",)
+        return changes(parse(before), manifest) or ("its text differs",)
     except NoManifest as error:
         return (str(error),)
 

@@ -29,7 +29,7 @@ def runnable(steps: Iterable[Any]) -> list[Any]:
         if raises:
             raise HistoryError(
                 f"{file} cannot be reverted: its downgrade() is `{raises}`.",
-                next_step="restore a backup: `migrator backups`; or write what reverts it",
+                next_step="restore a backup: `migrator backups`; or write the code that reverts it",
             )
     return made
 
@@ -39,7 +39,7 @@ def without_function(file: str, function: str) -> HistoryError:
     restore = "; or restore a backup: `migrator backups`" if function == "downgrade" else ""
     return HistoryError(
         f"{file} has no {function}() to run.",
-        next_step=f"write it (`pass`, where there is nothing to do){restore}",
+        next_step=f"write it (`pass`, if there is nothing to do){restore}",
     )
 
 

@@ -16,19 +16,19 @@ def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
 
     if isinstance(error, CycleDetected):
         return HistoryError(
-            f"The revisions go in a circle: {', '.join(error.revisions)}.",
-            next_step="correct down_revision (or depends_on) in one of their files",
+            f"The revisions form a cycle: {', '.join(error.revisions)}.",
+            next_step="fix down_revision (or depends_on) in one of their files",
         )
     missing = [message for message in said if "is not present" in message]
     if isinstance(error, KeyError) and missing:
         return HistoryError(
             f"A parent is missing: {missing[0]}.",
-            next_step="add the missing file to the image, or correct down_revision in the file that names it",
+            next_step="add the missing file to the image, or fix down_revision in the file that names it",
         )
     if isinstance(error, KeyError) and _raised_by_alembic(error):
         return HistoryError(
             f"A dependency is missing: a revision's depends_on names {error.args[0]!r}, which no file has.",
-            next_step="add the missing file to the image, or correct depends_on in the file that names it",
+            next_step="add the missing file to the image, or fix depends_on in the file that names it",
         )
     if isinstance(error, SyntaxError) and error.filename:
         place = f"{Path(error.filename).name}, line {error.lineno}"
@@ -39,7 +39,7 @@ def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
     reason = " ".join(str(error).split())
     return HistoryError(
         f"A revision file does not import: {place}: {type(error).__name__}: {reason}.",
-        next_step=remedy(error, f"fix {place.split(',')[0]}, or put what it imports into the image"),
+        next_step=remedy(error, f"fix {place.split(',')[0]}, or add its imports to the image"),
     )
 
 

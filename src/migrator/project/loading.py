@@ -86,7 +86,7 @@ def _connect(dialect: Any, _: Any, arguments: Any, options: dict[str, Any]) -> A
     except Exception as error:
         if "startup parameter" not in str(error):
             raise
-        log.debug("a pooler takes no settings for a session, so this one may write: %s", error)
+        log.debug("a pooler drops the settings of a session, so this session is not read-only: %s", error)
     with _without_options():
         return dialect.connect(*arguments, **options)
 
@@ -107,6 +107,6 @@ def remedy(error: BaseException, otherwise: str) -> str:
     while at is not None:
         for item in (at, getattr(at, "orig", None)):
             if _READ_ONLY_TRANSACTION in {getattr(item, "pgcode", None), getattr(item, "sqlstate", None)}:
-                return "let it write nothing while it is loaded: this command only looks, so its sessions are read only"
+                return "write nothing while it loads: this command only reads, so its sessions are read-only"
         at = at.__cause__ or at.__context__
     return otherwise

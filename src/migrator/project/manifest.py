@@ -192,7 +192,7 @@ def load(place: str | Path) -> Manifest:
         with open(place, encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
-        raise NoManifest("there is none") from None
+        raise NoManifest("it does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise NoManifest(f"it cannot be read: {error}") from None
     return parse(text)
@@ -203,7 +203,7 @@ def parse(text: str) -> Manifest:
     try:
         document = json.loads(text)
         if document["format"] != FORMAT:
-            raise NoManifest(f"it is of format {document['format']!r}, not {FORMAT}")
+            raise NoManifest(f"it has the format {document['format']!r}, not {FORMAT}")
         del document["format"]
         digest = document.pop("digest")
         values: dict[str, Any] = {
@@ -213,9 +213,9 @@ def parse(text: str) -> Manifest:
         values["revisions"] = tuple(_revision(line) for line in document["revisions"])
         found = Manifest(**values)
         if found.digest != digest:
-            raise NoManifest("its digest is not that of its revisions: it was merged or edited by hand")
+            raise NoManifest("its digest does not match its revisions: it was merged or edited by hand")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NoManifest(f"it is not as freeze writes it: {type(error).__name__}: {error}") from None
+        raise NoManifest(f"it is not valid: {type(error).__name__}: {error}") from None
     return found
 
 

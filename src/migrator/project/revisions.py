@@ -150,7 +150,7 @@ class History:
             if "is present more than once" in message:
                 raise HistoryError(
                     f"The history is ambiguous: {message}.",
-                    next_step="give one of the two files an id of its own, or delete the copy",
+                    next_step="give one of the two files a new id, or delete the copy",
                 )
         if not heads and self._options.bootstrap and not bootstrapped:
             return self._read(bootstrapped=True)
@@ -158,7 +158,7 @@ class History:
             places = ", ".join(str(place) for place in script._version_locations)
             raise HistoryError(
                 f"There is no revision in {places}.",
-                next_step="check what is mounted there; `migrator revision -m ...` makes a first one",
+                next_step="check the mount; `migrator revision -m ...` creates the first revision",
             )
         return script
 
@@ -172,11 +172,11 @@ class History:
                 with reading_only():
                     load_env(config, script)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - its imports may have been enough
-                log.debug("env.py, loaded for its imports, failed: %s", error)
+                log.debug("env.py was loaded for its imports and failed: %s", error)
             try:
                 return _loaded(script)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - what was raised first is what is told
-                log.debug("the revisions do not import after env.py either: %s", error)
+                log.debug("the revisions cannot be imported after env.py either: %s", error)
         return None
 
     def _bootstrapped(self, env_file: Path) -> ScriptDirectory:
@@ -361,8 +361,9 @@ class History:
         heads: Any = tuple(sorted(current))
         if kind == "downgrade" and len(heads) > 1 and re.fullmatch(r"-\d+", destination):
             raise HistoryError(
-                f"The database is at several heads ({', '.join(heads)}), so {destination} does not say which to leave.",
-                next_step=f"name the branch: `migrator downgrade {heads[0]}@{destination}`, or the revision to go to",
+                f"The database is at several heads ({', '.join(heads)}), so {destination} is ambiguous.",
+                next_step=f"name the branch: `migrator downgrade {heads[0]}@{destination}`, or name the "
+                "revision",
             )
         with self._errors(destination, kind, heads):
             if kind == "stamp":
@@ -396,8 +397,8 @@ class History:
             if "Multiple head" in text or "multiple heads" in text:
                 hint = self.branch_hint("")
                 raise HistoryError(
-                    f"The history has several heads ({', '.join(self.heads)}), so {destination or 'head'!r} names no"
-                    " one revision.",
+                    f"The history has several heads ({', '.join(self.heads)}), so "
+                    f"{destination or 'head'!r} is ambiguous.",
                     next_step="merge them (`migrator merge heads -m ...`), or run `migrator upgrade heads`"
                     + (f"; {hint}" if hint else ""),
                 ) from error
@@ -408,7 +409,7 @@ class History:
             if not _raised_by_alembic(error):
                 raise
             raise HistoryError(
-                f"{destination!r} names no revision where the database is at {', '.join(current) or 'base'}.",
+                f"{destination!r} leads to no revision from {', '.join(current) or 'base'}.",
                 next_step="`migrator history` lists the revisions",
             ) from error
         except AttributeError as error:  # Alembic takes both functions from the module as it makes the steps
@@ -421,7 +422,7 @@ class History:
         heads = [self.revision(name) for name in self.heads]
         labelled = [f"{item.revision} is {label}@head" for item in heads for label in item.labels]
         if destination or len(heads) < 2 or not labelled:
-            return ""
+            return "to choose one branch, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
         return f"where one branch alone is meant, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
 
     def _ambiguous(self, destination: str, kind: str, current: Sequence[str]) -> HistoryError:

@@ -37,10 +37,10 @@ def configure_in(
         if mode != "all" and get_context()._in_external_transaction:
             raise SettingsError(
                 [
-                    f"MIGRATOR_TRANSACTION={mode} cannot be kept: env.py calls context.configure() within a transaction"
-                    " of its own, which then holds all revisions"
+                    f"MIGRATOR_TRANSACTION={mode} is not possible: env.py calls context.configure() in "
+                    "its own transaction, which then holds all revisions"
                 ],
-                next_step="leave MIGRATOR_TRANSACTION out, or let env.py commit before it configures Alembic",
+                next_step="remove MIGRATOR_TRANSACTION, or commit in env.py before it configures Alembic",
             )
 
     return configure_as_told

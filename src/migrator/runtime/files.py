@@ -75,7 +75,9 @@ def overwrite(place: str, data: bytes) -> None:
         found = os.fstat(number)
         if stat.S_ISREG(found.st_mode) and not foreign:
             if found.st_nlink != 1:
-                raise OSError(errno.EMLINK, "the file has another name, which others may read or have made")
+                raise OSError(
+                    errno.EMLINK, "the file has another name, which others may read or may have created"
+                )
             os.ftruncate(number, 0)
         _write_all(number, data)
     finally:

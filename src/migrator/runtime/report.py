@@ -75,7 +75,7 @@ def forget(place: str) -> None:
     try:
         files.remove(place)
     except OSError as error:
-        log.warning("%s is an earlier run's report, and cannot be removed: %s", place, error.strerror)
+        log.warning("%s is the report of an earlier run, and cannot be removed: %s", place, error.strerror)
 
 
 def write_text(text: str, place: str) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from migrator.errors import Unreachable
 
 _LACKS = {
-    errno.EMFILE: "this process may not open more files (ulimit -n)",
+    errno.EMFILE: "the limit of open files of this process is reached (ulimit -n)",
     errno.ENFILE: "this machine has no file handles left (fs.file-max)",
-    errno.ENOMEM: "there is no memory left",
-    errno.EAGAIN: "no further process or thread can be started (ulimit -u, or the container's limit of processes)",
-    errno.ENOSPC: "there is no room left on the disk",
+    errno.ENOMEM: "there is no free memory",
+    errno.EAGAIN: "the limit of processes or threads is reached (ulimit -u, or the container's limit)",
+    errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file may not grow further (ulimit -f)",
+    errno.EFBIG: "the limit of the file size is reached (ulimit -f)",
     errno.EROFS: "the file system is read-only",
 }
 
@@ -51,14 +51,14 @@ def without(why: str) -> Unreachable:
     """Return the error of a run that the machine gave too little to; the database was not changed by it."""
     return Unreachable(
         f"This machine lacks a resource that the run needs: {why}.",
-        next_step="give the process or the container more of it, then run it again",
+        next_step="raise that limit or add that resource, then run it again",
     )
 
 
 def cannot_start(error: OSError) -> str:
     """Say why a program that is there cannot be started."""
     if error.errno == errno.ENOENT:
-        return "its loader or interpreter is not there"
+        return "its loader or interpreter is missing"
     if error.errno == errno.ENOEXEC:
-        return "it is no program for this machine"
+        return "it is not built for this machine"
     return lack(error).partition(": ")[0] or error.strerror or str(error)

@@ -145,7 +145,7 @@ def _heartbeat(program: str, started: float) -> Callable[[], None]:
         now = time.monotonic()
         if now - said >= BEAT:
             said = now
-            log.info("%s still runs after %.0f s", program, now - started)
+            log.info("%s is still running after %.0f s", program, now - started)
 
     return beat
 

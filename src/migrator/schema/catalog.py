@@ -37,8 +37,8 @@ class Index:
             return f"it is left over from a REINDEX CONCURRENTLY that failed: {drop}"
         rebuild = f"REINDEX INDEX CONCURRENTLY {name};"
         if self.unique:
-            rebuild = f"remove the rows that are there twice, then {rebuild}"
-        return f"{rebuild} or, where it is not wanted, {drop}"
+            rebuild = f"remove the duplicate rows, then {rebuild}"
+        return f"{rebuild} or, if it is not needed, {drop}"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Difference(NamedTuple):
             return "it was not there" + (f"; it is {attributes}" if attributes else "")
         if self.before.attributes != attributes:
             return f"it is {attributes or 'plain'} and was {self.before.attributes or 'plain'}"
-        return "it is not defined as it was"
+        return "its definition changed"
 
 
 def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:

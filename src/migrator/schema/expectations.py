@@ -131,7 +131,7 @@ class _Reader:
                 self.problem(key, error)
                 continue
             if name in seen:
-                self.problem(key, f'is the same table as tables."{seen[name]}"')
+                self.problem(key, f'is a duplicate of tables."{seen[name]}"')
             seen[name] = written
             yield self._table(key, written, name, self._mapping(key, content))
 
@@ -147,7 +147,7 @@ class _Reader:
         for inner in sorted(nested):
             self.problem(
                 f"tables.{written}.{inner}",
-                f'write [tables."{written}.{inner}"], with the quotes, for a table',
+                f'write [tables."{written}.{inner}"], with quotes, for a table',
             )
         self._known(key, [inner for inner in content if inner not in nested], known)
         primary_key = None
@@ -175,7 +175,7 @@ class _Reader:
 
     def _assertions(self, assertions: object) -> Iterator[Assertion]:
         if not isinstance(assertions, list):
-            self.problem("assertions", "write [[assertions]], with two brackets, before each")
+            self.problem("assertions", "write [[assertions]], with two brackets, before each one")
             return
         seen: set[str] = set()
         for number, content in enumerate(assertions, start=1):
@@ -192,7 +192,7 @@ class _Reader:
                 for inner in ("name", "sql")
             )
             if name and name in seen:
-                self.problem(key, "has the name of another assertion")
+                self.problem(key, "has the same name as another assertion")
             seen.add(name)
             expect = content.get("expect", 0)
             if not isinstance(expect, (str, int, float)) or (
@@ -258,7 +258,7 @@ def _plain_name(text: str) -> str:
 def _constraint_name(text: str) -> tuple[str, ...]:
     parts = split_name(text)
     if len(parts) not in (2, 3):
-        raise ValueError(f"{text!r} does not read schema.table.constraint or schema.constraint")
+        raise ValueError(f"{text!r} does not have the form schema.table.constraint or schema.constraint")
     return parts
 
 

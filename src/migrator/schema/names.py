@@ -102,7 +102,7 @@ def foreign_key(text: str) -> ForeignKey:
     """Read ``a, b -> schema.table(x, y)``. Raises ValueError."""
     match = re.fullmatch(r"\s*(.+?)\s*->\s*([^()]+?)\s*\(([^()]+)\)\s*", text)
     if match is None:
-        raise ValueError(f"{text!r} does not read 'column -> schema.table(column)'")
+        raise ValueError(f"{text!r} does not have the form 'column -> schema.table(column)'")
     columns, references = column_names(match[1]), column_names(match[3])
     if len(columns) != len(references):
         raise ValueError(

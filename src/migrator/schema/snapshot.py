@@ -105,11 +105,11 @@ def unpack(data: Mapping[str, Any]) -> Snapshot:
     """Return what was packed; raises :class:`Unreadable`."""
     try:
         if data["format"] != _FORMAT:
-            raise Unreadable(f"it has the format {data['format']}, of another migrator")
+            raise Unreadable(f"it has the format {data['format']}, which this migrator does not know")
         unzipped = zlib.decompressobj()
         text = unzipped.decompress(base64.b64decode(data["items"]), _LARGEST)
         if not unzipped.eof:
-            raise Unreadable("it is larger than any schema, or cut off")
+            raise Unreadable("it is too large for a schema, or cut off")
         return Snapshot(
             text.decode("utf-8", "surrogateescape"),
             {str(name): tuple(map(str, rows)) for name, rows in data["versions"].items()},

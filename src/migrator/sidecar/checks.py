@@ -144,7 +144,7 @@ class Checker:
         try:
             told = self._kin.look("check", self._settings.connect_timeout, JUDGING)
         except (TimedOut, OSError) as error:
-            return _now(ExitCode.INTERNAL, f"migrator check could not be asked: {error}")
+            return _now(ExitCode.INTERNAL, f"migrator check could not run: {error}")
         return _judge(told)
 
     def _say(self, check: Check) -> None:
@@ -171,7 +171,7 @@ class Verifier:
         try:
             told = self._kin.look("verify", self._settings.connect_timeout, VERIFYING)
         except (TimedOut, OSError) as error:
-            log.warning("verify could not be run: %s", error)
+            log.warning("verify could not run: %s", error)
             told = Told(int(ExitCode.INTERNAL), {})
         report = {"code": exit_code(told), "outcome": "", "message": "", "findings": [], **told.document}
         self._board.verified(Verification(time.time(), report))

@@ -44,7 +44,7 @@ class Metrics(Collector):
         )
         yield _gauge(
             "ready",
-            "Whether a backend of this image's revisions may work: 1 or 0.",
+            "Whether a backend with this image's revisions may work: 1 or 0.",
             self._board.readiness().ready,
         )
         yield from _run(now)
@@ -80,16 +80,14 @@ def _run(now: Snapshot) -> Iterator[Metric]:
     if report["backup"]:
         yield _gauge(
             "last_run_backup_size_bytes",
-            "The size of the backup that the run rests on.",
+            "The size of the backup that the run made or reused.",
             report["backup"]["size"],
         )
 
 
 def _check(now: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily("migrator_checks", "Checks of the version rows.", value=now.checks)
-    yield CounterMetricFamily(
-        "migrator_check_failures", "Checks in which nothing was found out.", value=now.check_failures
-    )
+    yield CounterMetricFamily("migrator_check_failures", "Checks without a result.", value=now.check_failures)
     check = now.check
     if check is None:
         return
@@ -107,17 +105,19 @@ def _check(now: Snapshot) -> Iterator[Metric]:
 
 def _verification(now: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily(
-        "migrator_verify_failures", "Verifications that came to no result.", value=now.verify_failures
+        "migrator_verify_failures", "Verifications without a result.", value=now.verify_failures
     )
     verification = now.verification
     if verification is None:
         return
     report = verification.report
     yield _gauge(
-        "verify_success", "Whether the last verification found nothing wrong: 1 or 0.", report["code"] == 0
+        "verify_success", "Whether the last verification found no error: 1 or 0.", report["code"] == 0
     )
     yield _gauge("last_verify_timestamp_seconds", "When the last verification ended.", verification.at)
-    findings = _labelled("verify_findings", "What the last verification found.", ("rule", "severity"))
+    findings = _labelled(
+        "verify_findings", "The number of findings of the last verification.", ("rule", "severity")
+    )
     counts: dict[tuple[str, str], int] = {}
     for item in report["findings"]:
         key = (str(item["rule"]), str(item["severity"]))

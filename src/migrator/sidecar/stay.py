@@ -86,7 +86,7 @@ class Run:
             self._thread.start()
         self._over.wait()
         if not self._ended or (self._ended[0].status == 0 and "after" not in self._ended[0].document):
-            raise Internal("The run of the sidecar did not say how it ended.")
+            raise Internal("The run of the sidecar did not report how it ended.")
         return self._ended[0]
 
     def stop(self) -> Told | None:
@@ -122,8 +122,8 @@ def _stopped(name: str, run: Run, mine: settings.Settings) -> Answer:
 def _say_killed(told: Told, mine: settings.Settings) -> None:
     """Say what nobody else could: a process that is killed says nothing."""
     sentence = (
-        f"The run was killed by {signal.Signals(-told.status).name}, as happens at a memory limit."
-        " What it left is found by the next run, which finishes the work. Next: start it again, with more memory"
+        f"The run was killed by {signal.Signals(-told.status).name}, as happens at a memory limit. The "
+        "next run finishes the work. Next: start it again, with more memory"
     )
     log.error("%s", sentence, extra={"code": exit_code(told)})
     report.write_termination_line(sentence, mine.termination_log)

@@ -79,12 +79,12 @@ class Application:
 
     def _answer(self, environ: WSGIEnvironment) -> _Page:
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return _Page("405 Method Not Allowed", _TEXT, "only GET and HEAD: it takes no commands\n")
+            return _Page("405 Method Not Allowed", _TEXT, "only GET and HEAD are allowed\n")
         if self._loopback and not _is_here(environ.get("HTTP_HOST", "")):
-            return _Page("421 Misdirected Request", _TEXT, "ask for localhost, or for an IP address\n")
+            return _Page("421 Misdirected Request", _TEXT, "use localhost or an IP address as host\n")
         page = self._pages.get(environ.get("PATH_INFO", ""))
         if page is None:
-            return _Page("404 Not Found", _TEXT, "there are /livez, /readyz, /metrics and /\n")
+            return _Page("404 Not Found", _TEXT, "the paths are /livez, /readyz, /metrics and /\n")
         return page()
 
     def _readyz(self) -> _Page:
@@ -152,5 +152,5 @@ def library() -> None:
     """Raise :class:`SettingsError` where what the sidecar serves with is not installed."""
     for name in ("waitress", "prometheus_client"):
         if importlib.util.find_spec(name) is None:
-            problem = f"the sidecar serves its pages with {name}, which is not installed"
+            problem = f"the sidecar needs {name}, which is not installed"
             raise SettingsError([problem], next_step="pip install 'migrator[sidecar]'")

@@ -132,7 +132,7 @@ def refuse_standby(session: Session) -> None:
     """Raise :class:`AccessDenied` where nothing can be written."""
     if session.facts.in_recovery:
         raise AccessDenied(
-            f"{session.target} is a standby: it takes no changes.",
+            f"{session.target} is a standby and accepts no changes.",
             next_step="point migrator to the primary (several hosts with target_session_attrs=read-write find it)",
         )
 

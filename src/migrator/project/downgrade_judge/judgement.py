@@ -115,7 +115,7 @@ class Judge:
                 and tree.body[0].name == function.__name__
             ):
                 return tree.body[0]
-        raise Refused(f"{function.__name__}() is no plain function")
+        raise Refused(f"{function.__name__}() is not a plain function")
 
 
 def _last_line(code: CodeType) -> int:
@@ -178,7 +178,7 @@ class _Body:
             try:
                 return True, self._find(node.id)
             except KeyError:
-                raise self._refuse(node, f"uses {node.id}, which is not there") from None
+                raise self._refuse(node, f"uses {node.id}, which does not exist") from None
         if isinstance(node, ast.Attribute):
             known, owner = self._resolve(node.value)
             if known and isinstance(owner, ModuleType):
