@@ -48,7 +48,7 @@ def test_a_disk_that_lies_is_found_out(
                 file.write(bytes([byte[0] ^ 1]))
 
     monkeypatch.setattr(parts.FilePart, "sync", corrupt)
-    with pytest.raises(BackupFailed, match=r"faulty.*kept for a look") as caught:
+    with pytest.raises(BackupFailed, match=r"faulty.*kept for inspection") as caught:
         bench.back_up()
     assert "MIGRATOR_BACKUP_URL" in caught.value.next_step
     assert [name.partition(".")[2] for name in bench.files()] == ["bad.json", "dump.bad"]
@@ -66,7 +66,7 @@ def test_an_archive_that_does_not_parse_is_no_backup(
     (fake / "pg_dump").write_text(script)
     (fake / "pg_dump").chmod(0o755)
     bench = workbench(database, MIGRATOR_PG_BIN=str(fake))
-    with pytest.raises(BackupFailed, match=r"cannot be read back.*kept for a look as .*\.dump\.bad"):
+    with pytest.raises(BackupFailed, match=r"cannot be read back.*kept for inspection as .*\.dump\.bad"):
         bench.back_up()
     assert [name.partition(".")[2] for name in bench.files()] == ["bad.json", "dump.bad"]
 
@@ -136,7 +136,7 @@ def test_the_last_backup_tells_how_well_the_data_compresses(
     document = json.loads(manifest.read_text())
     document["size_bytes"] = document["database_size_bytes"] // 2
     manifest.write_text(json.dumps(document))
-    with pytest.raises(BackupFailed, match=f"0.8 times what {first.id} took"):
+    with pytest.raises(BackupFailed, match=f"0.8 times the share that {first.id} needed"):
         bench.back_up()
 
 

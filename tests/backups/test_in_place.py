@@ -107,7 +107,7 @@ def test_from_within_extensions_stay(app: Database, workbench: Bench) -> None:
     as_app(app, "DROP TABLE t")
     restored = bench.restore()
     assert app.dump() == before
-    assert "Extensions were left as they are: pgcrypto." in restored.notes
+    assert "Extensions were not changed: pgcrypto." in restored.notes
 
 
 # What an extension's script does with pg_extension_config_dump(): pg_dump then dumps the rows that are the user's.
@@ -150,7 +150,7 @@ def test_from_within_what_users_keep_in_an_extension(
     restored = bench.restore()
     assert app.psql("SELECT a FROM t") == [(1,)]
     rows = app.psql(f"SELECT id FROM {schema}.cfg ORDER BY id")
-    told = "Their tables keep the rows" in restored.message
+    told = "Their tables keep their rows" in restored.message
     if may:
         assert (app.dump(), told) == (before, False)
     else:
@@ -189,8 +189,8 @@ def test_what_only_a_superuser_can_dump_is_named_and_not_lost(
     bench = workbench(app)
     made = bench.back_up()
     assert made.not_dumped == (named,)
-    assert f"role app_role is no superuser: it leaves out {named}" in caplog.text
-    with pytest.raises(RestoreFailed, match=f"lose for good what role app_role cannot back up.*{named}"):
+    assert f"role app_role is not a superuser: it excludes {named}" in caplog.text
+    with pytest.raises(RestoreFailed, match=f"lose objects that role app_role cannot back up.*{named}"):
         bench.restore()
     assert app.psql(there) == before
     app.execute("ALTER ROLE app_role CREATEDB")
@@ -269,7 +269,7 @@ def test_from_within_what_was_committed_is_not_called_unchanged(
     assert "was changed" in caught.value.state
     assert app.psql("SELECT to_regclass('newer')") == [(None,)]
     safety = caught.value.state.rpartition(" ")[2].rstrip(".")
-    assert f"`migrator restore {safety} --yes` brings back" in caught.value.next_step
+    assert f"`migrator restore {safety} --yes` restores the earlier content" in caught.value.next_step
     bench.restore(safety, run_id="run3")
     assert app.psql("SELECT a FROM newer") == [(2,)]
 
@@ -290,7 +290,7 @@ def test_from_within_a_signal_after_the_commit_undoes_nothing(
 
     monkeypatch.setattr(in_place, place, interrupted)
     restored = bench.restore()
-    assert "It was committed before this came in between: SIGTERM." in restored.message
+    assert "The restore was committed before this error: SIGTERM." in restored.message
     assert app.psql("SELECT a FROM t") == [(1,)]
 
 
@@ -358,7 +358,7 @@ def test_from_within_nobody_is_given_more(first: str, app: Database, workbench: 
     )
     app.execute("ALTER DEFAULT PRIVILEGES FOR ROLE postgres GRANT SELECT ON TABLES TO PUBLIC")
     restored = bench.restore()
-    assert "Default privileges of postgres, which are another's, were left as they are." in restored.notes
+    assert "Default privileges of postgres, which belong to others, were not changed." in restored.notes
     app.execute("ALTER DEFAULT PRIVILEGES FOR ROLE postgres REVOKE SELECT ON TABLES FROM PUBLIC")
     assert app.dump() == before
 
@@ -408,7 +408,7 @@ def test_from_within_event_triggers_are_named_before_anything_is_done(
     ) as caught:
         bench.restore(without.id)
     assert (app.dump(), bench.files()) == (before, files)
-    app.execute(caught.value.next_step.partition("as one: ")[2].partition(" then")[0])
+    app.execute(caught.value.next_step.partition("as a superuser: ")[2].partition(" then")[0])
     bench.restore(without.id)
     assert app.psql("SELECT a FROM t") == [(1,)]
 
@@ -518,10 +518,10 @@ def test_a_table_whose_rows_were_left_out_comes_back_empty_and_it_says_so(
     bench.back_up()
     restored = tables(bench, "t", "audit", schema="side")
     assert (
-        "Not in this backup are the rows of public.audit (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."
+        "This backup does not have the rows of public.audit (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."
         in restored.notes
     )
-    assert "Not in this backup" not in tables(bench, "t", schema="other").message
+    assert "This backup does not have" not in tables(bench, "t", schema="other").message
     assert database.psql("SELECT (SELECT count(*) FROM side.t), (SELECT count(*) FROM side.audit)") == [
         (1, 0)
     ]
@@ -544,7 +544,7 @@ def test_tables_a_signal_after_the_commit_undoes_nothing(
     monkeypatch.setattr(module, name, interrupted)
     told: list[str] = []
     restored = tables(bench, "t", schema="side", committed=lambda: told.append("committed"))
-    assert "It was committed before this came in between: SIGTERM." in restored.message
+    assert "The restore was committed before this error: SIGTERM." in restored.message
     assert told
     assert database.psql("SELECT a FROM side.t") == [(1,)]
 
@@ -596,7 +596,7 @@ def test_the_command_says_what_is_there_when_a_signal_comes_late(
     arguments = ("restore", "latest", "--table", "t", "--into-schema", "side")
     result = run_migrator(*arguments, cwd=folder, database=database, env={"MIGRATOR_PG_BIN": str(programs)})
     assert result.code == 0, result
-    assert "It was committed before" in result.stdout + result.stderr
+    assert "The restore was committed before" in result.stdout + result.stderr
     assert database.psql("SELECT a FROM side.t") == [(1,)]
 
 
@@ -646,7 +646,7 @@ def test_names_in_the_encoding_of_the_database(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nothing", "has no one table nothing"),
+        ("nothing", "has no single table nothing"),
         ("Orders", 'it could be public."Orders"'),
         ("public.orders", "--table 'public.\"Orders\"'"),
         ("child", "inherits from another table"),

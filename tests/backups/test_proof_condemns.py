@@ -61,7 +61,7 @@ def test_a_dump_of_the_copy_that_fails(database: Database, workbench: Bench, tmp
     script = 'case "$*" in *--schema-only*) echo "pg_dump: error: out of memory" >&2; exit 1;; esac\nexec $real "$@"\n'
     folder = stand_in(tmp_path / "bin", database.server, pg_dump=script)
     bench = workbench(database, MIGRATOR_PG_BIN=str(folder))
-    with pytest.raises(BackupFailed, match=r"was not finished: .*out of memory"):
+    with pytest.raises(BackupFailed, match=r"did not finish: .*out of memory"):
         prove(bench, "restore")
     assert [(proof["how"], proof["ok"]) for proof in manifest(bench)["proofs"]][-1] == ("restore", False)
     assert bench.databases() == {database.name}
@@ -78,7 +78,7 @@ def test_a_pg_restore_that_is_killed(
     script = 'case "$*" in *--version*) exec $real "$@";; esac\nkill -9 $$\n'
     folder = stand_in(tmp_path / "bin", database.server, pg_restore=script)
     bench = workbench(database, MIGRATOR_PG_BIN=str(folder))
-    with pytest.raises(BackupFailed, match=r"was not finished: .*signal 9"):
+    with pytest.raises(BackupFailed, match=r"did not finish: .*signal 9"):
         prove(bench)
     assert Path(backup.place).exists()
     assert prove(workbench(database)).id == backup.id
@@ -195,7 +195,7 @@ def unfinished(
 ) -> tuple[Workbench, str]:
     """Return a bench whose proof by restore comes to no end, and what it says then."""
     scripts: dict[str, str] = {}
-    said = "was not finished: .*signal 9"
+    said = "did not finish: .*signal 9"
     if case == "a program is killed":
         scripts = {"pg_dump": 'case "$*" in *--schema-only*) kill -9 $$;; esac\nexec $real "$@"\n'}
     if case == "the restore is cancelled":
@@ -208,9 +208,9 @@ def unfinished(
         }
     if case in ("no room", "the server is gone"):
         statement = "DO $$ BEGIN RAISE disk_full USING MESSAGE = 'no room left'; END $$"
-        said = "was not finished: .*no room left"
+        said = "did not finish: .*no room left"
         if case == "the server is gone":
-            statement, said = "SELECT pg_terminate_backend(pg_backend_pid())", "was not finished: .*terminat"
+            statement, said = "SELECT pg_terminate_backend(pg_backend_pid())", "did not finish: .*terminat"
 
         def create(session: Session, *_: object) -> None:
             session.query(statement)
@@ -234,7 +234,7 @@ def test_in_a_run_too(
         bench, said = unfinished(case, database, workbench, tmp_path, patched)
         for _ in range(2):  # a run that is tried again and again keeps one
             with pytest.raises(
-                BackupFailed, match=said + ".*not taken for a backup until it is proven"
+                BackupFailed, match=said + ".*not used as a backup until it is verified"
             ) as caught:
                 bench.back_up()
     assert caught.value.code == 36
@@ -245,7 +245,7 @@ def test_in_a_run_too(
     assert [proof.ok for proof in kept.proofs][-1] is False
     assert f"migrator verify-backup {kept.id}" in caught.value.next_step
     assert "NOT VERIFIED" in formatters.of_backups([summary(kept)]).text
-    assert "not proven:" in formatters.of_backup(kept).text
+    assert "not verified:" in formatters.of_backup(kept).text
     assert store.get("latest", database.name) == older
     for how in ("read", "restore"):
         again = workbench(database, MIGRATOR_BACKUP_MAX_AGE="1h", MIGRATOR_BACKUP_VERIFY=how)

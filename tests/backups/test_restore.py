@@ -79,7 +79,7 @@ def test_replacing_must_be_asked_for(database: Database, workbench: Bench) -> No
     with pytest.raises(SettingsError, match="replaces the database"):
         bench.restore(replace=False)
     for name in ("", "ü" * 32):
-        with pytest.raises(RestoreFailed, match="no name for a database"):
+        with pytest.raises(RestoreFailed, match="not a name for a database"):
             bench.restore(to=name, replace=False)
 
 
@@ -277,7 +277,7 @@ def test_replication_slots_that_stay_behind_are_named(
     bench.back_up()
     database.execute("SELECT pg_create_logical_replication_slot('feed', 'pgoutput')")
     restored = bench.restore()
-    assert "go with it: feed." in " ".join(restored.notes)
+    assert "are lost with it: feed." in " ".join(restored.notes)
     assert server.psql("SELECT database::text FROM pg_replication_slots") == [(restored.kept,)]
 
 

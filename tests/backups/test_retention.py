@@ -81,7 +81,7 @@ def test_what_no_policy_removes() -> None:
         ("named before-sale",),
         ("the ledger needs it",),
         (),
-        ("nobody knows how old it is",),
+        ("its age is not known",),
     ]
     assert judge([], "last=1", frozenset()) == []
 
@@ -91,7 +91,7 @@ def test_what_was_not_proven_stands_for_nothing_and_goes_when_a_newer_one_is() -
     for number in (0, 1, 3, 4):
         backups[number] = dataclasses.replace(backups[number], verified="")
     verdicts = judge(backups, "last=1", frozenset({backups[4].id}))
-    waiting = ("not proven, and no newer one is",)
+    waiting = ("not verified, and there is no newer verified one",)
     newest = ("the newest", "last")
     assert [verdict.reasons for verdict in verdicts] == [
         waiting,
@@ -215,7 +215,7 @@ def test_what_cannot_be_removed_is_said(
     with pytest.raises(BackupFailed, match=r"1 backups could not be removed.*Read-only"):
         pruned(bench, "last=1")
     assert {backup.id for backup in FolderStore(bench.folder).backups()} == {copies[0].id, copies[1].id}
-    with pytest.raises(SettingsError, match="not told what to keep"):
+    with pytest.raises(SettingsError, match="does not know which backups to keep"):
         pruned(bench, "")
 
 
@@ -291,6 +291,6 @@ def test_a_ledger_that_cannot_be_read_keeps_everything(database: Database, workb
     copies = backups_of(bench, 3)
     # One with other columns is another project's table.
     database.execute(f"CREATE TABLE {ledger.NAME} (version_table text, details jsonb, backup_id text)")
-    with pytest.raises(BackupFailed, match="nobody knows which backups it needs"):
+    with pytest.raises(BackupFailed, match="it is not known which backups it needs"):
         pruned(bench, "last=1")
     assert len(FolderStore(bench.folder).backups()) == len(copies)

@@ -78,7 +78,7 @@ def test_another_object_is_not_reused(
         bucket.put(key(backup), bytes(content) + (b"x" if change == "its length" else b""))
     assert reused(bench) is None
     if change == "a bit":
-        assert f"{backup.id} is not reused: it is not what was written" in caplog.text
+        assert f"{backup.id} is not reused: its content was changed" in caplog.text
 
 
 def test_the_same_bytes_by_another_way_are_read_and_reused(

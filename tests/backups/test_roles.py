@@ -99,7 +99,7 @@ def test_without_pg_dumpall_they_are_written_from_the_catalog(
         )
         (programs / "pg_dumpall").chmod(0o755)
     sql, note = written(workbench(each_database, MIGRATOR_PG_BIN=str(programs)))
-    assert "roles without their settings, and no tablespaces: " in note
+    assert "only roles are saved, without settings and tablespaces: " in note
     assert {"missing": "there is no pg_dumpall", "refused": "permission denied"}[why] in note
     assert not re.search(r"^CREATE ROLE \"?pg_", sql, re.MULTILINE)
     recreated(sql, each_database, owner, settings=False)
@@ -143,7 +143,7 @@ def test_room_for_a_second_copy(
         assert str(database.server.data) in str(caught.value)
         monkeypatch.setattr(disk_space, "_data_folder", lambda _: None)
         disk_space.check_scratch(session, Sizes(10**18, 10**18, {}))
-    assert "how much is free there cannot be seen from here" in caplog.text
+    assert "migrator cannot see how much is free there" in caplog.text
     assert globals.ENDING == ".globals.sql"
 
 

@@ -100,8 +100,8 @@ LASTS = [
         "is in region eu-north-1",
         "set MIGRATOR_S3_REGION=eu-north-1",
     ),
-    (Fault("part", 507, "XMinioStorageFull"), "no room left", "make room"),
-    (Fault("create", 501, "NotImplemented"), "does not know something", "multipart"),
+    (Fault("part", 507, "XMinioStorageFull"), "the server is full", "free space there"),
+    (Fault("create", 501, "NotImplemented"), "does not support a request", "multipart"),
     (Fault("get", cut="half", ending=".dump"), "connection broke", "run again"),
     (Fault("put", 503, "SlowDown", ending=".json"), "kept answering SlowDown", "run again"),
     (Fault("put", cut="before", ask=True, ending=".json"), "connection broke", "run again"),
@@ -189,7 +189,7 @@ def test_without_any_key(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     store = open_it(bucket, tmp_path, AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
-    with pytest.raises(BackupFailed, match="there is no key to reach it with") as caught:
+    with pytest.raises(BackupFailed, match="there is no access key") as caught:
         store.prepare()
     assert "AWS_ACCESS_KEY_ID" in caught.value.next_step
 
@@ -220,7 +220,7 @@ def test_a_server_that_goes_away_for_good(
     with pytest.raises(S3Failure):
         fail()
     assert "could not be removed" in caplog.text
-    assert "so it is no backup" in caplog.text
+    assert "it is not a backup" in caplog.text
     proxy.faults = []
     assert store.backups() == []
     assert bucket.names() == []

@@ -70,7 +70,7 @@ def test_a_manifest(store: FolderStore, kind: str, caplog: pytest.LogCaptureFixt
     KINDS[kind](store.folder / f"{odd.id}.json")
     KINDS[kind](store.folder / "x.bad.json")
     assert store.backups() == [good]
-    assert f"{odd.id}.json is no backup that can be used: it is {kind}, and not a file" in caplog.text
+    assert f"{odd.id}.json is not a usable backup: it is {kind}, not a file" in caplog.text
     assert store.get("latest", "shop") == good
     assert store.bad("shop") == []
     with pytest.raises((NoSuchBackup, BackupFailed)):
@@ -147,7 +147,7 @@ def test_in_the_folder_of_a_dump(database: Database, workbench: Callable[..., Wo
     bench = workbench(database, MIGRATOR_BACKUP_FORMAT="directory")
     place = Path(bench.back_up().place)
     os.mkfifo(place / "9999.dat.gz")
-    said = re.escape("is not what was written: 9999.dat.gz: it is a FIFO, and not a file.")
+    said = re.escape("is damaged: 9999.dat.gz: it is a FIFO, not a file.")
     with pytest.raises(Exception, match=said):
         bench.restore()
     with pytest.raises(BackupFailed, match=said):

@@ -61,7 +61,7 @@ def test_what_needs_a_search_path_is_named(
     (proof,) = backup.proofs
     assert proof.ok
     assert proof.why.startswith(f"{named} calls public.")
-    assert f"may end at this: {named} calls" in caplog.text
+    assert f"may stop at this: {named} calls" in caplog.text
     assert named in description.text(backup, lambda rows: "")
     with pytest.raises(Exception, match=r"does not exist|violates check"):
         bench.restore(to=f"{database.name}_look")
@@ -132,7 +132,7 @@ def test_an_extension_of_one_database(
     database.execute("SELECT cron.schedule('nightly', '0 3 * * *', 'VACUUM')")
     bench = workbench(database)
     backup = bench.back_up()
-    assert "pg_cron can be in no database with another name" in backup.proofs[0].why
+    assert "pg_cron works in only one database" in backup.proofs[0].why
     database.execute("DELETE FROM t")
     restored = bench.restore()
     assert database.psql("SELECT a FROM t") == [(1,)]

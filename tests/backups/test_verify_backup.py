@@ -107,13 +107,13 @@ def test_a_damaged_one_is_found_and_renamed(
         path.write_bytes(some_file(other).read_bytes())
     else:
         path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(BackupFailed, match=r"is not what was written.*no backup any more.*\.bad") as caught:
+    with pytest.raises(BackupFailed, match=r"is damaged.*not a backup any more.*\.bad") as caught:
         prove(bench, wanted=backup.id)
     assert caught.value.code == 36
     assert not Path(backup.place).exists()
     assert Path(backup.place + ".bad").exists()
     document = json.loads((bench.folder / f"{backup.id}.bad.json").read_text())
-    assert "is not what was written" in document["bad"]["why"]
+    assert "is damaged" in document["bad"]["why"]
     assert (
         bench.restore("latest", to=database.name + "_look").backup.id == other.id
     )  # the one before is the newest now
@@ -139,7 +139,7 @@ def test_an_archive_that_was_exchanged_together_with_its_checksum(
     if how == "read":
         assert prove(bench, how, backup.id).proofs[-1].ok
         return
-    with pytest.raises(BackupFailed, match=r"rows of public\.t are not what they were"):
+    with pytest.raises(BackupFailed, match=r"rows of public\.t differ"):
         prove(bench, how, backup.id)
     assert bench.databases() == {database.name}
     assert f"{backup.id}.bad.json" in bench.files()
@@ -151,7 +151,7 @@ def test_an_archive_that_was_exchanged_together_with_its_checksum(
         ({"schema_sha256": "0" * 64}, "constraints"),
         (
             {"sequences": {"public.s": {"before": [7, True], "after": [9, True]}}},
-            "sequence public.s is at 1 and not at 7 to 9",
+            "sequence public.s is at 1, not at 7 to 9",
         ),
         (
             {"tables": {"public.t": {"rows": 99}, "public.u": {"rows": 0}}},
@@ -197,13 +197,13 @@ def test_where_nothing_can_be_noted(
 
     monkeypatch.setattr(FolderStore, "_small", read_only)
     monkeypatch.setattr(FolderStore, "mark_bad", read_only)
-    said = f"{backup.id} is proven, but that cannot be noted: .*Read-only"
+    said = f"{backup.id} is verified, but that cannot be recorded: .*Read-only"
     if case == "damaged":
         flip(Path(backup.place))
-        said = "is not what was written: .* could not be renamed so that it is not taken for one: .*Read-only"
+        said = "is damaged: .* but it could not be renamed: .*Read-only"
     if case == "unproven":
         monkeypatch.setattr(verify_stored.scratch_database, "check", read_only)
-        said = f"The proof of {backup.id} was not finished"
+        said = f"The verification of {backup.id} did not finish"
     with pytest.raises(BackupFailed, match=said):
         prove(bench, "restore" if case == "unproven" else "read")
 
@@ -252,7 +252,7 @@ def test_in_a_bucket(database: Database, workbench: Bench, bucket: Bucket, how: 
     content = bytearray(bucket.content(key))
     content[len(content) // 2] ^= 1
     bucket.put(key, bytes(content))
-    with pytest.raises(BackupFailed, match="is not what was written"):
+    with pytest.raises(BackupFailed, match="is damaged"):
         prove(bench, how, backup.id)
     assert any(name.endswith(".dump.bad") for name in bucket.names())
 
@@ -266,7 +266,7 @@ def test_an_encrypted_one(database: Database, workbench: Bench, tmp_path: Path) 
     assert backup.encrypted_to == (str(identity.to_public()),)
     assert backup.proofs[0].how == "read"
     assert prove(bench).proofs[-1].how == "checksum"
-    with pytest.raises(BackupFailed, match="no private key is at hand"):
+    with pytest.raises(BackupFailed, match="there is no private key"):
         prove(bench, "restore")
     key = tmp_path / "key"
     key.write_text(str(identity))
@@ -282,7 +282,7 @@ def test_an_encrypted_one(database: Database, workbench: Bench, tmp_path: Path) 
         prove(bench, wanted=again.id)
     key.write_text(str(identity))
     flip(Path(backup.place), 0.9)
-    with pytest.raises(BackupFailed, match="is not what was written"):
+    with pytest.raises(BackupFailed, match="is damaged"):
         prove(bench, wanted=backup.id)
 
 
@@ -309,7 +309,7 @@ def test_the_command(database: Database, run_migrator: Runner, project: Callable
     )
     bad = run_migrator("verify-backup", made.answer["id"], cwd=folder)
     assert bad.code == 36, bad
-    assert "is no backup any more" in bad.stderr
+    assert "is not a backup any more" in bad.stderr
     none = run_migrator("verify-backup", "latest", cwd=folder, database=database)
     assert none.code == 36, none
 
@@ -377,7 +377,7 @@ def test_by_hand_from_elsewhere(change: dict[str, Any], feeds: str, place: str) 
 
 def test_why_the_longer_command_is_needed() -> None:
     """Only where it is, it is shown, with the reason."""
-    assert "sed takes" not in formatters.of_backup(PLAIN).text
+    assert "sed removes" not in formatters.of_backup(PLAIN).text
     assert (
         "PostgreSQL 15 does not know; sed" in formatters.of_backup(dataclasses.replace(PLAIN, **NEWER)).text
     )

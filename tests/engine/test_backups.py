@@ -137,9 +137,7 @@ def test_a_bucket_and_a_key(
     ended(migrator.run(*proof, options=(*mount, *there, *opens, "--tmpfs", "/tmp")), 0)
     migrator.psql("TRUNCATE big")
     restore = ("restore", "latest", "--yes", "--drop-old")
-    ended(
-        migrator.run(*restore, options=(*mount, *there, "--tmpfs", "/tmp")), 43, "no private key is at hand"
-    )
+    ended(migrator.run(*restore, options=(*mount, *there, "--tmpfs", "/tmp")), 43, "there is no private key")
     ended(migrator.run(*restore, options=(*mount, *there, *opens, "--tmpfs", "/tmp")), 0)
     assert migrator.psql(CONTENT) == before
 

@@ -81,7 +81,7 @@ def test_the_jobs_pods_do_their_work(played: Played, tmp_path: Path) -> None:
     assert "nothing is pending" in played.run(of_kind(objects, "Pod"))  # helm test
     assert "verified" in played.run(cron["shop-migrator-drift"])
     played.run(job, "backup")
-    assert "is proven" in played.run(cron["shop-migrator-verify-backup"])
+    assert "is verified" in played.run(cron["shop-migrator-verify-backup"])
 
 
 def test_another_charts_pod_starts_when_migrator_has_ended(played: Played, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_slim_one_names_the_full_one_where_a_backup_is_due(
     bucket = ("-e", "MIGRATOR_BACKUP_URL=s3://shop-backups/here", *mounted)
     refused = migrator.run("backups", options=bucket, image=slim_image)
     assert refused.code == 10, refused.output
-    assert "use migrator:0.0.0-tests, the image that is not slim" in refused.output
+    assert "use migrator:0.0.0-tests, the full image" in refused.output
 
     assert migrator.psql("SELECT version_num FROM alembic_version") == ["r001"]
 

@@ -50,7 +50,15 @@ def test_a_folder_that_is_full(
                 cwd=at_first, database=database, env={"MIGRATOR_BACKUP_URL": folder.as_uri()}
             )
         assert list(folder.iterdir()) == []
-    refusal(result, ExitCode.BACKUP_FAILED, str(folder), "bytes", "free", "make room", "MIGRATOR_BACKUP_URL")
+    refusal(
+        result,
+        ExitCode.BACKUP_FAILED,
+        str(folder),
+        "bytes",
+        "free",
+        "free space there",
+        "MIGRATOR_BACKUP_URL",
+    )
 
 
 def test_a_folder_that_is_mounted_read_only(

@@ -276,9 +276,7 @@ def test_what_others_make_while_it_is_restored_is_not_lost(
         restored(running.finish(), quiet)
         return
     result = running.finish()
-    refusal(
-        result, ExitCode.PARTIAL, "The database was not restored", "while it was being restored", "is at r002"
-    )
+    refusal(result, ExitCode.PARTIAL, "The database was not restored", "during the restore", "is at r002")
     assert kept(quiet) == []
     assert quiet.psql("SELECT to_regclass('t2') IS NOT NULL") == [(True,)]
 
@@ -354,9 +352,7 @@ def test_a_restore_that_fails_says_where_the_backup_is(
     folder = project(each_in_its_own(), revisions=failing(body))
     env = {"MIGRATOR_ON_FAILURE": "restore", "WHERE": str(run_migrator.backups)}
     result = run_migrator(cwd=folder, database=quiet, env=env)
-    sentence = refusal(
-        result, ExitCode.RESTORE_FAILED, "half way", "The restore also failed", "is not what was written"
-    )
+    sentence = refusal(result, ExitCode.RESTORE_FAILED, "half way", "The restore also failed", "is damaged")
     assert str(run_migrator.backups) in sentence
     assert quiet.psql("SELECT version_num FROM alembic_version") == [("r002",)]
     assert kept(quiet) == []

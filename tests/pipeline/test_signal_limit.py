@@ -126,7 +126,7 @@ def test_a_scratch_database_that_cannot_be_dropped(
         assert "could not be dropped (" in result.stderr, result
         assert f'DROP DATABASE \\"{database.name}_verify_' in result.stderr, result
     result = done(run_migrator("upgrade", cwd=folder, database=database, env=env))
-    assert "which an interrupted proof left" in result.stderr, result
+    assert "which an interrupted verification left" in result.stderr, result
     assert not server.psql("SELECT datname FROM pg_database WHERE datname ~ '_verify_'")
 
 

@@ -259,7 +259,7 @@ MISSING: dict[str, Missing] = {
         "REVOKE pg_read_all_data FROM {role}; GRANT USAGE ON SCHEMA public TO {role};"
         "GRANT SELECT ON alembic_version, migrator_ledger, t1 TO {role}",
         36,
-        "Role shop_backup may not read public.t2, so a backup would not be whole. The database was not changed. "
+        "Role shop_backup may not read public.t2, so a backup would be incomplete. The database was not changed. "
         "Next: as a superuser: GRANT pg_read_all_data",
     ),
     "restorer, connect": (

@@ -65,7 +65,7 @@ CHANGES = [
     (
         "DROP INDEX sales.orders_total; CREATE INDEX orders_total ON sales.orders (total) WHERE total > 11",
         "DROP INDEX sales.orders_total; CREATE INDEX orders_total ON sales.orders (total) WHERE total > 10",
-        ["index sales.orders_total: it is not defined as it was"],
+        ["index sales.orders_total: its definition changed"],
     ),
     (
         "CREATE INDEX by_hand ON sales.buyers (name)",
@@ -103,7 +103,7 @@ CHANGES = [
     (
         "ALTER TABLE sales.orders ALTER total SET DEFAULT 2",
         "ALTER TABLE sales.orders ALTER total SET DEFAULT 1",
-        ["column sales.orders.total: it is not defined as it was"],
+        ["column sales.orders.total: its definition changed"],
     ),
     (
         "ALTER TABLE sales.orders DROP CONSTRAINT orders_buyer",
@@ -128,17 +128,17 @@ CHANGES = [
     (
         "ALTER POLICY mine ON sales.orders USING (id > 1)",
         "ALTER POLICY mine ON sales.orders USING (id > 0)",
-        ["policy mine of sales.orders: it is not defined as it was"],
+        ["policy mine of sales.orders: its definition changed"],
     ),
     (
         "CREATE OR REPLACE VIEW sales.rich AS SELECT id FROM sales.orders WHERE total > 200",
         "CREATE OR REPLACE VIEW sales.rich AS SELECT id FROM sales.orders WHERE total > 100",
-        ["view sales.rich: it is not defined as it was"],
+        ["view sales.rich: its definition changed"],
     ),
     (
         "CREATE OR REPLACE FUNCTION sales.touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
         "CREATE OR REPLACE FUNCTION sales.touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
-        ["function sales.touch(): it is not defined as it was"],
+        ["function sales.touch(): its definition changed"],
     ),
     (
         "DROP FUNCTION sales.one",

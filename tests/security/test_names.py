@@ -37,7 +37,7 @@ def test_a_table_that_was_renamed_meanwhile_is_not_taken_for_locked(hostile: Hos
     with working(hold) as result:
         hostile.plant_when_somebody_waits("ALTER TABLE t RENAME TO was_t; CREATE TABLE t (a int)")
     assert isinstance(result["error"], WouldLose)
-    assert "was_t was renamed or dropped meanwhile" in str(result["error"])
+    assert "was_t was renamed or dropped" in str(result["error"])
 
 
 def test_an_index_that_took_the_name_meanwhile_stays(hostile: Hostile) -> None:

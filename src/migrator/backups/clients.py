@@ -142,7 +142,7 @@ def for_dump(
     server_version: str,
     server_major: int,
     *,
-    otherwise: str = "or set MIGRATOR_BACKUP=off to go without a backup",
+    otherwise: str = "or set MIGRATOR_BACKUP=off to run without a backup",
 ) -> Client:
     """Return the client to dump a server with; raises :class:`BackupFailed` where none is new enough.
 
@@ -186,10 +186,10 @@ def _explain(settings: Settings, clients: Sequence[Client], fact: str, verb: str
 
 def _remedy(settings: Settings, clients: Sequence[Client], major: int) -> str:
     if not clients and _stopped(settings):
-        return "put that right and run again"
+        return "fix that and run again"
     return (
-        f"use (or build on) {image_tags.with_client(major)}, the image with the PostgreSQL {major} client, install "
-        f"postgresql-client-{major}, or name a folder that has it in MIGRATOR_PG_BIN"
+        f"use (or build on) {image_tags.with_client(major)}, the image with the PostgreSQL {major} "
+        f"client, install postgresql-client-{major}, or set MIGRATOR_PG_BIN to a folder that has it"
     )
 
 
@@ -198,8 +198,8 @@ def remedy(error: Exception) -> str:
     if not isinstance(error, ConnectFailed) or error.refusal is not Refusal.NO_DATABASE:
         return ""
     return (
-        "databases are made from postgres or template1: let the pooler lead there as well, or give the address around"
-        " it in MIGRATOR_DIRECT_URL"
+        "migrator creates databases from postgres or template1: route these through the pooler as "
+        "well, or set MIGRATOR_DIRECT_URL to an address that goes around it"
     )
 
 

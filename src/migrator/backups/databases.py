@@ -264,7 +264,7 @@ def copy_settings(session: Session, source: str, copy: str) -> list[str]:
         try:
             session.query(statement)
         except QueryFailed as error:
-            failed.append(f"{what} did not come back: {error.text}")
+            failed.append(f"{what} was not restored: {error.text}")
     return failed
 
 
@@ -377,9 +377,7 @@ def _prepared(helper: Session, database: str) -> list[str]:
         rows = helper.query(
             "SELECT gid::text FROM pg_prepared_xacts WHERE database = %s ORDER BY 1", [database]
         )
-        return [
-            f"ROLLBACK PREPARED {quote_literal(gid).strip()}; in {database} ends that one" for (gid,) in rows
-        ]
+        return [f"ROLLBACK PREPARED {quote_literal(gid).strip()}; in {database} ends it" for (gid,) in rows]
     return []
 
 
@@ -432,7 +430,7 @@ def _try_swap(
     if lost and failures:
         raise lost
     if lost:  # somebody had ended that session, and the rename went through
-        LOGGER.error("%s: what they wrote is in %s only", lost, renames[0][1])
+        LOGGER.error("%s: the rows that they wrote are in %s only", lost, renames[0][1])
     return (failures[0] if failures else None), left
 
 

@@ -73,7 +73,7 @@ def proofs(backup: Backup) -> list[str]:
         verb = {
             "read": "read whole",
             "restore": "restored and compared",
-            "checksum": "as it was written",
+            "checksum": "unchanged (checksum only)",
         }.get(proof.how, proof.how)
         verb = verb if proof.ok else f"NOT {verb}"
         told.append(f"{proof.at[:19]} {verb}{where} in {proof.seconds:.1f} s{why}")
@@ -94,12 +94,14 @@ def text(backup: Backup, table: Layout) -> str:
         "encrypted to": ", ".join(backup.encrypted_to),
         "without rows of": ", ".join(backup.excluded_table_data),
         "left out": ", ".join(backup.not_dumped),
-        "not proven": "" if backup.verified else "no backup until `migrator verify-backup` proves it",
+        "not verified": ""
+        if backup.verified
+        else "not used as a backup until `migrator verify-backup` verifies it",
         "place": backup.place,
         "sha256": backup.stored[0],
     }
     lines = [f"{key + ':':16} {value}" for key, value in facts.items() if value]
-    lines += [f"{'proven:':16} {line}" for line in proofs(backup)]
+    lines += [f"{'verified:':16} {line}" for line in proofs(backup)]
     rows = [
         {"TABLE": name, "ROWS": _rows(item.rows, item.estimated_rows), "SIZE": _size(item.size_bytes)}
         for name, item in backup.tables.items()

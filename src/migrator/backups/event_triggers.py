@@ -66,19 +66,19 @@ def refuse(session: Session, backup: Backup, contents: Iterable[str]) -> None:
     if stored:
         raise failed(
             backup,
-            f"{backup.id} has event triggers ({', '.join(stored)}), which only a superuser may make, and role {user} is"
-            " none.",
-            "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL), which brings them back as well; or "
-            "without them, by hand into an empty database: "
+            f"{backup.id} has event triggers ({', '.join(stored)}). Only a superuser may create them, "
+            f"and role {user} is not a superuser.",
+            "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL), which restores them "
+            "too; or without them, by hand into an empty database: "
             + pg_restore.by_hand(backup, "NEW_DATABASE", "--no-owner", "--no-privileges"),
         )
     drops = " ".join(f"DROP EVENT TRIGGER {quote_identifier(name)};" for name in there)
     raise failed(
         backup,
-        f"There are event triggers ({', '.join(there)}) that {backup.id} does not have: they would go, and role {user} "
-        "may not make them again, for it is no superuser.",
-        f"restore as a superuser, who keeps the old database beside; or as one: {drops} then restore again, and make "
-        "them anew",
+        f"There are event triggers ({', '.join(there)}) that {backup.id} does not have. A restore would "
+        f"drop them, and role {user} may not create them again, because it is not a superuser.",
+        f"restore as a superuser, which keeps the old database beside; or as a superuser: {drops} then "
+        "restore again, and create them again",
     )
 
 

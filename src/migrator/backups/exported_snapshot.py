@@ -266,7 +266,7 @@ def replaced(session: Session, read: Sequence[Relation]) -> list[Relation]:
     others = {row[0] for row in session.query(_IS_OURS, given)} if read else set()
     found = [item for item in read if item.oid in others]
     for item in found:
-        LOGGER.warning("the rows of %s were not counted: another table took its name meanwhile", item.shown)
+        LOGGER.warning("the rows of %s were not counted: another table took its name", item.shown)
     return found
 
 

@@ -202,10 +202,10 @@ def from_json(text: str, *, place: str = "") -> Backup:
     except (ValueError, RecursionError) as error:
         raise BadManifest(f"it is not JSON: {error}") from None
     if not isinstance(document, dict) or not isinstance(document.get("format"), int):
-        raise BadManifest("it is not a backup's manifest")
+        raise BadManifest("it is not the manifest of a backup")
     if document["format"] > FORMAT:
         raise BadManifest(
-            f"its format is {document['format']} and this migrator reads up to {FORMAT}: use a newer image"
+            f"its format is {document['format']}, and this migrator reads up to {FORMAT}: use a newer image"
         )
     try:
         values = _known(Backup, document)
@@ -215,7 +215,7 @@ def from_json(text: str, *, place: str = "") -> Backup:
         values.update(_optional(document))
         backup = Backup(**{**values, "place": place})
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BadManifest(f"something is missing in it: {error}") from None
+        raise BadManifest(f"a key is missing in it: {error}") from None
     wrong = [
         item.name for item in dataclasses.fields(Backup) if not _fits(item.type, getattr(backup, item.name))
     ]

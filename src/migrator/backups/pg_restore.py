@@ -123,9 +123,9 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
 
     if not settings.backup_identity_file:
         raise RestoreFailed(
-            f"{backup.id} is encrypted to {', '.join(backup.encrypted_to)}, and no private key is at hand.",
-            next_step="name the file with the private key in MIGRATOR_BACKUP_IDENTITY_FILE; or without migrator, into "
-            f"an empty database: {by_hand(backup, 'NEW_DATABASE', clean=False)}",
+            f"{backup.id} is encrypted to {', '.join(backup.encrypted_to)}, and there is no private key.",
+            next_step="set MIGRATOR_BACKUP_IDENTITY_FILE to the file with the private key; or without "
+            f"migrator, into an empty database: {by_hand(backup, 'NEW_DATABASE', clean=False)}",
         )
     try:
         plain = Tally(encryption.opened(stored, Path(settings.backup_identity_file)))
@@ -136,7 +136,7 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
         _demand(backup, stored.found, backup.stored)
         raise RestoreFailed(
             f"{backup.id} cannot be decrypted: {error}.",
-            next_step="name the file with the right private key in MIGRATOR_BACKUP_IDENTITY_FILE",
+            next_step="set MIGRATOR_BACKUP_IDENTITY_FILE to the file with the right private key",
         ) from error
     _demand(backup, stored.found, backup.stored)
     _demand(backup, plain.found, (backup.sha256, backup.size_bytes))
@@ -176,14 +176,17 @@ class Tally:
 
 def _demand(backup: Backup, found: tuple[str, int], written: tuple[str, int]) -> None:
     if found != written:
-        sizes = f"{found[1]} bytes with sha256 {found[0]}, and not {written[1]} with {written[0]}"
+        sizes = (
+            f"it has {found[1]} bytes with sha256 {found[0][:12]}, not {written[1]} bytes with "
+            f"{written[0][:12]}"
+        )
         raise _damaged(backup, sizes)
 
 
 def _damaged(backup: Backup, why: str) -> DamagedBackup:
     return DamagedBackup(
-        f"The dump {backup.place} is not what was written: {why}.",
-        next_step="take another backup: see `migrator backups`",
+        f"The dump {backup.place} is damaged: {why}.",
+        next_step="use another backup: see `migrator backups`",
         state=f"The database was not changed; the backup is {backup.place}.",
     )
 
@@ -321,7 +324,7 @@ def _run_psql(client: Client, sql: bytes, connection: str, environment: Mapping[
             [
                 f"there is no psql beside {client.pg_restore}, and this archive needs it: it has pg_attver options"
             ],
-            next_step="install the whole PostgreSQL client, or name a folder that has it in MIGRATOR_PG_BIN",
+            next_step="install the whole PostgreSQL client, or set MIGRATOR_PG_BIN to a folder that has it",
         ) from error
     if finished.status != 0:
         raise RestoreStopped(last_words(finished))
@@ -380,11 +383,14 @@ def not_plain(backup: Backup) -> str:
     """
     if backup.client_major >= 17 > backup.server_major:
         return (
-            f"pg_restore {backup.client_major} begins with a setting that PostgreSQL {backup.server_major} does not "
-            "know; sed takes it out"
+            f"pg_restore {backup.client_major} starts with a setting that PostgreSQL "
+            f"{backup.server_major} does not know; sed removes it"
         )
     if backup.oddities:
-        return f"columns have options that other servers do not know ({', '.join(backup.oddities)}); sed takes them out"
+        return (
+            f"columns have options that other servers do not know ({', '.join(backup.oddities)}); sed "
+            "removes them"
+        )
     return ""
 
 

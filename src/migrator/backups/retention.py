@@ -66,7 +66,7 @@ class Pruned:
     def message(self) -> str:
         """Say in one sentence what was done."""
         verb = "would remove" if self.dry_run else "removed"
-        bad = f" and {len(self.bad)} that had failed their proof" if self.bad else ""
+        bad = f" and {len(self.bad)} that had failed verification" if self.bad else ""
         kept = len(self.verdicts) - len(self.removed)
         return f"{verb} {len(self.removed)} backups ({human_size(self.freed)}){bad}, keeping {kept} ({self.policy})"
 
@@ -119,7 +119,7 @@ def judge(backups: Iterable[Backup], policy: str, needed: frozenset[str]) -> lis
     for backup in backups:
         if not backup.verified:
             reasons = ["the ledger needs it"] if backup.id in needed else []
-            reasons += [] if number else ["not proven, and no newer one is"]
+            reasons += [] if number else ["not verified, and there is no newer verified one"]
             verdicts.append(Verdict(backup, tuple(reasons)))
             continue
         reasons = [] if number else ["the newest"]
@@ -128,7 +128,7 @@ def judge(backups: Iterable[Backup], policy: str, needed: frozenset[str]) -> lis
         reasons += ["last"] if number < counts.get("last", 0) else []
         made = _moment(backup.created_at)
         if made is None:
-            reasons.append("nobody knows how old it is")
+            reasons.append("its age is not known")
         else:
             for name, pattern in _PERIODS.items():
                 period = made.strftime(pattern)
@@ -164,8 +164,8 @@ def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pru
     policy = settings.backup_keep
     if not policy:
         raise SettingsError(
-            ["prune is not told what to keep"],
-            next_step="migrator prune --dry-run --keep last=5,daily=7,weekly=4, or set MIGRATOR_BACKUP_KEEP",
+            ["prune does not know which backups to keep"],
+            next_step="migrator prune --dry-run --keep last=5,daily=7,weekly=4; or set MIGRATOR_BACKUP_KEEP",
         )
     try:
         needed = queries.read_needed_backups(session)
@@ -173,7 +173,8 @@ def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pru
         if isinstance(error, QueryFailed) and error.lost:
             raise
         raise BackupFailed(
-            f"The ledger cannot be read, so nobody knows which backups it needs: {str(error).rstrip('.')}.",
+            "The ledger cannot be read, so it is not known which backups it needs: "
+            f"{str(error).rstrip('.')}.",
             next_step="grant the role SELECT on migrator_ledger, and prune again",
         ) from error
     store = open_store(settings.backup_url, settings)

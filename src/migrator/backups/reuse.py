@@ -59,7 +59,7 @@ def find(
             and settings.ledger
             and made_over(session, version_table, backup.next_xid, backup.unseen_xid)
         ):
-            why = "it was made over what a failed run had left"
+            why = "it was made after a failed run had left a part"
         why = why or _gone(store, backup)
         if not why:
             return backup
@@ -86,11 +86,11 @@ def _unfit(
     if set(backup.revisions) != set(revisions):
         return "it is of another revision"
     if not identity[0] or (backup.system_identifier, backup.timeline, backup.database_oid) != identity:
-        return "it may be of another database of this name"
+        return "it may be of another database with this name"
     if not backup.verified or (proof == "restore" and backup.verified != "restore"):
-        return f"it was not proven by {proof}"
+        return f"it was not verified by {proof}"
     if set(backup.excluded_table_data) - left_out:
-        return "it leaves out rows"
+        return "it excludes rows"
     return ""
 
 
@@ -105,13 +105,15 @@ def _gone(store: Store, backup: Backup) -> str:
         if not place.is_absolute():
             if backup.stored_tag and store.tag(backup) == backup.stored_tag:
                 return ""
-            LOGGER.info("reading %s again: it may not be the object that was proven", backup.id)
+            LOGGER.info(
+                "reading %s again: the object may have been replaced since it was verified", backup.id
+            )
             found = checksum(store.chunks(backup))
         else:
             size = directory.size_of(place) if place.is_dir() else place.stat().st_size
             if size != backup.stored[1]:
-                return f"it has {size} bytes and not {backup.stored[1]}"
+                return f"it has {size} bytes, not {backup.stored[1]}"
             found = pg_restore.checksum_of(place)
     except OSError as error:
         return str(error.strerror)
-    return "" if found == backup.stored else "it is not what was written"
+    return "" if found == backup.stored else "its content was changed"

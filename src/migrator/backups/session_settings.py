@@ -71,7 +71,7 @@ def of_database(client: Client, path: Path, login: str) -> dict[str, str]:
     return found
 
 
-NEXT_STEP = "make that locale on the server (`localedef`, or the locales package), or use another server"
+NEXT_STEP = "create that locale on the server (`localedef`, or the locales package), or use another server"
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def misread(backup: Backup, refused: Collection[str], schema: bytes) -> str:
     if "lc_monetary" not in refused or not re.search(rb"\bmoney\b", schema):
         return ""
     return (
-        f"{backup.id} has money that was written under lc_monetary = {backup.spelling['lc_monetary']}, which the server"
-        " refuses: it would be read as other amounts."
+        f"{backup.id} has money values that were written under lc_monetary = "
+        f"{backup.spelling['lc_monetary']}, which the server refuses: it would read other amounts."
     )
 
 
@@ -208,4 +208,4 @@ def _login(session: Session) -> str:
 
 def _notes(refused: Collection[str]) -> list[str]:
     names = ", ".join(refused)
-    return [f"The server refused settings that the dump was taken under: {names}."] if names else []
+    return [f"The server refused settings of the dump: {names}."] if names else []

@@ -157,7 +157,8 @@ def of_backup(backup: Backup, *, proven: bool = False) -> Answer:
 
     data = description.data(backup)
     if proven:
-        return Answer(data, f"{backup.id} is verified: {description.proofs(backup)[-1]}")
+        how = "is verified" if backup.verified else "is NOT verified"
+        return Answer(data, f"{backup.id} {how}: {description.proofs(backup)[-1]}")
     return Answer(data, description.text(backup, _table))
 
 

@@ -95,7 +95,7 @@ def preflight(session: Session, settings: Settings) -> Prepared:
         hidden = exported_snapshot.not_dumped(session)
         if hidden:
             LOGGER.warning(
-                "the backup is not whole, for role %s is no superuser: it leaves out %s",
+                "the backup is incomplete, because role %s is not a superuser: it excludes %s",
                 session.facts.user,
                 _some(list(hidden)),
             )
@@ -110,11 +110,11 @@ def _excluded(session: Session, settings: Settings, found: list[Relation]) -> li
     if not patterns:
         return []
     for text in exclusions.unmatched(patterns, found):
-        LOGGER.warning("MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA: there is no table %s", text)
+        LOGGER.warning("MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA: table %s does not exist", text)
     excluded = exclusions.find(session, patterns, found)
     if excluded:
         LOGGER.warning(
-            "the backup is not whole: it leaves out the rows of %s (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)",
+            "the backup is incomplete: it excludes the rows of %s (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)",
             _some([table.shown for table in excluded]),
         )
     return excluded
@@ -148,7 +148,7 @@ def back_up(
         try:
             backup = work.make(ready.how, started, about)
         except OneWorkerOnly as error:
-            LOGGER.warning("%s: the backup begins again, with one worker", error)
+            LOGGER.warning("%s: the backup starts again, with one worker", error)
             work.wait_until_gone()
             backup = work.make(ready.how.single, started, about)
         except (MigratorError, QueryFailed, OSError):
@@ -298,13 +298,14 @@ def _check_readable(session: Session, found: list[Relation]) -> None:
     unreadable = [relation.shown for relation in found if not relation.readable]
     if unreadable:
         raise BackupFailed(
-            f"Role {user} may not read {_some(unreadable)}, so a backup would not be whole.",
+            f"Role {user} may not read {_some(unreadable)}, so a backup would be incomplete.",
             next_step=pg_dump.grant(user),
         )
     hidden = [relation.shown for relation in found if relation.hides_rows]
     if hidden:
         raise BackupFailed(
-            f"Row-level security hides rows of {_some(hidden)} from role {user}, so a backup would not be whole.",
+            f"Row-level security hides rows of {_some(hidden)} from role {user}, so a backup would be "
+            "incomplete.",
             next_step=f'as a superuser: ALTER ROLE "{user}" BYPASSRLS; or back up as the tables\' owner, or set '
             "MIGRATOR_BACKUP=off",
         )
@@ -325,7 +326,7 @@ def failing(what: str, store: Store | None = None, sizes: Sizes | None = None) -
     except LockedOut as error:
         raise pg_dump.locked_out(error.table) from error
     except QueryFailed as error:
-        raise BackupFailed(f"{what}: {error.text}.", next_step="put it right and run again") from error
+        raise BackupFailed(f"{what}: {error.text}.", next_step="fix the cause and run again") from error
     except ConnectFailed as error:
         if error.refusal is Refusal.TRANSIENT:
             raise
@@ -336,6 +337,6 @@ def failing(what: str, store: Store | None = None, sizes: Sizes | None = None) -
     except OSError as error:
         in_store = store is not None and str(error.filename or store).startswith(str(store))
         if store is None or not in_store:
-            raise BackupFailed(f"{what}: {error}.", next_step="put it right and run again") from error
+            raise BackupFailed(f"{what}: {error}.", next_step="fix the cause and run again") from error
         needed = f"the database has {sizes.data} bytes of data before compression" if sizes else ""
         raise store.cannot_write(error, needed) from error

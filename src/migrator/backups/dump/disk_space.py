@@ -29,9 +29,9 @@ def check(store: Store, database: str, sizes: Sizes, compression: str = "") -> N
     needed, how = expected(store, database, sizes, compression)
     if free < needed:
         raise BackupFailed(
-            f"The backup of {database} needs about {human_size(needed)} in {store} ({needed} bytes: {how}), "
-            f"and {human_size(free)} ({free} bytes) are free.",
-            next_step="make room there, mount a bigger volume, or name another folder in MIGRATOR_BACKUP_URL",
+            f"The backup of {database} needs about {human_size(needed)} in {store} ({needed} bytes: "
+            f"{how}), but only {human_size(free)} ({free} bytes) are free.",
+            next_step="free space there, mount a bigger volume, or set MIGRATOR_BACKUP_URL to another folder",
         )
     if free < sizes.data // 2:
         LOGGER.warning(
@@ -52,8 +52,8 @@ def expected(store: Store, database: str, sizes: Sizes, compression: str = "") -
         alike = not compression or previous.compression in ("", compression)
         if alike and previous.database_size_bytes > 0:
             ratio = previous.size_bytes / previous.database_size_bytes
-            return int(0.8 * ratio * sizes.database), f"0.8 times what {previous.id} took for its size"
-    return sizes.data // 200, "a two-hundredth of the database's size without indexes"
+            return int(0.8 * ratio * sizes.database), f"0.8 times the share that {previous.id} needed"
+    return sizes.data // 200, "1/200 of the database's size without indexes"
 
 
 def check_scratch(session: Session, sizes: Sizes) -> None:
@@ -68,14 +68,14 @@ def check_scratch(session: Session, sizes: Sizes) -> None:
         free = facts.f_bavail * facts.f_frsize
         if free < sizes.database:
             raise BackupFailed(
-                f"Proving the backup by a restore needs about {human_size(sizes.database)} on the server "
-                f"({sizes.database} bytes, as the database has), and {human_size(free)} are free in {place}.",
-                next_step="make room on the server, or set MIGRATOR_BACKUP_VERIFY=read",
+                f"Verification by restore needs about {human_size(sizes.database)} on the server "
+                f"({sizes.database} bytes, the size of the database), but only {human_size(free)} are "
+                f"free in {place}.",
+                next_step="free space on the server, or set MIGRATOR_BACKUP_VERIFY=read",
             )
         return
     LOGGER.warning(
-        "the backup is proven by a restore, which takes about %s on the server; how much is free there cannot be"
-        " seen from here",
+        "verification by restore needs about %s on the server; migrator cannot see how much is free there",
         human_size(sizes.database),
     )
 

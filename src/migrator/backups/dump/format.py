@@ -55,7 +55,8 @@ def choose(settings: Settings, client: Client, *, folder: bool, table_bytes: Ite
             CUSTOM,
             1,
             compression,
-            "a backup in directory format needs a folder and no encryption: it is one file in custom format instead",
+            "a backup in directory format needs a folder and no encryption: migrator writes one file "
+            "in custom format instead",
         )
     jobs = settings.backup_jobs or _jobs(list(table_bytes))
     if wanted == CUSTOM or not folder or (wanted == "auto" and jobs == 1):
@@ -85,7 +86,7 @@ def _compression(wanted: str, client: Client) -> str:
         return wanted
     raise BackupFailed(
         f"pg_dump {client.version} cannot compress with {wanted.partition(':')[0]} (MIGRATOR_BACKUP_COMPRESSION).",
-        next_step="leave MIGRATOR_BACKUP_COMPRESSION away, or name a folder of clients that can in MIGRATOR_PG_BIN",
+        next_step="remove MIGRATOR_BACKUP_COMPRESSION, or set MIGRATOR_PG_BIN to a folder of clients that can",
     )
 
 

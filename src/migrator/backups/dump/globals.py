@@ -53,8 +53,8 @@ def read(
     except QueryFailed as error:
         if error.lost:
             raise
-        return b"", f"roles and tablespaces are not beside it: {why}; {error.text}"
-    return text, f"roles without their settings, and no tablespaces: {why}"
+        return b"", f"roles and tablespaces are not saved beside it: {why}; {error.text}"
+    return text, f"only roles are saved, without settings and tablespaces: {why}"
 
 
 def _dumpall(client: Client, target: Target, application_name: str, timeout: float) -> tuple[bytes, str]:
@@ -81,7 +81,7 @@ def _dumpall(client: Client, target: Target, application_name: str, timeout: flo
             timeout=_TIMEOUT,
         )
     except (OSError, subprocesses.TimedOut, _TooMuch) as error:
-        return b"", f"pg_dumpall: {error or 'too much of it'}"
+        return b"", f"pg_dumpall: {error or 'too much output'}"
     if done.status != 0:
         return b"", clients.last_words(done)
     return b"".join(chunks), ""

@@ -90,9 +90,9 @@ class Dump:
             finished = self._run(snapshot_id, encoding, part, sink, told, lambda _: meanwhile(session))
         if finished.status != 0:
             if self._how.jobs > 1 and _WORKER_LOCKED_OUT in finished.stderr:
-                raise OneWorkerOnly("another session waits to lock a table")
+                raise OneWorkerOnly("another session waits for a table lock")
             if self._how.jobs > 1 and child_refused(finished.stderr):
-                raise OneWorkerOnly("the server has no room for a further worker of pg_dump")
+                raise OneWorkerOnly("the server has no free connection for a further worker of pg_dump")
             if isinstance(part, DirectoryPart):
                 _raise_disk_error(finished, part)
             if _LOCKED in finished.stderr and finished.seconds >= LOCK_WAIT:
@@ -193,12 +193,12 @@ def _raise_disk_error(finished: subprocesses.Finished, part: DirectoryPart) -> N
 
 def _failed(database: str, finished: subprocesses.Finished, jobs: int) -> BackupFailed:
     words = clients.last_words(finished)
-    next_step = "see what pg_dump said, put it right, and run again"
+    next_step = "fix what pg_dump reports, and run again"
     if no_room("", finished.stderr):
         needed = 3 + jobs if jobs > 1 else 3
         next_step = (
-            f"a backup takes {needed} connections at once: let the pooler have as many (default_pool_size), or give the"
-            " address around it in MIGRATOR_DIRECT_URL"
+            f"a backup takes {needed} connections at once: allow as many in the pooler "
+            "(default_pool_size), or set MIGRATOR_DIRECT_URL to an address that goes around it"
         )
     if "permission denied" in words:
         next_step = grant("the role")
@@ -209,9 +209,9 @@ def locked_out(table: str) -> BackupFailed:
     """Say that a table stayed locked."""
     return BackupFailed(
         f"Another session kept {table} locked for {LOCK_WAIT:.0f} s, so it could not be backed up.",
-        next_step="run again when that session is done: SELECT pid, query FROM pg_stat_activity JOIN pg_locks "
-        "USING (pid) WHERE mode = 'AccessExclusiveLock'; or it is a prepared transaction (SELECT gid FROM "
-        "pg_prepared_xacts), which ROLLBACK PREPARED ends",
+        next_step="run again after that session: SELECT pid, query FROM pg_stat_activity JOIN pg_locks USING "
+        "(pid) WHERE mode = 'AccessExclusiveLock'; or a prepared transaction holds it (SELECT gid "
+        "FROM pg_prepared_xacts), and ROLLBACK PREPARED ends it",
     )
 
 
@@ -219,5 +219,5 @@ def grant(user: str) -> str:
     """Say how a role gets to read everything."""
     return (
         f'as a superuser: GRANT pg_read_all_data TO "{user}" (PostgreSQL 14 and newer), or set '
-        "MIGRATOR_BACKUP=off to go without a backup"
+        "MIGRATOR_BACKUP=off to run without a backup"
     )

@@ -206,7 +206,7 @@ def replace(
         if found != "committed" or not ended.whole or not isinstance(error, AFTER_THE_COMMIT):
             raise _changed(job, safety, found, error) from error
         committed()
-        notes.append(f"It was committed before this came in between: {error}. ANALYZE may be left to do.")
+        notes.append(f"The restore was committed before this error: {error}. ANALYZE may be missing.")
     counted = [table.rows for table in backup.tables.values() if table.rows is not None]
     return Compared(len(backup.tables), len(counted), sum(counted)), safety, notes
 
@@ -217,8 +217,8 @@ def _refuse_what_no_dump_has(job: Job, session: Session) -> None:
     if hidden:
         raise failed(
             job.backup,
-            f"A restore into the database as it is would lose for good what role {session.facts.user} cannot back up, "
-            f"for it is no superuser: {', '.join(hidden)}.",
+            f"A restore in place would lose objects that role {session.facts.user} cannot back up, "
+            f"because it is not a superuser: {', '.join(hidden)}.",
             "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL), which keeps the old database beside",
         )
 
@@ -270,19 +270,19 @@ def fate(job: Job, ended: psql.Ended) -> str:
                 session.terminate(pid)
                 time.sleep(0.05)
     except (QueryFailed, ConnectFailed) as error:
-        LOGGER.warning("nobody can tell whether the restore was committed: %s", error)
+        LOGGER.warning("it is not known whether the restore was committed: %s", error)
         return ""
 
 
 def _stopped(job: Job, stopped: RestoreStopped) -> Exception:
     """Return the error of a restore whose transaction was rolled back."""
     if "others have written since" in stopped.said:
-        return WouldLose("others have written while it was about to be restored")
+        return WouldLose("others wrote just before the restore")
     return failed(
         job.backup,
-        f"The restore of {job.backup.id} into the database as it is failed: {stopped.said}",
-        f'put right what it says; or as a superuser: ALTER ROLE "{job.target.user or "ROLE"}" CREATEDB;'
-        " and restore again, beside",
+        f"The restore of {job.backup.id} in place failed: {stopped.said}",
+        f'fix the cause; or as a superuser: ALTER ROLE "{job.target.user or "ROLE"}" CREATEDB; and '
+        "restore again, beside",
     )
 
 
@@ -290,9 +290,9 @@ def _changed(job: Job, safety: str, found: str, error: BaseException) -> Restore
     """Return the error of a restore that may have changed the database."""
     certain = "was" if found == "committed" else "may have been"
     return RestoreFailed(
-        f"The restore of {job.backup.id} into the database as it is did not end well: {error}",
-        state=f"The database {certain} changed; what was in it before is in backup {safety}.",
-        next_step=f"look what is there; `migrator restore {safety} --yes` brings back what was, "
+        f"The restore of {job.backup.id} in place did not end well: {error}",
+        state=f"The database {certain} changed; its earlier content is in backup {safety}.",
+        next_step=f"check the database; `migrator restore {safety} --yes` restores the earlier content, "
         f"`migrator restore {job.backup.id} --yes` tries again",
     )
 
@@ -347,7 +347,8 @@ def subscriptions(client: Client, path: Path) -> list[str]:
     if not found:
         return []
     return [
-        f"Subscriptions are not restored ({', '.join(found)}): make them again when the old database has lost its own."
+        f"Subscriptions are not restored ({', '.join(found)}): create them again after the old database "
+        "has dropped its own."
     ]
 
 
@@ -370,11 +371,12 @@ def _notes(job: Job, staying: extensions.Staying) -> list[str]:
             "SELECT string_agg(DISTINCT pg_get_userbyid(defaclrole), ', ') FROM pg_default_acl"
             " WHERE NOT pg_has_role(defaclrole, 'USAGE')"
         )
-    notes = [f"Extensions were left as they are: {installed}."] if installed else []
+    notes = [f"Extensions were not changed: {installed}."] if installed else []
     if staying.kept:
         notes.append(
-            f"Their tables keep the rows that they had, for this role may not replace them: {', '.join(staying.kept)}."
+            "Their tables keep their rows, because this role may not replace them: "
+            f"{', '.join(staying.kept)}."
         )
     if others:
-        notes.append(f"Default privileges of {others}, which are another's, were left as they are.")
+        notes.append(f"Default privileges of {others}, which belong to others, were not changed.")
     return notes

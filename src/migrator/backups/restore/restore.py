@@ -57,8 +57,9 @@ _BOUND = re.compile(
     re.MULTILINE,
 )
 _BOUND_NOTE = (
-    "pg_cron was left out, for it can be in no database with another name. As a superuser in {name}: "
-    "`CREATE EXTENSION pg_cron`, then `pg_restore --data-only --schema=cron --table=job --dbname={name} {place}`."
+    "pg_cron was not restored, because it works in only one database. As a superuser in {name}: "
+    "`CREATE EXTENSION pg_cron`, then `pg_restore --data-only --schema=cron --table=job "
+    "--dbname={name} {place}`."
 )
 
 
@@ -100,8 +101,9 @@ def restore(
     """
     if to is None and not replace:
         raise SettingsError(
-            ["restore without --to replaces the database: its sessions are ended"],
-            next_step=f"migrator restore {backup_id} --yes, or look first: migrator restore {backup_id} --to NAME",
+            ["restore without --to replaces the database and ends its sessions"],
+            next_step=f"migrator restore {backup_id} --yes; to look first: migrator restore {backup_id} --to "
+            "NAME",
         )
     started = time.monotonic()
     database = session_target.database
@@ -111,7 +113,7 @@ def restore(
         raise failed(
             backup,
             f"Backup {backup.id} is of database {backup.database}, not of {database}.",
-            f"migrator restore {backup.id} --to NAME puts it beside",
+            f"to restore it beside: migrator restore {backup.id} --to NAME",
         )
     wishes = wishes or Wishes()
     if to is None and (
@@ -152,7 +154,7 @@ class _Restore:
         self._application_name = application_name
         self._wishes = wishes
         missing = write_detection.missing(backup)
-        self._missing = [f"This backup is not whole: {missing}."] if missing else []
+        self._missing = [f"This backup is incomplete: {missing}."] if missing else []
         self._notes: list[str] = []
         self._filling = session_settings.Filling()
         self._session: Session
@@ -178,14 +180,16 @@ class _Restore:
             if time.monotonic() > deadline:
                 raise LockBusy(
                     f"Another restore of {self._target.database} is running on this server.",
-                    next_step="wait for its end, then try again",
+                    next_step="wait for it, then run again",
                 )
             time.sleep(0.1)
 
     def beside(self, name: str) -> Restored:
         """Restore into a new database that stays."""
         if not 0 < len(name.encode()) <= databases.NAME_BYTES:
-            raise failed(self._backup, f"{name!r} is no name for a database: it has 1 to 63 bytes.", "")
+            raise failed(
+                self._backup, f"{name!r} is not a name for a database: it must have 1 to 63 bytes.", ""
+            )
         self._refuse_without_createdb()
         with self._scratch(name) as compared:
             notes = self._finish(name)
@@ -240,7 +244,7 @@ class _Restore:
 
     def _from_within(self) -> tuple[Compared, str, list[str]]:
         LOGGER.info(
-            "role %s may not create databases: %s is restored from within, in one transaction",
+            "role %s may not create databases: %s is restored in place, in one transaction",
             self._session.facts.user,
             self._target.database,
         )
@@ -254,7 +258,7 @@ class _Restore:
                     self._wishes.before_swap(session)
             self._drop_expired()
         except (QueryFailed, ConnectFailed) as error:
-            LOGGER.error("it was restored, but not all could be noted or tidied up: %s", error.text)
+            LOGGER.error("it was restored, but the end of the work failed: %s", error.text)
         return compared, safety, notes
 
     @contextlib.contextmanager
@@ -284,7 +288,7 @@ class _Restore:
                 return False
             databases.drop(self._session, kept)
         except (QueryFailed, ConnectFailed) as error:
-            LOGGER.error("%s is kept, for it could not be dropped: %s", kept, error.text)
+            LOGGER.error("%s is kept, because it could not be dropped: %s", kept, error.text)
             return False
         return True
 
@@ -293,7 +297,7 @@ class _Restore:
         if keep is None:
             return
         for name in databases.expired(self._session, self._target.database, keep):
-            LOGGER.info("dropping %s, which a restore has replaced, after MIGRATOR_KEEP_OLD", name)
+            LOGGER.info("dropping %s, which an earlier restore replaced (MIGRATOR_KEEP_OLD)", name)
             try:
                 databases.drop(self._session, name)
             except QueryFailed as error:
@@ -364,8 +368,8 @@ class _Restore:
         if not self._may_create():
             raise failed(
                 backup,
-                f"Role {session.facts.user} may not create databases, and a backup is restored into one of its own.",
-                f"as a superuser: ALTER ROLE {user} CREATEDB; or restore by hand into the database as it is: "
+                f"Role {session.facts.user} may not create databases, and a restore needs a new database.",
+                f"as a superuser: ALTER ROLE {user} CREATEDB; or restore by hand in place: "
                 + pg_restore.by_hand(backup, self._target.database),
             )
         if not session.value("SELECT count(*) FROM pg_roles WHERE rolname = %s", [backup.properties.owner]):
@@ -420,7 +424,7 @@ class _Restore:
         try:
             yield
         except RestoreStopped as stopped:
-            next_step = "put right what pg_restore names, and restore again"
+            next_step = "fix what pg_restore reports, and restore again"
             if stopped.of_a_role:
                 next_step = (
                     "create the role that it names (CREATE ROLE ...), or restore as a role that may act for it; "
@@ -445,8 +449,9 @@ class _Restore:
             notes = databases.copy_settings(self._session, original, name)
         else:
             notes = [
-                f"{original} is gone, so what was set for it as a whole (ALTER DATABASE ... SET, GRANT, COMMENT) "
-                f"is not restored: `pg_restore --create --schema-only --file=- {self._backup.place}` shows it."
+                f"{original} does not exist any more, so its own settings (ALTER DATABASE ... SET, "
+                "GRANT, COMMENT) are not restored: `pg_restore --create --schema-only --file=- "
+                f"{self._backup.place}` shows them."
             ]
         notes += self._notes
         for note in notes:

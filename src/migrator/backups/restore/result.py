@@ -59,13 +59,13 @@ class Restored:
         )
         count = f"{self.tables} table{'' if self.tables == 1 else 's'}"
         text = f"Restored {self.backup.id} into {place} in {self.seconds:.1f} s: "
-        text += f"{count}, and the {self.counted} that were counted have the backup's {self.rows} rows."
+        text += f"{count}, and {self.counted} of them were counted and have the backup's {self.rows} rows."
         if self.kept:
-            text += f" The database as it was before is now {self.kept}."
+            text += f" The replaced database is now {self.kept}."
         if self.dropped:
-            text += " The database as it was before was dropped."
+            text += " The replaced database was dropped."
         if self.safety:
-            text += f" What was in it before is in backup {self.safety}."
+            text += f" Its earlier content is in backup {self.safety}."
         return " ".join((text, *self.notes))
 
     @property
@@ -79,9 +79,9 @@ class Restored:
             return f"when you no longer need it: DROP DATABASE {quote_identifier(self.database)};"
         if self.safety:
             return (
-                f"`migrator status` shows where it is; to undo this: `migrator restore {self.safety} --yes`"
+                f"check with `migrator status`; to undo the restore: `migrator restore {self.safety} --yes`"
             )
-        return "`migrator status` shows where it is"
+        return "check with `migrator status`"
 
 
 def compare(session: Session, backup: Backup) -> Compared:
@@ -100,14 +100,14 @@ def compare(session: Session, backup: Backup) -> Compared:
             actual = exported_snapshot.count_exactly(session, relation)
             rows += actual
             if actual != expected:
-                wrong.append(f"{relation.shown} has {actual} rows and not {expected}")
+                wrong.append(f"{relation.shown} has {actual} rows, not {expected}")
         if relation.kind == "r":
             _analyze(session, relation)
     if wrong:
         raise failed(
             backup,
-            f"What came back of {backup.id} is not what was backed up: {'; '.join(wrong[:5])}.",
-            "keep the backup, and report this with the backup's manifest",
+            f"The restored content of {backup.id} differs from the backup: {'; '.join(wrong[:5])}.",
+            "keep the backup, and report this with its manifest",
         )
     return Compared(len(found), len(counted), rows)
 
@@ -119,13 +119,13 @@ def _analyze(session: Session, relation: Relation) -> None:
     except QueryFailed as error:
         if error.lost:
             raise
-        LOGGER.warning("%s has no statistics yet, for ANALYZE failed: %s", relation.shown, error.text)
+        LOGGER.warning("%s has no statistics yet, because ANALYZE failed: %s", relation.shown, error.text)
 
 
 def warn_unproven(backup: Backup) -> None:
     """Say that a backup was never proven; who names it by its id may restore it all the same."""
     if not backup.verified:
-        LOGGER.warning("%s was never proven: `migrator verify-backup %s` does it", backup.id, backup.id)
+        LOGGER.warning("%s was never verified: `migrator verify-backup %s` verifies it", backup.id, backup.id)
 
 
 def refuse_standby(session: Session) -> None:
@@ -143,7 +143,9 @@ def slots_left(session: Session, database: str) -> list[str]:
         "SELECT string_agg(slot_name::text, ', ' ORDER BY slot_name) FROM pg_replication_slots WHERE database = %s",
         [database],
     )
-    return [f"Replication slots belong to the replaced database, and go with it: {names}."] if names else []
+    return (
+        [f"Replication slots belong to the replaced database and are lost with it: {names}."] if names else []
+    )
 
 
 @contextlib.contextmanager
@@ -163,13 +165,13 @@ def failing(backup: Backup) -> Iterator[None]:
     except databases.SwapUnknown as error:
         raise RestoreFailed(
             f"{what}: {error}.",
-            state="Whether the databases were swapped is not known.",
-            next_step="`migrator current` shows where the database is; `psql --list` shows what is kept beside it",
+            state="It is not known whether the databases were swapped.",
+            next_step="check with `migrator current`; `psql --list` shows the database that is kept beside",
         ) from error
     except LockedOut as error:
         raise failed(backup, f"{what}: {error.table} is locked.", "restore again") from error
     except (QueryFailed, ConnectFailed) as error:
-        next_step = clients.remedy(error) or "put it right and restore again"
+        next_step = clients.remedy(error) or "fix the cause and restore again"
         raise failed(backup, f"{what}: {error.text}.", next_step) from error
     except OSError as error:
-        raise failed(backup, f"{what}: {error}.", "put it right and restore again") from error
+        raise failed(backup, f"{what}: {error}.", "fix the cause and restore again") from error

@@ -31,7 +31,9 @@ LOGGER = logging.getLogger("migrator.restore")
 
 _PART = r'"(?:[^"]|"")*"|[^".]+'
 _ENTRY = re.compile(r"\d+; \d+ \d+ (?:TABLE DATA|TABLE|CONSTRAINT) (.*)")
-_LEFT_OUT = "Foreign keys, triggers, indexes other than keys, policies, grants and sequences are left out."
+_LEFT_OUT = (
+    "Foreign keys, triggers, indexes other than keys, policies, grants and sequences are not restored."
+)
 _CHANGES = re.compile(rb"(?:ALTER|CREATE|COPY|DROP|INSERT|UPDATE|DELETE|GRANT|REVOKE|COMMENT|TRUNCATE) ")
 _HEAD = rb"((?:CREATE (?:UNLOGGED |FOREIGN )?|ALTER (?:FOREIGN )?)TABLE (?:ONLY )?|COPY )"
 
@@ -151,7 +153,7 @@ def _names(backup: Backup, wanted: Sequence[str]) -> list[_Name]:
             which = f"it could be {' or '.join(near)}" if near else "it has " + _some(list(backup.tables))
             how = f"name it with its schema and its quotes: --table {shlex.quote(near[0])}" if near else ""
             raise failed(
-                backup, f"{backup.id} has no one table {text}: {which}.", how or "name it with its schema"
+                backup, f"{backup.id} has no single table {text}: {which}.", how or "name it with its schema"
             )
         found.append(_named(fits[0]))
     if len({item.name for item in found}) < len(found):
@@ -187,7 +189,8 @@ def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[
     except UnicodeEncodeError as error:
         raise failed(
             backup,
-            f"Schema {schema} cannot be named in {backup.database}, whose encoding is {backup.properties.encoding}.",
+            f"Schema {schema} cannot be named in {backup.database} with its encoding "
+            f"{backup.properties.encoding}.",
             "choose another name with --into-schema",
         ) from error
     expected = {
@@ -228,7 +231,7 @@ def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[
             raise
         if found != "committed" or not ended.whole or not isinstance(error, in_place.AFTER_THE_COMMIT):
             raise _uncertain(job, schema, found, error) from error
-        notes.append(f"It was committed before this came in between: {error}.")
+        notes.append(f"The restore was committed before this error: {error}.")
     return notes
 
 
@@ -236,8 +239,8 @@ def _not_restored(job: Job, schema: str, stopped: RestoreStopped) -> RestoreFail
     return failed(
         job.backup,
         f"The tables were not restored into schema {schema}: {stopped.said}",
-        "put right what it says, or restore all of it beside: "
-        f"`migrator restore {job.backup.id} --to {job.target.database}_look`",
+        f"fix the cause, or restore the whole backup beside: `migrator restore {job.backup.id} --to "
+        f"{job.target.database}_look`",
     )
 
 
@@ -247,7 +250,7 @@ def _uncertain(job: Job, schema: str, found: str, error: BaseException) -> Resto
     return RestoreFailed(
         f"The restore of tables of {job.backup.id} did not end well: {error}",
         state=f"The tables {certain} in schema {schema}; nothing else was changed.",
-        next_step="look what is there; drop those tables before they are restored again",
+        next_step="check the schema; drop those tables before you restore them again",
     )
 
 
@@ -256,7 +259,7 @@ def _without_rows(backup: Backup, names: Sequence[_Name]) -> list[str]:
     empty = [name.shown for name in names if name.shown in backup.excluded_table_data]
     if not empty:
         return []
-    return [f"Not in this backup are the rows of {_some(empty)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."]
+    return [f"This backup does not have the rows of {_some(empty)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."]
 
 
 def _partitioned(job: Job, schema: str) -> list[str]:
@@ -267,7 +270,7 @@ def _partitioned(job: Job, schema: str) -> list[str]:
             " WHERE n.nspname = %s AND c.relkind = 'p'",
             [schema],
         )
-    return [f"{name} is partitioned: its rows are in its partitions, to be named too." for (name,) in found]
+    return [f"{name} is partitioned: its rows are in its partitions; name these too." for (name,) in found]
 
 
 def _renaming(names: Sequence[_Name], schema: str, server_major: int, codec: str) -> Callable[[bytes], bytes]:
@@ -280,7 +283,7 @@ def _renaming(names: Sequence[_Name], schema: str, server_major: int, codec: str
     def change(line: bytes) -> bytes:
         line = known(line)
         if line.startswith(b"INHERITS ("):
-            raise RestoreStopped("it inherits from another table, and would be a part of that")
+            raise RestoreStopped("it inherits from another table, and would become a part of it")
         for pattern, place in places:
             changed, count = pattern.subn(lambda match, place=place: match[1] + place, line)  # type: ignore[misc]
             if count:
@@ -296,10 +299,10 @@ def refuse_together(to: str, tables: Sequence[str], into_schema: str, drop_old: 
     """Raise :class:`SettingsError` for arguments of `restore` that do not go together."""
     problems = []
     if tables and to:
-        problems.append("--table goes into a schema (--into-schema), and --to is for a whole database")
+        problems.append("--table restores into a schema (--into-schema), and --to is for a whole database")
     if into_schema and not tables:
         problems.append("--into-schema is for tables: name them with --table")
     if drop_old and (to or tables):
-        problems.append("--drop-old is for a restore in the place of the database")
+        problems.append("--drop-old is for a restore that replaces the database")
     if problems:
         raise SettingsError(problems, next_step="migrator restore --help")

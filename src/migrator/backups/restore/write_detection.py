@@ -64,13 +64,13 @@ class Incomplete(WouldLose):
     """The backup does not have the rows of some tables, which would be empty afterwards."""
 
     def __init__(self, backup: Backup) -> None:
-        super().__init__(f"{backup.id} is not whole: {missing(backup)}")
+        super().__init__(f"{backup.id} is incomplete: {missing(backup)}")
 
 
 def missing(backup: Backup) -> str:
     """Say what does not come back of a backup; an empty string for one that is whole."""
     rows = f"the rows of {_some(backup.excluded_table_data)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)"
-    hidden = f"{_some(backup.not_dumped)} (hidden from the role that made it, which was no superuser)"
+    hidden = f"{_some(backup.not_dumped)} (hidden from the role that made it, which was not a superuser)"
     told = [rows] if backup.excluded_table_data else []
     told += [hidden] if backup.not_dumped else []
     return f"it lacks {' and '.join(told)}" if told else ""
@@ -84,7 +84,9 @@ def _some(names: Sequence[str]) -> str:
 def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
     """Raise :class:`WouldLose` where an id was given out since the backup that is not ``own``; return the one taken."""
     if backup.next_xid is None:
-        raise WouldLose(f"nobody knows who has written since {backup.id}: its manifest has no transaction id")
+        raise WouldLose(
+            f"it is not known who has written since {backup.id}: its manifest has no transaction id"
+        )
     # The id that we take ourselves comes after all those that were given out, the unfinished ones too.
     now = int(session.value("SELECT txid_current()"))
     running: tuple[int, ...] = ()
@@ -95,8 +97,9 @@ def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
     others = now - first + len(running) - ours
     if others:
         raise WouldLose(
-            f"{others} transaction{'' if others == 1 else 's'} that this run cannot account for wrote to the server"
-            f" since {backup.id} ({ours} were its own; what a revision does outside of transactions is not known to be)"
+            f"{others} transaction{'' if others == 1 else 's'} that this run cannot account for wrote "
+            f"to the server since {backup.id} ({ours} belong to this run; a revision's work outside of "
+            "its transaction cannot be told apart)"
         )
     return now
 
@@ -105,7 +108,7 @@ def refuse_another_server(session: Session, backup: Backup) -> None:
     """Raise :class:`WouldLose` where the backup is another server's, whose counter says nothing here."""
     system, _ = exported_snapshot.identity(session)
     if system and backup.system_identifier and system != backup.system_identifier:
-        raise WouldLose(f"{backup.id} was taken from another server, so its transaction id says nothing here")
+        raise WouldLose(f"{backup.id} is from another server, so its transaction id has no meaning here")
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,11 @@ class Holder:
         try:
             made = _made(self.session)
         except QueryFailed as error:
-            raise WouldLose(f"others could write while it was being restored: {error.text}") from error
+            raise WouldLose(f"others could write during the restore: {error.text}") from error
         if made != self.made:
             raise WouldLose(
-                "while it was being restored, others have made tables, functions or large objects in it, or drawn"
-                " from a sequence"
+                "during the restore, others created tables, functions or large objects in it, or used "
+                "a sequence"
             )
 
 
@@ -157,7 +160,7 @@ def nobody_writes(
                 session.query(f"LOCK TABLE ONLY {relation.qualified} IN SHARE MODE")
             unlocked = session.value(_UNLOCKED, [[item.oid for item in tables]])
             if unlocked:
-                raise WouldLose(f"others may be writing: {unlocked} was renamed or dropped meanwhile")
+                raise WouldLose(f"others may be writing: {unlocked} was renamed or dropped")
             if session.value(_LOCKS_LARGE_OBJECTS):
                 session.query("LOCK TABLE pg_catalog.pg_largeobject IN SHARE MODE")
         except QueryFailed as error:

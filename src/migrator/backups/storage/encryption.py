@@ -297,10 +297,10 @@ def read_identities(path: Path) -> list[Any]:
     except pyrage.IdentityError:
         keys = []
     if not keys:
-        problem = f"MIGRATOR_BACKUP_IDENTITY_FILE: {path} holds no private key of age or SSH that can be used"
+        problem = f"MIGRATOR_BACKUP_IDENTITY_FILE: {path} has no usable private key of age or SSH"
         raise SettingsError(
             [problem],
-            next_step="name the file that age-keygen wrote (AGE-SECRET-KEY-1...), without a passphrase",
+            next_step="set it to the file that age-keygen wrote (AGE-SECRET-KEY-1...), without a passphrase",
         )
     return keys
 
@@ -309,7 +309,7 @@ def _library() -> Any:
     try:
         import pyrage
     except ImportError as error:
-        problem = "MIGRATOR_BACKUP_RECIPIENTS: backups are encrypted by pyrage, which is not installed"
-        remedy = f"use {image_tags.full()}, the image that is not slim, or pip install 'migrator[encryption]'"
+        problem = "MIGRATOR_BACKUP_RECIPIENTS: encryption needs pyrage, which is not installed"
+        remedy = f"use {image_tags.full()}, the full image, or pip install 'migrator[encryption]'"
         raise SettingsError([problem], next_step=remedy) from error
     return pyrage

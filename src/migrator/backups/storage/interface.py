@@ -196,7 +196,7 @@ def read_manifest(text: str, stem: str) -> Backup:
     """Read the manifest ``STEM.json``; raises :class:`BadManifest`, also where it is another backup's."""
     backup = from_json(text)
     if backup.id != stem:
-        raise BadManifest(f"it is that of {backup.id}: it was renamed")
+        raise BadManifest(f"it belongs to {backup.id}: it was renamed")
     return backup
 
 
@@ -215,7 +215,8 @@ def manifest_content(backup: Backup) -> bytes:
     content = backup.to_json().encode()
     if len(content) > safe_open.SMALL:
         raise BackupFailed(
-            f"The manifest of {backup.id} would have {len(content)} bytes; at most {safe_open.SMALL} are read.",
+            f"The manifest of {backup.id} would have {len(content)} bytes, more than the limit of "
+            f"{safe_open.SMALL}.",
             next_step="back up with pg_dump itself, and set MIGRATOR_BACKUP=off",
         )
     return content

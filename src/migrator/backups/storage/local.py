@@ -100,7 +100,8 @@ class FolderStore:
             raise self.cannot_write(error) from error
         if _lost_with_container(self.folder):
             LOGGER.warning(
-                "%s is in the container itself: backups in it are gone with the container; mount a volume there",
+                "%s is in the container itself: its backups are lost with the container; mount a "
+                "volume there",
                 self.folder,
             )
 
@@ -110,19 +111,21 @@ class FolderStore:
         if error.errno in _FULL:
             space = f"; {needed}" if needed else ""
             return BackupFailed(
-                f"The backup does not fit in {self.folder}: {reason}, {self._free_text()}{space}. "
-                "What was written of it has been removed.",
-                next_step="make room there, mount a bigger volume, or name another folder in MIGRATOR_BACKUP_URL",
+                f"The backup does not fit in {self.folder}: {reason}, {self._free_text()}{space}. The "
+                "unfinished file was removed.",
+                next_step="free space there, mount a bigger volume, or set MIGRATOR_BACKUP_URL to another "
+                "folder",
             )
         if error.errno in _NOT_OF_THE_FOLDER:
             return BackupFailed(
                 f"The backup cannot be written to {self.folder}: {lack(error)}.",
-                next_step="give the process or the container more of it, then run it again",
+                next_step="raise that limit or add that resource, then run it again",
             )
         return BackupFailed(
             f"The backup cannot be written to {self.folder}: {reason}.",
-            next_step=f"mount a volume there that user {os.geteuid()} can write to (group {os.getegid()}), name "
-            "another folder in MIGRATOR_BACKUP_URL, or set MIGRATOR_BACKUP=off to go without",
+            next_step=f"mount a volume that user {os.geteuid()} can write to (group {os.getegid()}), set "
+            "MIGRATOR_BACKUP_URL to another folder, or set MIGRATOR_BACKUP=off to run without a "
+            "backup",
         )
 
     def free_bytes(self) -> int:
@@ -147,7 +150,7 @@ class FolderStore:
             except FileNotFoundError:
                 continue  # another run has removed it since
             except BadManifest as error:
-                LOGGER.warning("%s is no backup that can be used: %s", path, error)
+                LOGGER.warning("%s is not a usable backup: %s", path, error)
                 continue
             if not database or backup.database == database:
                 found.append(backup)

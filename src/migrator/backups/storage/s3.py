@@ -123,7 +123,7 @@ class S3Store:
                     on_tag(tag)
                     left = answer["ContentLength"]
                     if place and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
-                        raise S3Failure(str(self), f"{name} cannot be read from its middle", "run again")
+                        raise S3Failure(str(self), f"{name} cannot be read from an offset", "run again")
                     for chunk in answer["Body"].iter_chunks(_CHUNK):
                         yield chunk
                         place += len(chunk)
@@ -201,7 +201,7 @@ class S3Store:
                 f"The backup cannot be written to {self}: {error.why}.", next_step=error.next_step
             )
         return BackupFailed(
-            f"The backup cannot be written to {self}: {error}.", next_step="put it right and run again"
+            f"The backup cannot be written to {self}: {error}.", next_step="fix the cause and run again"
         )
 
     def remove_stale(self, database: str) -> None:
@@ -213,7 +213,7 @@ class S3Store:
             s3_stale.abort_uploads(self, database)
             s3_stale.remove_orphans(self)
         except S3Failure as failure:
-            LOGGER.warning("what interrupted runs left in %s cannot be removed: %s", self, failure.why)
+            LOGGER.warning("the leftovers of interrupted runs in %s cannot be removed: %s", self, failure.why)
 
     # -- backups ---------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class S3Store:
             except S3Failure as failure:
                 # The manifest may be there after all: then so must the dump.
                 inner.kept = True
-                LOGGER.warning("%s may be left there, whole: %s", self.place(inner.name), failure.why)
+                LOGGER.warning("%s may still be there, complete: %s", self.place(inner.name), failure.why)
             raise
         return dataclasses.replace(backup, place=self.place(inner.name))
 
@@ -267,7 +267,7 @@ class S3Store:
                 try:
                     backup = self._read(name, listed)
                 except BadManifest as error:
-                    LOGGER.warning("%s is no backup that can be used: %s", self.place(name), error)
+                    LOGGER.warning("%s is not a usable backup: %s", self.place(name), error)
                     continue
                 if backup is not None and (not database or backup.database == database):
                     found.append(backup)
@@ -298,7 +298,7 @@ class S3Store:
             raise BadManifest(f"its dump {dump} is missing")
         size = listed[dump]["Size"]
         if size != backup.stored[1]:
-            raise BadManifest(f"its dump {dump} has {size} bytes, and not {backup.stored[1]}")
+            raise BadManifest(f"its dump {dump} has {size} bytes, not {backup.stored[1]}")
         return dataclasses.replace(backup, place=self.place(dump))
 
     def get(self, wanted: str, database: str) -> Backup:

@@ -25,7 +25,7 @@ ATTEMPTS = 5
 """How often a request is made that fails for a reason that passes (503, SlowDown, a lost connection, no answer)."""
 _QUICK_TIMEOUT, _QUICK_ATTEMPTS = 5.0, 2
 _DEFAULT_REGION = "us-east-1"
-_REMEDY = "use {}, the image that is not slim, or pip install 'migrator[s3]'"
+_REMEDY = "use {}, the full image, or pip install 'migrator[s3]'"
 
 _NO_ROOM = frozenset({"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "InsufficientCapacity"})
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken"})
@@ -142,7 +142,7 @@ def _library() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        problem = "MIGRATOR_BACKUP_URL: a bucket is reached by boto3, which is not installed"
+        problem = "MIGRATOR_BACKUP_URL: a bucket needs boto3, which is not installed"
         raise SettingsError([problem], next_step=_REMEDY.format(image_tags.full())) from error
 
 
@@ -169,37 +169,37 @@ def _refused(place: str, bucket: str, access: Access, what: str, response: Mappi
     region = error.get("Region") or meta.get("HTTPHeaders", {}).get("x-amz-bucket-region", "")
     status = int(meta.get("HTTPStatusCode") or 0)
     quoted = f"{code}: {said}" if said and said != code else code
-    why, next_step = f"the server answered {quoted}", "put it right and run again"
+    why, next_step = f"the server answered {quoted}", "fix the cause and run again"
     if code == "NoSuchBucket":
         why = f"there is no bucket {bucket}"
         next_step = "create it, or correct MIGRATOR_BACKUP_URL or MIGRATOR_S3_ENDPOINT"
     elif code in _EXPIRED:
         why = f"the temporary key has expired ({quoted})"
-        next_step = (
-            "give the run a new AWS_SESSION_TOKEN with its key, or the platform's identity, and run again"
-        )
+        next_step = "set a new AWS_SESSION_TOKEN with its key, or use the platform's identity, and run again"
     elif code in _WRONG_KEY:
         why = f"the server does not accept the key ({quoted})"
-        next_step = "correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or their _FILE)"
+        next_step = "fix AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or their _FILE)"
     elif code in _CLOCK:
-        why, next_step = f"the clocks differ ({quoted})", "set this machine's clock"
+        why, next_step = f"the clocks differ ({quoted})", "correct this machine's clock"
     elif code in _REGION or (region and region != access.region and status in (301, 307, 400)):
         is_in = (
             f"the bucket {bucket} is in region {region}" if region else f"the bucket {bucket} is elsewhere"
         )
-        why = f"{is_in}, and not in {access.region or _DEFAULT_REGION} ({quoted})"
-        next_step = f"set MIGRATOR_S3_REGION={region}" if region else "set MIGRATOR_S3_REGION to the bucket's"
+        why = f"{is_in}, not in {access.region or _DEFAULT_REGION} ({quoted})"
+        next_step = (
+            f"set MIGRATOR_S3_REGION={region}" if region else "set MIGRATOR_S3_REGION to the bucket's region"
+        )
     elif code in _DENIED or status == 403:
         why = f"access is denied ({quoted})"
         next_step = f"grant the key {what} on {place}, or name another place in MIGRATOR_BACKUP_URL"
     elif code in _NO_ROOM or status == 507:
-        why, next_step = f"the server has no room left ({quoted})", "make room there, and run again"
+        why, next_step = f"the server is full ({quoted})", "free space there, and run again"
     elif code in _UNKNOWN or status == 501:
-        why = f"the server does not know something that was asked of it ({quoted})"
-        next_step = "use a server with S3's multipart uploads, or a folder in MIGRATOR_BACKUP_URL"
+        why = f"the server does not support a request ({quoted})"
+        next_step = "use a server with S3 multipart uploads, or a folder in MIGRATOR_BACKUP_URL"
     elif status >= 500 or code in ("SlowDown", "RequestTimeout", "InternalError"):
         why = f"the server kept answering {quoted} ({ATTEMPTS} times)"
-        next_step = "run again when the server is well"
+        next_step = "run again when the server has recovered"
     return S3Failure(place, why, next_step, code)
 
 
@@ -216,7 +216,7 @@ def _unreached(place: str, access: Access, error: Exception) -> S3Failure:
     ):
         return S3Failure(
             place,
-            f"there is no key to reach it with ({said})",
+            f"there is no access key ({said})",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or their _FILE), or give the container the "
             "platform's identity",
             kind,
@@ -224,13 +224,13 @@ def _unreached(place: str, access: Access, error: Exception) -> S3Failure:
     if kind in ("ParamValidationError", "ProfileNotFound", "ConfigParseError", "ValueError"):
         return S3Failure(
             place,
-            f"it cannot be asked ({said})",
-            "correct MIGRATOR_BACKUP_URL, MIGRATOR_S3_ENDPOINT or the AWS_ variables",
+            f"it cannot be used ({said})",
+            "fix MIGRATOR_BACKUP_URL, MIGRATOR_S3_ENDPOINT or the AWS_ variables",
             kind,
         )
     return S3Failure(
         place,
         f"{where} cannot be reached, or the connection broke ({kind}: {said})",
-        "correct MIGRATOR_S3_ENDPOINT and the network policy, or run again when the server is well",
+        "fix MIGRATOR_S3_ENDPOINT and the network policy, or run again when the server has recovered",
         kind,
     )

@@ -73,7 +73,7 @@ def _abort(store: S3Store, upload: Mapping[str, Any]) -> None:
             Bucket=store.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
         )
     LOGGER.info(
-        "gave up the upload of s3://%s/%s, which an interrupted run left", store.bucket, upload["Key"]
+        "aborted the upload of s3://%s/%s, which an interrupted run left", store.bucket, upload["Key"]
     )
 
 

@@ -130,7 +130,8 @@ class S3Part:
             self._store.delete(self.name, quick=True)
         except OSError as failure:
             LOGGER.warning(
-                "%s could not be removed (%s): it has no manifest, so it is no backup, and a later run removes it",
+                "%s could not be removed (%s): without a manifest it is not a backup, and a later run "
+                "removes it",
                 self._store.place(self.name),
                 failure,
             )

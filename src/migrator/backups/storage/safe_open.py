@@ -54,4 +54,4 @@ def small(path: Path) -> bytes:
 def _demand(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise NotRegular(errno.EINVAL, f"it is {kind}, and not a file", str(path))
+        raise NotRegular(errno.EINVAL, f"it is {kind}, not a file", str(path))

@@ -39,14 +39,15 @@ def folder(size: int, what: str) -> Path:
         found = Path(tempfile.gettempdir())
     except FileNotFoundError:
         raise NoRoom(
-            f"{what} has {human_size(size)}, and there is no folder on this machine that a copy can be written to.",
-            f"mount a volume or a tmpfs with {human_size(size)} at /tmp (docker run --tmpfs /tmp; an emptyDir), or "
-            "name a folder in TMPDIR",
+            f"{what} has {human_size(size)}, and no folder on this machine can take a copy.",
+            f"mount a volume or a tmpfs with {human_size(size)} at /tmp (docker run --tmpfs /tmp; an "
+            "emptyDir), or set TMPDIR to a folder",
         ) from None
     free = shutil.disk_usage(found).free
     if free < size:
         raise NoRoom(
-            f"{what} has {human_size(size)}, and {found}, where it is opened, has {human_size(free)} free.",
-            "make room there, or name another folder in TMPDIR",
+            f"{what} has {human_size(size)}, but only {human_size(free)} are free in {found}, where it "
+            "is opened.",
+            "free space there, or set TMPDIR to another folder",
         )
     return found

@@ -63,16 +63,16 @@ def contents(backup: Backup, found: Contents, *, same_major: bool = True) -> Com
             continue
         counted, rows = counted + 1, rows + original.rows
         if copy.rows != original.rows:
-            wrong.append(f"{name} has {copy.rows} rows and not {original.rows}")
+            wrong.append(f"{name} has {copy.rows} rows, not {original.rows}")
         elif original.rows_hash and copy.rows_hash:
             hashed += 1
             if copy.rows_hash != original.rows_hash:
-                wrong.append(f"rows of {name} are not what they were")
+                wrong.append(f"rows of {name} differ")
     wrong += _sequences(backup.sequences, found.sequences)
     if backup.large_objects and found.large_objects and backup.large_objects != found.large_objects:
-        wrong.append("large objects are not what they were")
+        wrong.append("large objects differ")
     if same_major and backup.schema_sha256 and backup.schema_sha256 != found.schema_sha256:
-        wrong.append("the schema's columns, constraints, indexes or functions are not what they were")
+        wrong.append("the schema's columns, constraints, indexes or functions differ")
     unknown = []
     if hashed < counted:
         unknown.append(f"the contents of {counted - hashed} tables (their rows were counted)")
@@ -93,7 +93,7 @@ def _sequences(original: Mapping[str, Sequence], found: Mapping[str, Value]) -> 
             continue  # nobody drew from either, and such a one's value is not known
         if (same and value != known.before) or not lowest <= value[0] <= highest:
             expected = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
-            wrong.append(f"sequence {name} is at {value[0]} and not at {expected}")
+            wrong.append(f"sequence {name} is at {value[0]}, not at {expected}")
     return wrong
 
 
@@ -118,7 +118,7 @@ def schemas(archived: bytes, dumped: bytes, *, by_name: bool) -> list[str]:
     for name, text in left:
         kind = name.partition(" ")[0] if not name.startswith("MATERIALIZED") else "MATERIALIZED VIEW"
         if kind not in _SPELLED_ANEW and (name, _bare(text)) not in anew:
-            wrong.append(f"{name} is not defined as it was")
+            wrong.append(f"the definition of {name} differs")
     return sorted(wrong)
 
 

@@ -204,8 +204,8 @@ def take(
 
     return Contents(
         tables,
-        known("what the sequences are at", lambda inside: sequences(inside, found), {}),
-        known("what is in large objects", large_objects, "") if rows else "",
+        known("the position of the sequences", lambda inside: sequences(inside, found), {}),
+        known("the content of large objects", large_objects, "") if rows else "",
     )
 
 

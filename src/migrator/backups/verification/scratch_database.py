@@ -60,21 +60,21 @@ def check(place: Place) -> ServerFacts:
         )[0]
         if not may_create:
             raise BackupFailed(
-                f"Role {user} may not create databases on {place.target}, and a backup is proven there by restoring it "
-                "into one of its own (MIGRATOR_BACKUP_VERIFY=restore).",
-                next_step=f"as a superuser: ALTER ROLE {quote_identifier(user)} CREATEDB; or name another server in "
-                "MIGRATOR_VERIFY_URL, or set MIGRATOR_BACKUP_VERIFY=read",
+                f"Role {user} may not create databases on {place.target}, and verification by restore "
+                "needs a new database there (MIGRATOR_BACKUP_VERIFY=restore).",
+                next_step=f"as a superuser: ALTER ROLE {quote_identifier(user)} CREATEDB; or set "
+                "MIGRATOR_VERIFY_URL to another server, or set MIGRATOR_BACKUP_VERIFY=read",
             )
         return session.facts
 
 
 def _standby(place: Place) -> BackupFailed:
     name = "MIGRATOR_VERIFY_URL" if place.elsewhere else "MIGRATOR_DATABASE_URL"
-    other = "" if place.elsewhere else "name another server in MIGRATOR_VERIFY_URL, "
+    other = "" if place.elsewhere else "set MIGRATOR_VERIFY_URL to another server, "
     return BackupFailed(
-        f"{place.target} is a standby, where no database can be made that a backup could be restored into.",
-        next_step=f"point {name} at the primary (several hosts with target_session_attrs=read-write find it), {other}"
-        "or prove by reading (MIGRATOR_BACKUP_VERIFY=read, verify-backup --how read)",
+        f"{place.target} is a standby, so verification by restore cannot create a database there.",
+        next_step=f"point {name} at the primary (several hosts with target_session_attrs=read-write find it), "
+        f"{other}or verify by reading (MIGRATOR_BACKUP_VERIFY=read, verify-backup --how read)",
     )
 
 
@@ -100,9 +100,11 @@ def clear(session: Session, database: str) -> None:
             continue
         try:
             databases.drop(session, name)
-            LOGGER.info("dropped %s, which an interrupted proof left", name)
+            LOGGER.info("dropped %s, which an interrupted verification left", name)
         except QueryFailed as error:
-            LOGGER.warning("%s, which an interrupted proof left, cannot be dropped: %s", name, error.text)
+            LOGGER.warning(
+                "%s, which an interrupted verification left, cannot be dropped: %s", name, error.text
+            )
         finally:
             session.query("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [_key(name)])
 

@@ -17,9 +17,9 @@ from migrator.config.settings import Settings
 from migrator.postgres.session import Session
 
 NEXT_STEP = (
-    "name another server, or a login of this one that is no superuser and has CREATEDB, in MIGRATOR_VERIFY_URL; or set "
-    "MIGRATOR_VERIFY_AS_SUPERUSER=true if you trust these roles; or prove by reading (MIGRATOR_BACKUP_VERIFY=read, "
-    "verify-backup --how read)"
+    "set MIGRATOR_VERIFY_URL to another server, or to a login of this one that is not a superuser and "
+    "has CREATEDB; or set MIGRATOR_VERIFY_AS_SUPERUSER=true if you trust these roles; or verify by "
+    "reading (MIGRATOR_BACKUP_VERIFY=read, verify-backup --how read)"
 )
 _NO_CODE = ("SCHEMA", "ACL", "DEFAULT ACL", "COMMENT", "SEQUENCE SET")
 
@@ -73,6 +73,6 @@ def objection(settings: Settings, session: Session, system_identifier: str, owne
         return ""
     more = f" and {len(others) - 5} more" if len(others) > 5 else ""
     return (
-        f"A proof by restore would run code of {', '.join(others[:5])}{more} (checks, indexes, views) as"
-        f" {session.facts.user}, who is a superuser or may create roles."
+        f"Verification by restore would run code of {', '.join(others[:5])}{more} (checks, indexes, "
+        f"views) as {session.facts.user}, who is a superuser or may create roles."
     )

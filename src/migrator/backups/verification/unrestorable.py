@@ -61,8 +61,8 @@ SELECT DISTINCT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = rel
 """
 _EXTENSIONS = "SELECT extname::text FROM pg_extension WHERE extname = 'pg_cron'"
 _BOUND = (
-    "extension {name} can be in no database with another name: a restore leaves it and its jobs out, and pg_restore by "
-    "hand ends at it"
+    "extension {name} works in only one database: a restore leaves it and its jobs out, and pg_restore "
+    "by hand stops there"
 )
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 

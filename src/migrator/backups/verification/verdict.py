@@ -19,7 +19,7 @@ from migrator.postgres.session import ConnectFailed, QueryFailed
 from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.backup")
-_LOOK = "see what it says"
+_LOOK = "fix the cause"
 
 
 class Failed(Exception):
@@ -27,7 +27,7 @@ class Failed(Exception):
 
     def __init__(self, why: str, next_step: str = "") -> None:
         super().__init__(why)
-        self.next_step = next_step or "run again; if it happens again, have the volume and the memory checked"
+        self.next_step = next_step or "run again; if it happens again, check the volume and the memory"
 
 
 class Unproven(Exception):
@@ -39,14 +39,14 @@ class Unproven(Exception):
 
     def of(self, backup: Backup) -> str:
         """Say it of a backup, in one sentence."""
-        return f"The proof of {backup.id} was not finished: {self}"
+        return f"The verification of {backup.id} did not finish: {self}"
 
 
 class CannotRestore(Unproven):
     """It could not be restored here, which may be the server's fault and not the backup's."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(why, "put right what pg_restore names")
+        super().__init__(why, "fix what pg_restore reports")
 
     def of(self, backup: Backup) -> str:
         """Say it of a backup, in one sentence."""
@@ -62,12 +62,14 @@ def refuse(store: Store, backup: Backup, unproven: Unproven) -> NoReturn:
         for old in store.backups(backup.database):
             if not old.verified and old.id != backup.id and _same_database(old, backup):
                 store.remove(old)
-                LOGGER.info("removed %s, which was never proven: %s takes its place", old.id, backup.id)
+                LOGGER.info("removed %s, which was never verified: %s replaces it", old.id, backup.id)
     except (OSError, BackupFailed) as error:
-        LOGGER.warning("older backups that were never proven are not removed: %s", error)
+        LOGGER.warning("older unverified backups are not removed: %s", error)
     raise BackupFailed(
-        f"{unproven.of(backup)} It was kept as {backup.place}, and is not taken for a backup until it is proven.",
-        next_step=f"{unproven.next_step}, then run again; or prove this one: `migrator verify-backup {backup.id}`",
+        f"{unproven.of(backup)} It was kept as {backup.place}, and is not used as a backup until it is "
+        "verified.",
+        next_step=f"{unproven.next_step}, then run again; or verify this one: `migrator verify-backup "
+        f"{backup.id}`",
     ) from unproven
 
 

@@ -52,7 +52,8 @@ from migrator.runtime import subprocesses
 LOGGER = logging.getLogger("migrator.backup")
 READ, RESTORE = "read", "restore"
 _NOT_THE_DISK = (
-    "every byte of it is as it was written, so no disk is at fault: compare what it names with the original"
+    "the dump is byte for byte as it was written, so the disk is not at fault: compare what it names "
+    "with the original"
 )
 _CONFORMING = re.compile(rb"^SET standard_conforming_strings = (on|off);", re.MULTILINE)
 
@@ -78,10 +79,10 @@ def preflight(session: Session, settings: Settings) -> None:
         return
     if settings.backup_recipients and not settings.backup_identity_file:
         raise BackupFailed(
-            "The backup is to be proven by restoring it (MIGRATOR_BACKUP_VERIFY=restore), and to be encrypted to keys "
-            "that it cannot be opened with here.",
-            next_step="set MIGRATOR_BACKUP_VERIFY=read, and run `migrator verify-backup latest --how restore` where "
-            "the private key is; or name that in MIGRATOR_BACKUP_IDENTITY_FILE",
+            "MIGRATOR_BACKUP_VERIFY=restore needs the private key, because the backup is to be "
+            "encrypted, and there is no private key here.",
+            next_step="set MIGRATOR_BACKUP_VERIFY=read, and run `migrator verify-backup latest --how "
+            "restore` on a machine with the private key; or set MIGRATOR_BACKUP_IDENTITY_FILE to it",
         )
     check_client(settings, scratch_database.check(place))
     with place.connect() as other:
@@ -98,7 +99,7 @@ def check_client(settings: Settings, server: ServerFacts) -> None:
         settings,
         server.version,
         server.major,
-        otherwise="or name an older server in MIGRATOR_VERIFY_URL, or prove by reading "
+        otherwise="or set MIGRATOR_VERIFY_URL to an older server, or verify by reading "
         "(MIGRATOR_BACKUP_VERIFY=read, verify-backup --how read)",
     )
 
@@ -164,16 +165,19 @@ class Proving:
         assert self._original is not None  # noqa: S101 - in_snapshot came first
         nothing: tuple[str, ...] = ()
         schema = exported_snapshot.leniently(
-            session, "how the schema is", lambda: fingerprint.schema(session), nothing
+            session, "the schema", lambda: fingerprint.schema(session), nothing
         )
         self._original = dataclasses.replace(self._original, schema=schema)
         self._unrestorable = tuple(
             exported_snapshot.leniently(
-                session, "what a restore would end at", lambda: unrestorable.find(session), []
+                session,
+                "the list of objects that a restore would stop at",
+                lambda: unrestorable.find(session),
+                [],
             )
         )
         for sentence in self._unrestorable:
-            LOGGER.warning("a restore of this backup may end at this: %s", sentence)
+            LOGGER.warning("a restore of this backup may stop at this: %s", sentence)
 
     def facts(self) -> dict[str, Any]:
         """Return what the manifest says of the contents; asked once pg_dump has ended."""
@@ -184,7 +188,7 @@ class Proving:
         except (LockedOut, QueryFailed) as error:
             if self._session.closed:
                 raise
-            LOGGER.warning("what the sequences were at after the dump is not known: %s", error)
+            LOGGER.warning("the position of the sequences after the dump is not known: %s", error)
             after = {}
         return {
             "tables": {
@@ -225,7 +229,8 @@ class Proving:
         except Failed as failure:
             kept = store.mark_bad(part, str(failure), backup.database)
             raise BackupFailed(
-                f"{failure} It is no backup, and kept for a look as {kept}.", next_step=failure.next_step
+                f"{failure} It is not a backup; it is kept for inspection as {kept}.",
+                next_step=failure.next_step,
             ) from failure
         return backup, None
 
@@ -234,9 +239,10 @@ class Proving:
         found, parsed = _read_back(self._client, part, self._rows)
         if found != part.stored:
             raise Failed(
-                f"The backup was written as {part.stored[1]} bytes with sha256 {part.stored[0]}, "
-                f"but reads back as {found[1]} bytes with {found[0]}: the disk or the volume is faulty.",
-                next_step="name another folder in MIGRATOR_BACKUP_URL and have the volume checked",
+                f"The backup was written as {part.stored[1]} bytes with sha256 {part.stored[0][:12]}, "
+                f"but it reads back as {found[1]} bytes with {found[0][:12]}: the disk or the volume is "
+                "faulty.",
+                next_step="set MIGRATOR_BACKUP_URL to another folder, and check the volume",
             )
         finished = self._reading or parsed
         if finished is not None:
@@ -337,13 +343,13 @@ def restored(
         wrong += comparison.schemas(written, dumped, by_name=by_name)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        told = f"What came back of {backup.id} is not what was dumped: {'; '.join(wrong[:8])}{more}."
+        told = f"The restored copy of {backup.id} differs from the original: {'; '.join(wrong[:8])}{more}."
         if refused:
             raise Unproven(f"{told} The server refused settings of the original: {', '.join(refused)}.")
         raise Failed(told, next_step=_NOT_THE_DISK)
     _tell(backup, compared, time.monotonic() - started)
     why = "; ".join(
-        (*compared.unknown, *(["definitions (by name, for the majors differ)"] if by_name else []))
+        (*compared.unknown, *(["definitions (only by name, because the majors differ)"] if by_name else []))
     )
     return proof(
         RESTORE, run_id, started, server_version=server.version, why=f"not compared: {why}" if why else ""

@@ -32,7 +32,7 @@ def verify(
     Raises :class:`BackupFailed` where it fails.
     """
     started, before = time.monotonic(), backup.verified
-    LOGGER.info("proving %s (%s) ...", backup.id, how)
+    LOGGER.info("verifying %s (%s) ...", backup.id, how)
     try:
         with judging():
             place = (
@@ -49,7 +49,7 @@ def verify(
         try:
             store.note(backup.unproven(done, before))
         except OSError as error:
-            LOGGER.warning("that its proof was not finished is not noted in the manifest: %s", error)
+            LOGGER.warning("the manifest does not record that the verification did not finish: %s", error)
         raise BackupFailed(
             failure.of(backup),
             next_step=f"{failure.next_step}, and run verify-backup again; the backup was kept",
@@ -60,12 +60,16 @@ def verify(
         store.note(backup)
     except OSError as error:
         raise BackupFailed(
-            f"{backup.id} is proven, but that cannot be noted: {error}.",
+            f"{backup.id} is verified, but that cannot be recorded: {error}.",
             next_step="make its place writable, and run verify-backup again",
         ) from error
-    if not backup.verified:
-        LOGGER.warning("a checksum proves too little: %s is still not taken for a backup", backup.id)
-    LOGGER.info("%s is proven: %s", backup.id, backup.proofs[-1].how)
+    if backup.verified:
+        LOGGER.info("%s is verified: %s", backup.id, backup.proofs[-1].how)
+    else:
+        LOGGER.warning(
+            "the checksum of %s matches, but a checksum verifies no backup: it is still not used as a backup",
+            backup.id,
+        )
     return backup
 
 
@@ -76,7 +80,7 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
     if backup.encrypted_to and not settings.backup_identity_file:
         pg_restore.demand_stored(store, backup)
         LOGGER.warning(
-            "%s is encrypted and no private key is at hand: only its checksum is compared "
+            "%s is encrypted and there is no private key: only its checksum is compared "
             "(MIGRATOR_BACKUP_IDENTITY_FILE)",
             backup.id,
         )
@@ -96,10 +100,13 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
 def _condemned(store: Store, backup: Backup, failure: Failed) -> BackupFailed:
     """Rename a bad backup, so that nothing takes it for one; return the error that says so."""
     try:
-        kept = f"is no backup any more: it was renamed to {store.mark_bad(backup, str(failure), backup.database)}."
+        kept = (
+            "is not a backup any more: it was renamed to "
+            f"{store.mark_bad(backup, str(failure), backup.database)}."
+        )
     except OSError as error:
-        kept = f"is no backup any more, and could not be renamed so that it is not taken for one: {error}."
+        kept = f"is not a backup any more, but it could not be renamed: {error}."
     return BackupFailed(
         f"{failure} {backup.id} {kept}",
-        next_step="take another backup now: migrator backup; see `migrator backups` for older ones",
+        next_step="make another backup now: migrator backup; `migrator backups` lists older ones",
     )
