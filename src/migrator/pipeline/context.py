@@ -1,4 +1,4 @@
-"""One run: what was asked for, what its stages share, and what its failures mean."""
+"""One run: its request, the state that its stages share, and the meaning of its failures."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ from migrator.runtime.signals import Interrupt, Interruption
 log = logging.getLogger("migrator")
 
 ATTEMPTS = 4
-"""So often a run begins, or verifies, where Postgres goes away each time; each wait is bounded by its own setting."""
+"""How often a run starts, or verifies, again if Postgres goes away each time; a setting bounds each wait."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: ``upgrade``, ``downgrade``, ``stamp`` or ``verify``, where to, and whether they are sure."""
+    """The request: ``upgrade``, ``downgrade``, ``stamp`` or ``verify``, the destination, and the user's
+    --yes.
+    """
 
     kind: str
     destination: str
@@ -45,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of one run shares."""
+    """The state that all stages of one run share."""
 
     request: Request
     settings: Settings
@@ -56,26 +58,26 @@ class Run:
 
     @property
     def application_name(self) -> str:
-        """Return the name under which the run's sessions are seen in pg_stat_activity."""
+        """Return the name of the run's sessions in pg_stat_activity."""
         return self.record.application_name
 
     def take_back(self) -> None:
-        """Take logging and signals back from whatever the application made of them."""
+        """Take logging and signals back from the application."""
         self.logs.install()
         self.interruption.retake()
 
 
 def harmless(this: Run, error: BaseException) -> bool:
-    """Whether an error is a connection that was lost before anything was applied."""
+    """Tell whether an error is a connection that was lost before anything was applied."""
     begun = any(stage.stage == "apply" and stage.status is not Status.SKIPPED for stage in this.record.stages)
     waited = isinstance(error, ConnectFailed) and error.waited
     return lost(error) and not waited and not begun and not this.interruption.received
 
 
 def of_a_signal(error: BaseException) -> bool:
-    """Whether an error may be no more than what a signal does: a query that is cut off, a program that is ended.
+    """Tell whether an error may be the effect of a signal: a cancelled query, an ended program.
 
-    It takes the place of the :class:`Interrupt` where a clean-up fails of it.
+    A failed clean-up then raises it in place of the :class:`Interrupt`.
     """
     if isinstance(error, RestoreFailed):
         return error.state.startswith(UNCHANGED.rstrip("."))
@@ -83,7 +85,7 @@ def of_a_signal(error: BaseException) -> bool:
 
 
 def known(this: Run, error: Exception | Interrupt) -> MigratorError:
-    """Return the error that says what happened, whatever was raised."""
+    """Return the error that says what happened, for any exception."""
     record = this.record
     if this.interruption.received and of_a_signal(error):
         error = Interrupt(this.interruption.received)
@@ -131,7 +133,7 @@ def known(this: Run, error: Exception | Interrupt) -> MigratorError:
 
 
 def rows_now(this: Run, session: Session, table: VersionTable | None) -> frozenset[str] | None:
-    """Read the version rows; None where nobody answers."""
+    """Read the version rows; None if Postgres does not answer."""
     if table is None:
         return frozenset()
     try:
@@ -143,6 +145,6 @@ def rows_now(this: Run, session: Session, table: VersionTable | None) -> frozens
 
 @contextlib.contextmanager
 def alive(this: Run, session: Session) -> Iterator[Session]:
-    """Yield the session, connected again where it was lost; raises ConnectFailed where Postgres stays away."""
+    """Yield the session, reconnected if it was lost; raises ConnectFailed if Postgres stays away."""
     revive(session, 0 if this.interruption.received else this.settings.wait_timeout)
     yield session

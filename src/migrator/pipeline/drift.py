@@ -1,9 +1,9 @@
-"""Drift: whether the live schema is still what the last run left.
+"""Drift: does the live schema still match the snapshot of the last run?
 
-A run that changed the schema and verified it keeps a snapshot of what it left in the ledger, in the same statement as
-its own row.  `verify` compares the schema with the newest of them, and so does a run before it changes anything.  Where
-nobody can say what the schema should be (no snapshot yet; the version rows have moved since), nothing is compared, and
-that is said.
+A run that changed the schema and verified it keeps a snapshot in the ledger, in the same statement as
+its own row. `verify` compares the schema with the newest snapshot, and so does a run before it changes
+anything. Without a valid snapshot (none yet, or the version rows have changed since), nothing is
+compared, and the report says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ACCEPT = "migrator repair --accept-schema"
 
 @dataclass(frozen=True)
 class Drift:
-    """What came of a comparison with what a run left: the differences, or (``unknown``) why there was none."""
+    """The result of a comparison: the differences, or in ``unknown`` the reason why there was none."""
 
     differences: tuple[Difference, ...] = ()
     last: LastSnapshot | None = None
@@ -54,7 +54,7 @@ class Drift:
         )
 
     def findings(self, severity: Severity) -> tuple[Finding, ...]:
-        """Return a finding for each difference, or a warning that nobody knows."""
+        """Return a finding for each difference, or a warning that the comparison was not possible."""
         if self.unknown and not self.switched_off:
             return (
                 Finding("drift-unknown", Severity.WARNING, "the schema", f"not compared: {self.unknown}"),
@@ -71,9 +71,9 @@ def _rule(difference: Difference) -> str:
 
 
 def compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
-    """Compare the live schema with what the last run left; ``alone`` where the run lock is held.
+    """Compare the live schema with the last snapshot; ``alone`` means that the run lock is held.
 
-    Raises QueryFailed where the connection is lost.
+    Raises QueryFailed if the connection is lost.
     """
     if settings.drift == "off":
         return Drift(unknown="MIGRATOR_DRIFT=off", switched_off=True)
@@ -129,7 +129,7 @@ def _is_ignored(item: Item, patterns: Sequence[Pattern]) -> bool:
 
 
 def refuse(drift: Drift, *, at: Sequence[str]) -> None:
-    """Raise :class:`Drifted` where there are differences."""
+    """Raise :class:`Drifted` if there are differences."""
     if not drift.differences or drift.last is None:
         return
     count = len(drift.differences)
@@ -148,7 +148,9 @@ def refuse(drift: Drift, *, at: Sequence[str]) -> None:
 def before_apply(
     session: Session, settings: Settings, *, kind: str, at: Sequence[str]
 ) -> tuple[Finding, ...]:
-    """Look before a run changes the schema; returns warnings, or (MIGRATOR_DRIFT=refuse, an upgrade) raises Drifted."""
+    """Compare before a run changes the schema. Return warnings, or raise Drifted (an upgrade with
+    MIGRATOR_DRIFT=refuse).
+    """
     if kind not in {"upgrade", "downgrade"}:
         return ()
     drift = compare(session, settings, alone=True)
@@ -167,9 +169,9 @@ def before_apply(
 def snapshot_after(
     session: Session, settings: Settings, table: VersionTable | None
 ) -> Mapping[str, Any] | None:
-    """Return the snapshot that the ledger is to keep of what a run leaves; None where it keeps none.
+    """Return the snapshot for the ledger of the schema after a run; None if the ledger keeps none.
 
-    A run does not fail for want of it.
+    A failure here does not fail the run.
     """
     if table is None or not settings.ledger or settings.drift == "off":
         return None
@@ -181,7 +183,7 @@ def snapshot_after(
 
 
 def snapshot_if_moved(session: Session, settings: Settings, table: VersionTable) -> Mapping[str, Any] | None:
-    """Return what :func:`snapshot_after` does, where no snapshot is of the version rows of now."""
+    """Return the result of :func:`snapshot_after`, if there is no snapshot of the current version rows."""
     try:
         last = read_last_snapshot(session, settings.role)
         known = unpack(last.snapshot).versions if last else None
@@ -192,9 +194,9 @@ def snapshot_if_moved(session: Session, settings: Settings, table: VersionTable)
 
 
 def accept(session: Session, settings: Settings, table: VersionTable | None, author: Author) -> Drift:
-    """Keep the live schema as the one that is right, under the run lock; returns what had been different.
+    """Accept the live schema as the expected one, under the run lock; return the earlier differences.
 
-    Raises :class:`HistoryError` where there is no version table, and QueryFailed.
+    Raises :class:`HistoryError` if there is no version table, and QueryFailed.
     """
     if table is None:
         raise HistoryError(

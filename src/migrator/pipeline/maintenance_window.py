@@ -1,10 +1,11 @@
 """A maintenance window: no other role gets into the database from before the backup until the run's end.
 
-CONNECT is taken from everyone but our own role, and the sessions that are there are ended.  What it was like before
-stands in the database's comment, written in the same transaction: the one thing that an owner who is no superuser can
-write on a database from outside of it (it may not set an unknown parameter).  A run that was killed leaves it so, and
-the next one, whatever it has to do, puts it back; a restore that swaps databases carries it over.
-Superusers cannot be kept out, nor whoever logs in as our own role: where such a session is found, the run is refused.
+migrator takes CONNECT from everyone but its own role, and ends the existing sessions. The database's
+comment keeps the earlier grants, written in the same transaction. It is the one thing that an owner who
+is not a superuser can write on a database from outside of it (it may not set an unknown parameter). If
+a run is killed, the next run of any kind restores the grants. A restore that swaps databases carries
+the window over. Superusers and logins of migrator's own role cannot be kept out: the run is refused if
+there is such a login's session.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ WHERE rolcanlogin AND NOT rolsuper AND rolname NOT IN (current_user, session_use
 
 @contextlib.contextmanager
 def window(this: Run, session: Session) -> Iterator[None]:
-    """Keep every other role out within the block, where MIGRATOR_MAINTENANCE_WINDOW says so; raises AccessDenied."""
+    """Keep every other role out within the block, if MIGRATOR_MAINTENANCE_WINDOW is set; raises AccessDenied."""
     if not this.settings.maintenance_window:
         yield
         return
@@ -73,7 +74,7 @@ def window(this: Run, session: Session) -> Iterator[None]:
 
 
 def reopen_after_death(this: Run, session: Session) -> None:
-    """Put back what a killed run's window has left; where another run is at work, it is that one's."""
+    """Close the maintenance window of a killed run; leave it if another run is at work."""
     found = session.value(
         "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = current_database()"
     )
@@ -87,7 +88,9 @@ def reopen_after_death(this: Run, session: Session) -> None:
 
 
 def reopen(target: Target, application_name: str, timeout: float, run_id: str) -> None:
-    """Open the databases again that the window of a run has closed: the target, and the one that it was before."""
+    """Reopen the databases that the run's maintenance window closed: the target, and the database before a
+    swap.
+    """
     try:
         with databases.maintenance(target, application_name, timeout, patient=False) as session:
             for name, comment in session.query(_MARKED, [f"{MARK}{run_id} ", target.database]):
@@ -96,7 +99,7 @@ def reopen(target: Target, application_name: str, timeout: float, run_id: str) -
                 except (QueryFailed, ValueError, LookupError, TypeError) as error:
                     if name == target.database or (isinstance(error, QueryFailed) and error.lost):
                         raise
-                    _roll_back(session)  # whoever owns another database may have written its comment
+                    _roll_back(session)  # the owner of another database may have written its comment
                     log.warning(
                         "%s has the comment of a maintenance window that cannot be used; it is left "
                         "unchanged",
@@ -128,12 +131,12 @@ def _refuse_own_role(session: Session) -> None:
 
 
 def _ourselves(session: Session) -> list[str]:
-    """Return our login and the role that it acts as, which ALTER ROLE ... SET role can make another."""
+    """Return our login and the role that it acts as; ALTER ROLE ... SET role can make them differ."""
     return list(session.query("SELECT current_user::text, session_user::text")[0])
 
 
 def _close_the_door(session: Session, run_id: str) -> None:
-    """Take CONNECT from all but ourselves, and write down who had it, in one transaction; raises AccessDenied."""
+    """Take CONNECT from all other roles, and record who had it, in one transaction; raises AccessDenied."""
     name, user = session.facts.database, session.facts.user
     database = quote_identifier(name)
     grants = session.query(_GRANTS, [name])
@@ -178,7 +181,7 @@ def _roll_back(session: Session) -> None:
 
 
 def _open_the_door(session: Session, name: str, comment: str) -> None:
-    """Give CONNECT back to whom it was taken from, and the database its comment, in one transaction."""
+    """Give CONNECT back, and restore the database's comment, in one transaction."""
     before = json.loads(comment[len(MARK) :].split(" ", 1)[1])
     database, user = quote_identifier(name), session.facts.user
     session.query("BEGIN")
@@ -194,7 +197,7 @@ def _open_the_door(session: Session, name: str, comment: str) -> None:
 
 
 def _end_sessions(session: Session) -> None:
-    """End the sessions that are there; raises AccessDenied where one may not be ended, but for superusers' own."""
+    """End the existing sessions; raises AccessDenied if one cannot be ended, except those of superusers."""
     name, deadline = session.facts.database, time.monotonic() + _PATIENCE
     while True:
         left = databases.terminate(session, name)

@@ -19,7 +19,7 @@ log = logging.getLogger("migrator")
 
 
 class OneDatabase(Protocol):
-    """What runs a request on one of the databases."""
+    """A function that runs a request on one of the databases."""
 
     settings: Settings
 
@@ -33,7 +33,7 @@ def run_others(
     run: Callable[[Service], Outcome],
     interruption: Interruption,
 ) -> Outcome:
-    """Run for each of the other databases, until one fails; returns the outcome of the whole, ``first`` included."""
+    """Run for each of the other databases, until one fails; return the outcome of all, ``first`` included."""
     outcomes: list[Outcome] = []
 
     def interrupted() -> Outcome:
@@ -63,10 +63,10 @@ def run_others(
 
 
 def combined(first: Outcome, others: Sequence[Outcome], trouble: MigratorError | None = None) -> Outcome:
-    """Return the outcome of a command, given those of the runs that it took, the target's first.
+    """Return the outcome of a command from the outcomes of its runs, the target's first.
 
-    ``trouble`` is what kept the others from being found.  A failure after something was changed is PARTIAL, whatever
-    it would have been alone: codes below 40 say that nothing was changed.
+    ``trouble`` is the error that hid the other databases. A failure after a change is PARTIAL, even if
+    the run alone has another code: codes below 40 say that nothing was changed.
     """
     runs = [first, *others]
     last = runs[-1]

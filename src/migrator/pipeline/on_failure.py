@@ -1,8 +1,8 @@
 """When apply or verify failed and something is committed: stop, downgrade, or restore (MIGRATOR_ON_FAILURE).
 
-A signal stops, whatever the setting says: whoever sent it wants an end.  What was taken back is remembered in the
-ledger, in the very database that came back and before it takes its name, so that neither the next run nor the
-replicas that wait for the lock apply the same revision of the same image again.
+A signal always stops: its sender wants an end. The ledger records a downgrade or a restore, in the
+restored database itself and before it takes its name. So neither the next run nor the replicas that
+wait for the lock apply the same revision of the same image again.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ log = logging.getLogger("migrator")
 
 @contextlib.contextmanager
 def taking_back(this: Run, history: History, run_plan: Callable[[Plan], object]) -> Iterator[None]:
-    """Do within the block's failure what the setting says; raises the error that tells how that ended.
+    """Follow the setting after a failure in the block; raise the error that says how that ended.
 
-    ``run_plan`` carries out a plan through ``env.py``.
+    ``run_plan`` runs a plan through ``env.py``.
     """
     try:
         yield
@@ -54,12 +54,12 @@ def taking_back(this: Run, history: History, run_plan: Callable[[Plan], object])
             outcome = _downgraded(this, history, told, run_plan)
         else:
             outcome = _restored(this, told, _memory(this, history))
-        this.interruption.shield()  # what remains is to say it
+        this.interruption.shield()  # only the report remains
         raise outcome from error
 
 
 def _untouched(this: Run) -> bool:
-    """Whether the run is known to have changed nothing, or nobody knows what it has changed."""
+    """Tell whether the run changed nothing, or its changes are not known."""
     record = this.record
     if record.after is None:
         log.warning("nothing is rolled back: it is not known what was committed")
@@ -68,7 +68,7 @@ def _untouched(this: Run) -> bool:
 
 
 def _memory(this: Run, history: History) -> dict[str, str]:
-    """Return what tells the next run that it is about to do the same again."""
+    """Return the facts by which the next run recognises the same failure."""
     revision = this.record.failed_in
     sums = history.sums(revision) if revision and not history.unknown([revision]) else None
     return {
@@ -80,10 +80,11 @@ def _memory(this: Run, history: History) -> dict[str, str]:
 
 
 def refuse_again(this: Run, session: Session, history: History, found: Inspection) -> None:
-    """Raise :class:`Unsafe` where this very image has failed with what is pending, and it was taken back.
+    """Raise :class:`Unsafe` if this image failed with a pending revision before, and the run was reverted or
+    restored.
 
-    Not with MIGRATOR_RETRY.  Who failed is told by the revision's file, the whole history, and the image's version:
-    what makes it fail may be in another file.
+    Not with MIGRATOR_RETRY. The same failure means the same revision file, history and image version:
+    the cause may be in another file.
     """
     if this.settings.retry or not this.settings.ledger or this.request.kind != "upgrade":
         return
@@ -114,7 +115,7 @@ def refuse_again(this: Run, session: Session, history: History, found: Inspectio
 
 
 def refuse_one_way(this: Run, found: Inspection) -> None:
-    """Raise :class:`HistoryError` where MIGRATOR_ON_FAILURE=downgrade would find no way back."""
+    """Raise :class:`HistoryError` if MIGRATOR_ON_FAILURE=downgrade could not revert the plan."""
     if this.settings.on_failure != "downgrade" or this.request.kind != "upgrade" or not found.plan.one_way:
         return
     names = found.plan.one_way
@@ -127,10 +128,11 @@ def refuse_one_way(this: Run, found: Inspection) -> None:
 
 
 def refuse_to_repeat(this: Run, session: Session, found: Inspection) -> None:
-    """Raise :class:`Unsafe` where a pending revision has a part that an earlier run has committed.
+    """Raise :class:`Unsafe` if an earlier run has committed a part of a pending revision.
 
-    Also where a part of a downgrade is committed, whatever revision an upgrade would apply on top of it.
-    Not with MIGRATOR_RETRY; but that run too names the backup from before the part.  Only the ledger knows of it.
+    Also if a part of a downgrade is committed, for any revision that an upgrade would apply on top of
+    it. Not with MIGRATOR_RETRY, but that run also names the backup from before the part. Only the
+    ledger knows of such parts.
     """
     if not this.settings.ledger or this.request.kind == "stamp":
         return
@@ -176,7 +178,7 @@ def refuse_to_repeat(this: Run, session: Session, found: Inspection) -> None:
 def _downgraded(
     this: Run, history: History, told: MigratorError, run_plan: Callable[[Plan], object]
 ) -> MigratorError:
-    """Revert what this run applied, and return the error that says how that went."""
+    """Revert this run's revisions, and return the error that says how that went."""
     record = this.record
     before, rows = record.before or (), record.after or ()
     reason = _no_way_back(this, history, before, rows)
@@ -215,7 +217,7 @@ def _downgraded(
 
 
 def _no_way_back(this: Run, history: History, before: tuple[str, ...], rows: tuple[str, ...]) -> str:
-    """Return why what was applied cannot be reverted, or an empty string."""
+    """Return why this run's revisions cannot be reverted, or an empty string."""
     plan = this.record.plan
     if this.request.kind != "upgrade" or plan is None:
         return f"{this.request.kind} is not an upgrade"
@@ -249,7 +251,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
     log.warning("%s Restoring %s.", told.message, record.backup_id)
     again = f"`migrator restore {record.backup_id} --yes`"
     remembered: list[bool] = []
-    was, record.after = record.after, None  # not known while it is restored
+    was, record.after = record.after, None  # not known during the restore
     try:
         with record.stage("restore") as details:
             restored = restore(
@@ -305,7 +307,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
 
 
 def _still_there(this: Run) -> str:
-    """Say what this run's own backup still holds: it was made over what an earlier run had left."""
+    """Return what this run's own backup still contains: an earlier run left it before the backup."""
     record = this.record
     if record.way_back == record.backup_id:
         return ""
@@ -328,9 +330,10 @@ def _sentence(this: Run, told: MigratorError) -> str:
 
 
 def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[str, str]) -> bool:
-    """Add the run's row to the ledger of the database that is about to take the name; it is not worth failing for.
+    """Add the run's row to the ledger of the database that is about to take the name; a failure is only a
+    warning.
 
-    Returns whether the next run will find it: not beside a version table that is not there yet.
+    Return whether the next run finds it; it does not without a version table.
     """
     record, table = this.record, this.record.version_table
     if table is None or not this.settings.ledger or place_of(session, table) is None:
@@ -358,7 +361,7 @@ def _remember(this: Run, session: Session, told: MigratorError, memory: Mapping[
 
 
 def _with(told: MigratorError, sentence: str, next_step: str = "") -> MigratorError:
-    """Return the error with one more sentence about the state, of the same kind; nothing was taken back."""
+    """Return the same kind of error with one more sentence about the state; nothing was reverted or restored."""
     return type(told)(
         told.message,
         state=f"{told.state} {sentence}".strip(),

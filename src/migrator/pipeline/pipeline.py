@@ -30,7 +30,7 @@ log = logging.getLogger("migrator")
 
 
 def run(this: Run) -> Outcome:
-    """Carry out a request from first to last stage; never raises, whatever happens."""
+    """Run a request from the first to the last stage; never raises."""
     interruption = this.interruption
     interruption.outcome = lambda: interruption.whole(
         this.record.failed(known(this, Interrupt(interruption.received)))
@@ -46,7 +46,7 @@ def run(this: Run) -> Outcome:
 
 
 def _patiently(this: Run) -> None:
-    """Run the stages, from the first again where Postgres went away before anything was applied."""
+    """Run the stages; start again if Postgres went away before anything was applied."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _stages(this)
@@ -63,7 +63,7 @@ def _patiently(this: Run) -> None:
 
 
 def _stages(this: Run) -> None:
-    """Find out what there is to do, and do that under the run lock."""
+    """Find the pending work, and do it under the run lock."""
     history, expectations = work.load(this)
     with work.connected(this, history) as (this, session):
         found = work.inspect(this, session, history)
@@ -80,7 +80,7 @@ def _stages(this: Run) -> None:
 def _change(
     this: Run, session: Session, history: History, found: Inspection, expectations: work.Wanted
 ) -> None:
-    """Do what there is to do; the run lock is held."""
+    """Do the pending work; the run lock is held."""
     work.refuse(this, session, history, found)
     with on_the_books(this, session, history):
         work.guard(this, session, found)

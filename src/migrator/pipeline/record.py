@@ -1,4 +1,4 @@
-"""The record of a run: filled in stage by stage, and turned into the one outcome at the end."""
+"""The record of a run: the stages fill it in, and the end turns it into one outcome."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def new_run_id() -> str:
 
 
 class Record:
-    """What is known of a run so far."""
+    """The known facts of a run so far."""
 
     def __init__(self, command: str, target: Target | None, run_id: str) -> None:
         self.command = command
@@ -41,9 +41,9 @@ class Record:
         self.plan: Plan | None = None
         self.version_table: VersionTable | None = None
         self.visits: dict[VersionTable, frozenset[str]] = {}
-        """The rows that every version table of ``env.py`` is to have in the end, where it has several."""
+        """The target rows of every version table of ``env.py``, if it has several."""
         self.home: VersionTable | None = None
-        """The version table that is found without ``env.py``, where that goes through several."""
+        """The version table that is found without ``env.py``, if it uses several."""
         self.ahead = ""
         self.heads: tuple[str, ...] = ()
         self.before: tuple[str, ...] | None = None
@@ -51,21 +51,22 @@ class Record:
         self.revisions: tuple[RevisionResult, ...] = ()
         self.backup: Mapping[str, Any] | None = None
         self.backup_before_damage: str | None = None
-        """The id of the backup of the first run whose committed parts are still there ahead of this run, empty where it
-        made none; None where nothing was there."""
+        """The backup of the first run whose committed parts remain; empty if that run made none, None if
+        there are no such parts.
+        """
         self.findings: tuple[Finding, ...] = ()
         self.transactions: set[int] = set()
-        """The ids of the transactions that this run is known to have written in since its backup."""
+        """The ids of the transactions in which this run is known to have written since its backup."""
         self.rows_booked = 0
         self.failed_in = ""
         self.committed_parts: tuple[str, ...] = ()
         self.failed_for: Mapping[str, str] | None = None
-        """What the next run needs to know of a failure that was taken back; see on_failure.py."""
+        """The facts about a reverted or restored failure for the next run; see on_failure.py."""
         self.restored = False
         self.schema: Mapping[str, Any] | None = None
-        """The packed snapshot of what the run leaves, for its ledger; see drift.py."""
+        """The packed schema snapshot after the run, for its ledger; see drift.py."""
         self.drift = ""
-        """What came of comparing the schema with what the last run left; empty where nobody asked."""
+        """The result of the comparison with the last snapshot; empty if there was none."""
 
     @property
     def application_name(self) -> str:
@@ -74,7 +75,7 @@ class Record:
         return f"migrator/{host[: 63 - len(self.run_id) - 10]} {self.run_id}"
 
     def author(self, actor: str) -> Author:
-        """Return whose rows this run adds to the ledger."""
+        """Return the author of this run's ledger rows."""
         from migrator.ledger.table import Author
 
         host = os.environ.get("POD_NAME") or os.uname().nodename
@@ -87,15 +88,17 @@ class Record:
 
     @property
     def way_back(self) -> str:
-        """Return the id of the newest backup without what a failed run has left; an empty string where there is none.
+        """Return the id of the newest backup without the leftovers of a failed run; an empty string if there
+        is none.
 
-        It is this run's, unless an earlier one has committed a part of a revision: then this run's holds that part.
+        It is this run's backup, unless an earlier run has committed a part of a revision: this run's
+        backup contains that part.
         """
         return self.backup_id if self.backup_before_damage is None else self.backup_before_damage
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a stage and keep how it ended; what is put into the yielded dictionary becomes its details."""
+        """Time a stage and keep how it ended; entries of the yielded dictionary become its details."""
         started = time.monotonic()
         details: dict[str, Any] = {}
         try:
@@ -111,7 +114,7 @@ class Record:
         log.debug("%s done in %.3f s", name, seconds, extra={"stage": name, **_loggable(details)})
 
     def skip(self, name: str, reason: str) -> None:
-        """Keep that a stage was left out, and why."""
+        """Record a skipped stage, and its reason."""
         self.stages.append(StageResult(name, Status.SKIPPED, reason=reason))
         log.info("no %s: %s", name, reason, extra={"stage": name})
 

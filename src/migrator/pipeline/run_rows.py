@@ -1,4 +1,4 @@
-"""The run in the ledger: that it begins to apply, how it ended, and what it found done without it."""
+"""The run in the ledger: its start, its end, and the changes that it found."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ log = logging.getLogger("migrator.ledger")
 
 @contextlib.contextmanager
 def on_the_books(this: Run, session: Session, history: History) -> Iterator[None]:
-    """Add the run to the ledger when the block ends, well or not."""
+    """Add the run to the ledger when the block ends, also after an error."""
     try:
         yield
     except (Exception, Interrupt) as error:
         if harmless(this, error):
-            raise  # the run begins again
+            raise  # the run starts again
         told = known(this, error)
         _close(this, session, history, this.record.failed(told))
         raise told from error
@@ -39,7 +39,7 @@ def on_the_books(this: Run, session: Session, history: History) -> Iterator[None
 
 
 def begin(this: Run, session: Session, found: Inspection) -> None:
-    """Note that the run is about to apply, so that the next one knows what it left should it end badly."""
+    """Record that the run is about to apply; the next run needs it if this one ends badly."""
     table = found.version_table
     if table is None or not this.settings.ledger or not found.plan.revisions:
         return
@@ -65,9 +65,9 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
 def _close(this: Run, session: Session, history: History, outcome: Outcome) -> None:
     tables = {table for table in (this.record.version_table, this.record.home) if table}
     if not tables or not this.settings.ledger or this.record.restored:
-        return  # the row of a run that restored came with what was restored
+        return  # the row of a run that restored is in the restored database
     author = this.record.author(this.settings.actor)
-    # Edits that were let pass are told of each time: without a digest, no run with nothing to do takes it for settled.
+    # Accepted edits are reported each time: without a digest, no up-to-date check ends early.
     edited = any(finding.rule.startswith(EDITED) for finding in outcome.findings)
     try:
         with alive(this, session) as living:
@@ -88,12 +88,14 @@ def _close(this: Run, session: Session, history: History, outcome: Outcome) -> N
                 )
     except (ConnectFailed, QueryFailed) as error:
         log.warning("the ledger does not record the end of this run: %s", error.text)
-    except AccessDenied as error:  # it was opened to others meanwhile: the next run says so
+    except AccessDenied as error:  # others got access meanwhile: the next run reports it
         log.warning("the ledger does not record the end of this run: %s", error)
 
 
 def settle_up(this: Run, session: Session, history: History, found: Inspection) -> None:
-    """Bring the ledger up to date in a run with nothing to do, where another image or plain Alembic was at work."""
+    """Update the ledger in a run without pending revisions, if another image or plain Alembic worked on the
+    database.
+    """
     table, digest, role = found.version_table, history.digest, this.settings.role
     only_looks = this.request.kind == "verify" or not this.settings.ledger
     if table is None or only_looks or found.ahead or found.edits:

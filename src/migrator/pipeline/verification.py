@@ -1,4 +1,6 @@
-"""Verify what a run left, or found: what is checked at which revision, and what its findings mean for the run."""
+"""Verify the state after a run: which checks apply at which revision, and what their findings mean for the
+run.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def verify_patiently(
     history: History,
     not_valid: frozenset[str],
 ) -> None:
-    """Verify what was applied; again, where Postgres went away meanwhile."""
+    """Verify the applied revisions; verify again if Postgres went away meanwhile."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with alive(this, session) as living:
@@ -48,7 +50,7 @@ def verify_run(
     history: History,
     not_valid: frozenset[str] | None = None,
 ) -> None:
-    """Check what the run left, or found; ``not_valid`` are the constraints that were NOT VALID before it."""
+    """Check the state of the database; ``not_valid`` are the constraints that were NOT VALID before the run."""
     record, plan = this.record, this.record.plan
     if plan is None:
         raise Internal("verify ran before inspect")
@@ -58,7 +60,7 @@ def verify_run(
         not history.unknown(actual) and not history.plan("upgrade", this.settings.goal, actual).revisions
     )
     if expectations and not at_head:
-        # verify.toml describes the schema at head; what it allows holds anywhere.
+        # verify.toml describes the schema at head; its exceptions apply anywhere.
         expectations = dataclasses.replace(expectations, tables=(), assertions=())
     with record.stage("verify") as details:
         findings = verify(
@@ -88,7 +90,7 @@ def verify_run(
 
 
 def _of_others(this: Run, session: Session) -> list[Finding]:
-    """Find the version tables that are not where they are to be, of an ``env.py`` that goes through several."""
+    """Return the version tables that are not at their target, for an ``env.py`` with several."""
     found: list[Finding] = []
     for place, wanted in this.record.visits.items():
         found += not_at_target(wanted, frozenset(read_rows(session, place)), str(place))
@@ -96,7 +98,7 @@ def _of_others(this: Run, session: Session) -> list[Finding]:
 
 
 def _half_reverted(this: Run, session: Session, table: VersionTable | None) -> list[Finding]:
-    """Find the revisions whose downgrade is committed in part, while their version rows stand."""
+    """Return the revisions with a partly committed downgrade and an unchanged version row."""
     if not this.settings.ledger or this.settings.retry:
         return []
     return [
@@ -135,6 +137,8 @@ def _verify_failed(errors: list[Finding], this: Run, hint: str, *, changed: bool
 
 
 def _reversible(this: Run) -> bool:
-    """Whether a downgrade leads back: not over a schema that the run adopted, which it would delete."""
+    """Tell whether a downgrade can revert the run: not over a schema that the run adopted, which it would
+    delete.
+    """
     plan = this.record.plan
     return plan is not None and not plan.baseline and not plan.one_way

@@ -1,4 +1,6 @@
-"""Wait until the database is at this image's heads: for backends, workers and cron jobs that must not migrate."""
+"""Wait until the database is at this image's heads, for backends, workers and cron jobs that must not
+migrate.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,14 @@ def wait_for_current(
     take_back: Callable[[], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[str, ...]:
-    """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout`` seconds.
+    """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout``
+    seconds.
 
-    Where there is a manifest (``frozen``), the history is loaded only for a database that is not at its heads.
-    A newer schema will do where it declares this image compatible, or where MIGRATOR_ALLOW_AHEAD says so.  Only
-    reads, and needs no privilege but SELECT on the version table; what is declared stands in the ledger, which says
-    nothing to a role that may not read it.  Raises :class:`NotCurrent` when the time is over,
-    :class:`DatabaseAhead` for revisions that this image does not know, and whatever connecting raises.
+    With a manifest (``frozen``), the history is loaded only if the database is not at its heads. A
+    newer schema is accepted if it declares this image compatible, or with MIGRATOR_ALLOW_AHEAD. It only
+    reads, and needs only SELECT on the version table. Declarations are in the ledger, which is ignored
+    if the role may not read it. Raises :class:`NotCurrent` after the timeout, :class:`DatabaseAhead`
+    for revisions that this image does not know, and any connection error.
     """
     deadline = time.monotonic() + settings.wait_timeout
     wanted = _Wanted(frozen, load, settings, deadline, take_back, sleep)
@@ -58,7 +61,7 @@ def wait_for_current(
 
 
 class _Wanted:
-    """What is waited for, and until when; outlives a lost connection."""
+    """The expected state and the deadline; outlives a lost connection."""
 
     def __init__(
         self,
@@ -110,7 +113,9 @@ class _Wanted:
             self._sleep(min(self.left, random.uniform(0.3, 1.0)))  # noqa: S311 - jitter, no secret
 
     def _look(self, session: Session, ask: Ask | None) -> tuple[VersionTable | None, tuple[str, ...], bool]:
-        """Return the version table with the most that is pending, its rows, and whether these are sure to be all."""
+        """Return the version table with the most pending revisions, its rows, and whether these are certainly
+        all.
+        """
         known = self._frozen or self._history
         where = find_tables(session, known, self._settings, self._count, ask)
         if ask and where.table is None and where.others:

@@ -1,4 +1,4 @@
-"""What each stage of a run is given, and what of its answer goes into the run's record."""
+"""The input of each stage of a run, and the part of its result that goes into the run's record."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from migrator.schema import catalog
 from migrator.schema.expectations import Expectations, read
 
 Wanted = Expectations | None
-"""What ``verify.toml`` says, None where there is none."""
+"""The content of ``verify.toml``, None if there is none."""
 
 
 def load(this: Run) -> tuple[History, Wanted]:
     """Read the revision files and ``verify.toml``, without the database."""
     history = History(this.project, this.settings.required_target, read_only=this.request.kind == "verify")
-    this.logs.install()  # what a revision file imports may have set up logging of its own
+    this.logs.install()  # the imports of a revision file may have set up their own logging
     this.record.heads = history.heads
     return history, read(history.location / "verify.toml")
 
 
 @contextlib.contextmanager
 def connected(this: Run, history: History) -> Iterator[tuple[Run, Session]]:
-    """Wait for Postgres, and yield the session with the run that is for the address which answered."""
+    """Wait for Postgres, and yield the session with the run for the address that answered."""
     with this.record.stage("wait") as details:
         session, attempts = wait(this.settings.required_target, this.settings, this.application_name)
         details.update(attempts=attempts, server_version=session.facts.version)
@@ -61,7 +61,7 @@ def connected(this: Run, history: History) -> Iterator[tuple[Run, Session]]:
 
 
 def _aim(this: Run, session: Session, history: History) -> Run:
-    """Go on with what was connected to: another address, where its file was replaced while Postgres was waited for."""
+    """Continue with the connected target: its file may have been replaced during the wait."""
     if session.target != this.settings.target:
         history.aim_at(session.target)
         this.record.target = session.target
@@ -70,7 +70,7 @@ def _aim(this: Run, session: Session, history: History) -> Run:
 
 @contextlib.contextmanager
 def run_lock(this: Run, session: Session, history: History, found: Inspection) -> Iterator[Inspection]:
-    """Hold the run lock within the block, and yield what there is to do now."""
+    """Hold the run lock within the block, and yield the pending work."""
     if not _why_no_backup(this, found):
         check_client(session, this.settings)
     with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ def inspect(
     locked: bool = False,
     seen: Inspection | None = None,
 ) -> Inspection:
-    """Find out what there is to do, unless that was ``seen`` just now, under the lock that is still held."""
+    """Find the pending work, unless it was ``seen`` just now under the lock that is still held."""
     settled = this.request.kind == "verify" if settled is None else settled
     findings: tuple[Finding, ...] = ()
     with this.record.stage("inspect") as details:
@@ -108,7 +108,9 @@ def inspect(
             current=found.current,
             pending=[revision.revision for revision in found.plan.revisions],
         )
-        if not nothing_to_do(this, found):  # else there is nothing to lose, and a glance need not ask
+        if not nothing_to_do(
+            this, found
+        ):  # else there is nothing to lose, and the up-to-date check need not ask
             details.update(tables=found.tables)
         if this.request.kind != "stamp":
             details["edited"] = [edit.entry.revision for edit in found.edits]
@@ -124,7 +126,7 @@ def inspect(
 
 
 def _wanted(this: Run, history: History, found: Inspection) -> dict[VersionTable, frozenset[str]]:
-    """Return the rows that each of several version tables is to have in the end."""
+    """Return the target rows of each of several version tables."""
     plan = found.plan
     return {
         place: rows if history.unknown(rows) else history.plan(plan.kind, plan.destination, rows).after
@@ -148,24 +150,26 @@ def _look(
 
 
 def _work_done(this: Run, session: Session, history: History) -> Inspection | None:
-    """Return what shows that another run has done the work; None while something is left to do."""
+    """Return a result that shows that another run has done the work; None while work remains."""
     found = _look(this, session, history, settled=True)
     return found if nothing_to_do(this, found) else None
 
 
 def nothing_to_do(this: Run, found: Inspection) -> bool:
-    """Whether there is nothing to apply, and no backup was asked for either."""
+    """Tell whether no revision is pending and no backup was requested."""
     return found.plan.empty and found.sure and this.settings.backup != "always"
 
 
 def confirm(this: Run, session: Session, history: History, found: Inspection, expectations: Wanted) -> None:
-    """Verify where there is nothing to apply, and bring the ledger up to date."""
+    """Verify without pending revisions, and update the ledger."""
     verify_run(this, session, found.version_table, expectations, history)
     run_rows.settle_up(this, session, history, found)
 
 
 def refuse(this: Run, session: Session, history: History, found: Inspection) -> None:
-    """Raise where this run would do what failed before, or what cannot be undone as MIGRATOR_ON_FAILURE says."""
+    """Raise if this run would repeat an earlier failure, or could not be reverted as MIGRATOR_ON_FAILURE
+    says.
+    """
     refuse_one_way(this, found)
     refuse_again(this, session, history, found)
     refuse_to_repeat(this, session, found)
@@ -173,7 +177,7 @@ def refuse(this: Run, session: Session, history: History, found: Inspection) -> 
 
 
 def guard(this: Run, session: Session, found: Inspection) -> None:
-    """Look for what would destroy data, and for drift."""
+    """Check for destructive plans and for drift."""
     record = this.record
     with record.stage("guard"):
         record.findings += guarding.guard(found.plan, yes=this.request.yes, tables=found.tables)
@@ -186,7 +190,7 @@ def _why_no_backup(this: Run, found: Inspection) -> str:
 
 
 def back_up(this: Run, session: Session, found: Inspection) -> None:
-    """Make the backup, unless there is a reason to have none or an earlier one is as good."""
+    """Make the backup, unless there is a reason to skip it or an earlier one is as good."""
     reason = _why_no_backup(this, found)
     recent = None if reason else reusable(session, this.settings, found.current, found.version_table)
     if recent is not None:
@@ -217,7 +221,7 @@ def back_up(this: Run, session: Session, found: Inspection) -> None:
 def clear_invalid_indexes(
     this: Run, session: Session, found: Inspection, expectations: Expectations | None
 ) -> None:
-    """Look ahead of apply for indexes that a run before left; those that a pending revision builds are dropped."""
+    """Check for indexes of an earlier run before apply; drop those that a pending revision builds."""
     if found.plan.empty or found.plan.kept or this.request.kind == "stamp":
         return
     rebuild = this.settings.invalid_indexes == "rebuild"
@@ -235,7 +239,7 @@ def clear_invalid_indexes(
 
 
 def begin(this: Run, session: Session, found: Inspection) -> frozenset[str]:
-    """Note in the ledger that the run begins; return the constraints that are NOT VALID ahead of it."""
+    """Record the start of the run in the ledger; return the constraints that are NOT VALID before it."""
     run_rows.begin(this, session, found)
     not_valid = catalog.not_valid_constraints(session)
     this.interruption.check()
@@ -245,7 +249,7 @@ def begin(this: Run, session: Session, found: Inspection) -> frozenset[str]:
 def apply(
     this: Run, session: Session, history: History, found: Inspection, plan: Plan
 ) -> VersionTable | None:
-    """Run a plan: what was found, or the way back from it; returns the version table that ``env.py`` really uses."""
+    """Run a plan, or the downgrade from it; return the version table that ``env.py`` really uses."""
     record, before = this.record, this.record.revisions
     if plan.empty:
         record.skip("apply", "nothing is pending")
@@ -277,7 +281,7 @@ def apply(
     def rows() -> frozenset[str] | None:
         return rows_now(this, session, application.version_table)
 
-    was, record.after = record.after, None  # not known until it is looked at
+    was, record.after = record.after, None  # not known until it is read
     try:
         with record.stage("downgrade" if back else "apply"):
             log_in_again(session, this.settings, this.application_name)
@@ -303,7 +307,7 @@ def apply(
 
 
 def _downgrade_from_ledger(this: Run, session: Session, found: Inspection) -> VersionTable | None:
-    """Go back by the SQL that the ledger kept, for revisions that this image does not have."""
+    """Downgrade with the SQL from the ledger, for revisions that this image does not have."""
     record, table = this.record, found.version_table
     if table is None:
         raise Internal("a plan from a ledger without a version table")
@@ -316,7 +320,7 @@ def _downgrade_from_ledger(this: Run, session: Session, found: Inspection) -> Ve
         f"downgrade {found.plan.destination}",
         apply_lock=(LOCK_CLASS, APPLY_LOCK),
     )
-    record.after = None  # not known until it is looked at
+    record.after = None  # not known until it is read
     try:
         with record.stage("apply") as details:
             details["from"] = "ledger"
@@ -336,7 +340,7 @@ def verify(
     expectations: Wanted,
     not_valid_before: frozenset[str],
 ) -> None:
-    """Check what the run left."""
+    """Check the state after the run."""
     verify_patiently(this, session, table, expectations, history, not_valid_before)
 
 

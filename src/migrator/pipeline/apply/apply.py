@@ -2,8 +2,9 @@
 
 Alembic hands the live MigrationContext to a function before any revision runs
 (https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.environment.EnvironmentContext,
-``fn``).  There migrator makes sure that ``env.py`` reached the very database that was locked and backed up,
-takes the apply lock and the timeouts on that connection, and wraps each step (see :mod:`.revisions`).
+``fn``). In that function migrator checks that ``env.py`` reached the database that was locked and
+backed up. It takes the apply lock, sets the timeouts on that connection, and wraps each step (see
+:mod:`.revisions`).
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ log = logging.getLogger("migrator.apply")
 
 @dataclass(frozen=True)
 class Passage:
-    """The version rows of one table before the run, and those that it is to have after it."""
+    """The version rows of one table before the run, and its target rows."""
 
     before: frozenset[str]
     after: frozenset[str]
 
 
 class Application:
-    """The passes through ``env.py``: what was seen, what was done, and what failed."""
+    """The passes through ``env.py``: their observations, results and failures."""
 
     def __init__(
         self,
@@ -89,11 +90,11 @@ class Application:
         )
         self._known, self._about = known, about
         self.visits: dict[VersionTable, Passage] = {}
-        """What ``env.py`` has gone through, by the version table's full name."""
+        """The version tables of ``env.py``, by full name."""
         self._first: VersionTable | None = None
         self.attempts = Attempts(settings.lock_retries)
         self.unfinished: tuple[Part, ...] = ()
-        """What is known to be committed without its version row; see :meth:`look`."""
+        """The parts that are known to be committed without their version row; see :meth:`look`."""
         looks = min(0.5, (settings.lock_timeout or 2.0) / 5)  # several while one attempt waits for its lock
         self.lifeline = Lifeline(session, regain, settings.wait_timeout)
         self.watch = Watch(
@@ -107,16 +108,17 @@ class Application:
         self._cut_after: list[float] = []
         self._passed_by = False
         self._backend_pid = 0
-        self._backend_of = 0  # the start of the server that it runs on
+        self._backend_of = 0  # the start time of its server
 
     @property
     def version_table(self) -> VersionTable | None:
-        """Return the version table that the plan is about, once ``env.py`` has gone through any; of several the first
-        where nobody knew of them."""
+        """Return the version table of the plan after ``env.py`` has used one; the first of several unknown
+        ones.
+        """
         return self._about if self._about and self._first else self._first
 
     def run(self) -> None:
-        """Run ``env.py``, as often as it takes; raises whatever it raised last, after the connection is gone."""
+        """Run ``env.py`` as often as needed; raise its last error after the connection is gone."""
         if self.plan.kind == "upgrade":
             self.steps.no_way_back = self.books.look_back(self.plan.revisions)
         try:
@@ -141,7 +143,7 @@ class Application:
             raise without_migrations()
 
     def begin(self) -> None:
-        """Forget what the last pass saw of its connection."""
+        """Forget the connection of the last pass."""
         self._entered = self.gone = False
         self.steps.failure, self.steps.running = None, ""
 
@@ -160,8 +162,8 @@ class Application:
             raise self.steps.failure  # env.py swallowed it
 
     def cause(self, error: BaseException) -> Cause:
-        """Say why the pass failed."""
-        error = self.steps.failure or error  # env.py may have ended in its own way
+        """Return the cause of the pass's failure."""
+        error = self.steps.failure or error  # env.py may have ended in another way
         found = cause_of(error, connected=self._entered, gone=self.gone, answers=self.session.answers)
         calls = self._connection.calls if self._connection and self._entered else None
         if found is Cause.LOST and calls and self.lifeline.stayed and not told(error):
@@ -172,13 +174,13 @@ class Application:
 
     @property
     def cut_after(self) -> float:
-        """Return after how many seconds each attempt was cut, by something between; 0 where it was not that."""
+        """Return after how many seconds each attempt was cut by something in between; 0 if it was not."""
         return cut_alike(self._cut_after)
 
     def _run_migrations(self, run: Callable[[], None], get_context: Callable[[], MigrationContext]) -> None:
-        """Run the migrations as the role that is to own what they make.
+        """Run the migrations as the role that owns the new objects.
 
-        Another database of an ``env.py`` that migrates several is left to a run of its own.
+        Another database of an ``env.py`` that migrates several gets its own run.
         """
         if self.history.migrates_several and self._is_passed_by(get_context()):
             return
@@ -202,7 +204,7 @@ class Application:
         return another
 
     def _take_back(self) -> None:
-        """Take logging and signals back from whatever the application made of them."""
+        """Take logging and signals back from the application."""
         self.logs.install()
         self.interruption.retake()
 
@@ -212,7 +214,7 @@ class Application:
         self.interruption.retake()
 
     def _prepare(self, connection: MigrationConnection) -> None:
-        """Set role and timeouts again, which a revision has rolled back."""
+        """Set role and timeouts again after a revision rolled them back."""
         connection.assume_role(self.settings.role, self.session)
         connection.set_timeouts(self.settings)
 
@@ -220,12 +222,12 @@ class Application:
         """Cancel the statement that the applying connection is running; called from the signal thread."""
         if not self._backend_pid:
             return
-        with contextlib.suppress(OSError):  # a terminal that hung up takes no word
+        with contextlib.suppress(OSError):  # a closed terminal accepts no output
             log.info("cancelling the running statement (pid %d)", self._backend_pid)
         try:
             self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=TELL)
         except QueryFailed as error:
-            # The server cannot be told: the connection ends on this side, and with it the wait.
+            # The server cannot be told. This side closes the connection, which ends the wait.
             log.warning("cannot cancel the running statement: %s", error.text)
             if self._connection and self._connection.calls:
                 self._connection.calls.end()
@@ -248,7 +250,7 @@ class Application:
         return found
 
     def rows_in(self, place: VersionTable) -> frozenset[str]:
-        """Return the rows of a version table as they are now; raises QueryFailed."""
+        """Return the current rows of a version table; raises QueryFailed."""
         return frozenset(read_rows(self.session, place))
 
     def at(self) -> str:
@@ -259,14 +261,14 @@ class Application:
         return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
 
     def committed(self) -> tuple[RevisionResult, ...]:
-        """Return the results that lasted, given the version rows as they are now; raises QueryFailed."""
+        """Return the results that lasted, given the current version rows; raises QueryFailed."""
         landed = self._landed()
         return tuple(
             result for result, place in self.steps.placed() if result.revision in landed.get(place, ())
         )
 
     def look(self) -> None:
-        """Find out, from the server, which revisions are committed in part; raises QueryFailed and ConnectFailed."""
+        """Ask the server which revisions are partly committed; raises QueryFailed and ConnectFailed."""
         self.steps.look_for_commits()
         applied: dict[VersionTable, frozenset[str]] = {}
         for part in self.steps.committed_parts:
@@ -280,9 +282,10 @@ class Application:
         )
 
     def ended(self, patience: float = 8.0) -> bool:
-        """Wait until the applying connection is gone from the server, ending it after half of ``patience`` seconds.
+        """Wait until the applying connection is gone from the server; end it after half of ``patience``
+        seconds.
 
-        Only then is what the version table says the last word.  Raises QueryFailed.
+        Only then are the version rows final. Raises QueryFailed.
         """
         deadline = time.monotonic() + patience
         terminated = False
@@ -296,7 +299,7 @@ class Application:
         return True
 
     def _alive(self) -> bool:
-        """Return whether the applying connection may still do something: a pool may keep it open, idle."""
+        """Tell whether the applying connection may still act: a pool may keep it open and idle."""
         return bool(
             self.session.value(
                 "SELECT EXISTS (SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
@@ -309,9 +312,9 @@ class Application:
     # -- inside env.py ---------------------------------------------------------------------------------
 
     def _enter(self, heads: tuple[str, ...], context: MigrationContext) -> Sequence[Any]:
-        """Check and prepare the connection that ``env.py`` opened, and return the steps for Alembic to run.
+        """Check and prepare the connection that ``env.py`` opened; return the steps for Alembic to run.
 
-        Called again by an ``env.py`` that tries again, or that goes through several schemas.
+        An ``env.py`` that retries, or uses several schemas, calls it again.
         """
         self._take_back()
         self.interruption.check()
@@ -320,7 +323,7 @@ class Application:
         connection.refuse_another_database(self.session)
         table = VersionTable(context.version_table, context.version_table_schema or "")
         table = connection.locate(table, self.session)
-        refuse_code(self.session, table, self.settings.role)  # only env.py may have told which table it is
+        refuse_code(self.session, table, self.settings.role)  # only env.py may know its table
         place, rows = connection.place_of(table), frozenset(heads)
         expected = self._known.get(place, rows if self.visits else self.plan.before)
         again = place in self.visits or bool(self.visits) or rows != expected
@@ -363,7 +366,7 @@ class Application:
         return steps
 
     def _moved_meanwhile(self, place: VersionTable, heads: frozenset[str]) -> bool:
-        """Whether the application, as some do, has migrated the database by itself while it was loaded."""
+        """Tell whether the application migrated the database by itself while it was loaded."""
         if place in self._known:
             rows: Sequence[str] = tuple(self.rows_in(place))
         else:
@@ -378,7 +381,9 @@ class Application:
         return True
 
     def _steps(self, heads: tuple[str, ...], *, again: bool) -> list[Any]:
-        """Return Alembic's steps from ``heads``: to where the plan ends, whatever ``+2`` would mean by now."""
+        """Return Alembic's steps from ``heads`` to the end of the plan, even if ``+2`` means something else
+        by now.
+        """
         plan = self.plan
         if again and frozenset(heads) != plan.before:
             there = set(self.history.applied(heads))
@@ -389,8 +394,10 @@ class Application:
         return self.history.steps(plan.kind, plan.destination, heads, plan.baseline)
 
     def _take_apply_lock(self, connection: MigrationConnection) -> None:
-        """Take the apply lock on the migration's connection, unless an earlier one of this run keeps it."""
-        deadline = time.monotonic() + 2  # an earlier connection may just be going
+        """Take the apply lock on the migration's connection, unless an earlier connection of this run holds
+        it.
+        """
+        deadline = time.monotonic() + 2  # an earlier connection may just be closing
         while not connection.try_lock(self.apply_lock):
             if not self._backend_pid:
                 raise Internal(
@@ -403,7 +410,7 @@ class Application:
 
 
 class _Pass:
-    """One pass through ``env.py``, as :class:`migrator.pipeline.apply.attempts.Attempts` drives it."""
+    """One pass through ``env.py``, driven by :class:`migrator.pipeline.apply.attempts.Attempts`."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
@@ -417,7 +424,7 @@ class _Pass:
             raise TimeoutError("the migration's connection does not end, so env.py is not run again")
         steps = application.steps
         if application.gone and steps.running and not steps.transactional:
-            steps.committed()  # a statement may have been done whose answer was lost
+            steps.committed()  # a statement may have succeeded although its answer was lost
         application.look()
         return application.unfinished
 
@@ -431,10 +438,10 @@ class _Pass:
 
 
 def apply(application: Application, *, backup_id: str, rows_now: Callable[[], frozenset[str] | None]) -> None:
-    """Run the application; turn whatever a user's ``env.py`` or revision raises into what it means.
+    """Run the application; turn any error of a user's ``env.py`` or revision into migrator's error.
 
-    ``rows_now`` returns the version rows as they are now, or None where nobody answers.
-    Raises Interrupted, Blocked, AccessDenied, HistoryError, RolledBack or Partial.
+    ``rows_now`` returns the current version rows, or None if nothing answers. Raises Interrupted,
+    Blocked, AccessDenied, HistoryError, RolledBack or Partial.
     """
     try:
         refuse_too_few(application.session, 2, "A run")
@@ -445,10 +452,10 @@ def apply(application: Application, *, backup_id: str, rows_now: Callable[[], fr
         application.interruption.shield()
         cause = _first(error)
         if application.interruption.received:
-            # What was raised is the cancelled statement's own error: the signal is the cause.
+            # The error belongs to the cancelled statement: the signal is the cause.
             cause = Interrupt(application.interruption.received)
         elif isinstance(error, SystemExit) and application.steps.failure is not None:
-            cause = application.steps.failure  # env.py caught it, and ended in its own way
+            cause = application.steps.failure  # env.py caught it, and ended in another way
         rows = _rows_after(application, rows_now)
         after = Aftermath(
             plan=application.plan,
@@ -473,7 +480,7 @@ def apply(application: Application, *, backup_id: str, rows_now: Callable[[], fr
 
 
 def _first(error: BaseException) -> BaseException:
-    """Return what came first, where SQLAlchemy only says that the transaction is broken since."""
+    """Return the first error, if SQLAlchemy only reports the broken transaction that followed."""
     first = error
     while type(first).__name__ == "PendingRollbackError" and first.__context__ is not None:
         first = first.__context__
@@ -483,7 +490,7 @@ def _first(error: BaseException) -> BaseException:
 def _rows_after(
     application: Application, rows_now: Callable[[], frozenset[str] | None]
 ) -> frozenset[str] | None:
-    """Return the version rows once the applying connection is gone; None where the server cannot be asked."""
+    """Return the version rows after the applying connection is gone; None if the server cannot be read."""
     try:
         revive(application.session, 0)
         if application.version_table is None:

@@ -1,10 +1,10 @@
-"""The one way to try a migration again: through ``env.py``, from the top.
+"""The one way to retry a migration: through ``env.py``, from the top.
 
-A transaction that is rolled back takes with it what ``env.py`` did in it (search_path, role, timeouts, locks of its
-own), and a new connection never had it.  So every attempt runs ``env.py`` as the next run of migrator would.  The
-modules that it imports stay imported.
+A rolled-back transaction also undoes the settings of ``env.py`` in it (search_path, role, timeouts,
+locks), and a new connection never had them. So every attempt runs ``env.py`` as the next run of
+migrator would. Its imported modules stay imported.
 
-Nothing is tried again while a part of a revision is committed and its version row is not.
+Nothing is retried while a part of a revision is committed without its version row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("migrator.apply")
 
 LOSSES = 3
-"""How many lost connections are tried again: a revision that makes the server fail does so each time."""
+"""How many lost connections are retried: a revision that crashes the server does so each time."""
 
 _GONE = ("08", "57P01", "57P02", "57P03")
 _ENDED_FOR_A_REASON = frozenset({"25P03", "25P04", "57P05"})
@@ -36,7 +36,7 @@ _ENDED_FOR_A_REASON = frozenset({"25P03", "25P04", "57P05"})
 
 
 class Cause(Enum):
-    """Why an attempt failed: what a later one may not meet, or anything else."""
+    """Why an attempt failed: for a passing reason, or for any other."""
 
     BUSY = "lock_timeout, deadlock or serialization failure"
     LOST = "the connection was lost"
@@ -45,11 +45,11 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one failed pass through ``env.py`` left.
+    """The result of one failed pass through ``env.py``.
 
-    ``busy`` and ``losses`` count the attempts that failed in that way, this one too.  ``settled`` says whether the
-    server has ended the transaction and has told the version rows; ``unfinished`` are the parts that are committed
-    without their version row; ``stopped`` says that a signal came.
+    ``busy`` and ``losses`` count the attempts that failed in that way, including this one. ``settled``
+    says whether the server has ended the transaction and reported the version rows. ``unfinished`` are
+    the parts that are committed without their version row. ``stopped`` says that a signal came.
     """
 
     cause: Cause
@@ -61,9 +61,9 @@ class Attempt:
 
 
 def may_repeat(attempt: Attempt, lock_retries: int) -> bool:
-    """Decide whether ``env.py`` is run again, from the top.
+    """Decide whether to run ``env.py`` again, from the top.
 
-    ``lock_retries`` is the number of attempts after the first one that a lock may fail.
+    ``lock_retries`` is the number of retries after lock failures.
     """
     if attempt.stopped or attempt.unfinished or not attempt.settled:
         return False
@@ -73,10 +73,10 @@ def may_repeat(attempt: Attempt, lock_retries: int) -> bool:
 
 
 def cause_of(error: BaseException, *, connected: bool, gone: bool, answers: Callable[[], bool]) -> Cause:
-    """Say why an attempt failed.
+    """Return why an attempt failed.
 
-    ``connected`` says whether ``env.py`` had reached the database, ``gone`` whether its driver's connection is closed;
-    ``answers`` asks whether the control connection still works.
+    ``connected`` says whether ``env.py`` had reached the database, ``gone`` whether its driver's
+    connection is closed. ``answers`` checks whether the control connection still works.
     """
     if not isinstance(error, (Exception, SystemExit)) or isinstance(error, ConnectFailed):
         return Cause.OTHER  # a ConnectFailed was waited for already
@@ -96,9 +96,9 @@ def cause_of(error: BaseException, *, connected: bool, gone: bool, answers: Call
 
 
 def cut_alike(ages: Sequence[float]) -> float:
-    """Return after how many seconds of a statement connections were cut, each time; 0 where they were not cut alike.
+    """Return after how many seconds connections were cut, if it was the same each time; else 0.
 
-    Something between that ends idle connections does so: it sees no byte while the server works.
+    A proxy that ends idle connections does this: it sees no byte while the server works.
     """
     if len(ages) < 2 or min(ages) < 1 or max(ages) > 2 * min(ages):
         return 0.0
@@ -106,26 +106,27 @@ def cut_alike(ages: Sequence[float]) -> float:
 
 
 def told(error: BaseException) -> bool:
-    """Whether the server itself said why it ended a connection."""
+    """Tell whether the server itself gave a reason for ending a connection."""
     return any(code for item in _chain(error) for code in _codes(item))
 
 
 class Pass(Protocol):
-    """One run of ``env.py``, and what can be learnt of it afterwards."""
+    """One run of ``env.py``, and its facts afterwards."""
 
     def begin(self) -> None:
-        """Forget what the last pass saw of its connection."""
+        """Forget the connection of the last pass."""
 
     def run(self) -> None:
-        """Run ``env.py``; raises what it raised, also what it caught itself."""
+        """Run ``env.py``; raise its error, even if it caught it itself."""
 
     def cause(self, error: BaseException) -> Cause:
-        """Say why it failed."""
+        """Return the cause of its failure."""
 
     def settle(self) -> tuple[Part, ...]:
-        """Wait until its transaction has ended; return the parts that are committed without their version row.
+        """Wait until its transaction has ended; return the parts that are committed without their version
+        row.
 
-        Raises QueryFailed and ConnectFailed where the server does not tell.
+        Raises QueryFailed and ConnectFailed if the server does not answer.
         """
 
     def stopped(self) -> bool:
@@ -136,7 +137,7 @@ class Pass(Protocol):
 
 
 class Attempts:
-    """Goes through ``env.py`` as often as it takes, ``lock_retries`` more times at most where a lock is busy."""
+    """Runs ``env.py`` as often as needed, with at most ``lock_retries`` retries for a busy lock."""
 
     def __init__(self, lock_retries: int) -> None:
         self._lock_retries = lock_retries
@@ -149,7 +150,7 @@ class Attempts:
         return max(1, self.busy)
 
     def run(self, one: Pass) -> None:
-        """Run the passes; raises what the last one raised."""
+        """Run the passes; raise the error of the last one."""
         while True:
             one.begin()
             error = self._failure(one)
@@ -167,7 +168,7 @@ class Attempts:
     def _failure(one: Pass) -> BaseException | None:
         try:
             one.run()
-        except BaseException as error:  # noqa: BLE001 - raised by run(), unless it is tried again
+        except BaseException as error:  # noqa: BLE001 - raised by run(), unless it is retried
             return error
         return None
 
@@ -195,7 +196,7 @@ class Attempts:
         return replace(found, unfinished=unfinished, stopped=one.stopped())
 
     def _say(self, cause: Cause, error: BaseException) -> float:
-        """Log that ``env.py`` is run again, and return the seconds to wait before."""
+        """Log that ``env.py`` runs again; return the seconds to wait before."""
         if cause is Cause.LOST:
             log.warning(
                 "the server is back and has rolled back the open transaction: running env.py again (%d "
@@ -219,7 +220,7 @@ class Attempts:
 
 
 def sleep(seconds: float, check: Callable[[], None]) -> None:
-    """Wait, and call ``check`` meanwhile, which raises where a signal came."""
+    """Wait, and keep calling ``check``, which raises after a signal."""
     deadline = time.monotonic() + seconds
     check()
     while (left := deadline - time.monotonic()) > 0:
@@ -228,12 +229,12 @@ def sleep(seconds: float, check: Callable[[], None]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first thing in an error's chain that has words."""
+    """Return the first error with a message in an error's chain."""
     return next((message_of(item) for item in _chain(error) if str(item)), type(error).__name__)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and all that it came from: a driver's is often wrapped twice, its own first."""
+    """Yield an error and all its causes: a driver's error is often wrapped twice, its own comes first."""
     waiting: list[Any] = [getattr(error, "orig", None), error]
     seen: set[int] = set()
     while waiting:

@@ -1,9 +1,9 @@
-"""Watch the migration from the control connection: who blocks it, and how far the server says it has come.
+"""Watch the migration from the control connection: its blockers and its progress.
 
-A thread of its own, for the main thread waits inside the database driver.  What it finds goes to the log as it
-changes; the last blockers are kept for the error message.  Asking twice a second also notices within five seconds
-when the control connection is lost: it is made again, and the run lock taken again.  Meanwhile the apply lock, which
-the migration's own connection holds, keeps other runs out.
+The watch has its own thread, because the main thread waits inside the database driver. It logs each
+change and keeps the last blockers for the error message. It asks twice a second, so it also notices a
+lost control connection within five seconds. It then reconnects and takes the run lock again. Meanwhile
+the apply lock on the migration's own connection keeps other runs out.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from migrator.runtime.progress import Progress
 
 log = logging.getLogger("migrator.watch")
 
-# pg_blocking_pids gives 0 for a prepared transaction, which has no session.
-# https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SESSION
-# Of another role's session, state and times are NULL for a role that is no member of it or of pg_read_all_stats.
+# pg_blocking_pids returns 0 for a prepared transaction, which has no session.
+# https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SESSION The state and times
+# of another role's session are NULL, unless our role is a member of it or of pg_read_all_stats.
 # https://www.postgresql.org/docs/current/monitoring-stats.html#MONITORING-STATS-VIEWS
 _BLOCKERS = """
 SELECT b.pid, coalesce(a.application_name, ''), coalesce(a.state, ''),
@@ -80,8 +80,8 @@ _PROGRESS = {
 class Blocker:
     """A session that the migration waits for; ``seconds`` is how long its transaction has been open.
 
-    ``seconds`` is None where the server does not show what the session does: it is another role's.  A prepared
-    transaction has no session (``pid`` is 0); ``gids`` are the names of those that may be in the way.
+    ``seconds`` is None if the server hides the session of another role. A prepared transaction has no
+    session (``pid`` is 0); ``gids`` are the names of those that may block.
     """
 
     pid: int
@@ -108,7 +108,7 @@ class Blocker:
 
 
 class Watch:
-    """Watches one backend from another session, twice a second; what it sees stands on the ``bar``, too."""
+    """Watches one backend from another session, twice a second; also feeds the ``bar``."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Watch:
         self.blockers: tuple[Blocker, ...] = ()
 
     def follow(self, pid: int, calls: DriverCalls | None) -> None:
-        """Watch the server process ``pid``, and the driver's ``calls`` to it, from now on."""
+        """Start to watch the server process ``pid``, and the driver's ``calls`` to it."""
         self._pid = pid
         self._lost_answer.follow(calls)
 
@@ -154,7 +154,7 @@ class Watch:
         while not self._stop.wait(self._interval):
             try:
                 if not self._lifeline.held:
-                    # No other run keeps the run lock while the apply lock is held.
+                    # No other run can take the run lock while the apply lock is held.
                     self._lifeline.come_back()
                 elif not self._pid:
                     self._ask("SELECT 1")
@@ -172,7 +172,7 @@ class Watch:
             self._lost_answer.give_up(self._lifeline.silent_since)
 
     def _ask(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> list[Any]:
-        """Ask over the control connection, which is lost where it does not answer in time."""
+        """Query over the control connection; it counts as lost if it does not answer in time."""
         return self._session.query(sql, parameters, timeout=PROBE)
 
     def _look_for_blockers(self) -> bool:
@@ -197,7 +197,7 @@ class Watch:
         return True
 
     def _terminate_idle(self, found: tuple[Blocker, ...]) -> None:
-        """End those that have been in the way for too long, if they are idle in transaction at this very moment."""
+        """End sessions that have blocked for too long, if they are idle in transaction at this moment."""
         if self._terminate_after is None:
             return
         now = time.monotonic()
@@ -219,7 +219,7 @@ class Watch:
                 self._cannot_end(blocker, "its activity is hidden; GRANT pg_read_all_stats shows it")
 
     def _cannot_end(self, blocker: Blocker, reason: str) -> None:
-        """Say once of each blocker that it stays."""
+        """Report each blocker once that cannot be ended."""
         if blocker.pid not in self._spared:
             self._spared.add(blocker.pid)
             log.warning("cannot end pid %d: %s", blocker.pid, reason)
@@ -238,7 +238,7 @@ class Watch:
         self._bar.note(note)
 
     def _news(self, what: object) -> bool:
-        """Whether this differs from what was last said, or that was a while ago."""
+        """Tell whether this differs from the last report, or the last report is old."""
         now = time.monotonic()
         if what == self._said[0] and now - self._said[1] < self._repeat:
             return False

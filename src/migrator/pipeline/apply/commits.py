@@ -1,4 +1,4 @@
-"""Notice when a revision commits by itself: what it had done until then outlives its failure."""
+"""Notice when a revision commits by itself: its earlier work then outlives its failure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _COMMIT = re.compile(r"^\s*(?:COMMIT|END)\b", re.IGNORECASE)
 _SPEAKS_OF_ONE = re.compile(r"COMMIT|END", re.IGNORECASE)
 _COMMIT_WITHIN = re.compile(r";\s*COMMIT\b", re.IGNORECASE)
 _MAY_COMMIT = re.compile(r"^\s*(?:CALL|DO)\b|\bCONCURRENTLY\b", re.IGNORECASE)
-"""What may leave something behind when it fails, where no transaction is open around it."""
+"""Statements that may leave something behind when they fail outside of a transaction."""
 
 
 def in_autocommit(connection: Any) -> bool:
-    """Whether each statement commits by itself: by ``autocommit_block``, or by the driver's own ``autocommit``.
+    """Tell whether each statement commits by itself: by ``autocommit_block``, or by the driver's
+    ``autocommit``.
 
-    All drivers call it so, and a revision may set it (psycopg2's ``set_isolation_level(0)`` does).
+    All drivers use this name, and a revision may set it (psycopg2's ``set_isolation_level(0)`` does).
     """
     told = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
     return told or getattr(connection.connection, "autocommit", False) is True
@@ -43,11 +44,12 @@ def watch_statements(
 def watch_commits(
     connection: Any, committed: Callable[[], None], *, leaving: Callable[[], None], every_statement: bool
 ) -> None:
-    """Call ``committed`` whenever what was done on a connection becomes permanent, and ``leaving`` before.
+    """Call ``committed`` whenever work on a connection becomes permanent, and ``leaving`` before that.
 
-    That is at each commit through SQLAlchemy, at ``op.execute("COMMIT")``, and in autocommit (``every_statement``
-    says that ``env.py`` works in it) after each statement.  A COMMIT within a text of several statements counts from
-    the start, for what follows it may fail; so does a procedure in autocommit.
+    This happens at each commit through SQLAlchemy, at ``op.execute("COMMIT")``, and after each
+    statement in autocommit (``every_statement`` says that ``env.py`` uses it). A COMMIT within a text
+    of several statements counts from its start, because a later statement may fail. So does a procedure
+    in autocommit.
     """
     from sqlalchemy import event
 
@@ -85,9 +87,10 @@ def watch_commits(
 
 @contextlib.contextmanager
 def watch_others(another: Callable[[Any], bool], committed: Callable[[str], None]) -> Iterator[None]:
-    """Call ``committed`` with a statement before ``another`` connection of SQLAlchemy's, on any engine, commits it.
+    """Call ``committed`` with a statement before ``another`` SQLAlchemy connection, on any engine, commits
+    it.
 
-    A revision may open one.  What only reads does not count.
+    A revision may open one. Reading does not count.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine

@@ -1,4 +1,4 @@
-"""The connection that a user's ``env.py`` opened: asked, prepared and listened to, whatever its driver."""
+"""The connection that a user's ``env.py`` opened: query it, prepare it and listen to it, with any driver."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ _FIRST_SCHEMA = (
     "SELECT coalesce(CAST((pg_catalog.current_schemas(false))[1] AS pg_catalog.text),"
     " pg_catalog.current_setting('search_path'))"
 )
-"""Where a table is made; the whole path where nothing in it is there yet."""
+"""The schema for new tables; the whole path if none of its schemas exists."""
 _NOW = "SELECT CAST(pg_catalog.now() AS pg_catalog.text)"
-"""The start of the transaction: it stands still unless each statement is its own."""
+"""The start of the transaction: it changes only if each statement is its own transaction."""
 
 
 def identity_of(facts: ServerFacts) -> str:
-    """Return what tells a database from all others, as :attr:`MigrationConnection.identity` has it."""
+    """Return the identity of a database, as in :attr:`MigrationConnection.identity`."""
     return f"{facts.started_at} {facts.database_oid} {facts.database}"
 
 
 class MigrationConnection:
-    """The live connection of a MigrationContext; raises :class:`HistoryError` where it has none."""
+    """The live connection of a MigrationContext; raises :class:`HistoryError` if there is none."""
 
     def __init__(self, context: MigrationContext) -> None:
         if context.connection is None:
@@ -72,38 +72,39 @@ class MigrationConnection:
 
     @property
     def translates(self) -> bool:
-        """Whether it puts other schemas in the place of those that revisions name.
+        """Tell whether it replaces the schemas that revisions name.
 
         https://docs.sqlalchemy.org/en/20/core/connections.html#schema-translating
         """
         return bool(self._connection.get_execution_options().get("schema_translate_map"))
 
     def is_on(self, connection: Any) -> bool:
-        """Whether this is about that very connection."""
+        """Tell whether this belongs to that connection."""
         return self._connection is connection
 
     def ask(self, sql: str) -> Any:
-        """Return the first column of the first row; no parameters, for drivers differ in how they write them."""
+        """Return the first column of the first row. It takes no parameters: drivers differ in their form."""
         if "%" in sql and self._connection.dialect.paramstyle in {"format", "pyformat"}:
-            sql = sql.replace(
-                "%", "%%"
-            )  # in the name of a schema; these drivers look for parameters all the same
+            sql = sql.replace("%", "%%")  # in a schema's name; these drivers look for parameters anyway
         return self._connection.exec_driver_sql(sql).scalar()
 
     def ask_driver(self, sql: str) -> Any:
-        """Return the first column of the first row, past SQLAlchemy: for what is asked with each revision."""
+        """Return the first column of the first row without SQLAlchemy, for queries that run with each
+        revision.
+        """
         if not self.calls:
             return self.ask(sql)
         try:
             return self.calls.ask(sql)
         except Exception as error:
-            # As SQLAlchemy does at the end of a connection: or it would try a rollback there, and log a traceback.
+            # Like SQLAlchemy at the end of a connection; otherwise it would try a rollback there, and log
+            # a traceback.
             if gone(self._connection):
                 self._connection.invalidate(error)
             raise
 
     def tell(self, sql: str, **values: str) -> Any:
-        """Run a statement and return its first value, if it has one; parameters are ``:name``, whatever the driver."""
+        """Run a statement and return its first value, if any; parameters are ``:name`` for any driver."""
         from sqlalchemy import text
 
         result = self._connection.execute(text(sql), values)
@@ -111,7 +112,7 @@ class MigrationConnection:
 
     @property
     def identity(self) -> str:
-        """Return what tells the database from all others; raises :class:`SettingsError` where it is not Postgres's."""
+        """Return the identity of the database; raises :class:`SettingsError` if it is not Postgres."""
         dialect = self._connection.dialect.name
         if dialect != "postgresql":
             raise SettingsError(
@@ -122,7 +123,9 @@ class MigrationConnection:
         return str(self.ask(_IDENTITY))
 
     def is_on_another_database(self, session: Session) -> bool:
-        """Whether this is not the database that ``session`` locked and backed up; raises :class:`SettingsError`."""
+        """Tell whether this is another database than ``session`` locked and backed up; raises
+        :class:`SettingsError`.
+        """
         return self.identity != identity_of(session.facts)
 
     def refuse_another_database(self, session: Session) -> None:
@@ -141,9 +144,9 @@ class MigrationConnection:
         )
 
     def assume_role(self, role: str, session: Session) -> None:
-        """Do ``SET ROLE``, so that the role owns what is made; one that ``env.py`` has set itself stays.
+        """Run ``SET ROLE``, so that the role owns the new objects; keep a role that ``env.py`` set itself.
 
-        Within a transaction that is rolled back it is undone, so it is asked for at every attempt.
+        A rollback undoes it, so every attempt runs it again.
         """
         if not role:
             return
@@ -154,13 +157,15 @@ class MigrationConnection:
             log.info("env.py set the role %s itself; migrator keeps it", now)
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """Return the schema in which the connection's search_path finds a relation, and its kind; None: nowhere."""
+        """Return the schema in which the connection's search_path finds a relation, and its kind; None if it
+        finds none.
+        """
         found = self.ask(search_path.FIND_HERE.format(name=quote_literal(name)))
         schema, kind = json.loads(found) if found else (None, "")
         return (schema, kind) if schema is not None else None
 
     def locate(self, table: VersionTable, session: Session) -> VersionTable:
-        """Return the table with its schema, where ``env.py``'s search_path finds another than ours does."""
+        """Return the table with its schema, if ``env.py``'s search_path finds another one than ours."""
         if table.schema:
             return table
         here = self.find(table.name)
@@ -169,7 +174,7 @@ class MigrationConnection:
         return VersionTable(table.name, here[0] if here else "")
 
     def place_of(self, table: VersionTable) -> VersionTable:
-        """Return the table with the schema that it is in here, or would be made in."""
+        """Return the table with its schema, or with the schema for new tables."""
         places = self._connection.get_execution_options().get("schema_translate_map") or {}
         schema = places.get(table.schema or None, table.schema)
         if not schema:
@@ -178,7 +183,7 @@ class MigrationConnection:
         return VersionTable(table.name, schema)
 
     def try_lock(self, keys: tuple[int, int]) -> bool:
-        """Take a session advisory lock, if nobody else has it."""
+        """Take a session advisory lock, if no other session holds it."""
         return bool(self.ask(f"SELECT pg_catalog.pg_try_advisory_lock({keys[0]}, {keys[1]})"))
 
     @property
@@ -188,13 +193,13 @@ class MigrationConnection:
 
     @property
     def autocommits(self) -> bool:
-        """Whether each statement is a transaction of its own."""
+        """Tell whether each statement is its own transaction."""
         return bool(self.ask(_NOW) != self.ask(_NOW))
 
     def transaction(self) -> int:
-        """Return the transaction's id, for asking Postgres about it afterwards (txid_status); 0 in autocommit.
+        """Return the transaction's id for a later txid_status(); 0 in autocommit.
 
-        A transaction stands still in time: only where nothing came before in it, a second question must tell.
+        now() stands still in a transaction; the first query in one needs a second query to tell.
         """
         if self._every_statement:
             return 0
@@ -202,7 +207,9 @@ class MigrationConnection:
         return 0 if fresh == "true" and self.ask_driver(_TRANSACTION).startswith("true") else int(number)
 
     def set_timeouts(self, settings: Settings) -> None:
-        """Set Postgres's timeouts for the session; what ``env.py`` set itself stays, unless a setting was given."""
+        """Set Postgres's timeouts for the session; keep those that ``env.py`` set, unless a setting was
+        given.
+        """
         for name, seconds in (
             ("lock_timeout", settings.lock_timeout),
             ("statement_timeout", settings.statement_timeout),
@@ -216,15 +223,17 @@ class MigrationConnection:
             self.ask(f"SELECT pg_catalog.set_config('{name}', '{milliseconds}', false)")
 
     def notice_a_dead_client(self, server_major: int) -> None:
-        """Let the server notice within seconds that we are gone: a killed run would keep its locks otherwise."""
+        """Let the server notice within seconds that this side is gone; a killed run would otherwise keep its
+        locks.
+        """
         self.ask(dead_client_settings(server_major))
 
     def observe(self, session: Session, version_table: str) -> Observation:
-        """Observe what is executed from now on; ``session`` sees the state before."""
+        """Start to observe statements; ``session`` sees the state before them."""
         return Observation(self._connection, session, (version_table, LEDGER), self.ask_driver)
 
     def may_have_dropped(self) -> bool:
-        """Whether a statement since the last call may have dropped a table, or granted something on it."""
+        """Tell whether a statement since the last call may have dropped a table, or granted something on it."""
         dropped, self._dropped = self._dropped, False
         return dropped
 
@@ -240,11 +249,11 @@ class MigrationConnection:
         executed: Callable[[], None],
         leaving: Callable[[], None],
     ) -> None:
-        """Call ``committed`` when something becomes permanent, and let concurrent builds wait; once a connection.
+        """Call ``committed`` after a commit, and let concurrent builds wait; once per connection.
 
-        ``executes`` is called before each statement, with whether it commits by itself; ``executed`` after it;
-        ``leaving`` before a commit.
-        From then on ``calls`` knows whether the driver waits for the server.
+        ``executes`` is called before each statement, with whether it commits by itself; ``executed``
+        after it; ``leaving`` before a commit. Then ``calls`` also knows whether the driver waits for
+        the server.
         """
         every_statement = self._every_statement = self.autocommits
 

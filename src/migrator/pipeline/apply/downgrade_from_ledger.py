@@ -1,8 +1,8 @@
-"""Go back with an older image: the SQL that the ledger kept, for revisions that this image has never seen.
+"""Downgrade with an older image: run the SQL from the ledger for revisions that this image does not have.
 
-Plain SQL text, shown before it runs, never Python.  No role and no search_path comes from a row: it runs as
-MIGRATOR_ROLE, else as the version table's owner where the login may be it.  Each revision is one transaction,
-together with its version row and its row in the ledger, on a connection of its own that holds the apply lock.
+It is plain SQL text, shown before it runs, never Python. No row sets a role or a search_path: the SQL
+runs as MIGRATOR_ROLE, else as the version table's owner if the login may act as it. Each revision is
+one transaction with its version row and its ledger row, on its own connection with the apply lock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("migrator.apply")
 
 
 class Reversal:
-    """Runs the kept SQL of several revisions, the newest first."""
+    """Runs the SQL from the ledger for several revisions, newest first."""
 
     def __init__(
         self,
@@ -55,7 +55,9 @@ class Reversal:
         self.results: list[RevisionResult] = []
 
     def run(self, plan: Plan, application_name: str, interruption: Interruption) -> None:
-        """Revert what the plan says; raises :class:`RolledBack`, :class:`Partial`, or what connecting raises."""
+        """Revert the revisions of the plan; raises :class:`RolledBack`, :class:`Partial`, or a connection
+        error.
+        """
         before, total = plan.before, len(plan.kept)
         with (
             connection_limit.connect(
@@ -99,7 +101,7 @@ class Reversal:
         after: frozenset[str],
         number: int,
     ) -> None:
-        """Revert one revision, again where it only missed a lock and nothing of it can have been committed."""
+        """Revert one revision. Retry only if it missed a lock and nothing of it can be committed."""
         whole = not any(_ends_transaction(statement) for statement in way.statements or ())
         retrying = Retrying(
             retry=retry_if_exception(
@@ -172,7 +174,7 @@ class Reversal:
 
 
 def _say_who(plan: Plan, role: str) -> None:
-    """Warn where other roles applied what is reverted: a row says so, and makes nobody of it."""
+    """Warn if other roles applied the revisions; the rows only report a role, they never set one."""
     others = sorted({way.role for way, _ in plan.kept if way.role not in ("", role)})
     if others:
         log.warning(

@@ -1,7 +1,7 @@
-"""Know when the migration's connection waits for the server, and end that wait where no answer will come.
+"""Know when the migration's connection waits for the server, and end a wait without an answer.
 
-The calls of the driver itself are wrapped, on the dialect of the one engine: SQLAlchemy has no event for the end of
-a commit or of a failed statement.  What a revision runs on a raw cursor is not seen.
+It wraps the calls of the driver, on the dialect of the one engine. SQLAlchemy has no event for the end
+of a commit or of a failed statement. Statements of a revision on a raw cursor are not seen.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ _ON_THE_CONNECTION = ("do_commit", "do_rollback")
 
 
 class DriverCalls:
-    """The calls of the driver on one connection: ``since`` when one is under way (time.monotonic()), or None."""
+    """The calls of the driver on one connection: ``since`` is the start of the running call
+    (time.monotonic()), or None.
+    """
 
     def __init__(self, connection: Any) -> None:
         self.since: float | None = None
         self.failed_after = 0.0
-        """How many seconds the longest call took that failed."""
+        """The duration in seconds of the longest failed call."""
         self._leaving = threading.Lock()
         self._fairy = connection.connection
         self._descriptor, self._inode = _socket_of(self._fairy)
@@ -41,9 +43,10 @@ class DriverCalls:
             self._wrap(connection.dialect, name, lambda arguments: arguments[0] is self._fairy)
 
     def ask(self, sql: str) -> Any:
-        """Run a statement on a cursor of the driver's and return its first value, if it has one; no parameters.
+        """Run a statement on a driver cursor and return its first value, if any; it takes no parameters.
 
-        Past SQLAlchemy, whose events, caches and results take several times as long as a small question itself.
+        It skips SQLAlchemy, whose events, caches and results take several times as long as a small
+        query.
         """
         cursor = self._fairy.cursor()
         try:
@@ -59,14 +62,16 @@ class DriverCalls:
 
     @property
     def unsent(self) -> int:
-        """Return how many bytes the peer has not acknowledged yet; a statement that is still on its way changes it."""
+        """Return how many bytes the peer has not acknowledged yet; it changes while a statement is being
+        sent.
+        """
         answer = b"\0\0\0\0"
         with contextlib.suppress(OSError):
             answer = fcntl.ioctl(self._descriptor, termios.TIOCOUTQ, answer)
         return int(struct.unpack("i", answer)[0])
 
     def end(self) -> bool:
-        """Shut the socket down, so that the call returns with an error; False where none is under way."""
+        """Shut the socket down, so that the call returns with an error; False if no call is running."""
         with self._leaving:
             if self.since is None or _inode(self._descriptor) != self._inode:
                 return False
@@ -74,7 +79,8 @@ class DriverCalls:
             return True
 
     def _executes(self, context: Any) -> bool:
-        """Whether a statement is this connection's, by its context, the last argument of the calls on a cursor.
+        """Tell whether a statement belongs to this connection, by its context, the last argument of cursor
+        calls.
 
         https://docs.sqlalchemy.org/en/20/core/internals.html#sqlalchemy.engine.ExecutionContext.root_connection
         """
@@ -105,7 +111,7 @@ class DriverCalls:
 
 
 def gone(connection: Any) -> bool:
-    """Whether SQLAlchemy's connection has lost the driver's, as far as this side knows."""
+    """Tell whether SQLAlchemy's connection has lost the driver's, as far as this side knows."""
     if connection.closed or connection.invalidated:
         return True
     raw = _driver_connection(connection.connection)
@@ -114,15 +120,15 @@ def gone(connection: Any) -> bool:
 
 
 def _driver_connection(fairy: Any) -> Any:
-    """Return psycopg2's, psycopg's or asyncpg's own connection; SQLAlchemy 1.4 calls it otherwise."""
+    """Return the connection of psycopg2, psycopg or asyncpg; SQLAlchemy 1.4 has another name for it."""
     return getattr(fairy, "driver_connection", None) or getattr(fairy, "connection", None)
 
 
 def _socket_of(fairy: Any) -> tuple[int, int]:
-    """Return the descriptor of a connection's socket and its inode; -1 where the driver does not show it."""
+    """Return the descriptor of a connection's socket and its inode; -1 if the driver hides it."""
     raw = _driver_connection(fairy)
     try:
-        own = hasattr(raw, "fileno")  # asyncpg's has none
+        own = hasattr(raw, "fileno")  # asyncpg has none
         descriptor = raw.fileno() if own else raw._transport.get_extra_info("socket").fileno()
     except (AttributeError, TypeError, ValueError, OSError):
         return -1, -1
@@ -130,7 +136,7 @@ def _socket_of(fairy: Any) -> tuple[int, int]:
 
 
 def _inode(descriptor: int) -> int:
-    """Return what tells one socket from another that got its number."""
+    """Return a value that differs between two sockets with the same number."""
     try:
         return os.fstat(descriptor).st_ino if descriptor >= 0 else -1
     except OSError:

@@ -1,8 +1,8 @@
-"""What an ``env.py`` goes through: several databases, as in Alembic's ``multidb`` template, or version tables.
+"""The targets of an ``env.py``: several databases, as in Alembic's ``multidb`` template, or version tables.
 
-The template hands the engine's name to ``context.run_migrations(engine_name=...)``, which hands it on to ``upgrade()``
-of each revision; an ``env.py`` for tenants calls ``context.run_migrations()`` for each of their schemas.  Which
-these are only ``env.py`` knows: it is asked by letting it do all but run migrations.
+The template passes the engine's name to ``context.run_migrations(engine_name=...)``, which passes it to
+``upgrade()`` of each revision. An ``env.py`` for tenants calls ``context.run_migrations()`` for each of
+their schemas. Only ``env.py`` knows them: migrator runs it without the migrations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 
 def env_file(options: ProjectOptions, folder: Path) -> Path:
-    """Return where a project's ``env.py`` is; no revision is read.  Its configuration was read before."""
+    """Return the path of a project's ``env.py`` without reading any revision. Its configuration was read
+    before.
+    """
     import_alembic()
     from alembic.script import ScriptDirectory
 
@@ -40,7 +42,7 @@ def env_file(options: ProjectOptions, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Visit:
-    """One call of ``context.run_migrations``: the version table that its connection sees, and what is in there."""
+    """One call of ``context.run_migrations``: the version table that its connection sees, and its rows."""
 
     table: VersionTable
     rows: frozenset[str]
@@ -48,9 +50,10 @@ class Visit:
 
 
 def survey(history: History, session: Session, *, before_configure: Callable[[], None]) -> tuple[Target, ...]:
-    """Return the databases that ``env.py`` reaches beside that of ``session``, in its order; nothing is migrated.
+    """Return the other databases of ``env.py``, in its order, without migrating.
 
-    Raises :class:`SettingsError` where that is not among them or one is not Postgres's, and what ``env.py`` raises.
+    Raises :class:`SettingsError` if the session's database is not among them or one is not Postgres,
+    and any error of ``env.py``.
     """
     from migrator.pipeline.apply.connection import identity_of
 
@@ -80,9 +83,10 @@ def survey_tables(
     before_configure: Callable[[], None],
     read_only: bool,
 ) -> tuple[Visit, ...]:
-    """Return the version tables of this database that ``env.py`` goes through, in its order; nothing is migrated.
+    """Return the version tables that ``env.py`` uses in this database, in its order, without migrating.
 
-    ``role`` is MIGRATOR_ROLE.  With ``read_only`` an ``env.py`` that writes fails.  Raises what ``env.py`` raises.
+    ``role`` is MIGRATOR_ROLE. With ``read_only`` an ``env.py`` that writes fails. Raises any error of
+    ``env.py``.
     """
     found: dict[VersionTable, Visit] = {}
 
@@ -122,9 +126,10 @@ def _go_through(
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Let nothing be written, over connections that an application's pool has already either.
+    """Block every write, also over connections that an application's pool already has.
 
-    The schema that many an ``env.py`` makes unless it is there is left out: that is refused even where it is there.
+    Many an ``env.py`` creates its schema if it does not exist. That statement is skipped: Postgres
+    refuses it even for an existing schema.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine

@@ -1,4 +1,4 @@
-"""After a failure: compare what the database says now with what it said before, and tell the truth about it."""
+"""After a failure, compare the database with its earlier state, and report the truth."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from migrator.runtime.resource_errors import lack, without
 from migrator.runtime.signals import Interrupt
 
 RETRYABLE = frozenset({"55P03", "40P01", "40001"})
-"""SQLSTATEs that pass by themselves: lock_not_available, deadlock_detected, serialization_failure."""
+"""SQLSTATEs that can pass by themselves: lock_not_available, deadlock_detected, serialization_failure."""
 
 
 @dataclass(frozen=True)
 class Aftermath:
-    """What is known once the applying connection is gone.
+    """The known facts after the applying connection is gone.
 
-    ``rows`` are the version rows now, None where they could not be read; ``landed`` are the plan's revisions that these
-    rows stand for, in order.  ``entered`` says whether ``env.py`` got as far as a connection, ``anything_committed``
-    whether something may have been committed; ``unfinished`` are the revisions of which a part is committed, and the
-    version row is not; ``repeatable`` says that this part may run again, ``certain`` that a statement of it is known to
-    be committed.
+    ``rows`` are the current version rows, None if they could not be read. ``landed`` are the plan's
+    revisions that these rows stand for, in order. ``entered`` says whether ``env.py`` got a connection.
+    ``anything_committed`` says whether something may have been committed. ``unfinished`` are the
+    revisions with a committed part and no version row. ``repeatable`` says that this part may run
+    again, ``certain`` that one of its statements is known to be committed.
     """
 
     plan: Plan
@@ -54,18 +54,18 @@ class Aftermath:
     blockers: Sequence[str] = ()
     prepared: Sequence[str] = ()
     at: str = ""
-    """Where the database is, where ``env.py`` goes through several version tables."""
+    """Where the database stands, if ``env.py`` uses several version tables."""
     alike: bool = True
-    """Whether all version tables began at the plan's rows."""
+    """Whether all version tables started at the plan's rows."""
 
     @property
     def where(self) -> str:
-        """Say where the database is."""
+        """Return where the database stands."""
         return self.at or ", ".join(sorted(self.rows or ())) or "base"
 
     @property
     def parts(self) -> str:
-        """Say of which revisions a part was committed; empty where there are none."""
+        """Return which revisions are partly committed; empty if none is."""
         if not self.unfinished:
             return ""
         names = ", ".join(self.unfinished)
@@ -75,7 +75,7 @@ class Aftermath:
 
 
 def explain(error: BaseException, after: Aftermath) -> MigratorError:
-    """Turn a failure of apply into the error that says what happened and what state the database is in."""
+    """Turn a failure of apply into the error that says what happened and where the database stands."""
     what = _what(error, after)
     if after.cut_after:
         what += (
@@ -108,7 +108,7 @@ def explain(error: BaseException, after: Aftermath) -> MigratorError:
 
 
 def _finish(after: Aftermath) -> str:
-    """Return what a person does about the parts that are committed."""
+    """Return what to do about the committed parts."""
     names, command = ", ".join(after.unfinished), f"migrator {after.plan.kind} {after.plan.destination}"
     if after.repeatable:
         return (
@@ -125,7 +125,7 @@ _AROUND = (
 
 
 def translate(error: Exception) -> MigratorError:
-    """Turn what nobody expected, outside of apply, into an error with a code."""
+    """Turn an unexpected error outside of apply into an error with a code."""
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, (QueryFailed, ConnectFailed)):
         code = f" [{error.sqlstate}]" if error.sqlstate else ""
@@ -180,7 +180,8 @@ def outside_of_stages(
 
 
 def _cannot_leave(error: BaseException | None) -> bool:
-    """Whether Alembic's ``autocommit_block`` was to end a transaction that Alembic did not begin: it asserts that.
+    """Tell whether Alembic's ``autocommit_block`` met a transaction that Alembic did not begin: it asserts
+    that.
 
     https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.migration.MigrationContext.autocommit_block
     """
@@ -193,7 +194,7 @@ def _cannot_leave(error: BaseException | None) -> bool:
 
 
 def _cure(error: BaseException, after: Aftermath) -> str:
-    """Return what to do about an error that is not the revision's fault; empty where it may be."""
+    """Return the fix for an error that is not the revision's fault; empty if it may be."""
     code, failed = sqlstate(error), after.failed_in
     if _cannot_leave(error):
         return (
@@ -259,7 +260,7 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
             or "run it again when the table is less busy, or raise MIGRATOR_LOCK_TIMEOUT or "
             "MIGRATOR_LOCK_RETRIES",
         )
-    if code == "42501":  # before env.py is entered too: Alembic makes its version table on the way
+    if code == "42501":  # also before env.py is entered: Alembic creates its version table on the way
         return _may_not(what)
     if not after.entered:
         if had_no_room(error):
@@ -282,14 +283,16 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
         return RolledBack(
             what, state="Everything was rolled back.", next_step=f"{_AROUND}, then run migrator again"
         )
-    # Without a revision it was the end of the transaction, or of env.py.
+    # Without a revision, the end of the transaction or of env.py failed.
     where = f"revision {after.failed_in}" if after.failed_in else "the cause"
     cure = _cure(error, after) or f"fix {where}, then run migrator again"
     return RolledBack(what, state="Everything was rolled back.", next_step=cure)
 
 
 def _end_prepared(gids: Sequence[str]) -> str:
-    """Say what ends prepared transactions, which never end by themselves; empty where there are none."""
+    """Return the commands that end prepared transactions, which never end by themselves; empty if there are
+    none.
+    """
     if not gids:
         return ""
     statements = " ".join(f"ROLLBACK PREPARED {quote_literal(gid).strip()};" for gid in gids)
@@ -297,7 +300,7 @@ def _end_prepared(gids: Sequence[str]) -> str:
 
 
 def none_committed(findings: Sequence[Finding]) -> RolledBack:
-    """Return the error for revisions that ran to their end, and left nothing."""
+    """Return the error for revisions that ran to their end without a commit."""
     for finding in findings:
         if finding.rule == "rolled-back":  # after SQLAlchemy's own rollback, env.py has nothing to commit
             return RolledBack(
@@ -316,7 +319,7 @@ def none_committed(findings: Sequence[Finding]) -> RolledBack:
 
 
 def without_migrations() -> HistoryError:
-    """Return the error for an ``env.py`` that did nothing."""
+    """Return the error for an ``env.py`` that ran no migrations."""
     return HistoryError(
         "env.py ended without running migrations (it never called context.run_migrations() online).",
         next_step="check with `migrator alembic upgrade head --sql` whether Alembic can run env.py",
@@ -367,7 +370,7 @@ def _what(error: BaseException, after: Aftermath) -> str:
 
 
 def sqlstate(error: BaseException) -> str:
-    """Return the SQLSTATE of an exception of any driver, through SQLAlchemy or not; empty where it has none."""
+    """Return the SQLSTATE of an exception of any driver, through SQLAlchemy or not; empty if it has none."""
     for candidate in (getattr(error, "orig", None), error, error.__cause__):
         for name in ("pgcode", "sqlstate"):
             value = getattr(candidate, name, None)
@@ -384,7 +387,7 @@ def _way_back(after: Aftermath) -> str:
         and len(after.plan.before) <= 1
         and after.alike
         and after.rows not in (None, after.plan.before)
-        and not after.unfinished  # what left its transaction is not reverted
+        and not after.unfinished  # a committed part outside of its transaction cannot be reverted
         and not set(after.plan.one_way) & set(after.landed)
     ):
         ways.append(f"`migrator downgrade {before}{' --yes' if before == 'base' else ''}`")

@@ -1,4 +1,4 @@
-"""Know the statements that do no harm where they run twice, for those that leave their transaction may have to."""
+"""Know the statements that are safe to run twice: those outside of a transaction may have to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _COMMENT = r"--[^\n]*|/\*.*?\*/"
 _WORDS = re.compile(
     rf"({_COMMENT})|'(?:[^']|'')*'|\"[^\"]*\"|(\$\w*\$).*?\2", re.DOTALL
 )  # a comment; or a string, a name, the body of a function
-# An index that is built concurrently is looked after by the next run: stages/invalid_indexes.py.
+# The next run handles an index that is built concurrently: stages/invalid_indexes.py.
 _REPEATABLE = re.compile(
     r"""\s*(?:
       SET\b | RESET\b | SHOW\b | BEGIN\b | START\s+TRANSACTION\b | COMMIT\b | END\b | ROLLBACK\b | ABORT\b
@@ -39,11 +39,11 @@ _HARMLESS = frozenset(
         then to_regclass trim unnest upper union using values version when where with""",
     )
 )
-"""What stands before a parenthesis in a query and writes nothing."""
+"""Words before a parenthesis in a query that write nothing."""
 
 
 def is_repeatable(statement: str) -> bool:
-    """Whether a statement changes nothing more where it runs a second time; False where that is not sure."""
+    """Tell whether a statement changes nothing more when it runs a second time; False if that is not sure."""
     bare = _WORDS.sub(lambda found: " " if found[1] else " x ", statement).strip().rstrip(";").rstrip()
     if ";" in bare:
         return False

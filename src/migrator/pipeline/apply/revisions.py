@@ -1,4 +1,4 @@
-"""The revisions as they run: what is timed, observed, recorded and said around each of Alembic's steps."""
+"""The revisions as they run: time, observe, record and report each of Alembic's steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("migrator.apply")
 
 @dataclass(frozen=True)
 class Part:
-    """A revision of which something is, or may be, committed ahead of its version row in ``table``."""
+    """A revision with a part that is, or may be, committed before its version row in ``table``."""
 
     revision: str
     table: VersionTable
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Done:
-    """What a revision did in how many seconds, and whether it rolled back its transaction."""
+    """The measurement of a revision, its seconds, and whether it rolled back its transaction."""
 
     seconds: float
     measured: Measured
@@ -44,11 +44,11 @@ class Done:
 
 
 class Steps:
-    """The steps of one run: which one is under way, what was done, and what may be committed.
+    """The steps of one run: the running one, the finished ones, and what may be committed.
 
-    ``check`` raises where the run was interrupted; ``take_back`` undoes what a revision did to logging and signals;
-    ``prepare`` sets a connection's role and timeouts again, which a revision has rolled back; ``role`` is
-    MIGRATOR_ROLE.
+    ``check`` raises after an interruption. ``take_back`` undoes a revision's changes of logging and
+    signals. ``prepare`` sets a connection's role and timeouts again after a revision rolled them back.
+    ``role`` is MIGRATOR_ROLE.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Steps:
         self._upgrade = True
         self._inside = False  # a revision's own function runs
         self._unrepeatable = ""  # the first of its statements that must not run twice
-        self._wrote = False  # such a statement ran in its transaction
-        self._asked = False  # a statement that commits by itself is under way, and must not run twice
-        self._noted = False  # the ledger knows that something leaves the transaction
+        self._wrote = False  # such a statement has run in its transaction
+        self._asked = False  # a statement that commits by itself is running, and must not run twice
+        self._noted = False  # the ledger knows that a part leaves the transaction
         self._rolled_back = False  # by the last revision: its transaction, with our settings
         self._done = Done(0.0, Measured(), rolled_back=False)  # of the running revision
         self._transaction = 0
-        self._next_transaction = 0  # where the revision before it ended in one that goes on
+        self._next_transaction = 0  # if the revision before it ended in a transaction that continues
         self._held = 0  # the transaction in which the version table is locked
         self._began = self._started = time.monotonic()
         self.heartbeat = Heartbeat()
@@ -108,20 +108,20 @@ class Steps:
         return bool(self._transaction)
 
     def on(self, connection: MigrationConnection, observation: Observation) -> None:
-        """Go on with another connection."""
+        """Continue with another connection."""
         self._connection, self._observation = connection, observation
         self._transaction = self._next_transaction = 0
 
     def at(self, table: VersionTable, *, upgrade: bool) -> None:
-        """Go on with a version table, in one direction."""
+        """Continue with a version table, in one direction."""
         self._table, self._upgrade = table, upgrade
 
     def placed(self) -> list[tuple[RevisionResult, VersionTable]]:
-        """Return the results, each with the version table that it is about."""
+        """Return the results, each with its version table."""
         return list(zip(self.results, self._places, strict=True))
 
     def forget(self, pending: Sequence[str]) -> None:
-        """Make room for another pass over the version table: what it will run again was rolled back."""
+        """Prepare for another pass over the version table: the work that it repeats was rolled back."""
         self.failure, self.running = None, ""
         self._transaction = self._next_transaction = 0
         kept = [
@@ -133,7 +133,7 @@ class Steps:
         self._total = len(self.results) + len(pending)
 
     def wrap(self, steps: Sequence[Any]) -> None:
-        """Have each step timed, and known while it runs, for when something fails."""
+        """Time each step, and keep the running one for the error message."""
         for number, step in enumerate(steps, start=self._total - len(steps) + 1):
             self._wrap(step, number)
 
@@ -171,14 +171,16 @@ class Steps:
         self.transactions |= {self._transaction} - {0}
         if self._observation is not None:
             self._observation.begins(self._transaction)
-        # Only now: in autocommit, our own questions would count as a part of it that was committed.
+        # Only now: in autocommit, our own queries would count as a committed part of it.
         self.running, self._began = revision, time.monotonic()
         self._unrepeatable, self._wrote, self._asked, self._noted = "", False, False, False
         self.progress.draw(number - 1, what)
         self.heartbeat.begins(f"{number} of {self._total}: {what}")
 
     def _look(self) -> int:
-        """Ask what the revision did, which is done, and whether it rolled back; returns the transaction after it."""
+        """Read the measurement of the finished revision, and whether it rolled back; return the transaction
+        after it.
+        """
         seconds = time.monotonic() - self._began
         if self._observation is None:
             return 0
@@ -187,10 +189,10 @@ class Steps:
         return now
 
     def _hold_version_table(self, transaction: int) -> None:
-        """Look again, before the version row is written, whose code that runs: under a lock that lets nobody add any.
+        """Check the version table again before the row is written, under a lock that blocks new triggers.
 
-        A trigger can be made while a revision runs.  Once in a transaction is enough; ``transaction`` is the one that
-        is open, 0 where each statement is its own.
+        The write runs the table's triggers, and a trigger can be created while a revision runs. Once
+        per transaction is enough; ``transaction`` is the open one, 0 if each statement is its own.
         """
         if self._connection is None or self._connection.translates:
             return
@@ -200,32 +202,35 @@ class Steps:
         try:
             self._connection.tell(lock.replace(":", "\\:"))
         except Exception as error:
-            if sqlstate(error) != _NO_TRANSACTION:  # the revision has ended it, past the driver
+            if sqlstate(error) != _NO_TRANSACTION:  # the revision ended it without SQLAlchemy
                 raise
         try:
             refuse_code(self._session, self._table, self._role)
         except QueryFailed as error:
-            if not error.lost:  # the migration goes on while the control connection is away
+            if not error.lost:  # the migration continues while the control connection is lost
                 raise
             log.info("the version table was not checked again: %s", error.text)
         self._held = transaction
 
     def _own_transaction(self, command: str) -> None:
-        """Let the version row and the ledger's be one, where each statement is a transaction of its own."""
+        """Make one transaction of the version row and the ledger row, if each statement is its own
+        transaction.
+        """
         if self._connection is not None and not self._transaction:
             self._connection.tell(command)
 
-    # -- what is written, and committed ----------------------------------------------------------------
+    # -- written and committed work
+    # ------------------------------------------------------------------------
 
     def committed(self) -> None:
-        """Note that something became permanent: of the running revision, what it had done until then."""
+        """Note a commit: the earlier work of the running revision is permanent."""
         self.anything_committed = True
         self._next_transaction = self._held = 0
         if self.running and not self._is_part:
             self.committed_parts.append(self._part)
 
     def executes(self, statement: str, autocommit: bool) -> None:
-        """Look at a statement before it runs: what leaves its transaction must not run twice."""
+        """Check a statement before it runs: one that leaves its transaction must not run twice."""
         self._asked = False  # the one before it failed, and the revision goes on
         if not self._inside or (self._wrote and not autocommit) or is_repeatable(statement):
             return
@@ -243,23 +248,23 @@ class Steps:
             self.certain.add(self._part)
 
     def is_elsewhere(self, connection: Any) -> bool:
-        """Whether a revision runs, and uses a connection of its own."""
+        """Tell whether a revision runs and uses its own connection."""
         return self._inside and self._connection is not None and not self._connection.is_on(connection)
 
     def commits_elsewhere(self, statement: str) -> None:
-        """Note that the running revision commits on a connection of its own, which no rollback of ours undoes."""
+        """Note that the running revision commits on its own connection, which no rollback of ours undoes."""
         self._unrepeatable = self._unrepeatable or statement
         self._note(self._session)
         self.committed()
 
     def leaving(self) -> None:
-        """Note in the transaction, before it is committed, that a part of the running revision is in it."""
+        """Note in the transaction, before its commit, that it contains a part of the running revision."""
         if self._inside and self._wrote:
             self.certain.add(self._part)
             self._note(None)
 
     def _note(self, session: Session | None) -> None:
-        """Have the ledger know it, once; where it cannot, the migration goes on."""
+        """Record it in the ledger, once; continue if that is not possible."""
         if self._noted:
             return
         self._noted = True
@@ -268,7 +273,7 @@ class Steps:
         try:
             number = self._books.partial(self.running, statement, upgrade=self._upgrade, session=session)
             self.transactions |= {number} - {0}
-        except Exception as error:  # noqa: BLE001 - any driver's
+        except Exception as error:  # noqa: BLE001 - any driver
             log.warning("the ledger cannot record that a part of %s is committed: %s", self.running, error)
 
     @property
@@ -280,14 +285,14 @@ class Steps:
         return self._part in self.committed_parts
 
     def look_for_commits(self) -> None:
-        """Ask the server whether the running revision's transaction was committed without SQLAlchemy's knowledge."""
+        """Ask the server whether the running revision's transaction was committed without SQLAlchemy."""
         if self.running and not self._is_part and self._status() == "committed":
             self.committed()
             self.certain.add(self._part)
             self._note(self._session)
 
     def _status(self) -> str:
-        """Return what became of the transaction that the running revision began in; empty where nobody knows."""
+        """Return the state of the transaction in which the running revision began; empty if it is unknown."""
         if not self._transaction:
             return ""
         try:
@@ -297,7 +302,7 @@ class Steps:
             return ""
 
     def _look_for_a_rollback(self, now: int) -> bool:
-        """Whether the running revision has rolled back its transaction; ``now`` is the one after it."""
+        """Tell whether the running revision rolled back its transaction; ``now`` is the next one."""
         if now == self._transaction:
             return False
         self.look_for_commits()
@@ -317,12 +322,13 @@ class Steps:
         log.warning("%s; %s", finding.sentence, finding.remedy, extra={"stage": "apply"})
         return True
 
-    # -- when one is done ------------------------------------------------------------------------------
+    # -- after a step
+    # --------------------------------------------------------------------------------------
 
     def applied(self, **event: Any) -> None:
-        """Record and say that a step is done; called by Alembic after the version row moved, before the commit.
+        """Record and report a finished step. Alembic calls it after the version row moved, before the commit.
 
-        The row of the ledger is written here, so in the transaction that moves the version row.
+        The ledger row is written here, in the transaction that moves the version row.
         """
         info = event["step"]
         if info.is_stamp:

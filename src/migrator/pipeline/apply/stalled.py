@@ -1,8 +1,9 @@
 """Notice that the migration waits for an answer that will not come, and end the wait.
 
-The server says, over the control connection, that it has done its part and waits for the client; the driver waits for
-the server.  One of the two messages was lost on the way: a proxy, a firewall or a failover swallowed it, and TCP
-noticed nothing.  The socket is shut down, the driver raises, and :mod:`migrator.recovery` finds out what was committed.
+The server reports, over the control connection, that it has finished and waits for the client. The
+driver waits for the server. So a message was lost: a proxy, a firewall or a failover swallowed it, and
+TCP noticed nothing. migrator shuts the socket down, the driver raises, and
+:mod:`migrator.pipeline.apply.attempts` finds out what was committed.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ SELECT state LIKE 'idle%%' AND wait_event = 'ClientRead',
 FROM pg_stat_activity WHERE pid = %s
 """
 _AFTER = 5.0
-"""Seconds for which both sides wait for each other before the answer counts as lost."""
+"""After so many seconds of waiting for each other, the answer counts as lost."""
 _SENDING = 30.0
-"""The same while a part of the statement is still unsent: a large one may take its time."""
+"""The same while a part of the statement is still unsent: a large statement may take longer."""
 _SILENCE = 30.0
-"""Seconds without an answer from anywhere after which the migration's connection is given up too.
+"""After so many seconds without any answer, the migration's connection is given up too.
 
-Longer than a failover of a virtual address or the restart of a proxy usually takes; a server that refuses
-connections, a name that cannot be resolved, or one client too many is no silence.
+It is longer than a usual failover of a virtual address or restart of a proxy. A refused connection, an
+unknown name, or one client too many is not silence.
 """
 
 
 class LostAnswer:
-    """Compares what the server says of the migration's session with what the driver waits for."""
+    """Compares the server's report of the migration's session with the driver's wait."""
 
     def __init__(self) -> None:
         self._calls: DriverCalls | None = None
@@ -41,11 +42,11 @@ class LostAnswer:
         self._since = self._worked = 0.0
 
     def follow(self, calls: DriverCalls | None) -> None:
-        """Look at the calls of this connection from now on."""
+        """Start to watch the calls of this connection."""
         self._calls, self._seen = calls, None
 
     def look(self, ask: Callable[[str, tuple[int]], list[tuple[bool, float]]], pid: int) -> None:
-        """Compare once; ends the wait where both sides have waited for each other for long enough."""
+        """Compare once; end the wait if both sides have waited for each other for too long."""
         calls = self._calls
         since = calls.since if calls else None
         now = time.monotonic()
@@ -61,7 +62,7 @@ class LostAnswer:
             self._seen, self._since, self._worked = (since, unsent), now, time.process_time()
             return
         waited, worked = now - self._since, time.process_time() - self._worked
-        # A driver that still puts a large statement together works; one that waits does not.
+        # A driver that still prepares a large statement is working; one that waits is not.
         if waited >= (_SENDING if unsent else _AFTER / 2) and worked < waited / 2:
             self._end(
                 calls,
@@ -70,7 +71,7 @@ class LostAnswer:
             )
 
     def give_up(self, silent_since: float | None) -> None:
-        """End the wait where nothing has answered on any connection for long enough."""
+        """End the wait if no connection has answered for too long."""
         calls = self._calls
         now = time.monotonic()
         if calls is None or calls.since is None or silent_since is None:

@@ -1,25 +1,22 @@
-"""The migration's own connection, which ``env.py`` opened: which timeouts its statements get.
-
-The only importer of sqlalchemy, beside what Alembic does.
-"""
+"""Which timeouts the statements get on the connection that ``env.py`` opened."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# A comment or a string that mentions it does no harm: the timeouts are only lifted for that one statement.
+# A comment or a string that contains it is harmless: the timeouts are lifted only for that one statement.
 _CONCURRENTLY = re.compile(
     r"^\s*(?:CREATE|DROP|REINDEX|ALTER|REFRESH)\b.*\bCONCURRENTLY\b", re.IGNORECASE | re.DOTALL
 )
 
 
 def lift_timeouts_for_concurrent_builds(connection: Any) -> None:
-    """Let ``CREATE INDEX CONCURRENTLY`` and its like wait for as long as they need.
+    """Let ``CREATE INDEX CONCURRENTLY`` and its like wait as long as they need.
 
-    They wait for every older transaction to end, and ``lock_timeout`` counts that as waiting for a lock: cut
-    short, they leave an INVALID index behind.  Their own lock, SHARE UPDATE EXCLUSIVE, stops no reader and no
-    writer, so waiting costs nobody anything.
+    They wait for every older transaction to end, and ``lock_timeout`` counts that as a wait for a lock.
+    A timeout would leave an INVALID index. Their own lock, SHARE UPDATE EXCLUSIVE, blocks no reader and
+    no writer, so the wait is free.
     https://www.postgresql.org/docs/current/sql-createindex.html#SQL-CREATEINDEX-CONCURRENTLY
     """
     from sqlalchemy import event

@@ -1,1 +1,1 @@
-"""A run with nothing to do, found out without Alembic: the only place that counts what an import costs."""
+"""The up-to-date check, without Alembic. Only here the cost of an import counts."""

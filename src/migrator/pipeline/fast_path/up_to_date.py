@@ -1,9 +1,9 @@
-"""The glance: a run with nothing to do, found out from the manifest and one query, without Alembic or SQLAlchemy.
+"""The up-to-date check: the manifest and one query, without Alembic or SQLAlchemy.
 
-It answers only "nothing to do, all is well", and exactly as the pipeline would.  Whatever is unusual (no manifest, or
-one of other files; a ``-x`` that may choose the version table; a ledger whose last run was not this history's; a
-server that is not there yet; a finding) is left to the pipeline, which starts from the beginning and is correct, only
-slower.
+It can only answer "up to date, all is well", and the pipeline would answer the same. Anything unusual
+goes to the pipeline, which starts from the beginning and is correct, only slower: no manifest, or a
+stale one; a ``-x`` that may choose the version table; a ledger whose last run had another history; a
+server that does not answer yet; a finding.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 log = lazy_logging.get_logger("migrator")
 
 _LONGEST = 1.0
-"""Seconds that are given to connecting: it is to cost the pipeline, which waits, little of its time."""
+"""Seconds for the connection. The pipeline waits for Postgres anyway, so this may take little of its time."""
 
 
 class _Frozen(NamedTuple):
-    """A manifest, its folder, the version table, and the version rows that are right."""
+    """A manifest, its folder, the version table, and the expected version rows."""
 
     manifest: Manifest
     location: str
@@ -66,7 +66,7 @@ def glance(
     run_id: str,
     interruption: Interruption,
 ) -> Outcome | None:
-    """Return the outcome of an upgrade that has nothing to do; None where only the pipeline can tell."""
+    """Return the outcome of an upgrade that is up to date; None if only the pipeline can tell."""
     record = Record("upgrade", settings.target, run_id)
     try:
         if settings.backup == "always":
@@ -82,7 +82,7 @@ def glance(
 
 
 def why_not(settings: Settings, project: ProjectOptions) -> str:
-    """Return why a run that has nothing to do will not be told from the manifest; empty where it will."""
+    """Return why the manifest cannot answer for an up-to-date database; empty if it can."""
     if settings.backup == "always":
         return "MIGRATOR_BACKUP=always makes a backup each time"
     destination = settings.destination or "head"
@@ -96,7 +96,7 @@ def why_not(settings: Settings, project: ProjectOptions) -> str:
 
 
 class FrozenHistory(NamedTuple):
-    """What the manifest tells of a history, for :func:`migrator.postgres.version_table.read_version`."""
+    """The manifest's data about a history, for :func:`migrator.postgres.version_table.read_version`."""
 
     table: VersionTable
     revisions: frozenset[str]
@@ -113,12 +113,12 @@ class FrozenHistory(NamedTuple):
         return self.revisions
 
     def hints(self) -> frozenset[str]:
-        """Return none of the values of ``-x``: with any, the version table is named with its schema."""
+        """Return no values of ``-x``: with any, the version table is named with its schema."""
         return frozenset()
 
 
 def frozen_history(settings: Settings, project: ProjectOptions) -> FrozenHistory | None:
-    """Return what the manifest tells of the history, without Alembic; None where only that can tell."""
+    """Return the manifest's data about the history, without Alembic; None if it is not enough."""
     try:
         files = _Files(settings, project, settings.goal, _manifest_there(settings, project))
         files.read()
@@ -131,11 +131,11 @@ def frozen_history(settings: Settings, project: ProjectOptions) -> FrozenHistory
 
 
 class _NotEnough(Exception):
-    """Something is unusual: only the pipeline can tell whether there is anything to do."""
+    """Something is unusual: only the pipeline can tell whether the database is up to date."""
 
 
 def _manifest_there(settings: Settings, project: ProjectOptions) -> layout.Layout:
-    """Return the configuration of a project with a manifest; raises :class:`_NotEnough`, before anyone is asked."""
+    """Return the configuration of a project with a manifest; raises :class:`_NotEnough` before any query."""
     if project.bootstrap:
         from migrator.project.bootstrap import shapes_history
 
@@ -150,10 +150,10 @@ def _manifest_there(settings: Settings, project: ProjectOptions) -> layout.Layou
 
 
 class _Files:
-    """The manifest and the files it lists, read while the server is connected to and then works on the question."""
+    """The manifest and its files, read while the connection is made and the server works on the query."""
 
     frozen: _Frozen
-    """What :meth:`read` found."""
+    """The result of :meth:`read`."""
 
     def __init__(
         self, settings: Settings, project: ProjectOptions, destination: str, found: layout.Layout
@@ -163,7 +163,7 @@ class _Files:
         self._question = Question()
 
     def read(self) -> None:
-        """Read and compare; raises :class:`_NotEnough` where the manifest is of other files, or does not say all."""
+        """Read and compare; raises :class:`_NotEnough` if the manifest is stale or incomplete."""
         try:
             self.frozen = self._read_manifest()
             digest = self.frozen.manifest.digest if self._settings.ledger else ""
@@ -173,7 +173,7 @@ class _Files:
         _refuse(problems(self.frozen.manifest, self.frozen.location))
 
     def question(self) -> Question:
-        """Return what is to be asked, as soon as the manifest says it; nothing where it does not."""
+        """Return the query as soon as the manifest allows it; an empty one if it does not."""
         self._known.wait()
         return self._question
 
@@ -203,7 +203,7 @@ class _Files:
 
 
 def _refuse(different: tuple[str, ...]) -> None:
-    """Say that the manifest is of other files, and go the long way, where anything is different."""
+    """Report that the manifest is stale, and leave the fast path, if anything differs."""
     if not different:
         return
     _say_different(different)
@@ -220,7 +220,7 @@ def _say_different(different: tuple[str, ...]) -> None:
 
 
 def _moved(manifest: Manifest, found: layout.Layout, project: ProjectOptions, folder: str) -> tuple[str, ...]:
-    """Return in what the configuration is another one than that which was frozen."""
+    """Return the parts of the configuration that have changed since the freeze."""
     now = found.options({*layout.PLACES, *manifest.options})
     names = [
         name for name in sorted({*now, *manifest.options}) if now.get(name) != manifest.options.get(name)
@@ -235,7 +235,7 @@ def _moved(manifest: Manifest, found: layout.Layout, project: ProjectOptions, fo
 
 
 def _look(settings: Settings, files: _Files, record: Record, interruption: Interruption) -> Outcome | None:
-    """Ask the database, once where there is no ``verify.toml``, and meanwhile look whether the files are the same."""
+    """Query the database, once if there is no ``verify.toml``, and compare the files meanwhile."""
     with record.stage("wait") as details:
         limits = (_LONGEST, settings.connect_timeout, settings.wait_timeout or settings.connect_timeout)
         session = connect(
@@ -271,7 +271,7 @@ def _look(settings: Settings, files: _Files, record: Record, interruption: Inter
 
 
 def _as_expected(session: Session, frozen: _Frozen, found: _Found) -> bool | None:
-    """Return whether there is a ``verify.toml`` that holds; None where something is not as it should be."""
+    """Return whether there is a ``verify.toml`` that holds; None if something is wrong."""
     expectations_file = os.path.join(frozen.location, "verify.toml")
     if not os.path.exists(expectations_file):
         return None if found.invalid_indexes else False
@@ -297,18 +297,19 @@ _OPEN = (
     "NOT EXISTS (SELECT FROM pg_database WHERE datname = current_database()"
     " AND starts_with(shobj_description(oid, 'pg_database'), 'migrator: maintenance window '))"
 )
-"""Whether no killed run has left its maintenance window; see maintenance_window.py."""
+"""Whether no killed run has left a maintenance window; see maintenance_window.py."""
 
 
 def _question(table: VersionTable, digest: str) -> Question:
-    """Return what tells whether there is anything to do.
+    """Return the query that tells whether the database is up to date.
 
-    ``digest`` is what the ledger's last run must have ended with; empty where no ledger is kept.  Both tables are read
-    where nothing else is found, by a statement in which no other name depends on that.
+    ``digest`` is the digest of the ledger's last run; empty if no ledger is kept. Both tables are read
+    by a statement in which no other name depends on the search_path, and only if the names lead to
+    nothing else.
     """
     name, rows = quote_literal(table.name), quote_identifier(table.name)
     last = (
-        # An older migrator's ledger has no id: the outer one is taken then.
+        # The ledger of an older migrator has no id: then the outer one is used.
         f"(SELECT (SELECT code OPERATOR(pg_catalog.=) 0 AND digest OPERATOR(pg_catalog.=) {quote_literal(digest)}"  # noqa: S608 - quoted
         " AND pg_catalog.jsonb_extract_path(details, 'version_tables') IS NULL"
         f" FROM ONLY {LEDGER} WHERE version_table OPERATOR(pg_catalog.=) {name}"
@@ -330,7 +331,8 @@ def _question(table: VersionTable, digest: str) -> Question:
     place = search_path.beside(table.name, table.schema, quote_literal)
     lock = f"LOCK TABLE ONLY {rows}{f', ONLY {LEDGER}' if digest else ''} IN ACCESS SHARE MODE;"
     ahead = (
-        # Looked at again, now that it stays what it is: from pg_catalog, for the look resolves names of its own.
+        # Read again under the lock that keeps it unchanged; from pg_catalog, because this query resolves
+        # names of its own.
         f"{place} {lock} {search_path.BACK} {place} {read} {search_path.BACK} "
     )
     return Question(columns, ahead)
@@ -340,14 +342,14 @@ _ALONE = (
     " AND (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relname = {name}"
     " AND c.relkind = 'r' AND n.nspname !~ '^pg_') < 2"
 )
-"""Whether there is no other table of the name, which ``env.py``'s connection may see in the place of this one."""
+"""Whether there is no other table of this name, which ``env.py``'s connection may see instead."""
 
 _READ = "migrator.read"
-"""The setting that holds what was read, for one message."""
+"""The setting that carries the rows within one message."""
 
 
 def _only_its_owner_writes(ledger: str, table: str) -> str:
-    """Return the condition that is true of a ledger as migrator makes it; permissions.py judges every other one."""
+    """The condition for a ledger as migrator creates it; permissions.py judges every other one."""
     text = """
 EXISTS (SELECT FROM pg_catalog.pg_class l, pg_catalog.pg_class v WHERE l.oid = {ledger} AND v.oid = {table}
  AND (l.relowner = v.relowner OR l.relowner = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = session_user))

@@ -1,6 +1,6 @@
 """The stage ``backup``: no apply without a verified backup, unless it is switched off by name.
 
-What makes one is imported when one is made: it is a good part of a small run's start.
+The code for backups is imported late: it is a good part of a small run's start.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LOGGER = logging.getLogger("migrator.backup")
 
 
 def decide(mode: str, pending: bool, empty: bool) -> str:
-    """Return why there shall be no backup, or ``""`` where there shall be one.
+    """Return why no backup is made, or ``""`` if one is made.
 
-    ``mode`` is MIGRATOR_BACKUP; ``pending`` whether revisions will be applied or reverted; ``empty`` whether the
-    database holds nothing that could be lost.
+    ``mode`` is MIGRATOR_BACKUP. ``pending`` says whether revisions will be applied or reverted,
+    ``empty`` whether the database holds nothing that can be lost.
     """
     if mode == "off":
         return "switched off by MIGRATOR_BACKUP=off"
@@ -46,7 +46,7 @@ def back_up(
     application_name: str,
     name: str = "",
 ) -> Backup:
-    """Back the session's database up and return the proven backup; raises :class:`BackupFailed`."""
+    """Back up the session's database and return the verified backup; raises :class:`BackupFailed`."""
     from migrator.backups.dump import backup as dump
 
     return dump.back_up(
@@ -55,9 +55,10 @@ def back_up(
 
 
 def check_client(session: Session, settings: Settings) -> None:
-    """Refuse a pg_dump that is too old before anything starts, also before the lock; raises :class:`BackupFailed`.
+    """Refuse a pg_dump that is too old before anything starts, also before the lock; raises
+    :class:`BackupFailed`.
 
-    Where a recent backup may be reused, another machine makes those, and no pg_dump is needed here.
+    If a recent backup may be reused, another machine makes the backups, and no pg_dump is needed here.
     """
     if settings.backup_max_age is None:
         from migrator.backups.dump import backup as dump
@@ -66,7 +67,9 @@ def check_client(session: Session, settings: Settings) -> None:
 
 
 def tidy_up(session: Session, settings: Settings) -> Finding | None:
-    """Remove what MIGRATOR_BACKUP_KEEP does not keep, now that all went well; that it cannot be done is a finding."""
+    """Remove the backups that MIGRATOR_BACKUP_KEEP does not keep, after a good end; a failure is only a
+    finding.
+    """
     if not settings.backup_keep:
         return None
     from migrator.backups.retention import prune
@@ -74,7 +77,7 @@ def tidy_up(session: Session, settings: Settings) -> Finding | None:
     try:
         prune(session, settings)
         return None
-    except Interrupt as signal:  # the run's own work is done: a signal must not make it look undone
+    except Interrupt as signal:  # the run's own work is done: a signal must not make it look unfinished
         why = f"interrupted by {signal.name}"
     except (MigratorError, QueryFailed) as error:
         why = str(error)
@@ -84,7 +87,7 @@ def tidy_up(session: Session, settings: Settings) -> Finding | None:
 
 
 def preflight(session: Session, settings: Settings) -> None:
-    """Find out, before anything starts, whether a backup could be made; raises :class:`BackupFailed`."""
+    """Check, before anything starts, whether a backup is possible; raises :class:`BackupFailed`."""
     from migrator.backups.dump import backup as dump
 
     dump.preflight(session, settings)
@@ -93,7 +96,7 @@ def preflight(session: Session, settings: Settings) -> None:
 def reusable(
     session: Session, settings: Settings, revisions: tuple[str, ...], version_table: VersionTable | None
 ) -> Backup | None:
-    """Return a backup that is as good as a new one, where MIGRATOR_BACKUP_MAX_AGE allows for it."""
+    """Return a backup that is as good as a new one, if MIGRATOR_BACKUP_MAX_AGE allows it."""
     if settings.backup_max_age is None:
         return None
     from migrator.backups import reuse
@@ -102,7 +105,7 @@ def reusable(
 
 
 def why_reused(backup: Backup) -> str:
-    """Say in a few words which backup stands for a new one."""
+    """Return in a few words which backup is reused."""
     from migrator.backups import reuse
 
     minutes = reuse.age(backup, datetime.now(UTC)) / 60

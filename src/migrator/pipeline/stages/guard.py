@@ -1,4 +1,4 @@
-"""Refuse what would destroy, or what nobody has read: the last check before the backup."""
+"""Refuse to destroy data, or to run unread SQL: the last check before the backup."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ log = logging.getLogger("migrator.guard")
 
 
 def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
-    """Judge the plan; ``yes`` is the person's consent, ``tables`` the number of tables in the database.
+    """Judge the plan; ``yes`` is the user's consent, ``tables`` the number of tables in the database.
 
-    A downgrade that ends at base, however it was spelled, deletes the schema and needs consent.  So does one by SQL
-    that comes from the ledger, and not from the image: it is shown first.  Raises :class:`Unsafe`.
+    A downgrade to base deletes the schema and needs consent, in any spelling. So does a downgrade with
+    SQL from the ledger instead of the image: it is shown first. Raises :class:`Unsafe`.
     """
     findings = []
     count = len(plan.revisions)
@@ -59,7 +59,7 @@ def _names(plan: Plan) -> str:
 
 
 def _show(plan: Plan) -> None:
-    """Log every statement, whole: at a level at which nobody has switched it off."""
+    """Log every statement in full, at a level that is always on."""
     for way, _ in plan.kept:
         for statement in way.statements or ():
             log.warning("%s: %s", way.revision, statement, extra={"stage": "guard", "revision": way.revision})

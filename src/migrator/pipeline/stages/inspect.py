@@ -1,8 +1,9 @@
-"""Inspect the target: where it is, what is pending, and whether it can be migrated at all.
+"""Inspect the target: its revision, the pending revisions, and whether it can be migrated at all.
 
-Changes nothing.  It runs twice: first without the lock, for a run with nothing to do should cost nothing, and again
-under the lock, for another run may have finished the work meanwhile.  ``env.py`` is asked only where its text does not
-tell which version tables it means: it may go through one for each tenant, or see another one than we do.
+It changes nothing. It runs twice: first without the lock, so that an up-to-date database costs nothing,
+and again under the lock, because another run may have finished the work. It runs ``env.py`` only if its
+text does not tell the version tables: it may use one for each tenant, or see another table than
+migrator does.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from migrator.project import History, Plan, Revision
 log = logging.getLogger("migrator")
 
 Ask = Callable[[], "Sequence[Visit] | None"]
-"""Runs ``env.py`` without migrations, and returns what it goes through; None where it could not be run."""
+"""Runs ``env.py`` without migrations, and returns its version tables; None if it cannot run."""
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """The version table that a command is about (None: not there yet), its revisions, and every one that there is.
+    """The version table of a command (None: not there yet), its revisions, and every other one.
 
-    ``visits`` has the rows of each version table that ``env.py`` goes through, as far as is known; ``about`` is the
-    key of the one that the command is about, where ``env.py`` was asked.  ``several`` says that there may be more than
-    one, ``doubt`` why only ``env.py`` would be sure, where it was not asked.  ``others`` hold revisions of this history
-    too.
+    ``visits`` has the known rows of each version table of ``env.py``. ``about`` is the key of the
+    command's table, if ``env.py`` was asked. ``several`` says that there may be more than one,
+    ``doubt`` why only ``env.py`` could be sure, if it was not asked. ``others`` hold revisions of this
+    history too.
     """
 
     table: VersionTable | None
@@ -58,7 +59,7 @@ class Whereabouts:
     doubt: str = ""
     others: tuple[VersionTable, ...] = ()
     home: VersionTable | None = None
-    """The one that is found without ``env.py``: its ledger remembers all of them."""
+    """The table that is found without ``env.py``: its ledger records all of them."""
 
 
 def find_tables(
@@ -69,10 +70,10 @@ def find_tables(
     ask: Ask | None,
     look: Callable[[VersionTable], None] = lambda _: None,
 ) -> Whereabouts:
-    """Find the version tables, and of several the one with the most that is ``pending``.
+    """Find the version tables, and of several the one with the most ``pending`` revisions.
 
-    Without ``ask``, or where that returns None, the doubt remains.  ``look`` may refuse the table that is found without
-    ``env.py``, before anything is read of its ledger.
+    Without ``ask``, or if it returns None, the doubt remains. ``look`` may refuse the table that is
+    found without ``env.py``, before its ledger is read.
     """
     sought = seek(session, history, settings.version_table)
     if sought.table is not None:
@@ -116,7 +117,7 @@ def find_tables(
 
 
 def _refuse_another(found: Sequence[Visit], setting: str) -> None:
-    """Raise :class:`SettingsError` where the setting names a version table that ``env.py`` does not use."""
+    """Raise :class:`SettingsError` if the setting names a version table that ``env.py`` does not use."""
     schema, _, name = setting.rpartition(".")
     if not setting or any(name == one.table.name and schema in ("", one.table.schema) for one in found):
         return
@@ -130,7 +131,7 @@ def _refuse_another(found: Sequence[Visit], setting: str) -> None:
 def asking(
     session: Session, history: History, settings: Settings, take_back: Callable[[], None], *, locked: bool
 ) -> Ask:
-    """Return what asks ``env.py``, whose code may write only under the run lock.
+    """Return the function that asks ``env.py``, whose code may write only under the run lock.
 
     ``take_back`` takes logging and signals back from the application.
     """
@@ -161,7 +162,9 @@ def _furthest(
     visits: Mapping[VersionTable, frozenset[str]],
     pending: Callable[[frozenset[str]], int],
 ) -> VersionTable | None:
-    """Return the version table with the most that is pending; of those, the one that was found without env.py."""
+    """Return the version table with the most pending revisions; among equals, the one that was found without
+    env.py.
+    """
     if not visits:
         return None
     mine = _qualified(session, sought.table) if sought.table else None
@@ -175,11 +178,12 @@ def _qualified(session: Session, table: VersionTable) -> VersionTable:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found: the plan, and the version table (None where there is none yet).
+    """The result of an inspection: the plan, and the version table (None if there is none yet).
 
-    ``tables`` and ``objects`` (tables, views, sequences, functions, large objects) count what is neither the
-    system's, nor an extension's, nor the version table.  ``standing`` is what the ledger says, ``edits`` are applied
-    revisions whose file has changed, and ``ahead`` is why this image may start although the schema is newer.
+    ``tables`` and ``objects`` (tables, views, sequences, functions, large objects) exclude the system,
+    extensions and the version table. ``standing`` is the state in the ledger. ``edits`` are applied
+    revisions with an edited file. ``ahead`` is the reason why this image may start although the schema
+    is newer.
     """
 
     facts: ServerFacts
@@ -195,12 +199,12 @@ class Inspection:
 
     @property
     def sure(self) -> bool:
-        """Whether every version table that ``env.py`` goes through is known."""
+        """Tell whether every version table of ``env.py`` is known."""
         return not self.where.doubt
 
     @property
     def empty(self) -> bool:
-        """Whether the database holds nothing that a backup could save."""
+        """Tell whether the database holds nothing that a backup could save."""
         return self.objects == 0 and not self.current
 
 
@@ -217,14 +221,15 @@ def inspect(
 ) -> Inspection:
     """Find out what ``kind`` (upgrade, downgrade, stamp) to ``destination`` would do to this database.
 
-    Raises an error with its own code for each state that a person must decide about; with ``read_only`` a
-    standby, or a database without a version table, is none.  Nor is the latter while it is not ``settled``: before
-    the lock is held, another run may be about to commit tables and version table both.  ``ask`` runs ``env.py``.
+    Each state that needs a decision raises an error with its own code. With ``read_only``, a standby,
+    or a database without a version table, is not such a state. Before the lock is held (not
+    ``settled``), a missing version table is not either: another run may be about to commit tables and
+    version table. ``ask`` runs ``env.py``.
     """
     if not read_only:
         _refuse_standby(session)
         _refuse_role(session, settings.role)
-    # In this order: whoever made the tables that are counted has made the version table by then.
+    # In this order: the creator of the counted tables has created the version table by then.
     tables, objects = session.query(CONTENTS)[0]
 
     def pending(rows: frozenset[str]) -> int:
@@ -253,7 +258,7 @@ def inspect(
     _refuse_copies(table, current)
     if table is not None:
         look(table)
-    # It is about tables that are there: the history of a database without any begins at its beginning.
+    # It is for existing tables: without any, the history starts at its beginning.
     baseline = settings.baseline if tables and not current else ""
     standing = read_standing(session, table, settings.role) if settings.ledger else Standing()
     unknown, ahead = history.unknown(current), ""
@@ -277,7 +282,7 @@ def inspect(
             f"{where.about} is ahead of this image, and {_some(tuple(map(str, behind)))} behind it.",
             next_step="run the newer image, which brings all of them to one revision",
         )
-    # Until env.py has been asked, under the lock where it writes, nobody knows.
+    # It is not known until env.py has been asked, under the lock if it writes.
     unknown_yet = bool(where.doubt) and not read_only
     must_know = settled and not read_only and kind == "upgrade" and len(where.visits) < 2 and not unknown_yet
     if must_know and table is None and tables and not baseline and not _has_one(session, history.siblings()):
@@ -305,7 +310,7 @@ def inspect(
 
 
 UNKNOWN = 1_000_000
-"""What is pending where this image cannot know: that decides first."""
+"""The number of pending revisions if this image cannot know it: that decides first."""
 
 
 def _unversioned(session: Session, history: History, tables: int, where: Whereabouts) -> Unversioned:
@@ -327,26 +332,26 @@ def _unversioned(session: Session, history: History, tables: int, where: Whereab
 
 
 def _refuse_copies(table: VersionTable | None, rows: Sequence[str]) -> None:
-    """Raise :class:`HistoryError` for equal rows, which Alembic can neither move nor count."""
+    """Raise :class:`HistoryError` for duplicate rows, which Alembic can neither move nor count."""
     copies = sorted({row for row in rows if rows.count(row) > 1})
     if table is None or not copies:
         return
     raise HistoryError(
         f"The version table {table} has duplicate rows: "
         f"{', '.join(f'{row} {rows.count(row)} times' for row in copies)}.",
-        next_step=f"DELETE FROM {table.typed} a USING {table.typed} b"  # noqa: S608 - to be typed by a person
+        next_step=f"DELETE FROM {table.typed} a USING {table.typed} b"  # noqa: S608 - for the user to type
         " WHERE a.version_num = b.version_num AND a.ctid > b.ctid; then restore its primary key",
     )
 
 
 def _has_one(session: Session, names: frozenset[str]) -> bool:
-    """Whether one of these tables is there: the database is shared, and what is in it may all be the others'."""
+    """Tell whether one of these tables exists: in a shared database, all tables may belong to others."""
     found = "SELECT EXISTS (SELECT 1 FROM pg_class WHERE relkind = 'r' AND relname = ANY(%s))"
     return bool(names) and bool(session.value(found, (list(names),)))
 
 
 def _refuse_role(session: Session, role: str) -> None:
-    """Raise :class:`AccessDenied` where the login cannot do ``SET ROLE`` to the role that is to own what is made."""
+    """Raise :class:`AccessDenied` if the login cannot ``SET ROLE`` to the role that owns the new objects."""
     try:
         with session.as_role(role):
             pass
@@ -369,7 +374,7 @@ def _plan_back(
     current: tuple[str, ...],
     destination: str,
 ) -> Plan | None:
-    """Plan a downgrade by the SQL in the ledger; None where that is empty."""
+    """Plan a downgrade with the SQL in the ledger; None if that is empty."""
     ways = read_ways_back(session, table, role) if table else []
     if not ways:
         return None

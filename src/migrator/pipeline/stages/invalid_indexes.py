@@ -1,9 +1,9 @@
-"""Indexes that a run before left: found ahead of apply, and taken away where a revision builds them anew.
+"""Indexes of an earlier run: found before apply, and dropped if a revision builds them again.
 
-``CREATE INDEX CONCURRENTLY`` that is killed or fails leaves its index behind, which Postgres maintains and does not
-use.  The revision that is tried again then fails because the name is taken; with ``IF NOT EXISTS`` it passes, and the
-index stays invalid for ever.  A run that ends badly after the server has built one leaves it valid, of a revision that
-does not count as applied.
+A killed or failed ``CREATE INDEX CONCURRENTLY`` leaves its index, which Postgres maintains and does not
+use. A retry of the revision then fails because the name is taken. With ``IF NOT EXISTS`` it passes, and
+the index stays invalid for ever. If a run ends badly after the server has built an index, the index is
+valid and its revision does not count as applied.
 https://www.postgresql.org/docs/current/sql-createindex.html#SQL-CREATEINDEX-CONCURRENTLY
 """
 
@@ -26,11 +26,11 @@ from migrator.schema import catalog
 
 log = logging.getLogger("migrator.leftovers")
 
-_SECOND_LOOK = 0.2  # seconds, in which a build that just ended comes to be seen as valid
+_SECOND_LOOK = 0.2  # seconds until a build that just ended is seen as valid
 
 
 def built(session: Session, plan: Plan) -> tuple[catalog.Index, ...]:
-    """Return the valid indexes that are there although revisions of ``plan`` are to build them concurrently."""
+    """Return the existing valid indexes that revisions of ``plan`` build concurrently."""
     texts = [_text(revision, plan.kind) for revision in plan.revisions]
     texts = [text for text in texts if re.search("concurrently", text, re.IGNORECASE)]
     words = {word for text in texts for word in re.findall(r"[\w$]+", text)}
@@ -39,10 +39,10 @@ def built(session: Session, plan: Plan) -> tuple[catalog.Index, ...]:
 
 
 def left_behind(session: Session, table: VersionTable | None, plan: Plan) -> tuple[Built, ...]:
-    """Return the valid indexes that runs which ended badly have built of the first revision of ``plan``.
+    """Return the valid indexes that runs with a bad end built for the first revision of ``plan``.
 
-    That revision builds them again.  Nothing that was there before such a run; and nothing where the revision itself
-    lets an index of that name be.
+    That revision builds them again. Not included: indexes from before such a run, and indexes that the
+    revision itself expects to exist.
     """
     first = replace(plan, revisions=plan.revisions[:1])
     text = "".join(_text(revision, plan.kind) for revision in first.revisions)
@@ -53,7 +53,7 @@ def left_behind(session: Session, table: VersionTable | None, plan: Plan) -> tup
 
 
 def clear_after_death(session: Session, plan: Plan, left: Collection[Built]) -> None:
-    """Drop what :func:`left_behind` found; raises :class:`QueryFailed` where the connection is lost."""
+    """Drop the indexes that :func:`left_behind` found; raises :class:`QueryFailed` if the connection is lost."""
     for item in left:
         log.warning(
             "dropping the index %s: run %s built it and did not finish %s, which builds it again",
@@ -76,7 +76,7 @@ _IS_STILL = "SELECT count(*) FROM pg_class WHERE oid = to_regclass(%s)::oid AND 
 def _drop(session: Session, index: catalog.Index) -> None:
     """Drop an index that still has its name; raises QueryFailed.
 
-    By then only its owner can have given that name to another index: one of its own.
+    Only its owner can have given that name to another index meanwhile: one of its own.
     """
     quoted = f"{quote_identifier(index.schema)}.{quote_identifier(index.name)}"
     if not session.value(_IS_STILL, (quoted, index.oid)):
@@ -87,10 +87,11 @@ def _drop(session: Session, index: catalog.Index) -> None:
 def clear(
     session: Session, plan: Plan, *, rebuild: bool, allowed: Collection[tuple[str, str]] = ()
 ) -> tuple[Finding, ...]:
-    """Drop the INVALID indexes that ``plan`` builds anew, if ``rebuild``; return a finding for each other one.
+    """Drop the INVALID indexes that ``plan`` builds again, if ``rebuild``; return a finding for each other
+    one.
 
-    ``allowed`` are (schema, name) of those that verify.toml lets be.  Waits for older transactions, as
-    ``DROP INDEX CONCURRENTLY`` does; the session can be cancelled.  Raises :class:`QueryFailed` where the
+    ``allowed`` are (schema, name) of those that verify.toml allows. Waits for older transactions, as
+    ``DROP INDEX CONCURRENTLY`` does; the session can be cancelled. Raises :class:`QueryFailed` if the
     connection is lost.
     """
     found = [index for index in catalog.invalid_indexes(session) if (index.schema, index.name) not in allowed]
@@ -138,9 +139,9 @@ def _finding(index: catalog.Index, more: str = "") -> Finding:
 
 
 def builds(text: str, index: str) -> bool:
-    """Whether Python or SQL ``text`` builds an index of that name, and does not count on its being there.
+    """Tell whether Python or SQL ``text`` builds an index of that name, and does not expect it to exist.
 
-    A name that is put together when the revision runs is not recognised.
+    A name that is put together at run time is not recognised.
     """
     name = rf"(?<![\w$]){re.escape(index)}(?![\w$])"
     if not re.search(name, text) or not re.search(
@@ -171,7 +172,7 @@ def builds(text: str, index: str) -> bool:
 
 
 def _text(revision: Revision, kind: str) -> str:
-    """Return the text of a revision's file without the function that goes the other way."""
+    """Return the text of a revision's file without the function for the other direction."""
     try:
         text = Path(revision.path).read_text(encoding="utf-8")
         tree = ast.parse(text)

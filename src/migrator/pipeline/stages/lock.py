@@ -1,12 +1,12 @@
-"""Hold the run lock: however many runs start, on however many hosts, one applies.
+"""Hold the run lock: any number of runs may start, on any number of hosts, and one applies.
 
-The lock is Postgres's own session advisory lock, so nothing is persisted that could go stale.  It is taken
-by *polling* ``pg_try_advisory_lock`` in autocommit: a session blocked in ``pg_advisory_lock`` holds a
-snapshot, for which ``CREATE INDEX CONCURRENTLY`` in the other run waits, which is a deadlock.
+The lock is Postgres's own session advisory lock, so there is no stored state that could go stale.
+migrator *polls* ``pg_try_advisory_lock`` in autocommit. A session blocked in ``pg_advisory_lock`` holds
+a snapshot, and ``CREATE INDEX CONCURRENTLY`` in the other run waits for that snapshot: a deadlock.
 Advisory locks are counted per database, so one constant pair of keys serves them all.
 
-Who had to wait looks under a *shared* lock whether anything is left to do: it keeps out whoever wants to apply,
-but not the others that look, so that however many have waited leave together and not one after another.
+A run that had to wait takes a *shared* lock and checks again for pending revisions. The shared lock
+blocks runs that apply, not other checks: all waiting runs finish together and not one after another.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("migrator.lock")
 LOCK_CLASS = 0x6D696772  # "migr"
 RUN_LOCK = 1
 APPLY_LOCK = 2
-"""Held by the applying connection, so that a run whose control connection is lost still keeps others out."""
+"""Held by the applying connection: a run that loses its control connection still keeps others out."""
 
 _HOLDERS = """
 SELECT l.objid::int, l.pid, a.application_name, a.backend_start::text, coalesce(a.wait_event, '')
@@ -39,7 +39,7 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.classid = %s AND l.objid IN (1
   AND l.mode = 'ExclusiveLock' AND l.pid <> pg_backend_pid()
 ORDER BY l.objid
 """
-"""Who applies, or is about to; not who only looks, under the shared lock."""
+"""Holders that apply, or are about to; not the checks under the shared lock."""
 
 _REGAIN = """
 SELECT CASE WHEN EXISTS (
@@ -52,21 +52,23 @@ _POLL = (0.1, 0.3)
 """Seconds between two tries, jittered: fifty waiting runs then ask the server some 250 times a second."""
 
 _ALONE = 3
-"""Tries for the exclusive lock, after a look that found work, before another look: lookers keep each other from it."""
+"""Tries for the exclusive lock after a check that found work, before another check: checks block each other's
+exclusive lock.
+"""
 
 Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
 class Held(Generic[Seen]):
-    """How the lock is held: after ``waited`` seconds, and shared where ``seen`` shows that nothing is left to do."""
+    """How the lock is held: after ``waited`` seconds, and shared if ``seen`` shows that nothing is pending."""
 
     waited: float
     seen: Seen | None = None
 
 
 def holder(session: Session) -> tuple[int, str] | None:
-    """Return (pid, description) of whoever holds the run lock, or None."""
+    """Return (pid, description) of the session that holds the run lock, or None."""
     rows = session.query(_HOLDERS, (LOCK_CLASS,))
     if not rows:
         return None
@@ -91,10 +93,11 @@ def lock(
 ) -> Iterator[Held[Seen]]:
     """Hold the run lock within the block.
 
-    ``look`` is asked, by a run that had to wait and while nobody applies, for something that shows that nothing is
-    left to do; the lock is then held shared.  ``session_ends`` says whether the block itself has ended the session,
-    as a restore does when it swaps databases.  Raises :class:`LockBusy` when another run holds it for
-    ``settings.run_lock_timeout`` seconds, and :class:`SettingsError` where a pooler makes it worthless.
+    A run that had to wait calls ``look`` while no run applies. If its result shows that nothing is
+    pending, the lock is held shared. ``session_ends`` says whether the block itself has ended the
+    session, as a restore does when it swaps databases. Raises :class:`LockBusy` if another run holds
+    the lock for ``settings.run_lock_timeout`` seconds, and :class:`SettingsError` if a pooler breaks
+    session locks.
     """
     _refuse_pooler(session, settings)
     session.notice_a_dead_client()  # a killed run's lock ends with its connection
@@ -112,7 +115,7 @@ def _acquire(
     look: Callable[[], Seen | None] | None,
     sleep: Callable[[float], None],
 ) -> Seen | None:
-    """Take the lock: exclusive, or shared where ``look`` returned something, which is returned."""
+    """Take the lock: exclusive, or shared if ``look`` returned something, which is returned."""
     waiting = _Waiting(session, patience)
     alone = 1  # a run with work to do wants the exclusive lock
     while True:
@@ -131,7 +134,7 @@ def _acquire(
 
 
 class _Waiting:
-    """The wait for another run: bounded, and said aloud."""
+    """The wait for another run: bounded, and logged."""
 
     def __init__(self, session: Session, patience: float) -> None:
         self._session = session
@@ -140,7 +143,7 @@ class _Waiting:
         self._said, self._said_at, self._asked_at = "", float("-inf"), float("-inf")
 
     def pause(self) -> float:
-        """Return the seconds until the next try; raises :class:`LockBusy` when the time is over."""
+        """Return the seconds until the next try; raises :class:`LockBusy` after the last one."""
         now = time.monotonic()
         if now >= self._deadline:
             raise self._busy()
@@ -167,10 +170,10 @@ class _Waiting:
 
 
 def _refuse_pooler(session: Session, settings: Settings) -> None:
-    """Refuse an address through which a session lock would end with each transaction, or no second session comes.
+    """Refuse an address that ends a session lock with each transaction, or gives no second session.
 
-    Raises :class:`SettingsError`, and what tells of a server that has no room or is gone.  Costs nothing where there
-    is no pooler.
+    Raises :class:`SettingsError`, and the error of a server that has no free connection or is gone. It
+    is free without a pooler.
     """
     if not session.pooled:
         return
@@ -193,10 +196,12 @@ _SERVER_CONNECTIONS = (
 
 
 def _what_a_pooler_does(session: Session, application_name: str, timeout: float) -> str:
-    """Return why a run cannot work through a pooler; an empty text where it keeps a connection for its client.
+    """Return why a run cannot work through a pooler; an empty text if the pooler keeps a connection for its
+    client.
 
-    What the session has set is otherwise found by another client, which a pooler hands the connection that was used
-    last.  A look that is lost or not answered is an answer: the pooler has no second connection, or takes no look.
+    Without that, another client finds this session's setting: a pooler gives it the connection that was
+    used last. A check that is lost or not answered is an answer too: the pooler has no second
+    connection, or rejects the check.
     """
     given_away = "in transaction mode, in which session locks do not work"
     seen = "SELECT current_setting('migrator.probe', true)"
@@ -217,7 +222,7 @@ def _what_a_pooler_does(session: Session, application_name: str, timeout: float)
 
 
 def _try(session: Session, *, shared: bool = False) -> bool:
-    """Take the run lock unless a run holds it, or an applying connection without its run is still alive."""
+    """Take the run lock, unless a run holds it, or an applying connection without its run is still alive."""
     take = "pg_try_advisory_lock_shared" if shared else "pg_try_advisory_lock"
     if not session.value(f"SELECT {take}(%s, %s)", (LOCK_CLASS, RUN_LOCK)):
         return False
@@ -228,14 +233,14 @@ def _try(session: Session, *, shared: bool = False) -> bool:
 
 
 def regain(session: Session) -> bool:
-    """Make sure of the run lock, taking it again where the session was lost; False while another run has it."""
+    """Confirm the run lock; take it again if the session was lost. False if another run has it."""
     ours = {"class": LOCK_CLASS, "lock": RUN_LOCK}
     return bool(session.query(_REGAIN, ours, timeout=PROBE)[0][0])
 
 
 @contextlib.contextmanager
 def lock_if_free(session: Session) -> Iterator[bool]:
-    """Hold the run lock within the block if nobody has it; yields whether it is held."""
+    """Hold the run lock within the block if it is free; yield whether it is held."""
     held = _try(session)
     try:
         yield held
@@ -245,7 +250,7 @@ def lock_if_free(session: Session) -> Iterator[bool]:
 
 
 def _unlock(session: Session, *, shared: bool) -> bool:
-    """Give the lock back; returns whether it was ours."""
+    """Release the lock; return whether this session held it."""
     give = "pg_advisory_unlock_shared" if shared else "pg_advisory_unlock"
     return bool(session.value(f"SELECT {give}(%s, %s)", (LOCK_CLASS, RUN_LOCK)))
 

@@ -1,6 +1,6 @@
-"""Wait until commits are answered: a synchronous standby that is not there keeps every COMMIT waiting for ever.
+"""Wait until commits are answered: a missing synchronous standby blocks every COMMIT for ever.
 
-Nothing tells a session that its COMMIT waits, and one that is cancelled there *is* committed.
+A session is not told that its COMMIT waits, and a COMMIT that is cancelled there *is* committed.
 https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION
 """
 
@@ -26,10 +26,10 @@ _REPEAT = 10.0  # seconds
 
 
 def missing(names: str, waits: bool, there: int, hidden: int) -> bool:
-    """Whether a COMMIT would wait for a standby that is not connected.
+    """Tell whether a COMMIT would wait for a standby that is not connected.
 
-    ``there`` is the number of synchronous standbys, ``hidden`` that of those whose state this role may not see: with
-    one of these nobody can tell.
+    ``there`` is the number of synchronous standbys, ``hidden`` the number of those with a state that
+    this role may not see: with one of these, it is not known.
     """
     if not names.strip() or not waits or hidden:
         return False

@@ -1,7 +1,7 @@
-"""Verify: is the database what the run was to leave?
+"""Verify that the database is in the target state.
 
-Catalog queries first (at the target revision, no invalid index, no constraint left NOT VALID by this run),
-then what ``verify.toml`` expects.  Findings are returned, not raised: the pipeline decides.
+First the catalog: the target revision, no invalid index, no constraint that this run left NOT VALID.
+Then the expectations of ``verify.toml``. Findings are returned, not raised: the pipeline decides.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ def verify(
     database_timeout: float = 60.0,
     trusting: bool = False,
 ) -> tuple[Finding, ...]:
-    """Return what is not as it should be; nothing where all is well.
+    """Return the findings; none if all is well.
 
-    ``expected`` and ``actual`` are revisions, ``not_valid_before`` what
-    :func:`migrator.schema.catalog.not_valid_constraints` said before the run; ``database_timeout`` bounds each
-    assertion, in seconds; ``trusting`` lets a superuser's assertion run what belongs to other roles.  Raises
-    :class:`migrator.postgres.session.QueryFailed` where the catalog cannot be read or the connection is lost.
+    ``expected`` and ``actual`` are revisions. ``not_valid_before`` is the result of
+    :func:`migrator.schema.catalog.not_valid_constraints` before the run. ``database_timeout`` bounds
+    each assertion, in seconds. ``trusting`` lets a superuser's assertion run code of other roles.
+    Raises :class:`migrator.postgres.session.QueryFailed` if the catalog cannot be read or the
+    connection is lost.
     """
     expectations = expectations or Expectations()
     findings = [
@@ -66,7 +67,7 @@ def _listed(names: tuple[str, ...]) -> str:
 def not_at_target(
     expected: frozenset[str], actual: frozenset[str], place: str = "alembic_version"
 ) -> Iterator[Finding]:
-    """Find that version rows are others than those that are wanted."""
+    """Return a finding if the version rows are not the expected ones."""
     if expected == actual:
         return
     there = " and ".join(sorted(actual)) or "no revision"
@@ -76,7 +77,9 @@ def not_at_target(
 
 
 def _invalid_indexes(session: Session, expectations: Expectations) -> Iterator[Finding]:
-    """Report what is invalid at two looks: a build may end between a catalog's snapshot and the list of locks."""
+    """Report indexes that are invalid at two looks: a build may end between a catalog's snapshot and the list
+    of locks.
+    """
 
     def look() -> tuple[catalog.Index, ...]:
         found = catalog.invalid_indexes(session)
@@ -193,7 +196,7 @@ def _foreign_keys(table: ExpectedTable, actual: catalog.Table) -> Iterator[Findi
 
 
 def _add_foreign_key(table: ExpectedTable, key: ForeignKey) -> str:
-    """Return the SQL that adds the key without blocking writers while the rows are checked."""
+    """Return the SQL that adds the key and checks its rows without blocking writers."""
     alter = f"ALTER TABLE {_quoted(table.schema, table.name)}"
     name = _quoted(f"{table.name}_{'_'.join(key.columns)}_fkey")
     return (
@@ -212,9 +215,9 @@ def _primary_key(table: ExpectedTable, actual: catalog.Table) -> Iterator[Findin
     )
 
 
-# The text of an assertion travels as a setting's value and is opened as a cursor, which takes one query and no
-# more: "COMMIT; DELETE FROM t" cannot leave the read-only transaction, as it would through DECLARE CURSOR FOR.
-# Checks of tables are not evaluated while planning where constraint_exclusion is off.
+# The text of an assertion travels as the value of a setting and is opened as a cursor. A cursor takes one
+# query only: "COMMIT; DELETE FROM t" cannot leave the read-only transaction, as it would through DECLARE
+# CURSOR FOR. Checks of tables are not evaluated during planning if constraint_exclusion is off.
 _BEGIN = (
     "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SELECT set_config('statement_timeout', %s, true),"
     " set_config('migrator.assertion', %s, true), set_config('constraint_exclusion', 'off', true)"
@@ -226,7 +229,8 @@ _FETCH = (
 )
 
 
-# Where a table could become a view meanwhile, and no view is read: path-proof, for it runs in the user's search_path.
+# A table could become a view meanwhile, so no view is read. This is safe with any search_path: it runs in
+# the user's.
 _TABLES_ONLY = (
     "SELECT CASE WHEN pg_catalog.current_setting('restrict_nonsystem_relation_kind', true) IS NOT NULL THEN"
     " pg_catalog.set_config('restrict_nonsystem_relation_kind', 'view, foreign-table', true) END; "
@@ -234,7 +238,7 @@ _TABLES_ONLY = (
 
 
 class _CodeOfOthers(Exception):
-    """A superuser's assertion would run what belongs to other roles."""
+    """A superuser's assertion would run code of other roles."""
 
 
 def _assertion(session: Session, assertion: Assertion, timeout: float, trusting: bool) -> Iterator[Finding]:
@@ -253,8 +257,8 @@ def _assertion(session: Session, assertion: Assertion, timeout: float, trusting:
         yield _error("assertion-error", place, *_explain(error, timeout))
         return
     except (ValueError, ArithmeticError) as error:
-        # What Postgres holds and Python cannot: a date after the year 9999, a character that the database's
-        # encoding has not.
+        # Postgres holds values that Python cannot: a date after the year 9999, a character outside of the
+        # database's encoding.
         sentence = f"its query or its result cannot be transferred: {error}"
         yield _error("assertion-error", place, sentence, "cast the first column to text")
         return
@@ -283,7 +287,7 @@ def _ask(session: Session, sql: str, timeout: float, trusting: bool) -> list[tup
         if code:
             raise _CodeOfOthers(", ".join(code[:5]))
         first = "" if trusting or foreign_code.names_views(session, sql) else _TABLES_ONLY
-        with session.as_user():  # the query's names are resolved as its author's are
+        with session.as_user():  # the query's names are resolved in its author's search_path
             return session.query(first + _FETCH)
     finally:
         if not session.closed:
@@ -313,9 +317,10 @@ def _explain(error: QueryFailed, timeout: float) -> tuple[str, str]:
 
 
 def same(expected: Scalar, value: Any) -> bool:
-    """Return whether a value from the database is the expected one.
+    """Tell whether a value from the database is the expected one.
 
-    A number is a number, whole or decimal; true is not 1; a text also equals what reads so, such as a date.
+    A number is a number, whole or decimal. true is not 1. A text also equals a value with that text,
+    such as a date.
     """
     if isinstance(expected, bool) or isinstance(value, bool):
         return expected is value

@@ -1,4 +1,4 @@
-"""Wait until the target answers a query, or say at once why it never will."""
+"""Wait until the target answers a query, or report at once why it never will."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from migrator.postgres.session import ConnectFailed, Refusal, Session, as_typed,
 log = logging.getLogger("migrator.wait")
 
 _LAST_ATTEMPT = 0.5  # seconds that are kept for it
-_BETWEEN_LOGINS = 5.0  # seconds between two that are refused, for servers may count them
+_BETWEEN_LOGINS = 5.0  # seconds between two refused attempts, because servers may count them
 
 
 def wait(
@@ -27,22 +27,22 @@ def wait(
     *,
     connect: Callable[[Target, str, float], Session] = connect,
 ) -> tuple[Session, int]:
-    """Connect, again and again within ``settings.wait_timeout`` seconds; return the session and the attempts.
+    """Connect, with retries within ``settings.wait_timeout`` seconds; return the session and the attempts.
 
-    What passes by itself (refused, not resolvable yet, starting up, too many clients) is retried with
-    exponential, jittered pauses; what does not (password, privilege, TLS, no such database) fails at once, unless
-    the target's secrets are files that have been replaced, or are about to be: see :class:`_Aim`.
-    The total is never overshot: an attempt gets no more time than is left.
-    Raises :class:`Unreachable` or :class:`AccessDenied`.
+    A failure that can pass (refused, not resolvable yet, starting up, too many clients) is retried with
+    exponential, jittered pauses. Any other (password, privilege, TLS, no such database) fails at once,
+    unless the target's secrets are files that were or may be replaced: see :class:`_Aim`. The total is
+    never exceeded: an attempt gets at most the remaining time. Raises :class:`Unreachable` or
+    :class:`AccessDenied`.
     """
     return _wait(_Aim(target, settings), settings, application_name, connect)
 
 
 def log_in_again(session: Session, settings: Settings, application_name: str) -> None:
-    """Wait until a login works, where Kubernetes replaces the password's file some time after the password.
+    """Wait until a login works, if Kubernetes replaces the password's file some time after the password.
 
-    For what logs in by itself after something that took long, and gives up when it is refused: pg_dump, ``env.py``.
-    Raises what :func:`wait` raises.
+    It is for programs that log in themselves after a long step, and give up when refused: pg_dump,
+    ``env.py``. Raises the errors of :func:`wait`.
     """
     if session.target.source is not None and session.target.source.kept_up:
         aim = _Aim(session.target, settings, password_only=True)
@@ -53,7 +53,7 @@ def _wait(
     aim: _Aim, settings: Settings, application_name: str, connect: Callable[[Target, str, float], Session]
 ) -> tuple[Session, int]:
     def attempt() -> Session:
-        # Even a wait of 0 seconds makes one honest attempt.
+        # Even a wait of 0 seconds makes one real attempt.
         longest = settings.connect_timeout if settings.wait_timeout == 0 else aim.left
         aim.given = max(0.05, min(settings.connect_timeout, longest))
         return connect(aim.take(), application_name, aim.given)
@@ -61,7 +61,7 @@ def _wait(
     pause = wait_random_exponential(multiplier=0.25, max=5)
 
     def bounded_pause(state: RetryCallState) -> float:
-        # The last pause is cut short: a server that comes up in the last second is still met.
+        # The last pause is cut short: a server that starts in the last second is still reached.
         return max(0.1, min(aim.pause or pause(state), aim.left - _LAST_ATTEMPT))
 
     retrying = Retrying(
@@ -96,11 +96,11 @@ def _wait(
 
 
 class _Aim:
-    """What is connected to, until when, and which failures can pass.
+    """The target, its deadline, and which failures can pass.
 
-    A target whose secrets are files is read again before each attempt.  What is refused is tried again at once where
-    a file was replaced since, and for ``settings.rotation_grace`` seconds where Kubernetes may be about to replace it.
-    With ``password_only`` nothing else of the address may change any more.
+    Secrets in files are read again before each attempt. A refused login is retried at once if a file
+    was replaced since. It is retried for ``settings.rotation_grace`` seconds if Kubernetes may still
+    replace it. With ``password_only``, no other part of the address may change.
     """
 
     def __init__(self, target: Target, settings: Settings, *, password_only: bool = False) -> None:
@@ -111,11 +111,11 @@ class _Aim:
         self._state: State = ()
         self.refused_at: float | None = None
         self.given = 0.0
-        """Seconds that the attempt may take."""
+        """The longest time for an attempt, in seconds."""
         self.told: ConnectFailed | None = None
-        """What an attempt that was not cut short failed with, or what was said to one that was."""
+        """The last failure of an attempt that was not cut short, or the message of one that was."""
         self.pause = 0.0
-        """Seconds until the next attempt, where it was a login that was refused; 0 leaves it to who waits."""
+        """Seconds until the next attempt after a refused login; 0 leaves it to the caller."""
 
     @property
     def left(self) -> float:
@@ -124,7 +124,7 @@ class _Aim:
 
     @property
     def refused_for(self) -> float:
-        """Return for how many seconds logins have been refused, as far as that might have passed."""
+        """Return for how many seconds logins have been refused that a new secret could have fixed."""
         return 0.0 if self.refused_at is None else time.monotonic() - self.refused_at
 
     @property
@@ -133,7 +133,7 @@ class _Aim:
         return " or ".join(self.target.source.places) if self.target.source else ""
 
     def take(self) -> Target:
-        """Return what to connect to now."""
+        """Return the target for the next attempt."""
         files = self.target.source
         if files is not None:
             self._state = files.state()
@@ -143,14 +143,12 @@ class _Aim:
         return self.target
 
     def can_pass(self, error: BaseException) -> bool:
-        """Whether an attempt's failure may pass by itself."""
+        """Tell whether an attempt's failure may pass by itself."""
         self.pause = 0.0
         if not isinstance(error, ConnectFailed):
             return False
         if not error.silent or self.given >= self._settings.connect_timeout:
-            self.told = (
-                error  # the last attempt's fraction of a second is no time for a busy server to answer
-            )
+            self.told = error  # the last attempt's fraction of a second is too short for a busy server
         if error.refusal is Refusal.NO_DATABASE and self._settings.wait_for_database:
             return True
         return error.refusal is Refusal.TRANSIENT or self._being_replaced(error)
@@ -175,21 +173,21 @@ class _Aim:
         return files is not None and files.state() != self._state
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but not beyond the moment in which a file is replaced."""
+        """Sleep, but not beyond the replacement of a file."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and not self._is_replaced():
             time.sleep(left if self.target.source is None else min(left, 0.25))
 
 
 def _about_secrets(error: ConnectFailed) -> bool:
-    """Whether another password, certificate or key might have been let in."""
+    """Tell whether another password, certificate or key could have been accepted."""
     words = ("password", "authentication failed", "certificate", "private key", "tlsv1 alert", "SSL error")
     named = error.refusal is Refusal.DENIED and any(word in error.text for word in words)
     return error.sqlstate.startswith("28") or (named and error.sqlstate in ("", "08P01", "XX000"))
 
 
 class _Complaint:
-    """Says what is being waited for: at once, when the reason changes, and every ten seconds."""
+    """Reports what is being waited for: at once, when the reason changes, and every ten seconds."""
 
     def __init__(self, aim: _Aim) -> None:
         self._aim = aim

@@ -1,1 +1,1 @@
-"""What each revision did: statements, tables, locks and time."""
+"""The measurement of each revision: statements, tables, locks and time."""

@@ -1,4 +1,4 @@
-"""What one revision did, as values for the report and the ledger."""
+"""The measurement of one revision, as values for the report and the ledger."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from migrator.runtime.logs import MASK, redact
 
 MOST = 100
-"""How many statements, relations and locks of one revision are kept; of the rest only the number."""
+"""How many statements, relations and locks of one revision are kept; the rest is only counted."""
 
 _LONGEST = 500  # characters of a statement
 _LOOKED_AT = 4_000  # characters of a statement that are read for those
@@ -70,11 +70,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one revision did; ``transactional`` is False where something was committed within it.
+    """The measurement of one revision; ``transactional`` is False if something was committed within it.
 
-    Then the locks are those of the last transaction only, and the rows are what the driver counted.
-    ``statement_count`` and ``statement_seconds`` are of all statements, ``statements`` the first of them.
-    ``sizes`` are those of the relations that it named, wrote to or rewrote; ``rewritten`` those with a new file.
+    Then the locks are those of the last transaction only, and the rows come from the driver.
+    ``statement_count`` and ``statement_seconds`` cover all statements, ``statements`` the first of
+    them. ``sizes`` are those of the relations that it named, wrote to or rewrote; ``rewritten`` those
+    with a new file.
     """
 
     seconds: float = 0.0
@@ -90,7 +91,7 @@ class Measured:
     sizes: tuple[Size, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON-ready data of bounded size; what was cut is counted in ``cut``."""
+        """Return it as JSON-ready data of bounded size; ``cut`` counts the omitted entries."""
         cut: dict[str, int] = {}
 
         def most(name: str, items: Sequence[Any]) -> list[Any]:

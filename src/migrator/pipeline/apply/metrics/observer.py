@@ -1,10 +1,10 @@
-"""Observe what each revision does: statements as they run, the rest by one query at its end, in its transaction.
+"""Observe each revision: statements as they run, the rest by one query at its end, in its transaction.
 
-Nothing is asked of the server when a revision begins.  What was there before is known from the end of the revision
-before it, and for a table that a statement names from a look ahead of the first such statement.  The query reads
-``pg_locks``, which takes longer with every lock that the transaction has.  So where a revision has only made tables
-and their indexes, which nobody else sees or locks, the query looks for new relations alone.  Each of those has the
-strongest lock.
+The start of a revision needs no query. The state before it comes from the end of the revision before.
+For a table that a statement names, it comes from a look before the first such statement. The query
+reads ``pg_locks``, which takes longer with every lock of the transaction. If a revision has only
+created tables and their indexes, which no other session sees or locks, the query reads only new
+relations. Each of those has the strongest lock.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ _LOOK = f"""
 SELECT c.oid::bigint, c.relfilenode::bigint, {_COUNTED} FROM pg_catalog.pg_class c
  WHERE c.oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass('%s') AS pg_catalog.oid)
 """  # noqa: S608 - nothing but names
-# 16384: what initdb made has smaller ids.  https://www.postgresql.org/docs/current/system-catalog-initial-data.html
-# The size only of what the transaction has locked: nothing is waited for.
+# 16384: the objects of initdb have smaller ids.
+# https://www.postgresql.org/docs/current/system-catalog-initial-data.html The size is read only for
+# relations that the transaction has locked: nothing is waited for.
 _LOCKED = f"""
 SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
        x.transaction, l.relation::bigint, l.mode, {COLUMNS}, {_COUNTED},
@@ -70,7 +71,7 @@ SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
         OR l.relation OPERATOR(pg_catalog.=) ANY (CAST({{named}} AS pg_catalog.oid[])))
   LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) l.relation
 """  # noqa: S608 - nothing but numbers
-# Where statements have only made tables, all that is locked is new.
+# If statements have only created tables, every locked relation is new.
 _CREATED = f"""
 SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
        x.transaction, c.oid::bigint, '{STRENGTH[-1]}', {COLUMNS}, 0, 0, 0, 0)) AS pg_catalog.text)
@@ -81,7 +82,7 @@ SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
 _CREATES_A_TABLE = re.compile(r"\s*CREATE\s+(?:UNLOGGED\s+)?TABLE\b", re.IGNORECASE)
 _CREATES_AN_INDEX = re.compile(r"\s*CREATE\s+(?:UNIQUE\s+)?INDEX\b(?!\s+CONCURRENTLY)", re.IGNORECASE)
 _TOUCHES_ANOTHER = re.compile(r"\b(?:REFERENCES|INHERITS|LIKE|PARTITION|OF|AS)\b|;\s*\S", re.IGNORECASE)
-# After a commit the locks are gone: what is new, and what statements named.
+# The locks are gone after a commit: only new and named relations remain.
 _UNLOCKED = f"""
 SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(0, c.oid::bigint, NULL, {COLUMNS}, 0, 0, 0, NULL))
             AS pg_catalog.text)
@@ -90,15 +91,17 @@ SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(0, c.oid::bigint, NU
    AND (c.oid OPERATOR(pg_catalog.>) CAST('{{highest}}' AS pg_catalog.oid)
         OR c.oid OPERATOR(pg_catalog.=) ANY (CAST({{named}} AS pg_catalog.oid[])))
 """  # noqa: S608 - nothing but numbers
-# The rows that a transaction counted are handed over some time after it: at once, or the next one counts them too.
+# The server publishes a transaction's row counts some time after it: at once, or the next transaction
+# counts them too.
 _FLUSH = ", pg_catalog.pg_stat_force_next_flush()"
-# What another transaction has not committed is seen as it was; only the catalog is read, which nobody locks.
+# Uncommitted work of another transaction is seen in its old state; only the catalog is read, which is
+# never locked.
 _BEFORE = """
 SELECT c.oid::bigint, c.relfilenode::bigint, n.nspname::text, c.relname::text, c.relkind::text
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::oid[]) AND n.nspname <> 'pg_toast'
 """
-# The size takes a lock on the relation, which is not waited for where somebody holds it, or waits for it, alone: the
-# server's log would tell of an error that is none, and the watch uses this connection too.
+# The size needs a lock on the relation. If another session holds or awaits it exclusively, do not wait:
+# the server's log would show a false error, and the watch uses this connection too.
 _SIZE = """
 SELECT set_config('lock_timeout', '20ms', true), CASE WHEN NOT EXISTS (
     SELECT FROM pg_locks WHERE relation = %(oid)s::oid AND mode = 'AccessExclusiveLock'
@@ -111,10 +114,11 @@ _REWRITES = STRENGTH.index("ShareUpdateExclusiveLock")
 
 
 class Observation:
-    """Observes the SQLAlchemy connection that ``env.py`` opened; one for each connection.
+    """Observes the SQLAlchemy connection that ``env.py`` opened; one observer per connection.
 
-    ``session`` is the control connection, which sees what is committed: it is asked for the state before.
-    ``ignore`` are the names of migrator's and Alembic's own tables; ``ask`` returns the first value of a statement.
+    ``session`` is the control connection, which sees committed state: it reads the state before.
+    ``ignore`` are the names of migrator's and Alembic's own tables. ``ask`` returns the first value of
+    a statement.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class Observation:
         self._held: dict[int, frozenset[str]] = {}  # lock modes, and counted rows, of this transaction so far
         self._counted: dict[int, Counted] = {}
         self._transaction = 0
-        self._low = self._high = 0  # what this transaction made has these ids
+        self._low = self._high = 0  # this transaction created these ids
         self._highest = int(session.value("SELECT max(oid)::bigint FROM pg_class") or 0)
         self._observes = False
         self._forget()
@@ -145,7 +149,7 @@ class Observation:
         self._statements: list[Statement] = []
         self._count = 0
         self._spent = 0.0
-        self._looked: dict[str, int] = {}  # what statements name: its id, 0 where there is none
+        self._looked: dict[str, int] = {}  # relations that statements name: their id, 0 if they do not exist
         self._by_driver: dict[str, list[int]] = {}
         self._read: dict[str, tuple[bool, str, int]] = {}
         self._current = (True, "", -1)
@@ -154,10 +158,10 @@ class Observation:
         self._begun = self._running = time.perf_counter()
 
     def _rollback(self, _: Any) -> None:
-        self._known.clear()  # it may be of what was undone
+        self._known.clear()  # it may come from undone work
 
     def begins(self, transaction: int) -> None:
-        """Note that a revision begins, in that transaction (txid_current), 0 where each statement is one."""
+        """Note that a revision begins, in that transaction (txid_current), or 0 if each statement is one."""
         self._forget()
         if transaction != self._transaction or not transaction:
             self._transaction = transaction
@@ -166,9 +170,9 @@ class Observation:
         self._observes = True
 
     def ends(self) -> tuple[Measured, int]:
-        """Return what the revision did, and the transaction after it, 0 where each statement is one.
+        """Return the measurement of the revision, and the transaction after it; 0 if each statement is one.
 
-        Called in its transaction, after its last statement.  One query.
+        Called in its transaction, after its last statement. It takes one query.
         """
         seconds = time.perf_counter() - self._begun
         self._observes = False
@@ -183,7 +187,7 @@ class Observation:
         return json.loads(self._ask(sql) or "[]")  # type: ignore[no-any-return]
 
     def _now(self) -> tuple[int, dict[int, Relation]]:
-        """Return the transaction, and the relations that are new, that it has locked, or that statements named."""
+        """Return the transaction, and the relations that are new, locked by it, or named by statements."""
         if self._transaction and self._only_creates:
             rows = self._query(_CREATED.format(highest=self._highest, xid=self._transaction % 2**32))
             if rows[0][0] == self._transaction:
@@ -244,9 +248,10 @@ class Observation:
                 self._by_driver.setdefault(name, [0, 0, 0])[verb] += rows
 
     def _read_statement(self, start: str) -> tuple[bool, str, int]:
-        """Return whether a statement is not the revision's own, the table it names, and 0 to 2 for how it writes.
+        """Return whether a statement is not the revision's own, the table it names, and 0 to 2 for its way of
+        writing.
 
-        Alembic's move of the version row is none of the revision's, nor is a BEGIN for it.
+        Alembic's move of the version row and its BEGIN are not the revision's own.
         """
         head = start[:_READ_OF_OUR_OWN]
         ours = any(name in head for name in self._ignore) and not head.lstrip().upper().startswith("CREATE")
@@ -258,13 +263,13 @@ class Observation:
         return False, found[4], next((verb for verb, group in enumerate((2, 1, 3)) if found[group]), -1)
 
     def _look(self, connection: Any, name: str) -> None:
-        """Look at a table ahead of the first statement that names it."""
+        """Read a table before the first statement that names it."""
         self._looked[name] = 0
         cursor = connection.connection.cursor()
         try:
             cursor.execute(_LOOK % name.replace("'", "''"))
             row = cursor.fetchone()
-        except Exception:  # noqa: BLE001 - any driver's: the statement itself then says what is wrong
+        except Exception:  # noqa: BLE001 - any driver: the statement itself then reports the error
             return
         finally:
             cursor.close()
@@ -278,7 +283,7 @@ class Observation:
         self._known[oid] = replace(seen, file=file, size=size)
 
     def _size(self, oid: int) -> int | None:
-        """Return the bytes of a relation, None where it is locked (as by this very transaction) or is not committed."""
+        """Return the bytes of a relation; None if it is locked (also by this transaction) or not committed."""
         try:
             rows = self._session.query(_SIZE, {"oid": oid})
         except QueryFailed:
@@ -314,9 +319,7 @@ class Observation:
             ),
             rewritten=tuple(rewritten(changed)),
             rows=self._rows(now, transactional),
-            created=tuple(
-                name for name in made if name not in gone
-            ),  # an index that was made anew is neither
+            created=tuple(name for name in made if name not in gone),  # a rebuilt index is not either
             dropped=tuple(name for name in gone if name not in made),
             sizes=tuple(sizes(changed, [fresh[oid] for oid in created])),
         )
@@ -328,7 +331,7 @@ class Observation:
         return any(name == own or name.startswith(f"{own}_") for own in self._ignore)
 
     def _is_news(self, oid: int, item: Relation) -> bool:
-        """Whether a relation has locks that the transaction had not before, or another file."""
+        """Tell whether a relation has new locks of the transaction, or another file."""
         if not item.modes:
             return True
         known = self._known.get(oid)
@@ -337,7 +340,7 @@ class Observation:
         )
 
     def _state_before(self, fresh: dict[int, Relation]) -> dict[int, Relation]:
-        """Return how the relations were before the revision, asking for those that were never seen."""
+        """Return the relations before the revision; query those that were never seen."""
         before = {oid: self._known[oid] for oid in fresh if oid in self._known}
         unseen = [
             oid
@@ -366,7 +369,7 @@ class Observation:
         return tuple(found)
 
     def _remember(self, now: dict[int, Relation], created: list[int], transactional: bool) -> None:
-        """Keep what is known for the next revision, which may be in the same transaction."""
+        """Keep the current state for the next revision, which may be in the same transaction."""
         self._known.update((oid, item) for oid, item in now.items() if item.kind)
         if created:
             self._highest = created[-1]

@@ -12,7 +12,7 @@ COLUMNS = (
     "CAST(CAST(c.relnamespace AS pg_catalog.regnamespace) AS pg_catalog.text), CAST(c.relname AS pg_catalog.text),"
     " CAST(c.relkind AS pg_catalog.text), c.relfilenode::bigint"
 )
-"""What is read of a relation, where ``c`` is its row of pg_class."""
+"""The columns of a relation, with ``c`` as its row of pg_class."""
 
 Counted = tuple[int, int, int]
 NONE: Counted = (0, 0, 0)
@@ -20,9 +20,9 @@ NONE: Counted = (0, 0, 0)
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation as it was last seen: its name and kind (empty: it is gone), its file, and its size in bytes.
+    """The last known state of a relation: name and kind (empty: it is gone), file, and size in bytes.
 
-    ``modes`` are the locks that the transaction has on it, ``counted`` the rows that it has written by then.
+    ``modes`` are the transaction's locks on it, ``counted`` the rows that it has written so far.
     """
 
     name: str
@@ -57,7 +57,7 @@ def relations(rows: Sequence[Any]) -> dict[int, Relation]:
 
 
 def strength(modes: Collection[str]) -> int:
-    """Return the place of the strongest mode among all, -1 for none."""
+    """Return the index of the strongest mode, -1 for none."""
     return max((STRENGTH.index(mode) for mode in modes if mode in STRENGTH), default=-1)
 
 
@@ -67,14 +67,16 @@ def by_strength(modes: Collection[str]) -> tuple[str, ...]:
 
 
 def rewritten(changed: list[tuple[Relation, Relation]]) -> list[Size]:
-    """Return what has another file now; indexes only where no table has, for they follow their table."""
+    """Return the relations with another file now; indexes only if no table has one, because they follow their
+    table.
+    """
     moved = [(old, new) for old, new in changed if new.file and old.file is not None and old.file != new.file]
     tables = [(old, new) for old, new in moved if new.kind in ("r", "m")]
     return [Size(new.name, old.size, new.size) for old, new in tables or moved]
 
 
 def sizes(changed: list[tuple[Relation, Relation]], created: list[Relation]) -> list[Size]:
-    """Return the sizes of tables and materialized views that were written to; what is new began with nothing."""
+    """Return the sizes of tables and materialized views that were written to; new ones start at zero."""
     kept = [
         Size(new.name or old.name, old.size, new.size if new.kind else 0)
         for old, new in changed
