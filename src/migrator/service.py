@@ -1,4 +1,4 @@
-"""The Python API: everything the command line can do, as methods that return values and never exit."""
+"""The Python API: everything that the command line does, as methods that return values and never exit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from migrator.runtime import lazy_logging
 from migrator.runtime.logs import Logs, redact
 from migrator.runtime.signals import Interruption
 
-# What a method needs beyond this is imported in it: a run with nothing to do pays for nothing else.
+# Methods import the rest themselves: an up-to-date check pays for nothing else.
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
     from migrator.backups.restore.result import Restored
@@ -37,10 +37,11 @@ log = lazy_logging.get_logger("migrator")
 
 
 class State(NamedTuple):
-    """Where a database is: its revisions, what is pending, who is migrating it just now, and who did last.
+    """The state of a database: its revisions, the pending ones, the running migration, and the last one.
 
-    ``edited`` are applied revisions whose file has changed since, ``ahead`` is why this image may start although
-    the schema is newer, and ``hint`` names the branches, where there are several and none is chosen.
+    ``edited`` are applied revisions with an edited file. ``ahead`` is the reason why this image may
+    start although the schema is newer. ``hint`` names the branches, if there are several and none is
+    chosen.
     """
 
     target: str
@@ -94,7 +95,9 @@ class MigrationService:
     # -- what changes the database ---------------------------------------------------------------------
 
     def upgrade(self, destination: str = "") -> Outcome:
-        """Apply what is pending up to ``destination`` (or MIGRATOR_DESTINATION, or head), through every stage."""
+        """Apply the pending revisions up to ``destination`` (or MIGRATOR_DESTINATION, or head), through every
+        stage.
+        """
         return self._run("upgrade", destination or self.settings.destination or "head")
 
     def downgrade(self, destination: str, *, yes: bool = False) -> Outcome:
@@ -141,9 +144,10 @@ class MigrationService:
     # -- several databases -----------------------------------------------------------------------------
 
     def others(self, *, read_only: bool = True) -> tuple[MigrationService, ...]:
-        """Return a service for each further database of an ``env.py`` that migrates several; that is loaded for it.
+        """Return a service for each further database of an ``env.py`` that migrates several; this loads
+        ``env.py``.
 
-        Raises :class:`SettingsError`, and whatever ``env.py`` raises.
+        Raises :class:`SettingsError`, and any error of ``env.py``.
         """
         if not self._migrates_several():
             return ()
@@ -165,7 +169,9 @@ class MigrationService:
         )
 
     def all(self) -> Iterator[MigrationService]:
-        """Yield this service and then those of the other databases, which are looked for when they are asked for."""
+        """Yield this service and then those of the other databases, which are found only when they are
+        requested.
+        """
         yield self
         yield from self.others()
 
@@ -183,22 +189,24 @@ class MigrationService:
         )
 
     def _take_back(self) -> None:
-        """Take logging and signals back from whatever the application made of them."""
+        """Take logging and signals back from the application."""
         self.logs.install()
         self.interruption.retake()
 
     # -- what only looks -------------------------------------------------------------------------------
 
     def history(self, *, read_only: bool = True) -> History:
-        """Read the revision graph; needs no database.  ``read_only``: what that loads of the application only reads."""
+        """Read the revision graph; needs no database. With ``read_only``, the loaded application code may
+        only read.
+        """
         from migrator.project import History
 
         history = History(self.project, self.settings.target, read_only=read_only)
-        self.logs.install()  # what a revision file imports may have set up logging of its own
+        self.logs.install()  # the imports of a revision file may have set up their own logging
         return history
 
     def freeze(self, *, check: bool = False) -> Frozen:
-        """Write the history's manifest beside ``env.py``; with ``check``, raise where it would change."""
+        """Write the history's manifest beside ``env.py``; with ``check``, raise if it would change."""
         from pathlib import Path
 
         from migrator.project.freeze import keep
@@ -212,7 +220,7 @@ class MigrationService:
         return wait(self.settings.required_target, self.settings, self.application_name)
 
     def wait_for_current(self) -> tuple[str, ...]:
-        """Wait until nothing is pending, reading only; returns the revisions that the database is at."""
+        """Wait until nothing is pending, reading only; return the database's revisions."""
         from migrator.pipeline.fast_path.up_to_date import frozen_history
         from migrator.pipeline.wait_for_current import wait_for_current
 
@@ -229,7 +237,7 @@ class MigrationService:
         return found[0]
 
     def state(self) -> State:
-        """Return where the database is; raises for a state that a person must decide about."""
+        """Return the state of the database; raises for a state that needs a decision."""
         from migrator.pipeline.stages.inspect import asking, inspect
         from migrator.pipeline.stages.lock import holder
 
@@ -258,13 +266,13 @@ class MigrationService:
             )
 
     def current(self) -> tuple[str, ...]:
-        """Return the revisions that the database is at, known to this history or not."""
+        """Return the database's revisions, known to this history or not."""
         history = self.history()
         with self._session() as session:
             return self._rows(session, history)
 
     def _rows(self, session: Session, history: History | FrozenHistory) -> tuple[str, ...]:
-        """Return the revisions that the database is at; ``env.py`` is asked where only that knows the version table."""
+        """Return the database's revisions; ask ``env.py`` if only that knows the version table."""
         from migrator.pipeline.fast_path.up_to_date import FrozenHistory
         from migrator.pipeline.stages.inspect import asking
         from migrator.postgres.version_table import read_version, seek
@@ -280,7 +288,7 @@ class MigrationService:
     # -- the ledger ------------------------------------------------------------------------------------
 
     def ledger(self, limit: int = 20) -> list[dict[str, Any]]:
-        """Return the newest rows of the ledger as they are."""
+        """Return the newest rows of the ledger unchanged."""
         from migrator.ledger.repair import read_ledger
 
         history = self.history()
@@ -299,7 +307,7 @@ class MigrationService:
             return accept_edits(session, history, self.settings, revisions, author)
 
     def accept_schema(self) -> Drift:
-        """Keep the live schema as the one that is right, under the run lock; returns what had been different."""
+        """Accept the live schema as the expected one, under the run lock; return the earlier differences."""
         from migrator.pipeline.drift import accept
         from migrator.pipeline.stages.lock import lock
         from migrator.postgres.version_table import read_version
@@ -332,7 +340,9 @@ class MigrationService:
             )
 
     def verify_backup(self, backup_id: str, how: str = "") -> Backup:
-        """Prove a backup by ``read`` or ``restore`` (as MIGRATOR_BACKUP_VERIFY says), and note that beside it."""
+        """Verify a backup by ``read`` or ``restore`` (default: MIGRATOR_BACKUP_VERIFY), and record that
+        beside it.
+        """
         from migrator.backups.verification import verify_stored
 
         store, backup = self._find_backup(backup_id)
@@ -383,10 +393,11 @@ class MigrationService:
         tables: Sequence[str] = (),
         into_schema: str = "",
     ) -> Restored:
-        """Restore a backup: into a new database ``to``, or (``replace``) in the place of the target.
+        """Restore a backup: into a new database ``to``, or (``replace``) in place of the target.
 
-        ``tables`` alone go into a schema of the target (``into_schema``, or one that is named after the run).  A backup
-        that leaves out rows replaces it only where ``incomplete``, and never with ``drop_old``.
+        ``tables`` are restored alone, into a schema of the target (``into_schema``, or one named after
+        the run). A backup without the rows of some tables replaces the target only with ``incomplete``,
+        and never with ``drop_old``.
         """
         from migrator.backups.restore.tables import refuse_together, restore_tables
 
@@ -447,7 +458,7 @@ class MigrationService:
         return restored
 
     def _note(self, restored: Restored) -> None:
-        """Add a row about the restore to the ledger that came back; a restore does not fail for want of it."""
+        """Add a row about the restore to the restored ledger; a failure does not fail the restore."""
         from migrator.ledger.repair import note_restore
         from migrator.postgres.session import ConnectFailed, QueryFailed
 
@@ -469,7 +480,7 @@ class MigrationService:
 
     @property
     def application_name(self) -> str:
-        """Return the name under which sessions are seen in pg_stat_activity."""
+        """Return the name of the sessions in pg_stat_activity."""
         return Record("", self.settings.target, self.run_id).application_name
 
     @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """The history: the Alembic revision graph in the image.
 
-This package is the only importer of alembic.  In real projects ``env.py`` imports the whole application, which
-takes seconds; the graph is made from the revision files alone, and :meth:`History.run` is the one place that
-loads ``env.py``.
+Only this package imports alembic. In real projects ``env.py`` imports the whole application, which
+takes seconds. The graph comes from the revision files alone, and only :meth:`History.run` loads
+``env.py``.
 
-Its names are imported when they are asked for: where a project is can be told (:mod:`.layout`) without the rest.
+Its names are imported on demand: :mod:`.layout` finds a project without the rest.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ _ALEMBIC_HELP = "migrator alembic --help"
 
 
 def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:
-    """Run Alembic's own command line against the target; returns what it complains of, or an empty string.
+    """Run Alembic's own command line against the target; return its error message, or an empty string.
 
-    Raises :class:`SettingsError` for words that it does not take, and whatever ``env.py`` or a revision raises.
+    Raises :class:`SettingsError` for arguments that it rejects, and any error of ``env.py`` or a
+    revision.
     """
     import_alembic()
     from alembic.config import CommandLine
@@ -68,9 +69,9 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
 
 @contextlib.contextmanager
 def _ledger_left_out() -> Iterator[None]:
-    """Keep the ledger from ``--autogenerate`` and ``check``, which would drop whatever the models do not have.
+    """Hide the ledger from ``--autogenerate`` and ``check``, which would drop every table without a model.
 
-    Where ``env.py`` has filters of its own they go on deciding about everything else.
+    The filters of ``env.py`` still decide about everything else.
     https://alembic.sqlalchemy.org/en/latest/autogenerate.html#omitting-table-names-from-the-autogenerate-process
     """
     from alembic.runtime.environment import EnvironmentContext

@@ -1,4 +1,4 @@
-"""Alembic's own statements, with operators that no schema of the user's search_path can replace."""
+"""Alembic's own statements, with operators that no schema in the user's search_path can replace."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _COMPARISONS = {" = ": " OPERATOR(pg_catalog.=) ", " != ": " OPERATOR(pg_catalog
 
 
 def qualified(statement: str) -> str:
-    """Return one of Alembic's own statements with its operators in pg_catalog; any other as it is.
+    """Return one of Alembic's own statements with its operators in pg_catalog; return any other unchanged.
 
-    Alembic looks for the version table, and writes it, with operators that it leaves to the search_path.  Whoever may
-    create something in a schema of it may have made ``=`` for ``"char"`` and text: an exact match wins.
+    Alembic reads and writes the version table with operators that it leaves to the search_path. A role
+    that may create objects in one of its schemas may have made ``=`` for ``"char"`` and text: an exact
+    match wins.
     """
     if statement.startswith(_LOOK_FOR_TABLE) or _WRITE_VERSION.fullmatch(statement.strip()):
         for bare, named in _COMPARISONS.items():
@@ -28,7 +29,9 @@ def qualified(statement: str) -> str:
 
 @contextlib.contextmanager
 def operators_of_the_server() -> Iterator[None]:
-    """Within the block, let Alembic's own statements call nobody's operators, on any connection of ``env.py``."""
+    """Within the block, keep foreign operators out of Alembic's own statements, on any connection of
+    ``env.py``.
+    """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 

@@ -1,7 +1,7 @@
-"""What goes before ``env.py``: the callable that the project names, and Flask's application context.
+"""The steps before ``env.py``: the project's bootstrap, and Flask's application context.
 
-A project with a command of its own (``prefect server database upgrade``, ``flask db upgrade``) prepares the ground
-for its ``env.py``: it sets options and attributes of Alembic's Config, loads settings, pushes a context.
+A project with its own command (``prefect server database upgrade``, ``flask db upgrade``) prepares its
+``env.py``. It sets options and attributes of Alembic's Config, loads settings, or pushes a context.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _LOCATIONS = ("script_location", "version_locations", "recursive_version_locatio
 def ground(
     config: Config, env_file: Path, target: Target | None, options: ProjectOptions
 ) -> Iterator[Config]:
-    """Do all that comes before ``env.py``, and undo it after: the address, the bootstrap, Flask's context.
+    """Do every step before ``env.py``, and undo it after: the address, the bootstrap, Flask's context.
 
-    Yields the Config to go on with.  Raises :class:`SettingsError` and :class:`HistoryError`.
+    Yields the prepared Config. Raises :class:`SettingsError` and :class:`HistoryError`.
     """
     wants_flask = _read_flask_variables(env_file)
     tell_address(config, env_file, target, options.export)
@@ -49,12 +49,12 @@ def ground(
 
 
 def locations(config: Config) -> tuple[str | None, ...]:
-    """Return what the Config says of which revisions there are."""
+    """Return the options of the Config that locate the revisions."""
     return tuple(config.get_main_option(name) for name in _LOCATIONS)
 
 
 def refuse_other_locations(before: tuple[str | None, ...], config: Config, bootstrap: str) -> None:
-    """Raise :class:`HistoryError` where the revisions that were read are not those of the prepared Config."""
+    """Raise :class:`HistoryError` if the prepared Config has other revisions than those that were read."""
     if locations(config) != before:
         raise HistoryError(
             f"The code that prepares env.py{f' ({bootstrap})' if bootstrap else ''} changed the folders "
@@ -65,15 +65,15 @@ def refuse_other_locations(before: tuple[str | None, ...], config: Config, boots
 
 
 def prepares(env_file: Path, options: ProjectOptions) -> bool:
-    """Whether something goes before ``env.py``: the project's bootstrap, or Flask's context."""
+    """Tell whether a step comes before ``env.py``: the project's bootstrap, or Flask's context."""
     return bool(options.bootstrap) or _read_flask_variables(env_file)
 
 
 def shapes_history(name: str) -> bool:
-    """Whether the bootstrap also says where the revisions are, as far as its source tells.
+    """Tell whether the bootstrap also sets the folders of the revisions, as far as its source shows.
 
-    It is then entered before the revisions are read, and not only before ``env.py``.  Its module is found without
-    importing anything, for that may import the application.
+    It is then entered before the revisions are read, and not only before ``env.py``. Its module is
+    found without an import, which may load the application.
     """
     if not name:
         return False
@@ -93,9 +93,10 @@ def shapes_history(name: str) -> bool:
 
 @contextlib.contextmanager
 def _entered(config: Config, name: str) -> Iterator[None]:
-    """Enter the context manager that ``name`` (module:callable) returns for Alembic's Config; leave it at the end.
+    """Enter the context manager that ``name`` (module:callable) returns for Alembic's Config; leave it at the
+    end.
 
-    Raises :class:`SettingsError` where there is no such thing, and :class:`HistoryError` for what it raises itself.
+    Raises :class:`SettingsError` if it does not exist, and :class:`HistoryError` for its own errors.
     """
     if not name:
         yield
@@ -118,7 +119,7 @@ def _entered(config: Config, name: str) -> Iterator[None]:
 
 
 def _leave(name: str, leave: Callable[..., Any], manager: Any, raised: tuple[Any, ...]) -> bool:
-    """Leave the context manager; what it hands on is not its own failure."""
+    """Leave the context manager; an error that it passes on is not its own failure."""
     failure: BaseException | None = None
     with _named(name):
         try:
@@ -131,7 +132,7 @@ def _leave(name: str, leave: Callable[..., Any], manager: Any, raised: tuple[Any
 
 
 def _restore_path(path: list[str]) -> None:
-    """Take the working directory off the path again, unless the application has done more to it."""
+    """Remove the working directory from the path, unless the application has changed the path too."""
     if sys.path == [*path, str(Path.cwd())]:
         sys.path[:] = path
 
@@ -164,7 +165,7 @@ def _bad(name: str, reason: str) -> SettingsError:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say of what the application raises here that it was not ``env.py``."""
+    """Report an application error here as the bootstrap's, not as ``env.py``'s."""
     try:
         yield
     except MigratorError:
@@ -182,11 +183,11 @@ def _named(name: str) -> Iterator[None]:
 _IMPORTS = re.compile(r"^[ \t]*(?:from|import)[ \t]+(\w+)", re.MULTILINE)
 
 _APPLICATIONS: dict[str, Any] = {}
-"""What FLASK_APP stands for, made once: many an application cannot be made twice in one process."""
+"""The application of FLASK_APP, created once: many applications cannot be created twice in one process."""
 
 
 def _read_flask_variables(env_file: Path) -> bool:
-    """Whether ``env.py`` wants Flask's application context, and ``FLASK_APP`` says which application.
+    """Tell whether ``env.py`` needs Flask's application context, and ``FLASK_APP`` names the application.
 
     Reads ``.flaskenv`` and ``.env`` first, as the ``flask`` command does.
     """
@@ -203,9 +204,10 @@ def _read_flask_variables(env_file: Path) -> bool:
 
 
 def revisions_import_flask_application(env_file: Path, folders: Iterable[str | Path]) -> bool:
-    """Whether revisions in ``folders`` import from the application, which may not load outside of its own context.
+    """Tell whether revisions in ``folders`` import from the application, which may need its own context to
+    load.
 
-    An import that failed cannot be tried again within it: what it has defined until then is defined twice.
+    A failed import cannot be retried in the context: it would define things twice.
     """
     if not _read_flask_variables(env_file):
         return False
@@ -220,9 +222,10 @@ def revisions_import_flask_application(env_file: Path, folders: Iterable[str | P
 
 @contextlib.contextmanager
 def _flask_context(config: Config) -> Iterator[Config]:
-    """Push the application context as ``flask db`` does, and let Flask-Migrate's callbacks prepare the Config.
+    """Push the application context as ``flask db`` does, and let Flask-Migrate's callbacks prepare the
+    Config.
 
-    An application context that is there already (a bootstrap's) stays.
+    An existing application context (a bootstrap's) stays.
     https://flask.palletsprojects.com/en/stable/cli/#application-discovery
     """
     flask, flask_cli = importlib.import_module("flask"), importlib.import_module("flask.cli")

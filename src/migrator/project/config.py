@@ -1,4 +1,6 @@
-"""The user's Alembic project: find it, make Alembic's Config of it, and tell its ``env.py`` the target's address."""
+"""The user's Alembic project: find it, build Alembic's Config, and give the target's address to its
+``env.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
 
 
 class ProjectOptions(NamedTuple):
-    """Where the Alembic project is: Alembic's own ``-c`` (an ini, a pyproject.toml, or both), ``-n`` and ``-x``.
+    """Where the Alembic project is: Alembic's own ``-c`` (an ini, a pyproject.toml, or both), ``-n`` and
+    ``-x``.
 
-    bootstrap: ``module:callable``, entered before ``env.py``. export: the variables in which ``env.py`` looks for the
-    address, beside the usual ones. told: the address that ``env.py`` is told, where that is another than the target's:
+    bootstrap: ``module:callable``, entered before ``env.py``. export: further variables in which
+    ``env.py`` looks for the address. told: the address for ``env.py``, if it differs from the target's:
     one of several databases that it migrates.
     """
 
@@ -37,7 +40,7 @@ class ProjectOptions(NamedTuple):
 def find_project(options: ProjectOptions, folder: str | Path) -> tuple[str | None, str | None, str | None]:
     """Return (ini, toml, script location) of the project, found as Alembic finds it, else ``migrations/``.
 
-    Raises :class:`SettingsError` where there is none.
+    Raises :class:`SettingsError` if there is none.
     """
     problems = [f"{name}: no such file" for name in options.config if not _is_file(folder, name)]
     if problems:
@@ -55,7 +58,7 @@ def find_project(options: ProjectOptions, folder: str | Path) -> tuple[str | Non
     if has_ini or has_toml:
         return (ini if has_ini else None), (toml if has_toml else None), None
     if _is_file(folder, "migrations/env.py"):
-        # Flask-Migrate keeps the ini in there, too.
+        # Flask-Migrate keeps the ini there too.
         inner = "migrations/alembic.ini"
         return (
             (inner if _has_section(os.path.join(folder, inner), options.name) else None),
@@ -99,25 +102,25 @@ def _has_alembic_table(place: str) -> bool:
 
 
 def parse_command(options: ProjectOptions, command: str, revision: str) -> Namespace:
-    """Return what Alembic's own parser makes of a command: an ``env.py`` may look into ``config.cmd_opts``."""
+    """Return the parsed options of an Alembic command: an ``env.py`` may read ``config.cmd_opts``."""
     from alembic.config import CommandLine
 
     return CommandLine(prog="alembic").parser.parse_args(alembic_words(options, command, revision))
 
 
 def alembic_words(options: ProjectOptions, command: str, revision: str) -> list[str]:
-    """Return the words that ``alembic`` is told for a command."""
+    """Return the arguments of ``alembic`` for a command."""
     return [*(word for value in options.x for word in ("-x", value)), command, revision]
 
 
 def import_alembic() -> None:
-    """Import Alembic; raises :class:`HistoryError` for a plugin of another package that does not let it be imported.
+    """Import Alembic; raises :class:`HistoryError` if a plugin of another package breaks the import.
 
-    Since 1.18 that loads each entry point in the group ``alembic.plugins``:
+    Since 1.18 Alembic loads each entry point in the group ``alembic.plugins``:
     https://alembic.sqlalchemy.org/en/latest/api/plugins.html
     """
     try:
-        import alembic  # noqa: F401 - for what it loads
+        import alembic  # noqa: F401 - for its plugins
     except (Exception, SystemExit) as error:
         plugin = _entry_point(error)
         if plugin is None:
@@ -132,7 +135,7 @@ def import_alembic() -> None:
 
 
 def _entry_point(error: BaseException) -> EntryPoint | None:
-    """Return the entry point that was being loaded when this was raised."""
+    """Return the entry point that was being loaded when the error was raised."""
     import traceback
     from importlib.metadata import EntryPoint
 
@@ -152,7 +155,7 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
     ini, toml, location = find_project(options, folder)
     if cmd_opts is None:
         cmd_opts = parse_command(options, "upgrade", "head")
-    # Alembic before 1.16 knows no pyproject.toml, and no toml_file.
+    # Alembic before 1.16 knows neither pyproject.toml nor toml_file.
     extra: dict[str, Any] = {"toml_file": toml} if toml else {}
     try:
         config = Config(file_=ini, stdout=sys.stdout, ini_section=options.name, cmd_opts=cmd_opts, **extra)
@@ -176,18 +179,18 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
 
 
 def _is_nowhere(location: str, folder: Path) -> bool:
-    """Whether no ``env.py`` is where the ini says: Flask-Migrate never looks at that, only at the ini's folder."""
+    """Tell whether the ini's location has no ``env.py``: Flask-Migrate uses only the ini's folder."""
     return ":" not in location and not (folder / location / "env.py").is_file()
 
 
 def _beside(ini: str | None, folder: Path) -> str | None:
-    """Return the folder of an ini that has its ``env.py`` beside it, as Flask-Migrate arranges them."""
+    """Return the folder of an ini with its ``env.py`` beside it, as Flask-Migrate arranges them."""
     place = (folder / ini).parent if ini else None
     return str(place) if place and (place / "env.py").is_file() else None
 
 
 def sibling_tables(config: Config) -> frozenset[str]:
-    """Return the version tables that the ini's other sections name, each of a history of its own (``-n``)."""
+    """Return the version tables of the ini's other sections, each with its own history (``-n``)."""
     parser, own = config.file_config, config.config_ini_section
     tables = {
         name: parser.get(name, "version_table", raw=True, fallback="") for name in {*parser.sections(), own}
@@ -196,10 +199,10 @@ def sibling_tables(config: Config) -> frozenset[str]:
 
 
 def tell_address(config: Config, env_file: Path, target: Target | None, export: Sequence[str] = ()) -> None:
-    """Hand the target's address to the config and to the environment, wherever ``env.py`` may look for it.
+    """Give the target's address to the config and to the environment, wherever ``env.py`` may look for it.
 
-    ``export`` names further variables.  An address variable that says something else than migrator was told
-    (an application's role, a pooler) is corrected within this process, its driver kept.
+    ``export`` names further variables. If an address variable has another address than migrator's (an
+    application's role, a pooler), it is corrected within this process, and keeps its driver.
     """
     if target is None:
         return
@@ -219,10 +222,10 @@ def tell_address(config: Config, env_file: Path, target: Target | None, export: 
 
 
 def _forgive_percent_signs(config: Config) -> None:
-    """Let ``env.py`` hand an address with percent signs to the config as it is, as most do.
+    """Let ``env.py`` pass an address with percent signs to the config unchanged, as most do.
 
-    ConfigParser takes a percent sign for the start of a reference and refuses it, so that with plain Alembic
-    a password with a special character needs ``url.replace("%", "%%")`` in ``env.py``.
+    ConfigParser treats a percent sign as the start of a reference and refuses it. With plain Alembic, a
+    password with a special character needs ``url.replace("%", "%%")`` in ``env.py``.
     """
     set_option = config.set_section_option
 
@@ -245,7 +248,7 @@ _ASYNC = (
 
 
 def _driver(config: Config, env_file: Path) -> str:
-    """Choose SQLAlchemy's driver where the target's address names none: the one that the project uses."""
+    """Choose SQLAlchemy's driver if the target's address names none: the one that the project uses."""
     configured = config.file_config.get(config.config_ini_section, "sqlalchemy.url", raw=True, fallback="")
     try:
         driver = parse(configured).driver
@@ -263,7 +266,9 @@ def _driver(config: Config, env_file: Path) -> str:
 
 
 def _sync_driver() -> str:
-    """Return no driver, so that an ``env.py`` can put its own, unless SQLAlchemy's default one is not installed."""
+    """Return no driver, so that an ``env.py`` can use its own, unless SQLAlchemy's default driver is not
+    installed.
+    """
     from sqlalchemy.dialects.postgresql import dialect  # psycopg2 before SQLAlchemy 2.1, psycopg since
 
     return "" if _importable(dialect.driver) else "psycopg2"
@@ -276,7 +281,7 @@ def _importable(driver: str) -> bool:
 
 
 def _correct(name: str, target: Target, url: str, *, missing: bool) -> None:
-    """Make an address variable say what migrator was told, where it says nothing or something else."""
+    """Set an address variable to migrator's address, if it is empty or differs."""
     value = os.environ.get(name, "")
     if not value.strip():
         if missing:

@@ -1,7 +1,8 @@
-"""The way back of a revision as plain SQL, for an image that has never seen the revision.
+"""The downgrade of a revision as plain SQL, for an image that does not have the revision.
 
-A revision's ``downgrade()`` is rendered as Alembic's offline mode does, without ``env.py`` and without a database;
-only where :mod:`migrator.project.downgrade_judge.judgement` finds that calling it is harmless.  docs/why/adr has why.
+A revision's ``downgrade()`` is rendered like in Alembic's offline mode, without ``env.py`` and without
+a database. It is called only if :mod:`migrator.project.downgrade_judge.judgement` finds the call
+harmless. See docs/why/adr for the reasons.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def offline_downgrade(script: Script) -> OfflineDowngrade:
 
 
 def _stable(reason: str) -> str:
-    """Return a reason as it is the same in every process: without the addresses that objects have in memory."""
+    """Return a reason that is the same in every process: without the memory addresses of objects."""
     return redact(_ADDRESS.sub("", reason))
 
 
 def _reason(error: BaseException, path: str) -> str:
-    """Tell an author who raises on purpose from SQL that cannot be rendered."""
+    """Distinguish an author who raises on purpose from SQL that cannot be rendered."""
     text = " ".join(str(error).split("\n")[0].split())
     said = type(error).__name__ + (f": {text}" if text else "")
     place = error.__traceback__
@@ -80,7 +81,7 @@ def _reason(error: BaseException, path: str) -> str:
 
 @contextlib.contextmanager
 def _silent(loggers: list[logging.Logger]) -> Iterator[None]:
-    """Let nothing be printed or logged that speaks of a downgrade which does not take place."""
+    """Suppress output and logs about a downgrade that does not happen."""
     before = [(logger, logger.disabled) for logger in loggers]
     for logger in loggers:
         logger.disabled = True
@@ -93,7 +94,7 @@ def _silent(loggers: list[logging.Logger]) -> Iterator[None]:
 
 
 class _Renderer:
-    """Alembic's offline mode for PostgreSQL, made once and used for every revision."""
+    """Alembic's offline mode for PostgreSQL, created once and used for every revision."""
 
     def __init__(self) -> None:
         from alembic.operations import Operations
@@ -103,9 +104,7 @@ class _Renderer:
         # Any other paramstyle doubles the percent signs of text().
         make: Any = PGDialect  # untyped
         dialect = make(paramstyle="named")
-        dialect._backslash_escapes = (
-            False  # standard_conforming_strings is on, as a live connection finds out
-        )
+        dialect._backslash_escapes = False  # standard_conforming_strings is on, as on a live connection
         logger = logging.getLogger("alembic.runtime.migration")
         disabled, logger.disabled = logger.disabled, True
         try:
@@ -122,7 +121,7 @@ class _Renderer:
         self._operations: Any = Operations(context)
 
     def add(self, text: str) -> None:
-        """Keep a statement; raises ValueError where there are too many."""
+        """Keep a statement; raises ValueError if there are too many."""
         self._characters += len(text)
         if len(self._texts) >= _MOST_STATEMENTS or self._characters > _MOST_CHARACTERS:
             raise ValueError(f"more than {_MOST_STATEMENTS} statements or {_MOST_CHARACTERS} characters")
@@ -130,7 +129,7 @@ class _Renderer:
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[list[str]]:
-        """Stand behind ``alembic.op`` for the block, where the running migration may stand too."""
+        """Replace the migration behind ``alembic.op`` within the block; a running one is put back after it."""
         from alembic import op
 
         self._texts, self._characters = [], 0
@@ -146,7 +145,7 @@ class _Renderer:
 
 
 def _refuse_missing_values(execute: Any, construct: Any, *arguments: Any, **options: Any) -> None:
-    """Raise ValueError where a parameter has no value: SQLAlchemy would write NULL for it."""
+    """Raise ValueError if a parameter has no value: SQLAlchemy would write NULL for it."""
     from sqlalchemy import text
     from sqlalchemy.sql import visitors
     from sqlalchemy.sql.elements import BindParameter
@@ -165,7 +164,7 @@ def _renderer() -> _Renderer:
 
 
 def _bind(dialect: Any, impl: Any, renderer: _Renderer) -> Any:
-    """Return what ``op.get_bind()`` gives: it renders what it is to execute, and returns nothing."""
+    """Return the object for ``op.get_bind()``: it renders statements, and returns no rows."""
     from sqlalchemy import text
     from sqlalchemy.engine.mock import MockConnection
 
@@ -176,7 +175,7 @@ def _bind(dialect: Any, impl: Any, renderer: _Renderer) -> Any:
 
         def _run_ddl_visitor(self, visitorcallable: Any, element: Any, **options: Any) -> None:
             before, self._checkfirst = self._checkfirst, options.get("checkfirst", False)
-            options["checkfirst"] = False  # there is nothing to look at: the statement itself has to check
+            options["checkfirst"] = False  # it cannot look at the database: the statement itself has to check
             try:
                 visitorcallable(dialect=self.dialect, connection=self, **options).traverse_single(element)
             finally:
@@ -211,7 +210,7 @@ def _bind(dialect: Any, impl: Any, renderer: _Renderer) -> Any:
 
 
 def _if_needed(sql: str) -> str:
-    """Return DDL that does nothing where ``checkfirst`` would have found that there is nothing to do."""
+    """Return DDL that does nothing in the cases in which ``checkfirst`` would skip it."""
     dropped, created = _DROPS.match(sql), _CREATES.match(sql)
     if dropped:
         return f"{sql[: dropped.end()]}IF EXISTS {sql[dropped.end() :]}"

@@ -1,4 +1,4 @@
-"""Run ``env.py`` as Alembic's own command does, with what migrator does in between."""
+"""Run ``env.py`` as Alembic's own command does, with migrator's hooks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
 
 Hook = Callable[["tuple[str, ...]", "MigrationContext"], "Sequence[Any]"]
-"""What is called inside ``env.py`` with the database's revisions: returns the steps to run."""
+"""Called inside ``env.py`` with the database's revisions: returns the steps to run."""
 
 Around = Callable[[Callable[[], None], Callable[[], "MigrationContext"]], None]
-"""What is called in the place of ``context.run_migrations``."""
+"""Called in place of ``context.run_migrations``."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """Alembic's command: ``upgrade``, ``downgrade`` or ``stamp``, where to, of which project, on which database."""
+    """Alembic's command: ``upgrade``, ``downgrade`` or ``stamp``, its destination, project and database."""
 
     kind: str
     destination: str
@@ -48,17 +48,18 @@ def run_env(
 ) -> None:
     """Load ``env.py`` once, and let it run the steps that ``hook`` returns.
 
-    The target's address is set as ``sqlalchemy.url``, and in the environment variables that ``env.py`` may read
-    instead; the project's bootstrap and Flask's context come next.  ``before_configure`` is called whenever ``env.py``
-    calls ``context.configure``, by when it has set up its own logging; ``around`` in the place of
-    ``context.run_migrations``, with that and a function that returns the context; ``transaction`` is one of
-    :data:`migrator.project.transactions.MODES`.  Raises whatever ``env.py`` or a revision raises.
+    The target's address is set as ``sqlalchemy.url``, and in the environment variables that ``env.py``
+    may read instead. Then come the project's bootstrap and Flask's context. ``before_configure`` is
+    called whenever ``env.py`` calls ``context.configure``, after it has set up its own logging.
+    ``around`` is called in place of ``context.run_migrations``, with that and a function that returns
+    the context. ``transaction`` is one of :data:`migrator.project.transactions.MODES`. Raises any error
+    of ``env.py`` or a revision.
     """
     config.cmd_opts = parse_command(command.options, command.kind, command.destination)
     known = locations(config)
     with ground(config, Path(script.env_py_location), command.target, command.options) as prepared:
         refuse_other_locations(known, prepared, command.options.bootstrap)
-        before_configure()  # what came before env.py may have set up logging of its own
+        before_configure()  # an earlier step may have set up its own logging
         environment = _environment(prepared, script, command.destination, hook)
         configure = configure_in(transaction, environment.configure, environment.get_context)
 
@@ -77,7 +78,7 @@ def run_env(
 
 
 def load_env(config: Config, script: ScriptDirectory) -> None:
-    """Load ``env.py`` for what it imports, in Alembic's offline mode: nothing is run or printed."""
+    """Load ``env.py`` for its imports, in Alembic's offline mode: nothing is run or printed."""
     import io
 
     from alembic.runtime.environment import EnvironmentContext
@@ -100,7 +101,7 @@ def _environment(config: Config, script: ScriptDirectory, destination: str, hook
     return EnvironmentContext(
         config,
         script,
-        fn=cast(Any, hook),  # Alembic's stub speaks of one revision; it passes all of them
+        fn=cast(Any, hook),  # Alembic's stub expects one revision; Alembic passes all of them
         as_sql=False,
         starting_rev=None,
         destination_rev=destination,

@@ -1,4 +1,4 @@
-"""What ``env.py`` says of its version table, read from its syntax tree: running it would import the application."""
+"""The version table of an ``env.py``, read from its syntax tree: running it would import the application."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from migrator.postgres.version_table import VersionTable
 
 
 class _NotKnown(Exception):
-    """The value can only be found by running the file."""
+    """Only running the file gives the value."""
 
 
 def runs_once(place: Path) -> bool:
-    """Whether an ``env.py`` certainly runs its migrations once, on one version table.
+    """Tell whether an ``env.py`` certainly runs its migrations once, on one version table.
 
-    A loop over tenants does not, nor does one that a helper of another module may hide.  What Alembic's multidb
-    template does (``engine_name=``) is left aside: each of its databases is a run of its own.
+    A loop over tenants does not, and a helper of another module may hide one. Alembic's multidb
+    template (``engine_name=``) does not count: each of its databases is its own run.
     """
     try:
         tree = ast.parse(place.read_text(encoding="utf-8"))
@@ -28,7 +28,8 @@ def runs_once(place: Path) -> bool:
         return False
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS)}
     try:
-        # Where it is not in there, a module does it while it is imported, which it is once: that is not asked.
+        # If it is not in this file, an imported module does it. Modules are imported once, so that is not
+        # checked.
         return _times(tree.body, functions, ()) == 1 or "run_migrations" not in ast.unparse(tree)
     except RecursionError:
         return False
@@ -36,7 +37,7 @@ def runs_once(place: Path) -> bool:
 
 _MANY = 2
 _CALLS_ONCE = frozenset({"run", "run_sync", "run_until_complete"})
-"""Of asyncio, anyio and SQLAlchemy: each calls the function that it is handed, once."""
+"""Functions of asyncio, anyio and SQLAlchemy: each calls the passed function once."""
 _LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -45,7 +46,7 @@ def _times(node: Any, functions: Mapping[str, Any], within: tuple[str, ...]) -> 
     if isinstance(node, list):
         return min(_MANY, sum(_times(item, functions, within) for item in node))
     if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
-        return 0  # it counts where it is mentioned
+        return 0  # every mention counts
     if isinstance(node, (ast.If, ast.IfExp)):
         return max(_times(node.body, functions, within), _times(node.orelse, functions, within))
     name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
@@ -65,7 +66,7 @@ def _times(node: Any, functions: Mapping[str, Any], within: tuple[str, ...]) -> 
         if called not in _CALLS_ONCE and any(
             _times(item, functions, within) for item in handed if _is_name(item)
         ):
-            return _MANY  # who knows how often it calls what it is handed
+            return _MANY  # it is not known how often it calls the passed function
     return _MANY if any(inside) and isinstance(node, _LOOPS) else min(_MANY, sum(inside))
 
 
@@ -79,10 +80,10 @@ def version_table(
     x: Sequence[str],
     environment: Mapping[str, str] = os.environ,
 ) -> VersionTable | None:
-    """Return the version table that an ``env.py`` configures; None where only running it would tell.
+    """Return the version table that an ``env.py`` configures; None if only running it can tell.
 
-    Understood are literals, names bound to one thing that is understood (a dictionary of options, where it is
-    only spread over calls), environment variables that are set, ``config.get_main_option`` and
+    It understands literals, names with one such value (a dictionary of options, if it is only spread
+    over calls), set environment variables, ``config.get_main_option`` and
     ``context.get_x_argument(as_dictionary=True)``.
     """
     try:
@@ -93,7 +94,7 @@ def version_table(
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     online = [call for call in calls if _is_configure(call) and _keywords(call) & {"connection", None}]
     if not online:
-        return None  # a module of its own configures Alembic
+        return None  # another module configures Alembic
     reader = _Reader(tree, get_main_option, x, environment)
     try:
         name = _only(reader, online, calls, "version_table") or "alembic_version"
@@ -101,12 +102,12 @@ def version_table(
     except (_NotKnown, RecursionError):
         return None
     if not schema and "search_path" in text:
-        return None  # in whatever schema comes first on that path
+        return None  # in the first schema of that path
     return VersionTable(name, schema)
 
 
 def _only(reader: _Reader, online: list[ast.Call], calls: list[ast.Call], keyword: str) -> str:
-    """Return the one value that a keyword has, in ``configure`` or in a helper that is handed it."""
+    """Return the single value of a keyword, in ``configure`` or in a helper that receives it."""
     given = [item.value for call in online for item in call.keywords if item.arg == keyword]
     if not given:
         spread = [item.value for call in online for item in call.keywords if item.arg is None]
@@ -141,13 +142,15 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def _always_the_same(name: str, bound: Sequence[tuple[str, ast.expr]], stored: Sequence[str]) -> bool:
-    """Whether a name is bound nowhere but here, or to the same in each function, as in the online and offline one."""
+    """Tell whether a name is bound only here, or to the same value in each function, as in the online and
+    offline one.
+    """
     values = [ast.dump(node) for other, node in bound if other == name]
     return len(values) == stored.count(name) and len(set(values)) == 1
 
 
 def _is_main_section(node: ast.expr) -> bool:
-    """Whether this is the section of the ini that ``-n`` names."""
+    """Tell whether this is the section of the ini that ``-n`` names."""
     return ast.unparse(node).endswith("config.config_ini_section")
 
 
@@ -177,7 +180,7 @@ class _Reader:
         loads = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in self._names]
         spread = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg is None]
         spread_names = [node.id for node in spread if isinstance(node, ast.Name)]
-        # A dictionary that is used otherwise too may be changed there; one of the mentions binds it.
+        # Any other use of a dictionary may change it; one of the mentions binds it.
         self._options = {name for name in spread_names if loads.count(name) == spread_names.count(name) + 1}
 
     def members(self, node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
@@ -191,7 +194,7 @@ class _Reader:
             yield str(key.value), value
 
     def value(self, node: ast.expr) -> Any:
-        """Return what an expression is worth; raises _NotKnown."""
+        """Return the value of an expression; raises _NotKnown."""
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name) and node.id in self._names:
@@ -232,7 +235,7 @@ class _Reader:
         key = self.value(arguments[0])
         if mapping in {"os.environ", "environ"}:
             if key not in self._environment:
-                raise _NotKnown  # env.py may well read a file of variables first
+                raise _NotKnown  # env.py may read a file of variables first
             return self._environment[key]
         values = self.value(node)
         if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Make a manifest of a history, and keep it beside ``env.py``."""
+"""Make the manifest of a history, and keep it beside ``env.py``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from migrator.runtime import files
 
 @dataclass(frozen=True)
 class Frozen:
-    """A manifest, its file, and what it says otherwise than that file did."""
+    """A manifest, its file, and its differences to the earlier file."""
 
     manifest: Manifest
     place: Path
@@ -38,9 +38,10 @@ class Frozen:
 
 
 def keep(history: History, options: ProjectOptions, folder: Path, *, check: bool = False) -> Frozen:
-    """Write the history's manifest; with ``check`` write nothing, and raise where the file would change.
+    """Write the history's manifest; with ``check`` write nothing, and raise if the file would change.
 
-    Raises :class:`HistoryError` for that, and :class:`SettingsError` for a folder that cannot be written to.
+    Raises :class:`HistoryError` for that, and :class:`SettingsError` for a folder that cannot be
+    written to.
     """
     manifest = freeze(history, options, folder)
     place = history.location / FILE_NAME
@@ -79,9 +80,9 @@ def _write(place: Path, text: str) -> None:
 
 
 def freeze(history: History, options: ProjectOptions, folder: Path) -> Manifest:
-    """Make the manifest of a history whose configuration was found from ``folder``.
+    """Make the manifest of a history with a configuration found from ``folder``.
 
-    It says the same wherever the project is, and whatever the environment and ``-x`` say.  Raises
+    It is the same for every place of the project, every environment and every ``-x``. Raises
     :class:`SettingsError` for a file that cannot be read.
     """
     script = history.script
@@ -100,7 +101,7 @@ def freeze(history: History, options: ProjectOptions, folder: Path) -> Manifest:
     located = found.options(read_options) if found else {}
     named = str(located.get("script_location", ""))
     matters = relative or not named.startswith((layout.HERE, "/"))
-    # A package can be anywhere, and is not found without importing it.
+    # A package can be anywhere, and cannot be found without an import.
     packaged = found is None or any(":" in place for place in relative)
     try:
         revisions = tuple(_frozen(item, root) for item in _oldest_first(script.walk_revisions()))
@@ -135,7 +136,7 @@ def _frozen(script: Any, root: str) -> FrozenRevision:
         syntax=sums.syntax,
         parents=_names(script.down_revision),
         depends_on=_names(script.dependencies),
-        # Not branch_labels, to which Alembic adds those of the ancestors.
+        # Not branch_labels: Alembic adds those of the ancestors to it.
         labels=tuple(sorted(_names(getattr(script.module, "branch_labels", None)))),
         min_compatible=str(getattr(script.module, "migrator_min_compatible", None) or ""),
         message=(script.doc or "").split("\n")[0].strip(),
@@ -147,7 +148,7 @@ def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _oldest_first(scripts: Iterable[Any]) -> list[Any]:
-    """Sort the revisions so that each follows what it needs, and by their ids where nothing else decides."""
+    """Sort the revisions so that each follows its requirements, otherwise by id."""
     by_id = {script.revision: script for script in scripts}
     waits = {key: set(script._all_down_revisions) & set(by_id) for key, script in by_id.items()}
     needed_by: dict[str, list[str]] = {}

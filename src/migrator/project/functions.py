@@ -18,7 +18,7 @@ _MOST_CHARACTERS = 200
 def runnable(steps: Iterable[Any]) -> list[Any]:
     """Return Alembic's steps.
 
-    Raises :class:`HistoryError` where one has no function to call, or would revert what its author says cannot be.
+    Raises :class:`HistoryError` if one has no function to call, or its author excludes a downgrade.
     """
     made = list(steps)
     for step in made:
@@ -44,22 +44,22 @@ def without_function(file: str, function: str) -> HistoryError:
 
 
 def is_one_way(module: ModuleType) -> bool:
-    """Whether a revision's file has no ``downgrade()``, or one that only raises."""
+    """Tell whether a revision's file has no ``downgrade()``, or one that only raises."""
     downgrade = getattr(module, "downgrade", None)
     return not callable(downgrade) or bool(what_it_raises(downgrade))
 
 
 def what_it_raises(function: Any) -> str:
-    """Return the ``raise`` that a function begins with, as text; empty where it does something first.
+    """Return the ``raise`` at the start of a function, as text; empty if it does something first.
 
-    Authors say so that there is no way back.  The source is read; the function is not called.
+    Authors mark a one-way revision so. The source is read; the function is not called.
     """
     if type(function) is not FunctionType:
         return ""
     code = function.__code__
     last = max((place[1] or 0 for place in code.co_positions()), default=0)
     text = "".join(linecache.getlines(code.co_filename)[code.co_firstlineno - 1 : last])
-    if "raise" not in text:  # nearly always, and parsing takes longer
+    if "raise" not in text:  # almost always, and parsing takes longer
         return ""
     try:
         (tree,) = ast.parse(textwrap.dedent(text)).body

@@ -1,4 +1,4 @@
-"""The SQL of a downgrade as the ledger keeps it, for an image that does not have the revision."""
+"""The SQL of a downgrade in the ledger, for an image that does not have the revision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class KeptDowngrade:
     """How to revert one revision without its file: SQL statements, or the reason why there are none.
 
-    ``search_path`` and ``role`` are those that it was applied with.  Nothing takes them up again: a row names no role
+    ``search_path`` and ``role`` are those of the upgrade. They are never applied: a row sets no role
     and no path.
     """
 

@@ -1,6 +1,7 @@
-"""Where a project's files are, read from its configuration without Alembic, for a run with nothing to do.
+"""Find a project's files from its configuration without Alembic, for the up-to-date check.
 
-What Alembic's own Config would say is said here too, or nothing: a project that this cannot read goes the long way.
+It returns the same as Alembic's own Config, or nothing: a project that it cannot read takes the slow
+path.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HERE = "{here}"
-"""Stands for the configuration's folder, so that the values are the same wherever the project is."""
+"""Stands for the configuration's folder, so that the values do not depend on the project's place."""
 
 PLACES = (
     "script_location",
@@ -25,11 +26,13 @@ PLACES = (
     "recursive_version_locations",
     "sourceless",
 )
-"""The options that say where the revisions are."""
+"""The options that locate the revisions."""
 
 
 class Layout(NamedTuple):
-    """A project's configuration: the values of its section of the ini, and else those of ``[tool.alembic]``."""
+    """A project's configuration: the values of its section of the ini, and of ``[tool.alembic]`` as a
+    fallback.
+    """
 
     location: str
     ini: Mapping[str, str]
@@ -42,9 +45,9 @@ class Layout(NamedTuple):
 
 
 def read(options: ProjectOptions, folder: str | Path) -> Layout | None:
-    """Read the configuration of the project in ``folder``; None where that takes Alembic, or there is none.
+    """Read the configuration of the project in ``folder``; None if that needs Alembic, or there is none.
 
-    Raises :class:`migrator.errors.SettingsError` as :func:`find_project` does.
+    Raises :class:`migrator.errors.SettingsError` like :func:`find_project`.
     """
     ini, toml, location = find_project(options, folder)
     try:
@@ -66,7 +69,7 @@ def read(options: ProjectOptions, folder: str | Path) -> Layout | None:
 
 
 def migrates_several(env_file: str | Path) -> bool:
-    """Whether an ``env.py`` says, as Alembic's multidb template does, on which database its revisions are to work."""
+    """Tell whether an ``env.py`` names a database for its revisions, as Alembic's multidb template does."""
     try:
         with open(env_file, "rb") as file:
             text = file.read()
@@ -90,7 +93,7 @@ def _read_ini(place: str, section: str) -> dict[str, str]:
         try:
             found[name] = parser.get(section, name)
         except configparser.InterpolationError:
-            continue  # an address with a percent sign in it; where it matters, Alembic says so
+            continue  # an address with a percent sign; Alembic reports it if it matters
     return found
 
 

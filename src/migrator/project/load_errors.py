@@ -1,4 +1,4 @@
-"""Say what is wrong with a history that cannot be read: which file, and where in it."""
+"""Explain an unreadable history: which file, and which line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from migrator.project.loading import remedy
 
 
 def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
-    """Name the file that cannot be imported, the parent that is missing, or the revisions in a circle."""
+    """Name the file that cannot be imported, the parent that is missing, or the revisions in a cycle."""
     from alembic.script.revision import CycleDetected
 
     if isinstance(error, CycleDetected):
@@ -44,11 +44,11 @@ def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
 
 
 def in_a_file(error: BaseException) -> bool:
-    """Whether a revision file raised this as it was imported, which may be otherwise after other imports."""
+    """Tell whether a revision file raised this during its import; other imports before it may fix that."""
     return not isinstance(error, SyntaxError) and not _raised_by_alembic(error)
 
 
 def _raised_by_alembic(error: BaseException) -> bool:
-    """Whether Alembic's own graph raised this, and not a revision file."""
+    """Tell whether Alembic's own graph raised this, and not a revision file."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).parts[-3:] == ("alembic", "script", "revision.py")

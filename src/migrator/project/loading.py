@@ -1,4 +1,4 @@
-"""How the project's own code is loaded: under the words of Alembic's command, and with sessions that only read."""
+"""Load the project's own code: with the arguments of Alembic's command, and with read-only sessions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READ_ONLY_TRANSACTION = "25006"  # https://www.postgresql.org/docs/current/errc
 
 @contextlib.contextmanager
 def command_line(program: str, words: Sequence[str]) -> Iterator[None]:
-    """Let ``sys.argv`` be that of another program: an application may do more, or less, under the one it knows."""
+    """Set ``sys.argv`` to that of another program: an application may depend on the program that it knows."""
     before = sys.argv
     sys.argv = [os.path.join(os.path.dirname(sys.executable), program), *words]
     try:
@@ -27,7 +27,7 @@ def command_line(program: str, words: Sequence[str]) -> Iterator[None]:
 
 
 def of_flask(words: Sequence[str]) -> list[str]:
-    """Return what ``flask`` is told where ``alembic`` is told ``words``."""
+    """Return the arguments of ``flask`` for the ``words`` of ``alembic``."""
     rest, options = list(words), list[str]()
     while rest[:1] == ["-x"]:
         options += rest[:2]
@@ -38,9 +38,10 @@ def of_flask(words: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def reading_only() -> Iterator[None]:
-    """Let every session that is opened in the block begin read-only transactions, as far as its driver can be told.
+    """Make every session that is opened in the block read-only, if its driver supports it.
 
-    At its start, and not by a statement: what a statement sets stays in a pooler's connection, which others use next.
+    This is set at the start of a session, not by a statement: in a pooler, the setting of a statement
+    would stay for the next client.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
@@ -48,7 +49,7 @@ def reading_only() -> Iterator[None]:
 
     opened: list[Any] = []
 
-    def connect(*arguments: Any) -> Any:  # of this block alone, for blocks within blocks
+    def connect(*arguments: Any) -> Any:  # of this block alone; blocks can be nested
         return _connect(*arguments)
 
     def note(_: Any, record: Any) -> None:
@@ -72,14 +73,14 @@ def reading_only() -> Iterator[None]:
 
 
 def _connect(dialect: Any, _: Any, arguments: Any, options: dict[str, Any]) -> Any:
-    """Connect as SQLAlchemy would, to a session that only reads; to another one where a pooler refuses that."""
+    """Connect like SQLAlchemy, with a read-only session; without that if a pooler refuses it."""
     if dialect.name != "postgresql":
         return None
     told = dict(options)
     if dialect.driver == "asyncpg":
         settings = {**(told.get("server_settings") or {}), "default_transaction_read_only": "on"}
         told["server_settings"] = settings
-    elif told.get("options"):  # stands in the place of PGOPTIONS
+    elif told.get("options"):  # replaces PGOPTIONS
         told["options"] = f"{told['options']} {_READ_ONLY}"
     try:
         return dialect.connect(*arguments, **told)
@@ -102,7 +103,7 @@ def _without_options() -> Iterator[None]:
 
 
 def remedy(error: BaseException, otherwise: str) -> str:
-    """Return what to do about code that failed while it was loaded; ``otherwise`` where it did not try to write."""
+    """Return the fix for code that failed while it was loaded; ``otherwise`` if it did not try to write."""
     at: BaseException | None = error
     while at is not None:
         for item in (at, getattr(at, "orig", None)):

@@ -1,8 +1,9 @@
-"""The manifest: the history frozen at build time, so that a run can tell what the image holds without Alembic.
+"""The manifest: the history frozen at build time, so that a run knows the image's history without Alembic.
 
-``migrator freeze`` writes ``manifest.json`` beside ``env.py``.  It holds nothing that differs from one build to the
-next: no time, no absolute path.  Each revision is one line, oldest first, so that a new revision is one more line in
-a review.  Standard library only, and little of it, for a run with nothing to do reads it.
+``migrator freeze`` writes ``manifest.json`` beside ``env.py``. It has no content that differs between
+two builds: no time, no absolute path. Each revision is one line, oldest first, so a new revision is one
+more line in a review. This module uses only the standard library, and little of it, because the
+up-to-date check reads it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ FORMAT = 1
 
 
 def _sha256() -> Callable[..., Any]:
-    """Return the lean sha256 where there is one, as the standard library's random.py does.
+    """Return the small sha256 module if there is one, as the standard library's random.py does.
 
-    hashlib loads OpenSSL, which takes longer than all that a run with nothing to do hashes.
+    hashlib loads OpenSSL, which takes longer than all hashing of an up-to-date check.
     """
     for name in ("_sha2", "_sha256"):  # from Python 3.12 on, and before
         with contextlib.suppress(ImportError, AttributeError):
@@ -43,17 +44,19 @@ def _hex(data: bytes) -> str:
 
 
 class NoManifest(Exception):
-    """There is no manifest in that place, or it is none that this version reads; the text says which."""
+    """There is no manifest in that place, or this version cannot read it; the text says which."""
 
 
 class FileSums(NamedTuple):
-    """A file's checksums, hexadecimal: the sha256 of its bytes, and that of its syntax tree (empty: no Python)."""
+    """A file's checksums, hexadecimal: the sha256 of its bytes, and that of its syntax tree (empty: no
+    Python).
+    """
 
     sha256: str
     syntax: str
 
     def edited_from(self, other: FileSums) -> str:
-        """Return what kind of edit led from ``other`` to this: none (an empty string), ``cosmetic`` or ``real``."""
+        """Return the kind of edit from ``other`` to this: none (an empty string), ``cosmetic`` or ``real``."""
         if self.sha256 == other.sha256:
             return ""
         return "cosmetic" if self.syntax and self.syntax == other.syntax else "real"
@@ -68,7 +71,7 @@ def file_sums(path: Path) -> FileSums:
 def sha256_of(path: str | Path) -> str:
     """Return the sha256 of a file's bytes; raises OSError.
 
-    Without a file object: for small files its making takes longer than reading and hashing.
+    Without a file object: for small files, creating it takes longer than reading and hashing.
     """
     found = _sum()
     descriptor = os.open(path, os.O_RDONLY)
@@ -99,9 +102,9 @@ def digest_of(sums: Mapping[str, str]) -> str:
 
 
 class FrozenRevision(NamedTuple):
-    """One revision as it was frozen; ``file`` is relative to the manifest's folder, with forward slashes.
+    """One frozen revision; ``file`` is relative to the manifest's folder, with forward slashes.
 
-    ``syntax`` is empty for a file without source, and ``min_compatible`` what the file declares as
+    ``syntax`` is empty for a file without source. ``min_compatible`` is the file's
     ``migrator_min_compatible``, or empty.
     """
 
@@ -122,13 +125,14 @@ class FrozenRevision(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """A history as it was frozen.
+    """A frozen history.
 
-    ``rows_at_head`` are the version rows of a fully upgraded database, with ``depends_on`` fewer than ``heads``.
-    ``options`` are the values that say where the revisions are and which version table is meant, as
-    :mod:`migrator.project.layout` reads them; ``folders`` are the version locations relative to the manifest, and
-    ``working_folder`` is the one that freeze was run in, where that matters to them.  ``version_table`` is (name,
-    schema), or None where only running ``env.py`` would tell; ``runs_once`` says that ``env.py`` has no other one.
+    ``rows_at_head`` are the version rows of a fully upgraded database; with ``depends_on`` they are
+    fewer than ``heads``. ``options`` are the values that locate the revisions and the version table, as
+    :mod:`migrator.project.layout` reads them. ``folders`` are the version locations relative to the
+    manifest. ``working_folder`` is the folder in which freeze ran, if it matters for them.
+    ``version_table`` is (name, schema), or None if only running ``env.py`` can tell. ``runs_once`` says
+    that ``env.py`` has no other one.
     """
 
     revisions: tuple[FrozenRevision, ...]
@@ -150,12 +154,14 @@ class Manifest(NamedTuple):
 
 
 def rows_at(manifest: Manifest, destination: str) -> frozenset[str] | None:
-    """Return the version rows of a database that was upgraded to ``destination``; None where only Alembic can tell."""
+    """Return the version rows of a database that was upgraded to ``destination``; None if only Alembic can
+    tell.
+    """
     if destination == "heads" or (destination == "head" and len(manifest.heads) == 1):
         return frozenset(manifest.rows_at_head)
     by_id = {item.revision: item for item in manifest.revisions}
     label, at, end = destination.rpartition("@")
-    if not at:  # all that was applied for a revision is below it
+    if not at:  # everything that was applied for a revision is below it
         return frozenset({end}) if end in by_id else None
     labelled = {item.revision for item in manifest.revisions if label in item.labels}
     for item in manifest.revisions:  # each follows its parents
@@ -199,7 +205,7 @@ def load(place: str | Path) -> Manifest:
 
 
 def parse(text: str) -> Manifest:
-    """Read a manifest's text; raises :class:`NoManifest`, for one whose digest is not that of its lines too."""
+    """Parse a manifest's text; raises :class:`NoManifest`, also if its digest does not match its lines."""
     try:
         document = json.loads(text)
         if document["format"] != FORMAT:
@@ -227,7 +233,7 @@ def _revision(line: dict[str, Any]) -> FrozenRevision:
 
 
 def problems(manifest: Manifest, folder: str | Path) -> tuple[str, ...]:
-    """Compare the files below ``folder`` with the manifest; return what differs, nothing where they are the same."""
+    """Compare the files below ``folder`` with the manifest; return the differences."""
     root = os.path.realpath(folder)
     found = []
     listed = {_place(root, item.file): item for item in manifest.revisions}
@@ -254,7 +260,7 @@ def _place(root: str, file: str) -> str:
 
 
 def revision_files(folders: list[str], recursive: bool) -> Iterator[str]:
-    """Yield the files that Alembic takes for revisions, as its ScriptDirectory lists them."""
+    """Yield the files that are revisions for Alembic, as its ScriptDirectory lists them."""
     for folder in folders:
         for root, below, names in os.walk(os.path.normpath(folder)):
             if not recursive:
@@ -268,7 +274,7 @@ def _is_revision(name: str) -> bool:
 
 
 def changes(old: Manifest, new: Manifest) -> tuple[str, ...]:
-    """Return what a new manifest says otherwise than an old one, for people: revisions first."""
+    """Return the differences between two manifests for people: revisions first."""
     before = {item.revision: item for item in old.revisions}
     after = {item.revision: item for item in new.revisions}
     found = [f"{item.revision} ({item.file}) is new" for key, item in after.items() if key not in before]

@@ -50,7 +50,7 @@ log = logging.getLogger("migrator")
 
 @dataclass(frozen=True)
 class Revision:
-    """One revision file: its id, its parents, the first line of its message, and its place."""
+    """One revision file: its id, its parents, the first line of its message, and its path."""
 
     revision: str
     parents: tuple[str, ...]
@@ -62,11 +62,11 @@ class Revision:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command will do: the revisions in order, and the version rows before and after.
+    """The plan of a command: the revisions in order, and the version rows before and after.
 
-    ``kept`` is the SQL from the ledger for each of them, with the version rows after it, where this image is older
-    than the schema and has no files for them. ``one_way`` are those that have no ``downgrade()``, or one that only
-    raises.
+    ``kept`` is the SQL from the ledger for each of them, with the version rows after it, if this image
+    is older than the schema and lacks their files. ``one_way`` are those that have no ``downgrade()``,
+    or one that only raises.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to do."""
+        """Tell whether the plan is empty."""
         return not self.revisions and self.before == self.after
 
 
@@ -95,7 +95,7 @@ class History:
         *,
         read_only: bool = False,
     ) -> None:
-        """Read the history; ``read_only``: what it loads of the application for that may not write."""
+        """Read the history; with ``read_only``, the loaded application code may not write."""
         self._target = options.told or target
         self._options = options
         self._read_only = read_only
@@ -108,7 +108,9 @@ class History:
 
     @contextlib.contextmanager
     def _loading(self, kind: str, destination: str) -> Iterator[None]:
-        """Let what the block loads see the words of Alembic's own command, and only read where that is wanted."""
+        """Show the arguments of Alembic's own command to the code that the block loads; read-only if
+        requested.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(command_line("alembic", alembic_words(self._options, kind, destination)))
             if self._read_only:
@@ -122,12 +124,12 @@ class History:
         from alembic.util import CommandError
 
         env_file: Path | None = None
-        # What a revision file prints when it is imported is no answer of ours: it goes where the logs go.
+        # Output of a revision file's import is not an answer of ours: it goes to the logs.
         with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("always")
             try:
                 script = ScriptDirectory.from_config(self.config)
-                # A revision file may import the application's settings, which look for the address just once.
+                # A revision file may import the application's settings, which read the address just once.
                 env_file = Path(script.env_py_location)
                 tell_address(self.config, env_file, self._target, self._options.export)
                 if not bootstrapped:
@@ -140,7 +142,7 @@ class History:
                 raise HistoryError(f"The history cannot be read: {error}.", next_step=_GRAPH_STEP) from error
             except (Exception, SystemExit) as error:  # a revision file may call sys.exit
                 if env_file and not bootstrapped and prepares(env_file, self._options):
-                    return self._read(bootstrapped=True)  # revision files may import what must be prepared
+                    return self._read(bootstrapped=True)  # the imports of revision files may need preparation
                 after_env = self._after_env(env_file) if env_file and in_a_file(error) else None
                 if after_env is None:
                     raise unreadable(error, [str(item.message) for item in caught]) from error
@@ -163,7 +165,7 @@ class History:
         return script
 
     def _after_env(self, env_file: Path) -> ScriptDirectory | None:
-        """Read the revisions as Alembic does, once ``env.py`` has imported what it does; None where that fails too."""
+        """Read the revisions as Alembic does, after ``env.py`` has done its imports; None if that fails too."""
         from alembic.script import ScriptDirectory
 
         with stdio.kept(), ground(self.config, env_file, self._target, self._options) as config:
@@ -175,12 +177,12 @@ class History:
                 log.debug("env.py was loaded for its imports and failed: %s", error)
             try:
                 return _loaded(script)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - what was raised first is what is told
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - the first error is the one to report
                 log.debug("the revisions cannot be imported after env.py either: %s", error)
         return None
 
     def _bootstrapped(self, env_file: Path) -> ScriptDirectory:
-        """Read the revisions as ``env.py`` is run: with all prepared, from where the bootstrap says."""
+        """Read the revisions as ``env.py`` runs: fully prepared, from the bootstrap's folders."""
         from alembic.script import ScriptDirectory
 
         with stdio.kept(), ground(self.config, env_file, self._target, self._options) as config:
@@ -198,7 +200,7 @@ class History:
 
     @property
     def config_name(self) -> str:
-        """Return the file that the project is configured by, for messages."""
+        """Return the project's configuration file, for messages."""
         return str(
             self.config.config_file_name or getattr(self.config, "toml_file_name", None) or self.script.dir
         )
@@ -208,12 +210,12 @@ class History:
         return (self._revision(script) for script in self.script.walk_revisions())
 
     def find(self, name: str) -> tuple[Revision, ...]:
-        """Return the revisions that a name (id, unique prefix, ``head``, ``branch@head``) stands for."""
+        """Return the revisions behind a name (id, unique prefix, ``head``, ``branch@head``)."""
         with self._errors():
             return tuple(self._revision(script) for script in self.script.get_revisions(name) if script)
 
     def unknown(self, revisions: Iterable[str]) -> tuple[str, ...]:
-        """Return those of ``revisions`` that no file has: ids in full, for a row is never a prefix."""
+        """Return those of ``revisions`` that no file has: full ids, because a row is never a prefix."""
         known = self.script.revision_map._revision_map
         return tuple(sorted(rev for rev in revisions if known.get(rev) is None))
 
@@ -222,7 +224,7 @@ class History:
         return frozenset(script.revision for script in self.script.walk_revisions())
 
     def applied(self, rows: Iterable[str]) -> tuple[str, ...]:
-        """Return the revisions that version rows stand for, what they depend on too; the oldest first."""
+        """Return the revisions that version rows stand for, with their dependencies, oldest first."""
         known = self.script.revision_map._revision_map
         seen: set[str] = set()
         waiting = [row for row in rows if known.get(row) is not None]
@@ -239,7 +241,7 @@ class History:
         return self._revision(self._script(name))
 
     def _script(self, name: str) -> Any:
-        """Return Alembic's own; a look is enough where an id is given in full."""
+        """Return Alembic's own revision; a full id needs only a lookup."""
         found = self.script.revision_map._revision_map.get(name)
         return found if found is not None and found.revision == name else self.script.get_revision(name)
 
@@ -255,7 +257,7 @@ class History:
         return self._sha256[revision.path]
 
     def sums(self, name: str) -> FileSums:
-        """Return the checksums of a revision's file; the manifest's, where that is of this very file."""
+        """Return the checksums of a revision's file; those of the manifest if it has this same file."""
         item = self.revision(name)
         frozen = self._frozen.get(name)
         if frozen and frozen.sha256 == self.sha256(item):
@@ -271,7 +273,7 @@ class History:
         return {item.revision: item.sums for item in frozen.revisions}
 
     def file_name(self, revision: Revision) -> str:
-        """Return a revision's file as people know it: from the folder of ``env.py``, where it is in there."""
+        """Return a revision's file for people: relative to the folder of ``env.py`` if it is below it."""
         path, place = os.path.abspath(revision.path), self._place
         return path[len(place) + 1 :] if path.startswith(place + os.sep) else os.path.basename(path)
 
@@ -285,7 +287,7 @@ class History:
         return str(getattr(module, "migrator_min_compatible", None) or "")
 
     def way_back(self, name: str) -> OfflineDowngrade:
-        """Return the SQL that reverts a revision, for images that will not have its file."""
+        """Return the SQL that reverts a revision, for images without its file."""
         return offline_downgrade(self._script(name))
 
     @functools.cached_property
@@ -294,21 +296,21 @@ class History:
         return digest_of({item.revision: self.sha256(item) for item in self.walk()})
 
     def version_table(self) -> VersionTable | None:
-        """Return the version table that ``env.py`` names; None where only running it would tell."""
+        """Return the version table that ``env.py`` names; None if only running it can tell."""
         return version_table(
             Path(self.script.env_py_location), self.config.get_main_option, self._options.x or ()
         )
 
     @functools.cached_property
     def can_be_asked(self) -> bool:
-        """Whether ``env.py`` can be run twice: what a module does while it is imported, it does once."""
+        """Tell whether ``env.py`` can run twice: an import runs a module's code only once."""
         return "run_migrations" in Path(self.script.env_py_location).read_text(
             encoding="utf-8", errors="replace"
         )
 
     @functools.cached_property
     def runs_once(self) -> bool:
-        """Whether ``env.py`` has one version table in a database, as far as its text tells."""
+        """Tell whether ``env.py`` has one version table in a database, as far as its text shows."""
         return self.migrates_several or runs_once(Path(self.script.env_py_location))
 
     def siblings(self) -> frozenset[str]:
@@ -317,11 +319,11 @@ class History:
 
     @functools.cached_property
     def migrates_several(self) -> bool:
-        """Whether ``env.py`` migrates several databases (Alembic's ``multidb`` template)."""
+        """Tell whether ``env.py`` migrates several databases (Alembic's ``multidb`` template)."""
         return migrates_several(Path(self.script.env_py_location))
 
     def hints(self) -> frozenset[str]:
-        """Return those values of ``-x`` that may name a schema: an ``env.py`` that serves several is told so."""
+        """Return the values of ``-x`` that may name a schema, for an ``env.py`` that serves several."""
         values = (item.partition("=")[2] or item for item in self._options.x or ())
         return frozenset(
             value for value in values if value.isidentifier() and value.lower() not in _NO_SCHEMAS
@@ -357,7 +359,7 @@ class History:
 
     def steps(self, kind: str, destination: str, current: Sequence[str], baseline: str = "") -> list[Any]:
         """Return Alembic's own steps; ``baseline`` puts a stamp of that revision before them."""
-        # Sorted, so that the plan that was judged is the one that is run: rows come in any order.
+        # Sorted, so that the judged plan is the one that runs: rows come in any order.
         heads: Any = tuple(sorted(current))
         if kind == "downgrade" and len(heads) > 1 and re.fullmatch(r"-\d+", destination):
             raise HistoryError(
@@ -377,7 +379,7 @@ class History:
             return [*stamps, *runnable(self.script._upgrade_revs(destination, stamped))]
 
     def rows_after(self, steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:
-        """Return the version rows that steps will leave."""
+        """Return the version rows after the steps."""
         return _rows_after(steps, before)
 
     def _revision(self, script: Any) -> Revision:
@@ -405,20 +407,22 @@ class History:
             if "Ambiguous" in text and kind:
                 raise self._ambiguous(destination, kind, current) from error
             raise HistoryError(f"{text}.", next_step="`migrator history` lists the revisions") from error
-        except AssertionError as error:  # Alembic's own, for a destination that it makes nothing of
+        except AssertionError as error:  # Alembic's own, for a destination that it cannot use
             if not _raised_by_alembic(error):
                 raise
             raise HistoryError(
                 f"{destination!r} leads to no revision from {', '.join(current) or 'base'}.",
                 next_step="`migrator history` lists the revisions",
             ) from error
-        except AttributeError as error:  # Alembic takes both functions from the module as it makes the steps
+        except (
+            AttributeError
+        ) as error:  # Alembic takes both functions from the module when it makes the steps
             if isinstance(error.obj, types.ModuleType) and error.name in {"upgrade", "downgrade"}:
                 raise without_function(Path(str(error.obj.__file__)).name, error.name) from error
             raise
 
     def branch_hint(self, destination: str) -> str:
-        """Name the labels of the heads, where there are several and no ``destination`` chooses among them."""
+        """Name the labels of the heads, if there are several and ``destination`` chooses none."""
         heads = [self.revision(name) for name in self.heads]
         labelled = [f"{item.revision} is {label}@head" for item in heads for label in item.labels]
         if destination or len(heads) < 2 or not labelled:
@@ -426,7 +430,7 @@ class History:
         return f"where one branch alone is meant, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
 
     def _ambiguous(self, destination: str, kind: str, current: Sequence[str]) -> HistoryError:
-        """Say where a number of steps has more than one way to go, and what to type for one of them."""
+        """Return the error for a number of steps with more than one path, and a command for one of them."""
         label, named, number = re.fullmatch(r"(?:(.*)@)?(.*?)([+-]\d+)", destination).groups()  # type: ignore[union-attr]
         start = [item.revision for item in self.find(named)] if named else list(current)
         if len(start) > 1:
@@ -458,7 +462,7 @@ class History:
             name = ways[0]
 
     def aim_at(self, target: Target) -> None:
-        """Have ``env.py`` told another address of the target: its file was replaced since the history was read."""
+        """Give ``env.py`` a new address of the target: its file was replaced since the history was read."""
         self._target = self._options.told or target
 
     # -- running env.py --------------------------------------------------------------------------------
@@ -475,7 +479,7 @@ class History:
     ) -> None:
         """Load ``env.py`` as ``alembic KIND DESTINATION`` does: :func:`migrator.project.env_runner.run_env`.
 
-        Once, and again only where the server had no room for its connection.
+        Once, and again only if the server had no free connection.
         """
         command = Command(kind, destination, self._options, self._target)
         entered = False
@@ -513,7 +517,7 @@ def _revision_of(script: Any) -> Revision:
 
 
 def _raised_by_alembic(error: BaseException) -> bool:
-    """Whether a module of Alembic raised this, and not one of ours or of the project."""
+    """Tell whether a module of Alembic raised this, and not one of ours or of the project."""
     import alembic
 
     frames = traceback.extract_tb(error.__traceback__)
@@ -533,7 +537,7 @@ def _loaded(script: ScriptDirectory) -> ScriptDirectory:
 
 
 def _rows_after(steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:
-    """Return the version rows that Alembic will leave, by letting its own bookkeeping run without a database."""
+    """Return Alembic's version rows after the steps: its own bookkeeping runs without a database."""
     from alembic.runtime.migration import HeadMaintainer
 
     class Rehearsal(HeadMaintainer):

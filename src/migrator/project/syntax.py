@@ -1,7 +1,7 @@
-"""What a Python file says, whatever it looks like: one digest over its syntax tree.
+"""The meaning of a Python file, apart from its format: one digest over its syntax tree.
 
-So that an edit of comments or formatting can be told from a real one.  A module of its own, for it imports ast,
-which a run with nothing to do never needs.
+It distinguishes an edit of comments or formatting from a real one. It is a separate module because it
+imports ast, which an up-to-date check never needs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 
 def digest(source: bytes) -> str:
-    """Return a sha256 (hexadecimal) over what Python makes of a source text; empty where it is no Python.
+    """Return a sha256 (hexadecimal) over the syntax tree of a source text; empty if it is not Python.
 
-    Comments, formatting, docstrings and statements without effect (``pass``, a string by itself) do not count, so
-    that a file as a formatter leaves it, or with another Create Date, has the same.  The canonical form is
-    independent of Python's version from 3.11 on: fields that a later version adds are empty in older sources,
-    and empty fields are left out.  What this Python cannot parse has none.
+    Comments, formatting, docstrings and statements without effect (``pass``, a string by itself) do not
+    count. A file after a formatter, or with another Create Date, has the same digest. The canonical
+    form does not depend on Python's version from 3.11 on: new fields of later versions are empty for
+    older sources, and empty fields are left out. Text that this Python cannot parse has no digest.
     """
     try:
         tree = ast.parse(source)
@@ -32,7 +32,7 @@ _FIELDS: dict[type[ast.AST], tuple[str, tuple[str, ...]]] = {}
 
 
 def _fields(kind: type[ast.AST]) -> tuple[str, tuple[str, ...]]:
-    """Return a node class's name and the fields that count, sorted, for a version may reorder them."""
+    """Return a node class's name and its relevant fields, sorted, because versions may reorder them."""
     found = _FIELDS.get(kind)
     if found is None:
         found = kind.__name__, tuple(sorted(set(kind._fields) - _WITHOUT_MEANING))
@@ -41,9 +41,9 @@ def _fields(kind: type[ast.AST]) -> tuple[str, tuple[str, ...]]:
 
 
 def _canonical(tree: ast.AST) -> bytes:
-    """Write a tree as ``Name(field=value ...)``; without recursion, for an expression can be deep.
+    """Write a tree as ``Name(field=value ...)`` without recursion, because an expression can be deep.
 
-    Strings are written with their length: what stands in one is never taken for the structure around it.
+    Strings are written with their length, so their content cannot look like the structure around it.
     """
     out: list[str] = []
     stack: list[Any] = [tree]
@@ -64,7 +64,7 @@ def _canonical(tree: ast.AST) -> bytes:
 
 
 def _push(node: ast.AST, fields: tuple[str, ...], stack: list[Any]) -> None:
-    """Put a node's fields on the stack, the last one first; empty ones are left out."""
+    """Put a node's fields on the stack, the last one first; skip empty ones."""
     values = node.__dict__
     todo: list[Any] = ["("]
     for field in fields:
@@ -99,7 +99,7 @@ def _without_effect(statement: ast.stmt) -> bool:
 
 
 def _joined(values: Iterable[Any]) -> list[Any]:
-    """Return an f-string's parts with neighbouring texts made one, which versions of Python cut differently."""
+    """Return an f-string's parts with adjacent texts joined: versions of Python split them differently."""
     parts: list[Any] = []
     for value in values:
         if not isinstance(value, ast.Constant):

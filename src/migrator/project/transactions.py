@@ -1,4 +1,4 @@
-"""How many transactions a run takes: as ``env.py`` says, or as the setting says instead."""
+"""How many transactions a run takes: as in ``env.py``, or as in the setting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODES: Mapping[str, Mapping[str, bool]] = {
     "all": {"transactional_ddl": True, "transaction_per_migration": False},
     "none": {"transactional_ddl": False},
 }
-"""What each mode hands to ``context.configure``.
+"""The options for ``context.configure`` in each mode.
 
 https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.environment.EnvironmentContext.configure
 """
@@ -25,9 +25,9 @@ https://alembic.sqlalchemy.org/en/latest/api/runtime.html#alembic.runtime.enviro
 def configure_in(
     mode: str, configure: Callable[..., None], get_context: Callable[[], MigrationContext]
 ) -> Callable[..., None]:
-    """Return ``configure`` with the options of a mode put in the place of ``env.py``'s own.
+    """Return ``configure`` with the options of a mode in place of ``env.py``'s own.
 
-    It raises :class:`SettingsError` where ``env.py`` holds a transaction of its own, in which Alembic begins none.
+    It raises :class:`SettingsError` if ``env.py`` holds its own transaction: Alembic then begins none.
     """
     if mode == "env.py":
         return configure

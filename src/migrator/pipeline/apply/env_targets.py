@@ -128,8 +128,8 @@ def _go_through(
 def _reading() -> Iterator[None]:
     """Block every write, also over connections that an application's pool already has.
 
-    Many an ``env.py`` creates its schema if it does not exist. That statement is skipped: Postgres
-    refuses it even for an existing schema.
+    Many an ``env.py`` creates its schema if it does not exist. A read-only transaction refuses that even
+    for an existing schema, so the statement is skipped.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine

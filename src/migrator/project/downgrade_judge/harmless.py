@@ -1,4 +1,4 @@
-"""What a ``downgrade()`` may use so that calling it without a database is harmless: names, and kinds of objects."""
+"""The names and kinds of objects that a ``downgrade()`` may use when it is called without a database."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ BUILTINS: frozenset[Any] = frozenset(
         *(os.path.basename, pathlib.Path, pathlib.PurePath),
     )
 )
-"""Functions without a side effect; what is printed goes nowhere, and ``open`` is for reading only."""
+"""Functions without a side effect; printed text is discarded, and ``open`` only reads."""
 
 _SCALARS = (
     *(str, int, float, complex, bool, bytes, type(None), type(...), decimal.Decimal, datetime.date),
@@ -98,9 +98,9 @@ _SQL = ("sqlalchemy.sql", "sqlalchemy.dialects.postgresql", "sqlalchemy.types", 
 
 
 def is_constant(value: Any, depth: int = 4) -> bool:
-    """Whether a value of the module can be used freely: a literal, a construct of SQLAlchemy, or a type of it.
+    """Tell whether a value of the module is harmless: a literal, a construct of SQLAlchemy, or a type of it.
 
-    Dataclasses and named tuples of such values too, if their :func:`own_code` is harmless.
+    Also dataclasses and named tuples of such values, if their :func:`own_code` is harmless.
     """
     if type(value) in (list, tuple, set, frozenset):
         return depth > 0 and len(value) <= _ENOUGH and all(is_constant(item, depth - 1) for item in value)
@@ -122,7 +122,7 @@ def is_constant(value: Any, depth: int = 4) -> bool:
 
 
 def own_code(value: Any) -> Iterator[Any]:
-    """Yield the methods and properties of the records in a constant, but for those that were generated."""
+    """Yield the methods and properties of the records in a constant, except generated ones."""
     if type(value) is dict:
         value = tuple(value.values())
     record = _is_record(value)
@@ -147,7 +147,7 @@ def _is_record(value: Any) -> bool:
 
 
 def may_be_called(value: Any) -> bool:
-    """Whether this is a constructor of SQLAlchemy's SQL constructs or types, or an exception to raise."""
+    """Tell whether this is a constructor of SQLAlchemy's SQL constructs or types, or an exception to raise."""
     if isinstance(value, type):
         return (
             _is_sql(value)
@@ -162,7 +162,7 @@ def may_be_called(value: Any) -> bool:
 
 
 def is_function_namespace(value: Any) -> bool:
-    """Whether this is ``sqlalchemy.func``, whose every attribute is an SQL function."""
+    """Tell whether this is ``sqlalchemy.func``: each of its attributes is an SQL function."""
     return type(value).__name__ == "_FunctionGenerator" and type(value).__module__.startswith(_SQL)
 
 

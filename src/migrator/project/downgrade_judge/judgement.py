@@ -1,9 +1,9 @@
 """Judge whether a ``downgrade()`` can be called without a database and without a side effect.
 
-It is a user's Python, and it is called only to write down its SQL, at a time when nobody asked for a downgrade.  So
-only what is known to be harmless passes: calls of Alembic's operations and of SQLAlchemy's constructs, a few
-builtins, and functions of the same file that are judged in the same way.  Everything else is refused, with the
-place.  Names are resolved in the imported module, so ``op`` is Alembic's and not something of that name.
+It is a user's Python, called only to record its SQL, when nobody has requested a downgrade. So only
+known harmless code passes: calls of Alembic's operations and SQLAlchemy's constructs, a few builtins,
+and functions of the same file that pass the same test. Anything else is refused, with its line. Names
+are resolved in the imported module, so ``op`` is really Alembic's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Refused(Exception):
 
 
 class Judge:
-    """Judges the functions of one file; ``loggers`` are those that they log to, ``methods`` its records' own."""
+    """Judges the functions of one file; ``loggers`` are their loggers, ``methods`` the methods of its
+    records.
+    """
 
     def __init__(self, module: ModuleType) -> None:
         self._globals: Mapping[str, Any] = vars(module)
@@ -91,11 +93,11 @@ class Judge:
             _Body(self, self.find, function).judge(self._parse(function))
 
     def find(self, name: str) -> Any:
-        """Return what a name of the module, or a builtin, stands for; raises KeyError."""
+        """Return the object behind a name of the module, or a builtin; raises KeyError."""
         return self._globals[name] if name in self._globals else vars(builtins)[name]
 
     def _parse(self, function: FunctionType) -> ast.FunctionDef:
-        """Return the function's syntax tree: its own lines alone, for that is ten times as fast as the whole file."""
+        """Return the function's syntax tree from its own lines: ten times as fast as the whole file."""
         if self._lines is None:
             try:
                 with open(function.__code__.co_filename, encoding="utf-8") as file:
@@ -106,7 +108,7 @@ class Judge:
         for last in (_last_line(function.__code__), len(self._lines)):
             try:
                 text = textwrap.dedent("".join(self._lines[first - 1 : last]))
-                tree = ast.parse("\n" * (first - 1) + text)  # so that nodes have the lines of the file
+                tree = ast.parse("\n" * (first - 1) + text)  # so that nodes have the line numbers of the file
             except (SyntaxError, ValueError):
                 continue
             if (
@@ -123,7 +125,7 @@ def _last_line(code: CodeType) -> int:
 
 
 class _Body:
-    """One function: every node of it is looked at once."""
+    """One function: each of its nodes is checked once."""
 
     def __init__(self, judge: Judge, find: Callable[[str], Any], function: FunctionType) -> None:
         self._judge = judge
@@ -261,7 +263,7 @@ class _Body:
             self._look(function.value)
 
     def _is_fresh(self, owner: ast.expr) -> bool:
-        """Whether a change of ``owner`` changes nothing that outlives the call, or makes a new statement."""
+        """Tell whether a change of ``owner`` ends with the call, or makes a new statement."""
         known, value = self._resolve(owner)
         if known:
             return not isinstance(value, (list, dict, set, bytearray))
@@ -279,7 +281,7 @@ class _Body:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
             known, _ = self._resolve(call.func)
             if not known and call.func.attr in {"execute", "exec_driver_sql"}:
-                for part in (call.func.value, *call.args, *call.keywords):  # what it returns is not looked at
+                for part in (call.func.value, *call.args, *call.keywords):  # its result is not checked
                     self._look(part)
                 return
         self._look(call)
@@ -313,7 +315,7 @@ class _Body:
             self._look(statement)
 
     def _import(self, node: ast.Import | ast.ImportFrom) -> None:
-        """Follow an import of what is loaded already and known; importing anything else may do anything."""
+        """Allow an import of a loaded and known module; any other import may do anything."""
         for alias in node.names:
             source = (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
             module = sys.modules.get(source)
@@ -356,7 +358,7 @@ def _inner_names(code: CodeType) -> Iterator[str]:
 
 
 def _makes_new(value: ast.expr | None) -> bool:
-    """Whether an expression makes a list, dictionary or set that nobody else has."""
+    """Tell whether an expression creates a list, dictionary or set that nothing else refers to."""
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
         return value.func.id in {"list", "dict", "set", "sorted"}
     return isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp))
