@@ -1,1 +1,1 @@
-"""The ledger: the table that says who changed the schema, when and how."""
+"""The ledger: the table that records who changed the schema, when and how."""

@@ -1,4 +1,4 @@
-"""Applied revisions whose file was edited since: find them by checksum, and say what kind of edit it was."""
+"""Applied revisions with an edited file: find them by checksum, and tell a cosmetic edit from a real one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 EDITED = "edited-revision"
-"""What the rules of these findings begin with."""
+"""The prefix of these findings' rules."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One applied revision whose file now has other checksums than the ledger's; ``kind`` is cosmetic or real."""
+    """One applied revision with a file that no longer matches the ledger; ``kind`` is cosmetic or real."""
 
     entry: Entry
     file: str
@@ -30,7 +30,7 @@ class Edit:
 
     @property
     def sentence(self) -> str:
-        """Say what differs, and whose work it was."""
+        """Return the difference, and the author of the applied row."""
         what = "comments or formatting" if self.kind == "cosmetic" else "statements"
         return (
             f"{self.file} was edited ({what}): its checksum is {self.now.sha256[:12]} and was "
@@ -39,7 +39,7 @@ class Edit:
 
 
 def find_edits(history: History, standing: Standing) -> tuple[Edit, ...]:
-    """Compare the file of every revision that stands in the ledger with the checksum it had then, oldest first."""
+    """Compare the file of every applied revision with its checksum in the ledger, oldest first."""
     entries = standing.entries
     if not entries:
         return ()
@@ -55,9 +55,9 @@ def find_edits(history: History, standing: Standing) -> tuple[Edit, ...]:
 
 
 def judge(edits: Sequence[Edit], policy: str) -> tuple[Finding, ...]:
-    """Return a warning for each edit that the policy (MIGRATOR_EDITED) lets pass.
+    """Return a warning for each edit that the policy (MIGRATOR_EDITED) accepts.
 
-    Raises :class:`Tampered` for those that it does not.
+    Raises :class:`Tampered` for the others.
     """
     passing = {"refuse": frozenset[str](), "cosmetic": frozenset({"cosmetic"})}.get(
         policy, frozenset({"cosmetic", "real"})

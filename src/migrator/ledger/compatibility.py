@@ -1,4 +1,4 @@
-"""An older image on a newer schema: may it start, and if not, who applied what it does not know."""
+"""An older image on a newer schema: whether it may start, and who applied the unknown revisions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def refuse_unknown_floors(history: History, plan: Plan) -> None:
-    """Raise :class:`HistoryError` for a pending revision whose ``migrator_min_compatible`` is no revision here.
+    """Raise :class:`HistoryError` for a pending revision with an unknown ``migrator_min_compatible``.
 
-    Found out now, and not by the older image that is to be rolled back to.
+    The error must come now, and not from the older image after a rollback.
     """
     for item in plan.revisions if plan.kind == "upgrade" and not plan.kept else ():
         floor = history.min_compatible(item.revision)
@@ -37,14 +37,14 @@ def refuse_or_allow(
     target: Target,
     table: VersionTable | None,
 ) -> str:
-    """Return why an image may start on a schema at revisions that are ``unknown`` to it.
+    """Return why an image may start on a schema with revisions that are ``unknown`` to it.
 
-    A revision may declare ``migrator_min_compatible = "REV"``: the ledger keeps it, and an image that has that
-    revision is new enough.  ``allow_ahead`` (MIGRATOR_ALLOW_AHEAD) stands in where nothing is declared; a declared
-    floor that this image does not reach is never overridden.  Raises :class:`DatabaseAhead`.
+    A revision may declare ``migrator_min_compatible = "REV"``. The ledger keeps it, and an image with
+    that revision is new enough. ``allow_ahead`` (MIGRATOR_ALLOW_AHEAD) applies if nothing is declared.
+    It never overrides a declared floor that this image does not reach. Raises :class:`DatabaseAhead`.
     """
     floors = {name: _floor(standing, name) for name in unknown}
-    # Also those that were applied on the way there: each may have taken away what an older image needs.
+    # Also the floors of revisions below them: each may have removed something that an older image needs.
     declared = {*floors.values(), *(_floor(standing, name) for name in history.unknown(standing.entries))} - {
         ""
     }

@@ -1,4 +1,4 @@
-"""Plan the way back of revisions that this image has never seen, from what the ledger kept of them."""
+"""Plan a downgrade of revisions that this image does not have, with the SQL from the ledger."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from migrator.project.kept_downgrade import KeptDowngrade
 def choose(
     ways: Sequence[KeptDowngrade], rows: Collection[str], destination: str, heads: Collection[str]
 ) -> tuple[KeptDowngrade, ...]:
-    """Return what to revert, the newest first, so that the database ends at ``destination``.
+    """Return the revisions to revert, newest first, so that the database ends at ``destination``.
 
-    That may be ``base``, ``-N``, a revision or its unique prefix, or ``head`` for this image's ``heads``.
-    Raises :class:`HistoryError` where the ledger does not have all the SQL.
+    That may be ``base``, ``-N``, a revision or its unique prefix, or ``head`` for this image's
+    ``heads``. Raises :class:`HistoryError` if the ledger does not have all the SQL.
     """
     if destination == "base":
         chosen = list(ways)
@@ -52,9 +52,10 @@ def choose(
 
 
 def refuse_other_paths(chosen: Iterable[KeptDowngrade], path: str) -> None:
-    """Raise :class:`HistoryError` where a revision was applied under another search_path than the user's ``path``.
+    """Raise :class:`HistoryError` if a revision was applied with another search_path than the user's
+    ``path``.
 
-    Names without a schema would mean other tables, and a row does not say what a session's path is.
+    Names without a schema would mean other tables, and no row may set a session's path.
     """
     there = _schemas(path)
     other = next((way for way in chosen if way.search_path and _schemas(way.search_path) != there), None)
@@ -76,7 +77,7 @@ def _schemas(path: str) -> list[str]:
 def rows_after(
     ways: Sequence[KeptDowngrade], chosen: Iterable[KeptDowngrade], rows: Collection[str]
 ) -> list[frozenset[str]]:
-    """Return the version rows after each step; raises :class:`HistoryError` where a step does not fit."""
+    """Return the version rows after each step; raises :class:`HistoryError` if a step does not fit."""
     now = frozenset(rows)
     steps = []
     for way in chosen:

@@ -1,10 +1,10 @@
-"""Who else can write the ledger: what a role that nobody trusts can write there decides nothing.
+"""Who else can write the ledger: text from an untrusted role decides nothing.
 
-One question for every connection: ours, and the one that ``env.py`` opened, so it has no parameters and means the same
-under any search path.  Trusted are superusers, our login, the database's owner, MIGRATOR_ROLE, and the ledger's owner
-where it is one of them, or owns the version table too, or is a role that our login is a member of.  Who is a member of
-the owner is the owner.  Who owns the version table has no code there (attached.py) for that.
-docs/why/adr/0042 says why.
+One query serves every connection, ours and the one of ``env.py``. So it has no parameters and means the
+same under any search path. Trusted are superusers, our login, the database's owner and MIGRATOR_ROLE.
+The ledger's owner is trusted if it is one of them, or owns the version table too, or is a role that our
+login is a member of. A member of the owner counts as the owner. For that, the version table's owner has
+no code on it (postgres/attached_code.py). docs/why/adr/0042 has the reasons.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from migrator.postgres.version_table import VersionTable
 
 @dataclass(frozen=True)
 class Hole:
-    """One way in which somebody else can write the ledger, or have code run by who does.
+    """One way in which another role can write the ledger, or have code run by its writers.
 
     ``kind`` is owner, grant, member (of pg_write_all_data), code (of ``role``), parent (a table that it
-    inherits from), relation (not a plain table) or columns (those of another table).  ``role``, ``grantor`` and
-    ``privileges`` are quoted for SQL; of code in a trigger, the latter is the trigger's name.
+    inherits from), relation (not a plain table) or columns (those of another table). ``role``,
+    ``grantor`` and ``privileges`` are quoted for SQL; for code in a trigger, ``privileges`` holds the
+    trigger's name.
     """
 
     kind: str
@@ -48,7 +49,7 @@ class Hole:
 
 
 NOT_OURS = Hole("columns", "", "", False, (), "")
-"""That a table of this name is no ledger, which reading it tells."""
+"""A table of this name that is not a ledger; reading it shows that."""
 
 _HOLES = """
 WITH ledger AS (
@@ -118,10 +119,11 @@ _VERSION_OWNER = (
 
 
 def question(ledger: VersionTable, table: VersionTable | None, *, role: str = "") -> str:
-    """Return the question for the holes of a ledger; its answer, one text, is read by :func:`holes`.
+    """Return the query for the holes of a ledger; :func:`holes` reads its answer, one text.
 
-    ``table`` is the version table whose owner may own the ledger too; None where code of the ledger's is to run: two
-    tables that somebody made beforehand do not vouch for each other then.  ``role`` is MIGRATOR_ROLE.
+    ``table`` is the version table, whose owner may own the ledger too. It is None if code from the
+    ledger is to run: two tables that somebody made beforehand do not vouch for each other. ``role`` is
+    MIGRATOR_ROLE.
     """
     owner = "CAST(0 AS pg_catalog.oid)"
     if table:
@@ -134,7 +136,7 @@ def _text(text: str) -> str:
 
 
 def holes(answer: str | None) -> tuple[Hole, ...]:
-    """Return what the answer to :func:`question` says."""
+    """Return the holes in the answer to :func:`question`."""
     found = json.loads(answer or "[]")
     return tuple(
         Hole(kind, role, grantor, grantable, tuple(sorted(privileges)), name)
@@ -143,13 +145,13 @@ def holes(answer: str | None) -> tuple[Hole, ...]:
 
 
 def revocations(ledger: VersionTable, found: Sequence[Hole]) -> list[str]:
-    """Return the statements, to be run by the ledger's owner, that close what was granted."""
+    """Return the statements that revoke the grants, for the ledger's owner to run."""
     grants = [hole for hole in found if hole.kind == "grant"]
     theirs = {hole.role for hole in grants}
     statements = []
     for hole in grants:
         if hole.grantor in theirs:
-            continue  # who granted it loses it, and this with it
+            continue  # its grantor loses it too, and CASCADE revokes this one
         revoke = f"REVOKE {', '.join(hole.privileges)} ON TABLE {ledger.typed} FROM {hole.role}"
         revoke += " CASCADE" if hole.grantable else ""
         statements.append(f"SET ROLE {hole.grantor}; {revoke}; RESET ROLE" if hole.grantor else revoke)
@@ -157,11 +159,11 @@ def revocations(ledger: VersionTable, found: Sequence[Hole]) -> list[str]:
 
 
 def refusal(ledger: VersionTable, found: Sequence[Hole]) -> AccessDenied:
-    """Return the error that names who can write the ledger, and what to type."""
+    """Return the error that names who can write the ledger, and which commands fix that."""
     grants = [hole for hole in found if hole.kind in ("grant", "member")]
     others = [hole for hole in found if hole not in grants]
     if any(hole.kind != "code" or not hole.privileges for hole in others):
-        # Somebody else made it: a new one holds nothing of theirs.
+        # Another role made it: a new ledger holds nothing of theirs.
         steps = [f"ALTER TABLE {ledger.typed} RENAME TO {ledger.name}_refused"]
         then = "; migrator creates a new one"
     else:

@@ -1,4 +1,4 @@
-"""What the ledger tells of the past: what stands applied, how the last run ended, and which ways lead back."""
+"""Read the past from the ledger: the applied revisions, the end of the last run, and the SQL to revert."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ log = logging.getLogger("migrator.ledger")
 
 @dataclass(frozen=True)
 class Entry:
-    """The newest row about one revision; ``checksum`` and ``syntax`` are the digests of its file back then."""
+    """The newest row about one revision; ``checksum`` and ``syntax`` are the digests of its file at that
+    time.
+    """
 
     revision: str
     event: str
@@ -39,14 +41,16 @@ class Entry:
 
     @property
     def by(self) -> str:
-        """Say when, and by which run of which image, this came about."""
+        """Return when, and by which run of which image, this happened."""
         image = f" of image {self.image_version}" if self.image_version else ""
         return f"{self.at:%Y-%m-%d %H:%M:%S %Z} by run {self.run_id}{image}"
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A failure that was taken back: the revision (empty where only verify failed), its file's checksum, the image."""
+    """A failure that was reverted or restored: the revision (empty if only verify failed), its checksum, the
+    image.
+    """
 
     revision: str
     checksum: str
@@ -59,7 +63,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Partial:
-    """A revision of which a part was committed ahead of its version row, and the statement that was seen first."""
+    """A revision with a part that was committed before its version row, and the first statement of that part."""
 
     revision: str
     upgrade: bool
@@ -70,13 +74,13 @@ class Partial:
 
     @property
     def name(self) -> str:
-        """Say which function of the revision it is a part of."""
+        """Return which function of the revision the part belongs to."""
         return self.revision if self.upgrade else f"the downgrade of {self.revision}"
 
 
 @dataclass(frozen=True)
 class LastSnapshot:
-    """What a run left: the packed snapshot of the schema, and the ledger that it is in."""
+    """The packed schema snapshot of a run, and the ledger that holds it."""
 
     run_id: str
     at: datetime
@@ -107,23 +111,23 @@ class LastRun:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the ledger says stands: a row for each revision that is applied, and how the last run ended."""
+    """The state in the ledger: a row for each applied revision, and the end of the last run."""
 
     exists: bool = False
     entries: Mapping[str, Entry] = field(default_factory=dict)
     last: LastRun | None = None
 
     def clean(self, digest: str) -> bool:
-        """Whether the last run ended well for the very history that has this digest."""
+        """Tell whether the last run ended well with the history of this digest."""
         return self.last is not None and self.last.code == 0 and self.last.digest == digest
 
 
 def query_ledger(
     session: Session, ledger: VersionTable, sql: str, parameters: tuple[Any, ...] | dict[str, Any]
 ) -> list[tuple[Any, ...]]:
-    """Query the ledger, as its owner where the login itself may not; raises QueryFailed.
+    """Query the ledger, as its owner if the login itself may not; raises QueryFailed.
 
-    Where row security would hide some of its rows, and run somebody's expressions, that is an error.
+    If row security would hide some of its rows, and run someone's expressions, that is an error.
     """
     sql = "SET LOCAL row_security = off;" + sql.format(table=ledger.quoted.replace("%", "%%"))
     try:
@@ -139,7 +143,7 @@ def query_ledger(
 
 
 def _trusted(session: Session, version_table: VersionTable, role: str) -> VersionTable:
-    """Return the ledger's name; raises :class:`AccessDenied` where a role that is not trusted can write it."""
+    """Return the ledger's name; raises :class:`AccessDenied` if an untrusted role can write it."""
     ledger = beside(version_table, session)
     found = holes(session.value(question(ledger, version_table, role=role)))
     if found:
@@ -148,9 +152,10 @@ def _trusted(session: Session, version_table: VersionTable, role: str) -> Versio
 
 
 def read_standing(session: Session, version_table: VersionTable | None, role: str) -> Standing:
-    """Read what stands; a ledger that is not there, or may not be read, says nothing.
+    """Read the state; a ledger that does not exist, or cannot be read, gives none.
 
-    This and all below raise :class:`AccessDenied` for a ledger that others can write; ``role`` is MIGRATOR_ROLE.
+    This function and those below raise :class:`AccessDenied` for a ledger that others can write;
+    ``role`` is MIGRATOR_ROLE.
     """
     if version_table is None:
         return Standing()
@@ -168,9 +173,9 @@ def read_standing(session: Session, version_table: VersionTable | None, role: st
 
 
 def read_visited(session: Session, version_table: VersionTable | None, role: str) -> tuple[VersionTable, ...]:
-    """Return the version tables that the last run of ``env.py`` went through, where those were several.
+    """Return the version tables of the last run of ``env.py``, if there were several.
 
-    A table with other columns than a ledger's says nothing; who reads more of it refuses it.
+    A table with other columns than a ledger gives none; functions that read more of it refuse it.
     """
     if version_table is None:
         return ()
@@ -189,9 +194,10 @@ def read_visited(session: Session, version_table: VersionTable | None, role: str
 
 
 def led_here(session: Session, version_table: VersionTable | None, role: str) -> bool:
-    """Whether ``env.py`` led the last run to this table, and that ended well.
+    """Tell whether ``env.py`` used this table in the last run, and that run ended well.
 
-    Who owns the version table vouches for nothing here: an ordinary role can make both tables in a schema of its own.
+    The version table's owner vouches for nothing here: an ordinary role can make both tables in its own
+    schema.
     """
     if version_table is None:
         return False
@@ -210,10 +216,10 @@ def led_here(session: Session, version_table: VersionTable | None, role: str) ->
 
 
 def read_needed_backups(session: Session) -> frozenset[str]:
-    """Return the ids of the backups that lead back from where the database is, by all of its ledgers.
+    """Return the ids of the backups that all ledgers of the database need for a way back.
 
-    Also by those that others can write: all that they can say is which backups to keep.
-    Raises QueryFailed where one cannot be read: nobody knows then.
+    Ledgers that others can write count too: they can only name backups to keep. Raises QueryFailed if
+    one cannot be read: then the answer is not known.
     """
     return frozenset(
         row[0]
@@ -223,10 +229,10 @@ def read_needed_backups(session: Session) -> frozenset[str]:
 
 
 def read_last_snapshot(session: Session, role: str) -> LastSnapshot | None:
-    """Return the newest snapshot of the schema, in whichever ledger of the database; None where there is none.
+    """Return the newest schema snapshot in any ledger of the database; None if there is none.
 
-    A ledger that others can write is left out: that of the version table was refused before.
-    Raises QueryFailed where none can be read: nobody knows then.
+    A ledger that others can write does not count; that of the version table was refused before. Raises
+    QueryFailed if none can be read: then the answer is not known.
     """
     found, denied = [], None
     for table in _ledgers(session):
@@ -257,7 +263,7 @@ def _ledgers(session: Session) -> list[VersionTable]:
         " WHERE a.attrelid OPERATOR(pg_catalog.=) c.oid AND NOT a.attisdropped AND (a.attname"
         " OPERATOR(pg_catalog.=) 'version_table' OR a.attname OPERATOR(pg_catalog.=) 'details'"
         " OR a.attname OPERATOR(pg_catalog.=) 'backup_id')) OPERATOR(pg_catalog.=) 3"
-        # A column's type may bring a cast, and a policy a function, of who made the table.
+        # The type of a column may bring a cast, and a policy a function, of the table's author.
         " AND NOT pg_catalog.row_security_active(c.oid) AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a"
         " WHERE a.attrelid OPERATOR(pg_catalog.=) c.oid AND NOT a.attisdropped"
         f" AND a.atttypid OPERATOR(pg_catalog.>=) CAST('{FIRST_OF_OTHERS}' AS pg_catalog.oid))",
@@ -267,7 +273,7 @@ def _ledgers(session: Session) -> list[VersionTable]:
 
 
 def read_failed(session: Session, version_table: VersionTable | None, role: str) -> Failed | None:
-    """Return what the newest run whose failure was taken back left to remember; None where one ended well since."""
+    """Return the facts of the newest failure that was reverted or restored; None if a later run ended well."""
     if version_table is None:
         return None
     try:
@@ -287,7 +293,7 @@ def read_failed(session: Session, version_table: VersionTable | None, role: str)
 
 
 def read_partial(session: Session, version_table: VersionTable | None, role: str) -> tuple[Partial, ...]:
-    """Return what left its transaction and has no version row, the oldest first."""
+    """Return the parts that are committed without a version row, oldest first."""
     if version_table is None:
         return ()
     try:
@@ -312,9 +318,10 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 def read_ways_back(session: Session, version_table: VersionTable, role: str) -> list[KeptDowngrade]:
-    """Return how to revert each applied revision, the newest one first.
+    """Return how to revert each applied revision, newest first.
 
-    It is code that is to run: who owns the version table vouches for nothing here, for it may be made by the same hand.
+    This is code that will run. The version table's owner vouches for nothing here: the same role may
+    have made both tables.
     """
     ledger = beside(version_table, session)
     try:
@@ -346,7 +353,7 @@ def read_ways_back(session: Session, version_table: VersionTable, role: str) -> 
 
 
 def read_rows(session: Session, version_table: VersionTable, limit: int, role: str) -> list[dict[str, Any]]:
-    """Return the newest rows as they are, the newest first; the SQL of the way back is left out."""
+    """Return the newest rows unchanged, newest first, without the SQL to revert."""
     ledger = _trusted(session, version_table, role)
     try:
         return [
@@ -364,5 +371,9 @@ def read_rows(session: Session, version_table: VersionTable, limit: int, role: s
         return []
 
 
-_UNREADABLE = ("42P01", "42501")  # not there, not allowed
-_OTHER_COLUMNS = ("42703", "42804", "42883")  # no such column, or of another type: somebody else made it
+_UNREADABLE = ("42P01", "42501")  # it does not exist, or is not allowed
+_OTHER_COLUMNS = (
+    "42703",
+    "42804",
+    "42883",
+)  # no such column, or of another type: another role made the table

@@ -1,4 +1,4 @@
-"""Look into the ledger, and put it right: the commands ``ledger`` and ``repair``."""
+"""Read the ledger, and repair it: the commands ``ledger`` and ``repair``."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger("migrator.ledger")
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair --accept` found: edits that are accepted now, and revisions whose file is as it was."""
+    """The result of `repair --accept`: the accepted edits, and the revisions with an unchanged file."""
 
     accepted: tuple[Edit, ...]
     unchanged: tuple[str, ...]
 
 
 def read_ledger(session: Session, history: History, settings: Settings, limit: int) -> list[dict[str, Any]]:
-    """Return the newest ``limit`` rows, the newest first; none where there is no ledger."""
+    """Return the newest ``limit`` rows, newest first; none if there is no ledger."""
     table, _ = read_version(session, history, settings.version_table)
     return queries.read_rows(session, table, limit, settings.role) if table else []
 
@@ -40,7 +40,7 @@ def read_ledger(session: Session, history: History, settings: Settings, limit: i
 def accept_edits(
     session: Session, history: History, settings: Settings, names: Sequence[str], author: Author
 ) -> Repair:
-    """Record the present files of applied revisions as the ones that were applied, and by whom.
+    """Record the current files of applied revisions as the applied ones, and who accepted them.
 
     Raises :class:`HistoryError` for a revision that is not in the ledger, before anything is recorded.
     """
@@ -81,10 +81,10 @@ WHERE c.relname = %s AND c.relkind = 'r'
 def note_restore(
     session: Session, author: Author, role: str, *, message: str, seconds: float, backup_id: str
 ) -> None:
-    """Add a row about a restore for every version table that a ledger of this database speaks of.
+    """Add a row about a restore for every version table in a ledger of this database.
 
-    All of them were restored, whichever the project's is.  A ledger that others can write is left alone: what they
-    have put on it would run as migrator.  ``role`` is MIGRATOR_ROLE.  Raises QueryFailed.
+    All of them were restored, not only the project's. A ledger that others can write is not changed:
+    their code on it would run as migrator. ``role`` is MIGRATOR_ROLE. Raises QueryFailed.
     """
     for (schema,) in session.query(_LEDGERS, (ledger.NAME,)):
         place = VersionTable(ledger.NAME, schema)

@@ -1,7 +1,8 @@
-"""What is asked of the ledger, as SQL.
+"""The queries on the ledger, as SQL.
 
-A ledger of a version table that was renamed, or of another one in the schema, is not ours.  Every query means the same
-under any search path, reads no table that inherits from the ledger, and takes ``id`` as :data:`.table.OLDER` says.
+Rows of a renamed version table, or of another one in the schema, are not ours. Every query means the
+same under any search path, reads no table that inherits from the ledger, and takes ``id`` from
+:data:`.table.OLDER`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SELECT CAST(pg_catalog.json_agg(revision) AS pg_catalog.text) FROM {OLDER} CROSS
     WHERE {_OURS} {{version_table}} AND revision IS NOT NULL ORDER BY revision, {NEWEST_FIRST}
 ) newest WHERE event OPERATOR(pg_catalog.<>) ALL (ARRAY['reverted', 'unstamped', 'gone'])
 """  # noqa: S608 - constants, and the table's quoted name
-"""The revisions that stand, as JSON text: one value, and no parameters, whatever the driver."""
+"""The applied revisions, as JSON text: one value, without parameters, for any driver."""
 
 LAST_RUN = f"""
 SELECT l.* FROM {OLDER} CROSS JOIN LATERAL (
@@ -62,8 +63,8 @@ SELECT l.* FROM {OLDER} CROSS JOIN LATERAL (
 ) l
 """  # noqa: S608 - constants, and the table's quoted name
 
-# What left a revision's transaction, with no newer row about that revision: its version row did not land.  A run that
-# ended with a code below 40 has found that nothing is committed.
+# Parts outside of a revision's transaction, with no newer row about that revision: its version row was
+# not committed. A run that ended with a code below 40 has found that nothing is committed.
 PARTIAL = f"""
 WITH ordered AS (
     SELECT l.* FROM {OLDER} CROSS JOIN LATERAL (
@@ -85,8 +86,8 @@ WHERE {_IS} 'partial' AND left_by IS NOT NULL AND NOT EXISTS (
 ORDER BY place
 """  # noqa: S608 - constants, and the table's quoted name
 
-# Of each version table: the backups of the newest run that changed the schema, and of those after it that did not end
-# well (or have not ended yet).
+# For each version table: the backups of the newest run that changed the schema, and of later runs that
+# did not end well (or have not ended yet).
 NEEDED_BACKUPS = f"""
 {_ORDERED},
 changed AS (
@@ -131,4 +132,4 @@ SELECT l.row FROM {OLDER} CROSS JOIN LATERAL (
     ORDER BY {NEWEST_FIRST} LIMIT %s
 ) l
 """  # noqa: S608 - constants, and the table's quoted name
-"""Snapshots of the schema are for migrator; that someone has accepted one is for everybody."""
+"""Schema snapshots are for migrator only; that somebody accepted one is for everybody."""

@@ -1,7 +1,8 @@
-"""The ledger: the table ``migrator_ledger`` beside the version table, which says who changed the schema, when and how.
+"""The ledger: the table ``migrator_ledger`` beside the version table. It records who changed the schema, when
+and how.
 
-A row for each revision that was applied or reverted, written in that revision's own transaction on the migration's
-own connection, and one for each run that had something to do.  Rows are only ever added.
+It has a row for each applied or reverted revision, written in that revision's own transaction on the
+migration's own connection, and one for each run that had work to do. Rows are only added.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ NAME = LEDGER
 
 APPLIED, REVERTED, STAMPED, UNSTAMPED = "applied", "reverted", "stamped", "unstamped"
 FOUND, GONE = "found", "gone"
-"""Applied, or reverted, by something else than migrator: noticed by the next run."""
+"""Applied, or reverted, without migrator: noticed by the next run."""
 ACCEPTED = "accepted"
 """An edited file was accepted by `migrator repair --accept`."""
 PARTIAL = "partial"
-"""A part of a revision is committed, or about to be, ahead of its version row."""
+"""A part of a revision is committed, or about to be, before its version row."""
 BEGUN = "begun"
-"""A run begins to apply; one without a row of `RUN` died."""
+"""A run is about to apply; a run without a row of `RUN` died."""
 RUN = "run"
 SCHEMA = "schema"
-"""What the schema is after a run that changed it, or as `migrator repair --accept-schema` found it; see drift.py."""
+"""The schema after a run that changed it, or as `migrator repair --accept-schema` found it; see drift.py."""
 SCHEMA_ROW = -2
 """Its row's number; that of :data:`BEGUN` is -1, that of :data:`RUN` 0."""
 
@@ -78,12 +79,14 @@ CREATE TABLE {table} (
 """
 
 OLDER = "(SELECT CAST(NULL AS pg_catalog.int8) AS id) AS older"
-"""What a query reads its ``id`` from where the table is an older migrator's and has none; see docs/why/adr/0041.
+"""The source of ``id`` for a table of an older migrator, which has no such column; see docs/why/adr/0041.
 
 In a subquery over the table, ``id`` is the table's column if it has one, else this one.
 """
 NEWEST_FIRST = "id DESC NULLS FIRST, at DESC, number DESC"
-"""The order of the rows: a row without an ``id`` is an older migrator's, and newer than all that have one."""
+"""The order of the rows: a row without an ``id`` comes from an older migrator, and is newer than all rows
+with one.
+"""
 
 COLUMNS = frozenset(re.findall(r"^    ([a-z_]+) ", _CREATE, re.MULTILINE))
 """Those of a ledger that is made today."""
@@ -103,7 +106,7 @@ _BY_THE_SERVER = {"at": "pg_catalog.clock_timestamp()", "role": "session_user"}
 
 _UNNUMBERED = f"SELECT EXISTS (SELECT FROM ONLY {{table}} WHERE id IS NULL) FROM {OLDER}"  # noqa: S608 - quoted
 
-# One message, and so one transaction: rows are numbered as they were ordered before, once, or not at all.
+# One message, and so one transaction: rows are numbered in their old order, once, or not at all.
 _NUMBER = """
 SET LOCAL lock_timeout = '2s';
 ALTER TABLE {table} ADD COLUMN IF NOT EXISTS id bigint;
@@ -118,7 +121,7 @@ CREATE INDEX IF NOT EXISTS migrator_ledger_id_idx ON {table} (id)
 
 @dataclass(frozen=True)
 class Author:
-    """Who a row is by: the same in every row of a run."""
+    """The author of a row: the same in every row of a run."""
 
     run_id: str
     actor: str
@@ -162,9 +165,9 @@ def exists(ledger: VersionTable, ask: Callable[[str], Any]) -> bool:
 
 
 def create(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
-    """Make the ledger, which then nobody but its owner writes, whatever default privileges say.
+    """Create the ledger so that only its owner can write it, with any default privileges.
 
-    In a transaction: between its making and the end of that, nobody else sees it.
+    It runs in a transaction: before its end, no other session sees the table.
     """
     ask(_CREATE.format(table=ledger.quoted))
     ask(f"CREATE INDEX ON {ledger.quoted} (id)")
@@ -172,11 +175,11 @@ def create(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
 
 
 def close_to_others(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
-    """Revoke what was granted on the ledger, but for reading it; as its owner, or nothing is done."""
+    """Revoke all grants on the ledger except for reading, as its owner; else do nothing."""
     statements = revocations(ledger, holes(ask(question(ledger, None))))
     if statements and ask(_OWNED.format(table=quote_literal(ledger.quoted))):
         for statement in statements:
-            if not statement.startswith("SET ROLE"):  # what somebody else granted is for a person
+            if not statement.startswith("SET ROLE"):  # grants by others need manual action
                 ask(statement)
 
 
@@ -258,19 +261,19 @@ def _element(text: str) -> str:
 
 
 def _needs_cleaning(document: str, unicode: bool) -> bool:
-    """Whether anything in it may not be written as it is: looked at as a whole, which is ten times as fast."""
+    """Tell whether some text in it must be changed first; one check of the whole is ten times as fast."""
     if "\\u0000" in document or not (unicode or document.isascii()):
         return True
     try:
         document.encode()
-    except UnicodeEncodeError:  # half a character
+    except UnicodeEncodeError:  # half of a surrogate pair
         return True
     text = _unescaped(document)
     return redact(text) != text
 
 
 def _unescaped(document: str) -> str:
-    """Return JSON with the characters that it escapes as they are, so that a secret with one of them is found."""
+    """Return JSON with its escaped characters unescaped, so that a secret with one of them is found."""
     if "\\" not in document:
         return document
     return _ESCAPED.sub(lambda found: _SHORT.get(found[0]) or str(json.loads(f'"{found[0]}"')), document)
@@ -281,11 +284,11 @@ TAKES_UNICODE = (
     " AND (pg_catalog.current_setting('client_encoding') OPERATOR(pg_catalog.=) 'UTF8'"
     " OR pg_catalog.current_setting('client_encoding') OPERATOR(pg_catalog.=) 'UNICODE')"
 )
-"""Whether the database takes any character; in one that does not, those beyond ASCII are written as ``\\xe9``."""
+"""Whether the database takes any character; if not, characters beyond ASCII are written as ``\xe9``."""
 
 
 def _clean(value: Any, unicode: bool, key: str = "") -> Any:
-    """Return a value as jsonb takes it, and without a secret in what people wrote; ``key`` is its column."""
+    """Return a value for jsonb, and without a secret in text that people wrote; ``key`` is its column."""
     if isinstance(value, Mapping):
         return {name: _clean(item, unicode, key or name) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -300,11 +303,11 @@ def _clean(value: Any, unicode: bool, key: str = "") -> Any:
 _ESCAPED = re.compile(r"\\u[0-9a-fA-F]{4}|\\.")
 _SHORT = {r"\"": '"', r"\\": "\\", r"\n": "\n"}
 _WRITTEN_BY_PEOPLE = frozenset({"actor", "command", "details", "host", "message", "no_way_back"})
-"""Columns that may repeat a secret; one in ``way_back`` keeps the SQL out, for half of it would do harm."""
+"""Columns that may repeat a secret. A secret in ``way_back`` keeps the SQL out: half of it would do harm."""
 
 
 def literal(text: str) -> str:
-    """Write a text for SQL, whatever it holds, and whatever ``standard_conforming_strings`` says.
+    """Write any text for SQL, independent of ``standard_conforming_strings``.
 
     https://www.postgresql.org/docs/current/sql-syntax-lexical.html#SQL-SYNTAX-DOLLAR-QUOTING
     """
@@ -317,12 +320,12 @@ def literal(text: str) -> str:
 def append(
     session: Session, version_table: VersionTable, rows: Sequence[Mapping[str, Any]], *, within: bool = False
 ) -> int:
-    """Add rows on migrator's own session, and make the ledger first where it is missing.
+    """Add rows on migrator's own session, and create the ledger first if it does not exist.
 
-    A ledger that is made here belongs to the version table's owner, for the migration's connection must be able to
-    write it too, and may have changed its role.  ``within`` a transaction of the caller's nothing is done that ends it.
-    Returns the id of the transaction.  Raises QueryFailed, and :class:`AccessDenied` where writing it would run the
-    code of a role that is not trusted.
+    A new ledger belongs to the version table's owner, because the migration's connection must also be
+    able to write it, and may have changed its role. ``within`` a transaction of the caller, nothing
+    ends that transaction. Returns the id of the transaction. Raises QueryFailed, and
+    :class:`AccessDenied` if a write would run the code of an untrusted role.
     """
     ledger = beside(version_table, session)
     if not exists(ledger, session.value):
@@ -338,7 +341,7 @@ def append(
         return int(session.value(insertion(ledger, rows, columns, unicode=unicode)))
 
 
-# Rows that say that somebody accepted a schema stay, as do all others.
+# Rows that record an accepted schema stay, like all others.
 _PRUNE = f"""
 DELETE FROM ONLY {{table}} WHERE event OPERATOR(pg_catalog.=) '{SCHEMA}' AND message IS NULL
    AND id OPERATOR(pg_catalog.<) (
@@ -348,7 +351,7 @@ DELETE FROM ONLY {{table}} WHERE event OPERATOR(pg_catalog.=) '{SCHEMA}' AND mes
 
 
 def prune(session: Session, version_table: VersionTable, keep: int) -> None:
-    """Remove the snapshots of the schema but the newest and ``keep`` before it; without the right to, they stay."""
+    """Remove all schema snapshots but the newest and ``keep`` before it; without the privilege they stay."""
     ledger = beside(version_table, session)
     try:
         with session.as_role(owner_of(session, ledger, unless_may=("DELETE", "SELECT"))):
@@ -372,7 +375,7 @@ def _create(session: Session, version_table: VersionTable, ledger: VersionTable,
 
 
 def _number(session: Session, ledger: VersionTable, reader: str) -> None:
-    """Number the rows of an older migrator in the order that they had; without the right to, that order goes on."""
+    """Number the rows of an older migrator in their old order; without the privilege, that order continues."""
     try:
         with session.as_role(reader):
             if not session.value(_UNNUMBERED.format(table=ledger.quoted)):
@@ -398,7 +401,7 @@ def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: Ver
 
 
 def owner_to_be(session: Session, table: VersionTable) -> str:
-    """Return the table's owner, where the login may become it and is another role; else an empty string."""
+    """Return the table's owner, if it is another role that the login can become; else an empty string."""
     another = f"{_OWNER} AND pg_catalog.pg_get_userbyid(relowner) OPERATOR(pg_catalog.<>) session_user"
     return session.value(another, (table.quoted,)) or ""
 
@@ -411,6 +414,8 @@ _OWNER = (
 
 
 def owner_of(session: Session, ledger: VersionTable, *, unless_may: Sequence[str]) -> str:
-    """Return the owner, whom the login can become, where it may not itself do all this; else an empty string."""
+    """Return the owner that the login can become, if the login itself may not do all this; else an empty
+    string.
+    """
     may = " AND ".join("pg_catalog.has_table_privilege(oid, %s)" for _ in unless_may)
     return session.value(f"{_OWNER} AND NOT ({may})", (ledger.quoted, *unless_may)) or ""

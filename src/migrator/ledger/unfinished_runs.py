@@ -1,8 +1,9 @@
-"""What runs that did not end well have left, whether they were killed or said how they failed.
+"""The leftovers of runs that did not end well, killed or failed.
 
-A run's first row in the ledger (``begun``, but in an empty database) is written before anything that it builds, and
-its row ``run`` when it ends.  The server knows which of two rows was written first, of the ledger's and of its own
-catalog (their xmin), whatever any clock says: an index that came to be in between came to be during that run.
+A run's first row in the ledger (``begun``, except in an empty database) is written before it builds
+anything, and its row ``run`` at its end. The server knows the order of two rows, of the ledger and of
+its own catalog (their xmin), without any clock. An index that appeared between these two rows appeared
+during that run.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from migrator.project import Plan
 from migrator.schema.catalog import Index
 
 _MEANWHILE = "event NOT IN ('run', 'schema', 'accepted')"
-# The first rows of runs that were killed, or that say that something may be committed: an outcome below 40 says that
-# nothing is.
+# The first rows of runs that were killed, or that report a possible commit: an outcome below 40 reports
+# none.
 _ENDED_BADLY = f"""
 ONLY {{table}} l
 LEFT JOIN ONLY {{table}} r ON r.run_id = l.run_id AND r.version_table = l.version_table AND r.event = 'run'
@@ -29,10 +30,12 @@ WHERE l.version_table = %(name)s AND l.{_MEANWHILE} AND (r.code IS NULL OR r.cod
   AND NOT EXISTS (SELECT 1 FROM ONLY {{table}} e WHERE e.run_id = l.run_id AND e.version_table = l.version_table
                   AND e.number < l.number AND e.{_MEANWHILE})
 """  # noqa: S608 - constants only
-# That a row was written after that one; where a restore wrote them all at once, only their clock is left to ask.
+# Whether a row was written after that one; if a restore wrote them all at once, only their clock can
+# tell.
 _LATER = "(age({0}.xmin) < age(l.xmin) OR {0}.xmin = l.xmin AND {0}.at > l.at)"
-# Of each valid index that carries no constraint: the first such run in which it came to be, while the revision was
-# pending, which has not landed since.  The age of a row is how many transactions ago it was written.
+# For each valid index without a constraint: the first such run in which it appeared, while its revision
+# was pending, if the revision has not been applied since. The age of a row is how many transactions ago
+# it was written.
 _BUILT = f"""
 SELECT DISTINCT ON (c.oid) n.nspname::text, c.relname::text, t.relname::text, i.indisunique, c.oid::bigint,
        run.run_id, run.at, run.backup_id
@@ -65,9 +68,9 @@ _UNREADABLE = ("42P01", "42501")  # not there, not allowed
 
 @dataclass(frozen=True)
 class Built:
-    """A valid index that came to be while a run that did not end well was under way.
+    """A valid index that appeared during a run that did not end well.
 
-    ``backup_id`` is that of the newest backup without anything that failed runs had left, empty where there is none.
+    ``backup_id`` is the newest backup without the leftovers of failed runs, empty if there is none.
     """
 
     index: Index
@@ -77,7 +80,9 @@ class Built:
 
 
 def read_built(session: Session, table: VersionTable | None, plan: Plan) -> tuple[Built, ...]:
-    """Return the indexes that came to be in runs which the first revision of ``plan`` outlasted, the oldest first."""
+    """Return the indexes that appeared in runs in which the first revision of ``plan`` stayed pending, oldest
+    first.
+    """
     if not plan.revisions:
         return ()
     wanted = {"kind": plan.kind, "revision": plan.revisions[0].revision}
@@ -88,9 +93,10 @@ def read_built(session: Session, table: VersionTable | None, plan: Plan) -> tupl
 def made_over(
     session: Session, table: VersionTable | None, next_xid: int | None, unseen_xid: int | None
 ) -> bool:
-    """Whether a backup may have been made after a run ended badly and before one ended well.
+    """Tell whether a backup may have been made after a run ended badly and before one ended well.
 
-    The two are of its manifest: its snapshot has seen all transactions below the first, and none from the second on.
+    The two ids are from its manifest: its snapshot has seen all transactions below the first, and none
+    from the second on.
     """
     snapshot = {"next": next_xid, "unseen": next_xid if unseen_xid is None else unseen_xid}
     narrow = {name: None if xid is None else xid % 2**32 for name, xid in snapshot.items()}
@@ -100,7 +106,7 @@ def made_over(
 def _read(
     session: Session, table: VersionTable | None, sql: str, wanted: dict[str, Any]
 ) -> list[tuple[Any, ...]]:
-    """Ask the ledger; one that is not there, or may not be read, says nothing."""
+    """Query the ledger; one that does not exist, or cannot be read, gives no rows."""
     if table is None:
         return []
     try:
@@ -119,7 +125,7 @@ _VALUE = (
 
 
 def never_done(session: Session, statement: str) -> bool:
-    """Whether the database shows that a statement which was noted ahead was then not carried out: of ADD VALUE only."""
+    """Tell whether the database shows that a recorded statement did not run; only for ADD VALUE."""
     adds = _ADDS_A_VALUE.match(statement)
     if adds is None:
         return False

@@ -1,4 +1,4 @@
-"""Keep the ledger while the migration runs: on its own connection, in the very transaction of what is recorded."""
+"""Keep the ledger during the migration: on its own connection, in the same transaction as the recorded work."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ log = logging.getLogger("migrator.ledger")
 
 
 class Connection(Protocol):
-    """What is needed of the migration's connection."""
+    """The required functions of the migration's connection."""
 
     @property
     def translates(self) -> bool:
-        """Whether it puts other schemas in the place of those that revisions name."""
+        """Whether it replaces the schemas that revisions name."""
 
     def ask(self, sql: str) -> Any:
         """Return the first column of the first row."""
 
     def tell(self, sql: str, **values: str) -> Any:
-        """Run a statement and return its first value, if it has one; parameters are written ``:name``."""
+        """Run a statement and return its first value, if any; parameters are written ``:name``."""
 
     def find(self, name: str) -> tuple[str, str] | None:
         """Return the schema in which the connection's search_path finds a relation, and its kind."""
 
     def ask_driver(self, sql: str) -> Any:
-        """Return the first column of the first row, past SQLAlchemy."""
+        """Return the first column of the first row, without SQLAlchemy."""
 
     @property
     def autocommits(self) -> bool:
-        """Whether each statement is a transaction of its own."""
+        """Whether each statement is its own transaction."""
 
     def may_have_dropped(self) -> bool:
         """Whether a statement since the last call may have dropped a table, or granted something on it."""
 
 
 class Bookkeeper:
-    """Writes rows of one run; made once, and told of each connection and version table that ``env.py`` comes with.
+    """Writes the rows of one run, for each connection and version table of ``env.py``.
 
-    ``enabled`` is MIGRATOR_LEDGER; without, every method does nothing.  ``after`` is the number of the last row that
-    this run has written already.
+    ``enabled`` is MIGRATOR_LEDGER; without it, every method does nothing. ``after`` is the number of
+    the last row that this run has written already.
     """
 
     def __init__(
@@ -85,9 +85,10 @@ class Bookkeeper:
         self.number = after  # 0 is the row of the run itself
 
     def look_back(self, plan: Sequence[Revision]) -> dict[str, str]:
-        """Render the way back of each revision that will be applied; returns why there is none, by revision.
+        """Render the SQL that reverts each pending revision; return the reasons for those without, by
+        revision.
 
-        Ahead of ``env.py``, for it borrows Alembic's ``op``.
+        It runs before ``env.py``, because it borrows Alembic's ``op``.
         """
         if not self._enabled:
             return {}
@@ -107,10 +108,11 @@ class Bookkeeper:
         return without
 
     def enter(self, connection: Connection, table: VersionTable, rows: Iterable[str]) -> None:
-        """Open the ledger beside ``table``, which holds ``rows``, and note what was done without migrator.
+        """Open the ledger beside ``table``, which holds ``rows``, and record changes without migrator.
 
-        It is made with its first row, so that a first revision that looks for tables sees none of ours.
-        Raises :class:`AccessDenied` where the role may not write it, or make it, or where others can write it.
+        The table is created with its first row, so a first revision that looks for tables does not see
+        it. Raises :class:`AccessDenied` if the role may not write or create it, or if others can write
+        it.
         """
         if not self._enabled:
             return
@@ -141,9 +143,10 @@ class Bookkeeper:
     def done(
         self, revision: str, *, upgrade: bool, rows: Iterable[str], seconds: float, details: Mapping[str, Any]
     ) -> int:
-        """Add the row of a revision that was just applied or reverted, after which the version rows are ``rows``.
+        """Add the row of a revision that was just applied or reverted; ``rows`` are the version rows after
+        it.
 
-        Returns the id of the transaction that this was in, 0 where nothing is written.
+        Returns the id of its transaction, 0 if nothing is written.
         """
         if not self._enabled:
             return 0
@@ -169,16 +172,18 @@ class Bookkeeper:
         return self._write([row])
 
     def partial(self, revision: str, statement: str, *, upgrade: bool, session: Session | None) -> int:
-        """Note that a part of a revision is committed ahead of its version row, and must not run twice.
+        """Record that a part of a revision is committed before its version row, and must not run twice.
 
-        On the migration's connection, in the transaction that is about to be committed; on ``session`` where
-        ``statement`` is a transaction of its own.  Returns the id of the row's transaction, 0 where none is written.
+        It is written on the migration's connection, in the transaction that is about to be committed;
+        on ``session`` if ``statement`` is its own transaction. Returns the id of the row's transaction,
+        0 if none is written.
         """
         if not self._enabled:
             return 0
         self.number += 1
         shown = " ".join(statement.split())[:300]
-        # The column `revision` stays empty: an older image takes the newest row of a revision for what stands.
+        # The column `revision` stays empty: for an older image, the newest row of a revision is its
+        # state.
         row = self._author.row(
             ledger.PARTIAL,
             self.number,
@@ -202,12 +207,12 @@ class Bookkeeper:
         return way
 
     def stamped(self, rows: Iterable[str]) -> None:
-        """Add the rows of revisions that were stamped, or no longer are, now that the version rows are ``rows``."""
+        """Add the rows of revisions that were stamped, or no longer are; ``rows`` are the new version rows."""
         self._rows = frozenset(rows)
         self._settle(ledger.STAMPED, ledger.UNSTAMPED)
 
     def _settle(self, came: str, went: str) -> None:
-        """Add rows for the difference between what the ledger holds and what the version rows stand for."""
+        """Add rows for the difference between the ledger and the version rows."""
         if not self._enabled:
             return
         events = differences(self._history, self._standing, self._rows, came, went)
@@ -242,9 +247,9 @@ class Bookkeeper:
         return int(self._connection.ask_driver(statement))
 
     def _make_or_close(self, connection: Connection) -> None:
-        """Make the ledger where it is missing; else take back what a revision has granted on all tables.
+        """Create the ledger if it does not exist; else revoke the grants of a revision on all tables.
 
-        In the transaction of what did so: nobody else ever sees it open.
+        It runs in the transaction of those grants: no other session ever sees the ledger open.
         """
         found = ledger.is_open(self._ledger, connection.ask_driver)
         if found is not None:
@@ -263,12 +268,13 @@ class Bookkeeper:
 def differences(
     history: History, standing: Iterable[str], rows: Iterable[str], came: str, went: str
 ) -> list[tuple[str, str]]:
-    """Return (revision, event) for what the ledger lacks, oldest first, and for what it has and is not so any more.
+    """Return (revision, event) for revisions that the ledger lacks, oldest first, and for those that are no
+    longer applied.
 
-    Revisions that this history does not know are left alone: another image's run wrote about them.
+    Revisions that this history does not know are not changed: a run of another image recorded them.
     """
     applied = history.applied(rows)
-    # What a revision that is not known here stands for is not known either.
+    # The ancestors of an unknown revision are not known either.
     gone = set() if history.unknown(rows) else set(standing) - set(applied) - set(history.unknown(standing))
     return [(name, came) for name in applied if name not in set(standing)] + [
         (name, went) for name in sorted(gone)
@@ -276,7 +282,7 @@ def differences(
 
 
 def about(history: History, revision: str, *, sums: bool) -> dict[str, Any]:
-    """Return what the history says of a revision, as the ledger's columns have it."""
+    """Return a revision's data for the ledger's columns."""
     if history.unknown([revision]):
         return {"revision": revision}
     item = history.revision(revision)
@@ -294,7 +300,7 @@ def about(history: History, revision: str, *, sums: bool) -> dict[str, Any]:
 
 
 def told(events: Sequence[tuple[str, str]], place: VersionTable, *, first: bool) -> str:
-    """Say in one line what is noted about work that was done without migrator."""
+    """Return one line about recorded changes without migrator."""
     came = [name for name, event in events if event == ledger.FOUND]
     went = [name for name, event in events if event == ledger.GONE]
     if first and came:
@@ -344,7 +350,7 @@ def settle(
     rows: Iterable[str],
     author: Author,
 ) -> None:
-    """Note on migrator's own session what was done without it since its last run; raises QueryFailed."""
+    """Record, on migrator's own session, changes without it since its last run; raises QueryFailed."""
     events = differences(history, standing, rows, ledger.FOUND, ledger.GONE)
     if not events:
         return
@@ -371,12 +377,12 @@ def begin(
     backup_id: str,
     way_back: str,
 ) -> int:
-    """Note that a run is about to apply; raises QueryFailed.
+    """Record that a run is about to apply; raises QueryFailed.
 
-    ``indexes`` are those that it is to build and that are there: should the run end badly, the next one knows by this
-    which it has built.  ``way_back`` is the newest backup without anything that a failed run has left; it may be older
-    than this run's ``backup_id``.  Returns the id of the transaction, 0 where nothing was written: the first revision
-    of an empty database is not to see a table of ours.
+    ``indexes`` are existing ones that it is to build: if the run ends badly, the next run knows by them
+    which ones it has built. ``way_back`` is the newest backup without the leftovers of a failed run; it
+    may be older than this run's ``backup_id``. Returns the id of the transaction, 0 if nothing was
+    written: the first revision of an empty database must not see a table of ours.
     """
     if not plan.before and not ledger.exists(ledger.beside(table, session), session.value):
         return 0
@@ -394,7 +400,8 @@ def begin(
             "way_back": way_back,
         },
     )
-    # One transaction, also where the ledger is made: a restore asks whether others have written since the backup.
+    # One transaction, also if the ledger is created: a restore checks whether others have written since
+    # the backup.
     session.query("BEGIN")
     try:
         number = ledger.append(session, table, [row], within=True)
@@ -417,12 +424,12 @@ def close(
     keep: int = 0,
     visits: Iterable[VersionTable] = (),
 ) -> None:
-    """Add the row of the run itself, with how it ended; raises QueryFailed.
+    """Add the row of the run itself, with its end; raises QueryFailed.
 
-    ``failed`` is what the next run needs to know of a failure that was taken back (see on_failure.py), ``schema`` the
-    packed snapshot of what this one leaves (see drift.py), ``keep`` how many earlier ones stay beside it, ``visits``
-    the version tables of an ``env.py`` that goes through several.
-    Where the version table is not there, nothing was ever applied, and no ledger is begun for a failure.
+    ``failed`` are the facts for the next run about a failure that was reverted or restored (see
+    on_failure.py). ``schema`` is the packed snapshot after this run (see drift.py), ``keep`` the number
+    of earlier ones that stay. ``visits`` are the version tables of an ``env.py`` with several. Without
+    a version table nothing was ever applied, and a failure creates no ledger.
     """
     if place_of(session, table) is None:
         return

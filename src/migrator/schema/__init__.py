@@ -1,1 +1,1 @@
-"""What a live schema is, and what it is expected to be."""
+"""The live schema, and the expected one."""

@@ -1,7 +1,7 @@
-"""What the live schema is: thin queries over the system catalogs.
+"""The live schema: thin queries over the system catalogs.
 
-Few statements whatever the number of tables, for they also run when there is nothing to do.  Names come
-as people write them, ``schema.name``.
+There are few statements for any number of tables, because they also run in an up-to-date database.
+Names have the form ``schema.name``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Index:
 
     @property
     def remedy(self) -> str:
-        """Return the SQL that makes it valid, or takes it away."""
+        """Return the SQL that makes it valid, or drops it."""
         name = f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
         drop = f"DROP INDEX CONCURRENTLY {name};"
         if re.search(r"_cc(new|old)\d*$", self.name):
@@ -56,7 +56,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its type as ``format_type()`` prints it, and in every spelling that is right for it."""
+    """A column: its type as ``format_type()`` prints it, and in every accepted spelling."""
 
     type: str
     not_null: bool
@@ -85,28 +85,29 @@ ORDER BY 1, 2
 
 
 def invalid_indexes(session: Session) -> tuple[Index, ...]:
-    """Return the indexes that Postgres maintains but does not use: what a failed concurrent build leaves.
+    """Return the indexes that Postgres maintains but does not use: a failed concurrent build leaves them.
 
-    Not those that another session is building (or dropping) just now: a build holds ShareUpdateExclusiveLock on
-    the table and has a row in pg_stat_progress_create_index, whose pid, though little else, everyone may read
-    (so that a VACUUM or ANALYZE, with the same lock, hides nothing); a drop, and REINDEX CONCURRENTLY, holds that
-    lock on the index too.  And not partitioned indexes, which are invalid until every partition has theirs.
+    Indexes that another session is building (or dropping) are excluded. A build holds
+    ShareUpdateExclusiveLock on the table and has a row in pg_stat_progress_create_index, whose pid
+    everyone may read. So a VACUUM or ANALYZE with the same lock hides nothing. A drop, and REINDEX
+    CONCURRENTLY, holds that lock on the index too. Partitioned indexes are excluded: they are invalid
+    until every partition has its index.
     """
     rows = session.query(INVALID_INDEXES)
     return tuple(Index(*row) for row in rows)
 
 
 def indexes_named(session: Session, names: Iterable[str]) -> tuple[Index, ...]:
-    """Return the valid indexes of these names, in whatever schema, but for those that carry a constraint."""
+    """Return the valid indexes with these names in any schema, except those of a constraint."""
     rows = session.query(_NAMED_INDEXES, (sorted(names),))
     return tuple(Index(*row) for row in rows)
 
 
 def constraints_not_valid(session: Session) -> tuple[Constraint, ...]:
-    """Return the constraints that existing rows were never checked against.
+    """Return the constraints with unchecked existing rows.
 
-    Not those that follow from another of them (a partition's, a child table's), and not those that are NOT
-    ENFORCED (PostgreSQL 18), which are never valid.
+    Constraints that follow from another one (a partition's, a child table's) are excluded. So are those
+    that are NOT ENFORCED (PostgreSQL 18), which are never valid.
     """
     rows = session.query(_NOT_VALID)
     return tuple(Constraint(*row) for row in rows)
@@ -118,7 +119,7 @@ def not_valid_constraints(session: Session) -> frozenset[str]:
 
 
 def describe(session: Session, wanted: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], Table]:
-    """Return what those of the ``wanted`` tables (schema and name) that exist are like, in three statements."""
+    """Return the existing ones of the ``wanted`` tables (schema and name), in three statements."""
     pairs = sorted(set(wanted))
     if not pairs:
         return {}
@@ -129,7 +130,7 @@ def describe(session: Session, wanted: Iterable[tuple[str, str]]) -> Mapping[tup
         table = tables.setdefault((schema, name), Table())
         if column is not None:
             bare = type_name.removeprefix(f"{type_schema}.")
-            seen = type_schema.strip('"') in near  # people need not write the schema of such a type
+            seen = type_schema.strip('"') in near  # the schema of such a type may be omitted
             spellings = _spellings(
                 bare, type_schema, bare=seen or type_schema.strip('"') in ("public", schema)
             )
@@ -149,8 +150,8 @@ def describe(session: Session, wanted: Iterable[tuple[str, str]]) -> Mapping[tup
 def _spellings(type_name: str, type_schema: str, *, bare: bool) -> frozenset[str]:
     """Return the canonical spellings of a type.
 
-    It is right with its schema, and (``bare``) without where that is on the user's search_path, which a role's settings
-    may change, or is ``public`` or beside the table.
+    With its schema it is always accepted. Without it (``bare``) it is accepted if the schema is on the
+    user's search_path, which a role's settings may change, or is ``public``, or the table's own.
     """
     found = {type_name} if bare or type_schema == "pg_catalog" else set()
     if type_schema != "pg_catalog":
@@ -199,7 +200,7 @@ SELECT n.nspname || '.' || c.relname
           AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e')
  ORDER BY 1
 """
-# Tables, partitioned, foreign, views and materialised views: whatever has columns.
+# Tables, partitioned tables, foreign tables, views and materialised views: relations with columns.
 _COLUMNS = """
 SELECT n.nspname, r.relname, a.attname, format_type(a.atttypid, a.atttypmod), quote_ident(tn.nspname),
        a.attnotnull

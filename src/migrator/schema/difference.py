@@ -1,4 +1,4 @@
-"""What is different between two snapshots of a schema."""
+"""The differences between two snapshots of a schema."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from migrator.schema.snapshot import Item, Snapshot
 
 
 class Difference(NamedTuple):
-    """One thing that is gone (``after`` is None), was not there (``before`` is None), or is another one now."""
+    """One difference: it is gone (``after`` is None), is new (``before`` is None), or has changed."""
 
     before: Item | None
     after: Item | None
 
     @property
     def item(self) -> Item:
-        """Return what it is about."""
+        """Return the item of the difference."""
         if self.after is not None:
             return self.after
         if self.before is None:
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """Say what is different."""
+        """Return the difference as text."""
         attributes = self.item.attributes
         if self.after is None:
             return "it is gone" + (f"; it was {attributes}" if attributes else "")
@@ -38,10 +38,10 @@ class Difference(NamedTuple):
 
 
 def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:
-    """Compare two snapshots; what is part of a table that is gone, or new, goes without saying.
+    """Compare two snapshots; parts of a table that is gone, or new, are not listed.
 
-    Definitions are compared where both were taken in the same database under the same major: elsewhere Postgres may
-    write the same ones otherwise.  What is in a schema of another application's counts in neither.
+    Definitions are compared only if both are from the same database and major version: otherwise
+    Postgres may print the same definition differently. Schemas of another application are ignored.
     """
     if before.text == after.text:
         return ()
@@ -67,7 +67,7 @@ def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:
 
 
 def schema_of(item: Item) -> str:
-    """Return the schema that a thing is in, or is; empty for an extension."""
+    """Return the schema of an item, or its own name for a schema; empty for an extension."""
     return "" if item.kind == "extension" else split(item.relation or item.name)[0]
 
 

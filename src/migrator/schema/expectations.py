@@ -1,6 +1,6 @@
 """Expectations: ``verify.toml`` read into frozen values, with every problem of the file in one error.
 
-The format is documented in docs/; what is not listed in the file is not expected, so not checked.
+The format is documented in docs/; only listed things are checked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ExpectedColumn:
 
 @dataclass(frozen=True)
 class ExpectedTable:
-    """What a table is expected to have; ``primary_key`` is None where the file does not say."""
+    """The expected content of a table; ``primary_key`` is None if the file does not name one."""
 
     schema: str
     name: str
@@ -49,7 +49,7 @@ class ExpectedTable:
 
 @dataclass(frozen=True)
 class Assertion:
-    """A query whose first column of the first row is expected to be a value."""
+    """A query with an expected value in the first column of its first row."""
 
     name: str
     sql: str
@@ -71,7 +71,7 @@ class Expectations:
 
 
 def read(path: Path) -> Expectations | None:
-    """Read the file; None where there is none. Raises :class:`SettingsError`."""
+    """Read the file; None if there is none. Raises :class:`SettingsError`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -99,7 +99,7 @@ def parse(text: str, file_name: str = FILE_NAME) -> Expectations:
 
 
 class _Reader:
-    """Reads each part of the file, noting problems on the way instead of raising."""
+    """Reads each part of the file, and collects problems instead of raising."""
 
     def __init__(self, file_name: str) -> None:
         self.file_name = file_name
@@ -248,7 +248,7 @@ def _shown(value: object) -> str:
 
 
 def _plain_name(text: str) -> str:
-    """Read the name of a column or an index: one part, which may hold anything that Postgres allows."""
+    """Read the name of a column or an index: one part, with any character that Postgres allows."""
     name = text[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")+"', text) else text
     if not name.strip() or "\0" in name:
         raise ValueError(f"{text!r} is not a name")
@@ -263,7 +263,7 @@ def _constraint_name(text: str) -> tuple[str, ...]:
 
 
 def _column(name: str, written: str) -> ExpectedColumn:
-    """Read ``bigint not null``; a serial type is not null by itself, as in CREATE TABLE. Raises ValueError."""
+    """Read ``bigint not null``; a serial type is NOT NULL by itself, as in CREATE TABLE. Raises ValueError."""
     match = re.fullmatch(r"\s*(.*?)\s*(?:\b(not\s+null|null))?\s*", written, re.IGNORECASE | re.DOTALL)
     type_name, ending = (match[1], match[2] or "") if match else ("", "")
     odd = [word for word in re.sub(r'"[^"]*"', "", type_name).lower().split() if word in _NOT_OF_A_TYPE]

@@ -1,10 +1,10 @@
-"""What other roles' code a superuser would run with a query that others may have prepared for it.
+"""Other roles' code that a superuser would run with a query that others may have prepared.
 
-A view's functions run as who reads it; so do, while a query is planned, functions in the indexes and extended
-statistics of a table, in what it is partitioned by, and in its virtual columns.  What a query reads is told by the
-words in it, before the server looks at it; names that are put together while it runs are not found.  Nor does a query
-name the function of a cast, that of a range's statistics, or an operator that LIKE, IN and their like stand for: such
-ones of others count wherever they are.
+A view's functions run as its reader. During planning, functions also run in a table's indexes, extended
+statistics, partition keys and virtual columns. The words in a query tell which relations it reads,
+before the server sees it. Names that are put together while it runs are not found. A query does not
+name the function of a cast, of a range's statistics, or an operator behind LIKE, IN and others: if
+other roles own such functions, they always count.
 """
 
 from __future__ import annotations
@@ -68,16 +68,18 @@ _VIEWS = (
 
 
 def words(sql: str) -> list[str]:
-    """Return every word that may be a name in a query."""
+    """Return every word of a query that may be a name."""
     plain = re.findall(r"[^\W\d][\w$]*", sql)
     quoted = [name.replace('""', '"') for name in re.findall(r'"((?:[^"]|"")+)"', sql)]
     return sorted({*plain, *(word.lower() for word in plain), *quoted})
 
 
 def code_in(session: Session, sql: str) -> list[str]:
-    """Return what of other roles a superuser's query would run; nothing where the session's role is no superuser.
+    """Return other roles' code that a superuser's query would run; nothing if the session's role is not a
+    superuser.
 
-    Their tables are locked first (ACCESS SHARE, in the session's transaction), so that they stay what they are.
+    The tables are locked first (ACCESS SHARE, in the session's transaction), so that they do not
+    change.
     """
     asked = {"words": words(sql), "sql": sql}
     found = session.query(_FOUND, asked)
@@ -92,5 +94,5 @@ def code_in(session: Session, sql: str) -> list[str]:
 
 
 def names_views(session: Session, sql: str) -> bool:
-    """Whether a query may read a view or a foreign table that is not the system's."""
+    """Tell whether a query may read a view or a foreign table that is not the system's."""
     return bool(session.value(_VIEWS, [words(sql)]))

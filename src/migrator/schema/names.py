@@ -54,7 +54,7 @@ class ForeignKey:
         return f"{', '.join(self.columns)} -> {self.schema}.{self.table}({', '.join(self.references)})"
 
     def same_as(self, other: ForeignKey) -> bool:
-        """Return whether both pair the same columns with the same columns, in whatever order."""
+        """Return whether both pair the same columns, in any order."""
         mine, theirs = (
             zip(self.columns, self.references, strict=True),
             zip(other.columns, other.references, strict=True),
@@ -63,9 +63,10 @@ class ForeignKey:
 
 
 def split_name(text: str) -> tuple[str, ...]:
-    """Split ``schema.table`` into its parts; a part in double quotes may hold anything. Raises ValueError.
+    """Split ``schema.table`` into its parts; a part in double quotes may hold any character. Raises
+    ValueError.
 
-    Case counts, quoted or not: names are written as the catalog holds them.
+    Case counts, quoted or not: names are written as in the catalog.
     """
     parts = []
     position = 0
@@ -113,15 +114,15 @@ def foreign_key(text: str) -> ForeignKey:
 
 
 def canonical_type(text: str) -> str:
-    """Return the one spelling that a type has here: ``varchar(9)`` is ``character varying(9)``.
+    """Return the canonical spelling of a type: ``varchar(9)`` is ``character varying(9)``.
 
-    Both what people write and what ``format_type()`` prints goes through it, so that the two can be compared.
+    It is applied to the user's text and to ``format_type()``, so that the two can be compared.
     """
     text = " ".join(text.split())
     array = re.search(r"(?:(?:\s*\[\s*\d*\s*\])+|\s+array)$", text, re.IGNORECASE)
     if array is not None:
         text = text[: array.start()]
-    if text == '"char"':  # the one-byte type, which is not char
+    if text == '"char"':  # the one-byte type, which differs from char
         return text + ("[]" if array else "")
     text = text.replace('"', "").lower()
     name, _, tail = text.partition("(")

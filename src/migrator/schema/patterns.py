@@ -19,7 +19,7 @@ class Pattern:
     table: re.Pattern[str]
 
     def matches(self, schema: str, name: str) -> bool:
-        """Whether the pattern names what has this name in this schema, both without quotes."""
+        """Tell whether the pattern matches this name in this schema, both without quotes."""
         return (self.schema is None or bool(self.schema.fullmatch(schema))) and bool(
             self.table.fullmatch(name)
         )
@@ -28,7 +28,7 @@ class Pattern:
 def parse(text: str) -> tuple[Pattern, ...]:
     """Read ``audit_log, logs.*, "Odd".t``; raises ValueError.
 
-    As in psql, what is not quoted is lower case, and only there ``*`` and ``?`` stand for other characters.
+    As in psql, unquoted text is lower case, and only there ``*`` and ``?`` are wildcards.
     """
     found: list[Pattern] = []
     rest = text.strip()
@@ -52,7 +52,7 @@ def _expression(part: str) -> re.Pattern[str]:
 
 
 def split(name: str) -> tuple[str, str]:
-    """Take ``schema.name`` apart, as ``format('%I.%I')`` has written it; what has no schema is one itself."""
+    """Split ``schema.name``, as written by ``format('%I.%I')``; a name without a schema is a schema itself."""
     match = _QUALIFIED.match(name)
     return (_bare(match[1]), _bare(match[2])) if match else (_bare(name), "")
 

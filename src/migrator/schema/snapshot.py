@@ -1,14 +1,15 @@
-"""A snapshot of the live schema: what is there, in a form in which two of them can be compared.
+"""A snapshot of the live schema, in a form in which two of them can be compared.
 
-Read in one statement, on a session of ours, whose search_path makes every name come with its schema.  The server
-writes it as one sorted JSON text: two texts are compared first, and taken apart only where they differ.  Expressions
-and bodies (defaults, checks, index and view definitions, functions, policies) are kept as a hash: a snapshot is stored
-in the ledger, and a text in one of them may be a secret.  To write them out, Postgres locks their tables as a SELECT
-does.
+One statement reads it, on a session of ours with a search_path that prints every name with its schema.
+The server writes one sorted JSON text. Two texts are compared first, and split only if they differ.
+Expressions and bodies (defaults, checks, index and view definitions, functions, policies) are kept as a
+hash: a snapshot is stored in the ledger, and such a text may hold a secret. To print them, Postgres
+locks their tables as a SELECT does.
 
-Left out is what an extension owns, what is not schema (owners, grants, comments, storage parameters, statistics
-targets, whether a materialised view is populated), indexes that are not valid (a finding of their own), the ledger
-itself, and partitions: those who use them make and drop them on a schedule, and they have their parent's columns.
+Excluded are: objects of extensions; properties that are not schema (owners, grants, comments, storage
+parameters, statistics targets, whether a materialised view is populated); invalid indexes (they have
+their own finding); the ledger itself; and partitions, which their users create and drop on a schedule,
+with their parent's columns.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from migrator.postgres.version_table import read_all
 
 
 class Item(NamedTuple):
-    """One thing in the schema.
+    """One item of the schema.
 
-    ``relation`` is the table (or view, or sequence) that it is, or is of; empty for what has none.  ``attributes`` are
-    for people, ``definition`` is the hash of the rest.
+    ``relation`` is its own table (or view, or sequence), or the one it belongs to; empty if there is
+    none. ``attributes`` are for people, ``definition`` is the hash of the rest.
     """
 
     kind: str
@@ -42,12 +43,12 @@ class Item(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Return what makes it the same thing in two snapshots."""
+        """Return the key that identifies an item in two snapshots."""
         return self.kind, self.relation, self.name
 
     @property
     def is_relation(self) -> bool:
-        """Whether other things are parts of it."""
+        """Tell whether other items are parts of it."""
         return self.relation == self.name
 
     def __str__(self) -> str:
@@ -61,12 +62,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A schema at one moment, and where and at which revisions it was taken.
+    """A schema at one moment, with its place and its revisions.
 
-    ``text`` is a JSON array with one array for each item.  ``versions`` are the rows of every version table.
-    ``place`` tells a database from a restored copy of it, in which Postgres may write the very same definitions
-    otherwise.  ``hidden`` are the schemas with a version table that the role may not read: another application's,
-    which changes them as it likes.
+    ``text`` is a JSON array with one array for each item. ``versions`` are the rows of every version
+    table. ``place`` distinguishes a database from a restored copy of it, in which Postgres may print
+    the same definitions differently. ``hidden`` are the schemas with a version table that the role may
+    not read: they belong to another application.
     """
 
     text: str
@@ -77,7 +78,7 @@ class Snapshot:
 
     @functools.cached_property
     def items(self) -> tuple[Item, ...]:
-        """Return what the text says; raises :class:`Unreadable`."""
+        """Return the items in the text; raises :class:`Unreadable`."""
         try:
             return tuple(Item(*map(str, item)) for item in json.loads(self.text))
         except (TypeError, ValueError) as error:
@@ -98,11 +99,11 @@ class Snapshot:
 
 
 class Unreadable(ValueError):
-    """What was packed cannot be unpacked: it is damaged, or of a later migrator."""
+    """A packed snapshot cannot be unpacked: it is damaged, or from a later migrator."""
 
 
 def unpack(data: Mapping[str, Any]) -> Snapshot:
-    """Return what was packed; raises :class:`Unreadable`."""
+    """Unpack a snapshot; raises :class:`Unreadable`."""
     try:
         if data["format"] != _FORMAT:
             raise Unreadable(f"it has the format {data['format']}, which this migrator does not know")
@@ -125,7 +126,7 @@ _FORMAT = 1
 _LARGEST = 256_000_000  # bytes: some 500,000 tables
 _ATTEMPTS = 3
 _PASSING = frozenset({"55P03", "XX000", "42P01", "42704", "40001"})
-"""SQLSTATEs of a catalog that others change meanwhile: a lock, "cache lookup failed", an object that is gone."""
+"""SQLSTATEs of a catalog that others change meanwhile: a lock, "cache lookup failed", a dropped object."""
 
 
 def take(session: Session, beside: str) -> Snapshot:
@@ -163,7 +164,7 @@ def _hash(text: str) -> str:
     return f'hashtextextended({text} COLLATE "C", 0)::text'  # md5() is missing on FIPS systems
 
 
-# Of aggregates there is no definition as a text.
+# Aggregates have no definition as a text.
 _FUNCTION = "CASE prokind WHEN 'a' THEN pg_get_function_arguments(p.oid) ELSE pg_get_functiondef(p.oid) END"
 _POLICY = (
     "concat_ws(' ', (SELECT string_agg(pg_get_userbyid(role), ', ' ORDER BY 1) FROM unnest(polroles) AS role),"
