@@ -284,7 +284,7 @@ TAKES_UNICODE = (
     " AND (pg_catalog.current_setting('client_encoding') OPERATOR(pg_catalog.=) 'UTF8'"
     " OR pg_catalog.current_setting('client_encoding') OPERATOR(pg_catalog.=) 'UNICODE')"
 )
-"""Whether the database takes any character; if not, characters beyond ASCII are written as ``\xe9``."""
+"""Whether the database takes any character; if not, characters beyond ASCII are written as ``\\xe9``."""
 
 
 def _clean(value: Any, unicode: bool, key: str = "") -> Any:

@@ -1,14 +1,14 @@
-"""What is attached to a table and runs code when the table is read or written, and whose code that is.
+"""The code that is attached to a table, runs when the table is read or written, and whose code it is.
 
-Attached are triggers, rules, checks, indexes, defaults, policies, statistics and the types of columns.  They are also
-those of the tables that come along: a child, a table with a foreign key to it, and what a rule or a policy names.  A
-foreign key's check runs as its table's owner, but what that owner's code leaves for the COMMIT runs as whoever commits,
-up to PostgreSQL 17.  An operator is a function, and a domain may have a check; pg_depend has no more of them than their
-own name.
+Such code is in triggers, rules, checks, indexes, defaults, policies, statistics and the types of
+columns. It is also in related tables: a child, a table with a foreign key to it, and tables that a rule
+or a policy names. A foreign key's check runs as its table's owner. Up to PostgreSQL 17, code that this
+owner defers to the COMMIT runs as the committing role. An operator is a function, and a domain may have
+a check; pg_depend has only their own name.
 
-The server's own functions belong to nobody, and some run any SQL that they are given (``query_to_xml``).  So whoever
-may have written an expression that calls one counts as its author: the table's owner, and for a trigger's WHEN each
-role that may make triggers.
+The server's own functions belong to nobody, and some run any SQL text (``query_to_xml``). So the
+possible author of an expression with such a call counts as the owner of the code: the table's owner,
+and for a trigger's WHEN each role that may create triggers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from migrator.errors import AccessDenied
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 
-# The classes, such as 1259 for pg_class, are fixed oids: as regclass they would need a cast that others can make too.
-# OFFSET 0: each is looked up by its index, where the planner would read all of pg_depend for a tree of unknown size.
+# The classes, such as 1259 for pg_class, are fixed oids: as regclass they would need a cast that others
+# can make too. With OFFSET 0 each is looked up by its index. The planner would otherwise read all of
+# pg_depend for a tree of unknown size.
 _CODE = """
 WITH RECURSIVE tree (oid) AS (
   SELECT CAST({table} AS pg_catalog.oid)
@@ -118,10 +119,10 @@ SELECT described, owner, trigger FROM code
 
 
 def code(table: str) -> str:
-    """Return a subquery that has a row for each piece of code that is attached to a table.
+    """Return a subquery with a row for each piece of code that is attached to a table.
 
-    What ``described`` says of its ``owner``, and the quoted name of the table's ``trigger`` where it is one.
-    ``table`` is an SQL expression for the oid.  The subquery means the same under any search path.
+    ``described`` selects from its ``owner``, and the quoted name of the ``trigger`` if it is one.
+    ``table`` is an SQL expression for the oid. The subquery means the same under any search path.
     """
     return f"({_CODE.format(table=table)})"
 
@@ -155,10 +156,11 @@ SELECT c.relkind = 'r' AND c.relchecks = 0 AND NOT (c.relhastriggers OR c.relhas
 
 
 def refuse_code(session: Session, table: VersionTable, role: str) -> None:
-    """Raise :class:`AccessDenied` where writing the version table would run the code of a role that is not trusted.
+    """Raise :class:`AccessDenied` if a write to the version table would run the code of an untrusted role.
 
-    Trusted are superusers, our login, the database's owner, ``role``, and the table's owner where our login is a member
-    of it: to become a role is not to trust it with what the login may do beside that.
+    Trusted are superusers, our login, the database's owner, ``role``, and the table's owner if our
+    login is a member of it. A login that can become a role does not therefore trust that role with its
+    own other privileges.
     """
     found = session.find(table.name) if not table.schema else (table.schema, "")
     if found is None:

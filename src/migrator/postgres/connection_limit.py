@@ -1,7 +1,7 @@
-"""A server without room for one more connection: wait for it, as long as for a server that is not there yet.
+"""A server without a free connection: wait for one, as long as for a server that is not there yet.
 
-Each of a run's later connections may meet it, and each program's: that the first one found room says nothing of the
-next one.
+Each later connection of a run may meet this, and each program's: the first connection says nothing
+about the next one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LONGEST_PAUSE = 2.0
 
 
 def connect(target: Target, application_name: str, timeout: float) -> Session:
-    """Open a session; wait for room where the server has none.  Raises :class:`ConnectFailed`."""
+    """Open a session; wait for a free connection. Raises :class:`ConnectFailed`."""
     waiting = _Waiting(str(target))
     while True:
         try:
@@ -45,7 +45,9 @@ SELECT least(nullif(rolconnlimit, -1), nullif(datconnlimit, -1)), session_user::
 
 
 def refuse_too_few(session: Session, needed: int, what: str) -> None:
-    """Raise :class:`AccessDenied` where role or database may never have the connections that ``what`` takes at once."""
+    """Raise :class:`AccessDenied` if role or database can never have the connections that ``what`` takes at
+    once.
+    """
     for limit, role in session.query(_LIMIT):
         if limit is not None and limit < needed:
             raise AccessDenied(
@@ -57,10 +59,10 @@ def refuse_too_few(session: Session, needed: int, what: str) -> None:
 
 
 def run(start: Callable[[], Finished]) -> Finished:
-    """Run a program of PostgreSQL's, again where the server did not let it in: it did nothing then.
+    """Run a PostgreSQL program; retry if the server refused its connection, because it did nothing then.
 
-    The server's words may be in any language, and the program does not tell their SQLSTATE.  Sessions of ours were
-    let in with the same address and password.  Raises :class:`ConnectFailed` where the wait was in vain.
+    The server's message may be in any language, and the program hides its SQLSTATE. Sessions of ours
+    were accepted with the same address and password. Raises :class:`ConnectFailed` after the wait.
     """
     waiting = None
     while True:
@@ -79,9 +81,10 @@ def run(start: Callable[[], Finished]) -> Finished:
 
 
 def run_env(go: Callable[[], None], entered: Callable[[], bool]) -> None:
-    """Run ``env.py``, again from the top where the server has no room for it and it has reached no database yet.
+    """Run ``env.py``; retry from the top if the server had no free connection and ``env.py`` reached no
+    database.
 
-    Raises what it raised last.
+    Raises its last error.
     """
     waiting = _Waiting("env.py")
     while True:
@@ -102,7 +105,7 @@ class _Waiting:
         self._said = False
 
     def goes_on(self, why: str) -> bool:
-        """Say once what is waited for; return whether any time is left."""
+        """Report the wait once; return whether any time is left."""
         left = self._deadline - time.monotonic()
         if left > 0 and not self._said:
             log.warning("%s: no connection yet (%.0f s left): %s", self._who, left, why)
@@ -110,7 +113,7 @@ class _Waiting:
         return left > 0
 
     def pause(self) -> None:
-        """Sleep for a jittered while that grows."""
+        """Sleep for a growing, jittered time."""
         left = max(0.0, self._deadline - time.monotonic())
         time.sleep(min(left, random.uniform(self._pause / 2, self._pause)))  # noqa: S311 - jitter, no secret
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)

@@ -1,7 +1,7 @@
-"""The control connection and the run lock on it, while the migration works on a connection of its own.
+"""The control connection with the run lock, while the migration works on its own connection.
 
-When it is lost, the apply lock on the migration's connection keeps other runs out; this brings connection and run
-lock back.  Both the watch and the main thread use it.
+If it is lost, the apply lock on the migration's connection keeps other runs out. This module restores
+the connection and the run lock. Both the watch and the main thread use it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ log = logging.getLogger("migrator.watch")
 
 _STARTING = "57P03"  # cannot_connect_now
 _AT_LEAST = 10.0
-"""Seconds to wait for a server that went away while a migration ran, also where MIGRATOR_WAIT_TIMEOUT is less."""
+"""Seconds to wait for a server that went away during a migration, also if MIGRATOR_WAIT_TIMEOUT is less."""
 _CONNECT = 5.0
-"""Seconds for one connection: a server that is merely overloaded shall not count as silent."""
+"""Seconds for one connection: an overloaded server must not count as silent."""
 _LOCK_PATIENCE = 5.0
-"""Seconds to wait for the run lock: those who wait for it take it for a moment, to see that the apply lock is held."""
+"""Seconds to wait for the run lock: waiting runs hold it for a moment to see that the apply lock is held."""
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error of migrator's own connections says that Postgres went away, and may come back."""
+    """Tell whether an error of migrator's own connections means that Postgres went away, and may come back."""
     if isinstance(error, QueryFailed):
         return error.lost
     return isinstance(error, ConnectFailed) and error.refusal is Refusal.TRANSIENT
 
 
 def revive(session: Session, patience: float) -> bool:
-    """Make sure that a session answers; returns whether it had to connect again.
+    """Check that a session answers; return whether it had to reconnect.
 
     Waits for at least ten seconds, or ``patience``, but only once; raises :class:`ConnectFailed`.
     """
@@ -49,7 +49,7 @@ def revive(session: Session, patience: float) -> bool:
         session.abandoned = left <= 0
         try:
             session.reconnect(max(1.0, min(PROBE, left)))
-            if session.facts.in_recovery:  # a standby that is being promoted, or a wrong one
+            if session.facts.in_recovery:  # a standby during promotion, or a wrong one
                 session.close()
                 raise ConnectFailed(Refusal.TRANSIENT, "the server is a standby", _STARTING)
         except QueryFailed as error:
@@ -65,7 +65,7 @@ def revive(session: Session, patience: float) -> bool:
 
 
 class Lifeline:
-    """Knows whether the control connection and the run lock are there, and brings them back."""
+    """Knows whether the control connection and the run lock are there, and restores them."""
 
     def __init__(self, session: Session, regain: Callable[[], bool], patience: float) -> None:
         self.session = session
@@ -75,21 +75,21 @@ class Lifeline:
         self._lost_once = False
         self.held = True
         self.silent_since: float | None = None
-        """Since when nothing answers at all (time.monotonic()); None where something does, if only to refuse."""
+        """Since when nothing answers at all (time.monotonic()); None if something does, even a refusal."""
 
     @property
     def stayed(self) -> bool:
-        """Whether the connection was there all the time, as far as is known."""
+        """Tell whether the connection was never lost, as far as is known."""
         return self.held and not self._lost_once
 
     def lose(self) -> None:
-        """Note that the connection was lost; says so once."""
+        """Note that the connection was lost; log it once."""
         if self.held:
             self.held, self._lost_once = False, True
             log.warning("the control connection was lost; the migration continues under its own lock")
 
     def come_back(self) -> bool:
-        """Try once to have both back, for some seconds; raises ConnectFailed or QueryFailed."""
+        """Try once to restore both, for some seconds; raises ConnectFailed or QueryFailed."""
         with self._mutex:
             if self.held:
                 return True
@@ -106,9 +106,9 @@ class Lifeline:
         return self.held
 
     def ensure(self) -> None:
-        """Have both now, waiting for the server where it went away.
+        """Restore both now; wait for the server if it went away.
 
-        Raises :class:`ConnectFailed` where it does not come back in time, and :class:`LockBusy` where another
+        Raises :class:`ConnectFailed` if it does not come back in time, and :class:`LockBusy` if another
         run has taken the lock meanwhile.
         """
         try:
@@ -121,7 +121,7 @@ class Lifeline:
             self._wait()
 
     def refuse_strangers(self, table: VersionTable, *expected: frozenset[str]) -> None:
-        """Raise :class:`LockBusy` where the lock was lost for a while, and the version rows have moved since."""
+        """Raise :class:`LockBusy` if the lock was lost for a while, and the version rows have changed since."""
         rows = frozenset(read_rows(self.session, table)) if self._lost_once else frozenset()
         if self._lost_once and {rows} != set(expected):
             raise LockBusy(

@@ -1,4 +1,4 @@
-"""What goes wrong with a connection or a query, and whether waiting can help."""
+"""The errors of connections and queries, and whether a wait can help."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE = Patience()
 
 
 class Refusal(enum.Enum):
-    """Why a connection failed, as far as it matters for what to do about it."""
+    """Why a connection failed, as far as it matters for the fix."""
 
     TRANSIENT = "not ready"
     DENIED = "denied"
@@ -25,7 +25,7 @@ class Refusal(enum.Enum):
 
 
 class ConnectFailed(Exception):
-    """A connection could not be made; ``refusal`` says whether waiting can help, ``sqlstate`` may be empty."""
+    """A connection failed; ``refusal`` says whether a wait can help, ``sqlstate`` may be empty."""
 
     def __init__(self, refusal: Refusal, text: str, sqlstate: str = "") -> None:
         super().__init__(text)
@@ -33,21 +33,21 @@ class ConnectFailed(Exception):
         self.text = text
         self.sqlstate = sqlstate
         self.waited = False
-        """Whether it was tried again and again already, for as long as Postgres is waited for."""
+        """Whether it was retried already, for the whole wait for Postgres."""
 
     @property
     def no_room(self) -> bool:
-        """Whether the server, or a pooler before it, has no room for one more connection."""
+        """Whether the server, or a pooler before it, has no free connection."""
         return no_room(self.sqlstate, self.text)
 
     @property
     def silent(self) -> bool:
-        """Whether nobody said anything: no server, and no host that refuses either."""
+        """Tell whether nothing answered: no server, and no host with a refusal."""
         return not self.sqlstate and ("no answer within" in self.text or "timeout expired" in self.text)
 
 
 class QueryFailed(Exception):
-    """A statement failed; ``sqlstate`` is empty where the connection itself was lost (``lost``)."""
+    """A statement failed; ``sqlstate`` is empty if the connection itself was lost (``lost``)."""
 
     def __init__(self, text: str, sqlstate: str = "", *, lost: bool = False) -> None:
         super().__init__(text)
@@ -56,8 +56,8 @@ class QueryFailed(Exception):
         self.lost = lost
 
 
-# What libpq itself says, always in English here, when it is TLS, a credential or a parameter that is wrong:
-# fe-connect.c, fe-auth.c and fe-secure-openssl.c of PostgreSQL 13 to 18.
+# libpq's own messages about TLS, a credential or a parameter, always in English here: fe-connect.c,
+# fe-auth.c and fe-secure-openssl.c of PostgreSQL 13 to 18.
 _CLIENT_SIDE_DENIALS = (
     "certificate",
     "does not support SSL",
@@ -95,7 +95,7 @@ _DENIED_CODES = frozenset(
 )
 
 
-# What poolers say under codes that tell nothing (08P01, XX000): PgBouncer, Odyssey, pgcat, Supavisor.
+# Messages of poolers under meaningless codes (08P01, XX000): PgBouncer, Odyssey, pgcat, Supavisor.
 _POOLERS_DENY = re.compile(
     r"authentication failed|auth failed|no such user|(?:wrong|incorrect|invalid) password|tenant or user not found"
     r"|not allowed",
@@ -104,7 +104,7 @@ _POOLERS_DENY = re.compile(
 
 
 def classify(sqlstate: str, text: str) -> Refusal:
-    """Decide from SQLSTATE, or from libpq's own English text where there is none, whether waiting can help."""
+    """Decide from SQLSTATE, or without it from libpq's own English text, whether a wait can help."""
     of_a_pooler = sqlstate.startswith(_OF_POOLERS) and not no_room(sqlstate, text)
     if sqlstate == "3D000" or (of_a_pooler and "no such database" in text):  # invalid_catalog_name
         return Refusal.NO_DATABASE
@@ -121,8 +121,8 @@ def classify(sqlstate: str, text: str) -> Refusal:
 # 53: insufficient_resources, of which 53300 is too_many_connections and 53400 configuration_limit_exceeded.
 # 57P03: cannot_connect_now.
 _NO_ROOM = ("53", "57P03")
-# For errors that came without their SQLSTATE, which psycopg2 does not have of a failed connection, and for poolers,
-# which send 08P01 or XX000 with it: PostgreSQL, PgBouncer, Odyssey, Pgpool-II, pgcat, Supavisor, RDS Proxy.
+# For errors without SQLSTATE: psycopg2 has none for a failed connection, and poolers send 08P01 or XX000.
+# From PostgreSQL, PgBouncer, Odyssey, Pgpool-II, pgcat, Supavisor and RDS Proxy.
 _NO_ROOM_TEXT = re.compile(
     r"too many (?:clients|connections|client connections|database connections|active clients)"
     r"|remaining connection slots are reserved"
@@ -139,19 +139,21 @@ _NO_ROOM_TEXT = re.compile(
 
 
 def no_room(sqlstate: str, text: str) -> bool:
-    """Decide whether it was for want of a free connection that one could not be made: waiting can help then."""
+    """Decide whether a connection failed because none was free: a wait can help then."""
     if sqlstate and not sqlstate.startswith(_OF_POOLERS):
         return sqlstate.startswith(_NO_ROOM)
     return _NO_ROOM_TEXT.search(text) is not None
 
 
 def had_no_room(error: BaseException) -> bool:
-    """Decide the same of what any driver raised, through SQLAlchemy or not: psycopg2, psycopg 3, asyncpg, pg8000."""
+    """Decide the same for an error of any driver, through SQLAlchemy or not: psycopg2, psycopg 3, asyncpg,
+    pg8000.
+    """
     return any(no_room(sqlstate_of(item), _words(item)) for item in chain(error) if _of_a_driver(item))
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and all that it came from: a driver's is often wrapped twice."""
+    """Yield an error and all its causes: a driver's error is often wrapped twice."""
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
@@ -163,7 +165,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def sqlstate_of(error: BaseException) -> str:
-    """Return the SQLSTATE that an exception itself has; empty where it has none."""
+    """Return the SQLSTATE of an exception itself; empty if it has none."""
     for name in ("pgcode", "sqlstate"):
         code = getattr(error, name, None)
         if isinstance(code, str) and code:
@@ -173,12 +175,14 @@ def sqlstate_of(error: BaseException) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """Return what the server said; a statement that SQLAlchemy adds could have anything in it."""
+    """Return the server's message without the statement that SQLAlchemy adds, which may hold anything."""
     return " ".join(str(item) for item in error.args[:1])
 
 
 def _of_a_driver(error: BaseException) -> bool:
-    """Whether an error is about a connection or a statement, and not a program's own that has such words in it."""
+    """Tell whether an error is about a connection or a statement, and not a program's own error with such
+    words.
+    """
     names = {base.__name__ for base in type(error).__mro__}
     return bool(names & {"ConnectFailed", "QueryFailed", "Error", "PostgresError", "DBAPIError"})
 
@@ -189,5 +193,7 @@ _CHILD_REFUSED = re.compile(
 
 
 def child_refused(stderr: str) -> bool:
-    """Whether a program of PostgreSQL's could not connect; its own words are in English, the server's may not be."""
+    """Tell whether a PostgreSQL program could not connect; its own words are in English, the server's may not
+    be.
+    """
     return _CHILD_REFUSED.search(stderr) is not None

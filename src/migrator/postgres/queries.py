@@ -1,4 +1,6 @@
-"""Questions to the system catalogs: what the database holds, and (a glance asks that too) which indexes are invalid."""
+"""Queries on the system catalogs: the content of the database, and the invalid indexes (for the up-to-date
+check too).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ LEDGER = "migrator_ledger"
 
 _SYSTEM = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
 
-# Found by the extensions, which are few, and not by the objects.
+# Found through the extensions, which are few, and not through the objects.
 _OURS = """{1}.oid NOT IN (SELECT d.objid FROM pg_depend d
                    WHERE d.refclassid = 'pg_extension'::regclass AND d.classid = '{0}'::regclass AND d.deptype = 'e')"""
 
@@ -22,7 +24,7 @@ WHERE c.relkind IN ('r', 'p', 'f', 'm', 'v', 'S') AND {_SYSTEM} AND {_OURS.forma
   AND NOT (c.relnatts = 1 AND EXISTS (SELECT 1 FROM pg_attribute a JOIN pg_index i ON i.indrelid = a.attrelid
                   WHERE a.attrelid = c.oid AND a.attname = 'version_num' AND i.indisprimary OFFSET 0))
 """  # noqa: S608 - constants only
-"""Tables that no extension owns, and all that could be lost; version table and ledger count as neither."""
+"""Tables outside of extensions, and all objects that could be lost; version table and ledger do not count."""
 
 INVALID_INDEXES = """
 SELECT n.nspname, i.relname, t.relname, x.indisunique, x.indexrelid::bigint

@@ -1,9 +1,9 @@
-"""The search_path of our own sessions, and where the user's own one finds a name.
+"""The search_path of our own sessions, and the lookup of names in the user's own one.
 
-Whoever may create something in a schema of the search_path may put an operator, a function, a cast or a type there that
-matches our statements better than the one in pg_catalog.  So our sessions leave the user's search_path with their first
-message, and that message is written so that no search_path matters.  Where the user's path counts, it is asked for its
-schemas, and the name is compared with the catalog.
+A role that may create objects in a schema of the search_path may put an operator, a function, a cast or
+a type there that matches our statements better than the one in pg_catalog. So our sessions leave the
+user's search_path with their first message, and that message is written so that no search_path matters.
+If the user's path counts, we read its schemas, and compare the name with the catalog.
 https://www.postgresql.org/docs/current/typeconv-oper.html
 """
 
@@ -14,18 +14,19 @@ from collections.abc import Callable
 from migrator.postgres.queries import LEDGER
 
 FIRST_OF_OTHERS = 16384
-"""The first oid that initdb has not given away: FirstNormalObjectId in the server's source."""
+"""The first oid after those of initdb: FirstNormalObjectId in the server's source."""
 
 SAFE = "pg_catalog, pg_temp"
-"""Relations and types of pg_temp come first unless it is named: it is named last."""
+"""Relations and types of pg_temp come first unless it is named: we name it last."""
 _SAFE = f"'{SAFE}'"
 
 PATH, SCHEMAS = "migrator.search_path", "migrator.schemas"
-"""Settings that live as long as one message: the user's search_path, and its schemas as JSON, nearest first."""
+"""Settings that last for one message: the user's search_path, and its schemas as JSON, nearest first."""
 
 _RESTRICTION = "restrict_nonsystem_relation_kind"
-"""Refuses the views of others, which call functions: https://www.postgresql.org/docs/current/runtime-config-client.html
-Servers from August 2024 on have it."""
+"""Refuses the views of others, which call functions:
+https://www.postgresql.org/docs/current/runtime-config-client.html Servers have it since August 2024.
+"""
 
 _LEARN_SCHEMAS = (
     f"pg_catalog.set_config('{SCHEMAS}', CAST(pg_catalog.array_to_json(pg_catalog.current_schemas(false))"
@@ -34,7 +35,8 @@ _LEARN_SCHEMAS = (
 
 
 def settled(path: str, kinds: str, local: str) -> str:
-    """Return the columns that set a search_path and which relations are refused; ``local`` is an SQL expression.
+    """Return the columns that set a search_path and the refused kinds of relations; ``local`` is an SQL
+    expression.
 
     ``path`` is an SQL expression as well.
     """
@@ -51,12 +53,14 @@ def ours(local: str = "false") -> str:
 
 
 def theirs(literal: str, local: str = "false") -> str:
-    """Return the statement that sets a path of the user's, as an SQL literal; every relation may be read again."""
+    """Return the statement that sets a path of the user's, as an SQL literal, and allows every relation
+    again.
+    """
     return f"SELECT {settled(literal, '', local)}"
 
 
 def each_message(restricts: bool) -> str:
-    """Return what comes before a statement behind a pooler, which may give each transaction another connection."""
+    """Return the prefix of a statement behind a pooler, which may give each transaction another connection."""
     restriction = f" SET LOCAL {_RESTRICTION} = 'view, foreign-table';" if restricts else ""
     return f"SET LOCAL search_path = {SAFE};{restriction} "
 
@@ -66,9 +70,10 @@ RESTRICTS = f"pg_catalog.current_setting('{_RESTRICTION}', true) IS NOT NULL"
 
 
 def leave(backend_pid: int) -> str:
-    """Return the statements that learn the user's path and leave it, whatever it is.
+    """Return the statements that read any path of the user's and leave it.
 
-    Behind a pooler, which makes a process id up, they hold for this message alone: its server connection is lent.
+    A pooler invents process ids. Behind one, the statements apply only to this message, because its
+    server connection is shared.
     """
     pooled = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) CAST('{backend_pid}' AS pg_catalog.int8)"
     return (
@@ -88,9 +93,11 @@ _LOOK = (
     f" SELECT pg_catalog.set_config('search_path', {_SAFE}, true); "
 )
 FIND = _LOOK + _FIND
-"""Returns the schema and the kind of the first relation of a name (second parameter) in a search_path (the first)."""
+"""Returns the schema and the kind of the first relation of a name (second parameter) in a search_path (the
+first).
+"""
 LIST = f"{_LOOK}SELECT s.value FROM json_array_elements_text(current_setting('{SCHEMAS}')::json) AS s"  # noqa: S608 - constants only
-"""Returns the schemas of a search_path (the parameter) that are there and that the role may use."""
+"""Returns the existing schemas of a search_path (the parameter) that the role may use."""
 
 FIND_HERE = """
 SELECT CAST(pg_catalog.json_build_array(n.nspname, c.relkind) AS pg_catalog.text)
@@ -103,11 +110,11 @@ ORDER BY s.place LIMIT 1
 
 
 def beside(table: str, schema: str, literal: Callable[[str], str]) -> str:
-    """Return the statement that leaves nothing to find, for this message, but what is beside a plain table.
+    """Return the statement that leaves nothing to find, for this message, except beside a plain table.
 
-    That is the first of this name in the user's path, or the one in ``schema``.  A view, or a column whose type is not
-    the system's, or an index or statistics over an expression, could bring a function of others: then nothing is found
-    at all.
+    That is the first table of this name in the user's path, or the one in ``schema``. A view, a column
+    with a type of others, or an index or statistics over an expression could bring a function of
+    others: then nothing is found at all.
     """
     schemas = f"json_build_array({literal(schema)})" if schema else f"current_setting('{SCHEMAS}')::json"
     return f"""
@@ -129,4 +136,4 @@ SELECT set_config('search_path', coalesce((
 
 
 BACK = f"SELECT pg_catalog.set_config('search_path', {_SAFE}, true);"
-"""Leaves such a place."""
+"""Leaves that state."""

@@ -1,9 +1,9 @@
-"""Postgres through psycopg2: connect, ask, and turn what the server says into our errors.
+"""Postgres through psycopg2: connect, query, and turn the server's messages into our errors.
 
-The only importer of psycopg2.  psycopg2 gives no SQLSTATE for a failed *connection*, and the server's text
-is in the server's language (``lc_messages``).  libpq does know the code: a second, non-blocking attempt is
-made with libpq's verbose error format, in which the message reads ``FATAL:  28P01: ...`` whatever the
-language.  https://www.postgresql.org/docs/current/libpq-control.html#LIBPQ-PQSETERRORVERBOSITY
+Only this module imports psycopg2. psycopg2 gives no SQLSTATE for a failed *connection*, and the
+server's text is in the server's language (``lc_messages``). libpq does know the code. A second,
+non-blocking attempt uses libpq's verbose error format, in which the message is ``FATAL: 28P01: ...`` in
+any language. https://www.postgresql.org/docs/current/libpq-control.html#LIBPQ-PQSETERRORVERBOSITY
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ log = lazy_logging.get_logger("migrator")
 # Its stubs know no open-ended keyword arguments; libpq's parameters are open-ended.
 _open: Callable[..., psycopg2.extensions.connection] = psycopg2.connect
 
-# Texts come as bytes, for psycopg2 would raise where one of them is no UTF-8.
+# Texts arrive as bytes: psycopg2 would raise for one that is not UTF-8.
 _AS_BYTES = (psycopg2._psycopg.BYTES, psycopg2._psycopg.BYTESARRAY)
 _VERBOSE = 2  # PQERRORS_VERBOSE
-# A SQLSTATE has a digit: with several hosts, a word such as FATAL may stand at its place.
+# A SQLSTATE has a digit: with several hosts, a word such as FATAL may be in its place.
 _CODED = r"(?s):\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)"
 _HINT = r"\s*Is the server running [^?]*\?"
 _PREFIX = r"(?s)^connection to server (?:at|on socket) .*? failed: "
 
 
 class ServerFacts(NamedTuple):
-    """What one query says about the server and the database on connecting.
+    """The facts about server and database from one query on connecting.
 
-    ``started_at`` (microseconds since 1970) and ``database_oid`` tell one database from every other.
+    ``started_at`` (microseconds since 1970) and ``database_oid`` distinguish one database from every
+    other.
     """
 
     version: str
@@ -65,7 +66,7 @@ class ServerFacts(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked with a session's first message: ``columns``, and the statements that come ``ahead`` of them."""
+    """The query in a session's first message: ``columns``, and the statements ``ahead`` of them."""
 
     columns: str = ""
     ahead: str = ""
@@ -75,10 +76,10 @@ _NO_QUESTION = Question()
 
 
 class Session:
-    """One autocommit connection that migrator itself uses; safe to share between threads.
+    """One autocommit connection for migrator's own use; safe to share between threads.
 
-    It resolves names in pg_catalog and nowhere else (search_path.py); ``user_path`` is the search_path that the
-    address, the role or the database gave it.
+    It resolves names only in pg_catalog (search_path.py). ``user_path`` is the search_path from the
+    address, the role or the database.
     """
 
     def __init__(
@@ -94,15 +95,15 @@ class Session:
         self._lock = threading.RLock()
         self._wait: Wait | None = None
         self._watched = False
-        self._patient = True  # what asks for the facts sees to that itself
+        self._patient = True  # the query for the facts does this itself
         self.abandoned = False
-        """Whether it was waited for in vain: it is asked again, and not waited for again."""
+        """Whether a wait for it was in vain: it is queried again, without another wait."""
         self.target = target
-        self._ahead = ""  # what each message begins with
+        self._ahead = ""  # the prefix of each message
         self._restricts = False  # whether the server can refuse the views of others
         self.user_path = ""
         self.facts, self.also = self._read_facts(timeout, also)
-        # Behind a pooler what is set may stay with a connection that somebody else gets next.
+        # Behind a pooler, a setting may stay with a connection that another client gets next.
         self._patient = self.pooled
         self._ahead = search_path.each_message(self._restricts) if self.pooled else ""
 
@@ -114,12 +115,13 @@ class Session:
         timeout: float | None = None,
         sink: Any = None,
     ) -> list[tuple[Any, ...]]:
-        """Run one statement and return its rows (none for a statement that returns none).
+        """Run one statement and return its rows (none if it returns none).
 
         ``COPY ... TO STDOUT`` writes each row into the ``sink``, and returns the number of rows.
 
-        It may take as long as the server works on it, but no answer is waited for that will not come; with
-        ``timeout`` it ends, and the connection with it, after that many seconds.  Raises :class:`QueryFailed`.
+        It may take as long as the server works on it, but it does not wait for an answer that will not
+        come. With ``timeout`` it ends, and the connection with it, after that many seconds. Raises
+        :class:`QueryFailed`.
         """
         late = self._ask_elsewhere if timeout is None else self._give_up
         seconds = PATIENCE if timeout is None else timeout
@@ -152,7 +154,9 @@ class Session:
                 self._wait = None
 
     def _end(self, wait: Wait) -> None:
-        """End a wait for good: cancelled on the server where it can be told, so that it gives back its locks."""
+        """End a wait for good: cancel on the server if it can be reached, so that the statement releases its
+        locks.
+        """
         began = time.monotonic()
         self._tell(wait)
         while not wait.over and time.monotonic() - began < TELL:
@@ -164,7 +168,9 @@ class Session:
             wait.end(lambda: shut_down(self._connection.fileno()))
 
     def _ask_elsewhere(self, wait: Wait) -> None:
-        """Ask over another connection whether the server still works on the statement; give up where it does not."""
+        """Check over another connection whether the server still works on the statement; give up if it does
+        not.
+        """
         failures, pause = 0, PATIENCE
         while not wait.over and failures < PROBES and not DEADLINES.over:
             busy = None
@@ -172,7 +178,7 @@ class Session:
                 with connect(self.target, self._application_name, PROBE) as other:
                     busy = other.query(_BUSY, (self.pid,), timeout=PROBE)
             except (ConnectFailed, QueryFailed) as error:
-                # Too many clients, for one, is an answer: the server is there.
+                # A refusal such as "too many clients" is an answer too: the server is there.
                 failures = failures + 1 if error.sqlstate in ("", _CANNOT_CONNECT_NOW) else 0
             else:
                 failures, pause = 0, min(2 * pause, 60.0)
@@ -186,10 +192,10 @@ class Session:
             self._give_up(wait)
 
     def cancel(self) -> None:
-        """Cancel the statement that another thread is running here, if there is one.
+        """Cancel the statement that another thread runs here, if there is one.
 
-        psycopg2 waits for the server inside libpq, where no Python signal handler runs.  Where the server cannot
-        be told (libpq would wait for that without end), the connection is ended on this side.
+        psycopg2 waits for the server inside libpq, where no Python signal handler runs. If the server
+        cannot be reached (libpq would wait without end), the connection is closed on this side.
         """
         wait = self._wait
         if wait is None:
@@ -198,7 +204,9 @@ class Session:
             self._give_up(wait)
 
     def _tell(self, wait: Wait) -> bool:
-        """Tell the server to cancel, in a thread, for libpq waits for that without end; whether it was told."""
+        """Tell the server to cancel, in a thread, because libpq waits without end; return whether it was
+        told.
+        """
         requests: list[Callable[[], None]] = []
         with contextlib.suppress(psycopg2.Error):  # closed in between
             wait.during(lambda: requests.append(_cancel_request(self._connection.pgconn_ptr)))
@@ -208,7 +216,9 @@ class Session:
         return not telling.is_alive()
 
     def notice_a_dead_client(self) -> None:
-        """Let the server notice within seconds that we are gone, for our locks end then; kept on reconnecting."""
+        """Let the server notice within seconds that this side is gone, because our locks end then; kept on
+        reconnecting.
+        """
         self._watched = True
         self.query(dead_client_settings(self.facts.major))
 
@@ -221,9 +231,10 @@ class Session:
 
     @contextlib.contextmanager
     def as_role(self, role: str) -> Iterator[None]:
-        """Be another role (``SET ROLE``) within the block, and no other thread's; an empty name changes nothing.
+        """Act as another role (``SET ROLE``) within the block, in this thread only; an empty name changes
+        nothing.
 
-        Only for what writes: as another role the session may not see or cancel its own login's statements.
+        Only for writes: as another role the session may not see or cancel its own login's statements.
         Raises :class:`QueryFailed`.
         """
         if not role:
@@ -239,9 +250,9 @@ class Session:
 
     @contextlib.contextmanager
     def as_user(self, path: str = "") -> Iterator[None]:
-        """Run what is the user's own: names are resolved in ``path``, or in the search_path that the user has set.
+        """Run the user's own SQL: names are resolved in ``path``, or in the user's search_path.
 
-        Where a transaction fails within the block, the caller rolls it back, and our path comes back with that.
+        If a transaction fails within the block, the caller rolls it back, which also restores our path.
         """
         with self._lock:
             ahead, literal = self._ahead, quote_literal(path or self.user_path)
@@ -263,7 +274,7 @@ class Session:
             self.query(search_path.ours())
 
     def terminate(self, pid: int) -> None:
-        """End another session, as our role or as our login: ALTER ROLE ... SET role can make them two.
+        """End another session, as our role or as our login: ALTER ROLE ... SET role can make them differ.
 
         Raises :class:`QueryFailed`.
         """
@@ -277,7 +288,8 @@ class Session:
                 self.query(statement, [pid])
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """Return the schema in which the user's search_path finds a relation, and its kind; None where it is nowhere.
+        """Return the schema in which the user's search_path finds a relation, and its kind; None if it finds
+        none.
 
         Raises :class:`QueryFailed`.
         """
@@ -285,11 +297,13 @@ class Session:
         return (rows[0][0], rows[0][1]) if rows else None
 
     def user_schemas(self, *, timeout: float | None = None) -> tuple[str, ...]:
-        """Return the schemas of the user's search_path that are there and may be used; raises :class:`QueryFailed`."""
+        """Return the existing schemas of the user's search_path that may be used; raises
+        :class:`QueryFailed`.
+        """
         return tuple(row[0] for row in self.query(search_path.LIST, (self.user_path,), timeout=timeout))
 
     def answers(self) -> bool:
-        """Whether the connection is there, asked now; after PROBE seconds of silence it is not."""
+        """Check now whether the connection is there; after PROBE seconds of silence it is not."""
         try:
             self.query("SELECT 1", timeout=PROBE)
         except QueryFailed as error:
@@ -297,7 +311,7 @@ class Session:
         return True
 
     def reconnect(self, timeout: float) -> None:
-        """Put a new connection in the place of one that was lost; raises :class:`ConnectFailed`."""
+        """Replace a lost connection with a new one; raises :class:`ConnectFailed`."""
         fresh = connect(self.target, self._application_name, timeout)
         with self._lock:
             self.close()
@@ -308,7 +322,7 @@ class Session:
 
     @property
     def pooled(self) -> bool:
-        """Whether a pooler stands in between: it gives its clients a made-up process id to cancel with."""
+        """Whether there is a pooler in between: it gives its clients a made-up process id to cancel with."""
         return bool(self._connection.info.backend_pid != self.pid)
 
     @property
@@ -333,10 +347,11 @@ class Session:
         self.close()
 
     def _read_facts(self, timeout: float, also: Question) -> tuple[ServerFacts, tuple[Any, ...]]:
-        """Ask for the facts, and in the same message for ``also``: more columns.
+        """Query the facts, and in the same message ``also``: more columns.
 
-        All of a message is one transaction: it costs no round trip, and what holds within it leaves nothing behind in
-        a pooler.  Ahead of everything that could be resolved in a schema of others, it leaves the user's search_path.
+        All of a message is one transaction: it costs no round trip, and its settings leave nothing
+        behind in a pooler. It leaves the user's search_path before any name that could be resolved in a
+        schema of others.
         """
         leave = search_path.leave(self._connection.info.backend_pid)
         columns = f"{_FACTS}, {also.columns}" if also.columns else _FACTS
@@ -347,14 +362,16 @@ class Session:
 
 
 def _decoded(value: Any) -> Any:
-    """Return a text that came as bytes: the shared catalogs have names of databases with other encodings in them."""
+    """Return a text that arrived as bytes: the shared catalogs have names in the encodings of other
+    databases.
+    """
     if type(value) is bytes:
         return value.decode("utf-8", "surrogateescape")
     return list(map(_decoded, value)) if type(value) is list else value
 
 
 class _Encoded:
-    """A text that is no UTF-8, as SQL: the bytes that it came as."""
+    """A text that is not UTF-8, as SQL: its original bytes."""
 
     def __init__(self, text: str) -> None:
         self._bytes = text.encode("utf-8", "surrogateescape")
@@ -386,7 +403,8 @@ _FACTS = (
     " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()"
 )
 
-# What ends a transaction that may have failed, and what must be a message of its own: none of it resolves a name.
+# The end of a transaction that may have failed, and statements that must be their own message: none
+# resolves a name.
 _ALONE = re.compile(
     r"\s*(?:COMMIT|ROLLBACK|(?:CREATE|DROP|ALTER)\s+DATABASE|(?:CREATE|DROP|ALTER)\s+TABLESPACE|ALTER\s+SYSTEM|VACUUM"
     r"|(?:(?:CREATE|DROP)\s+(?:UNIQUE\s+)?INDEX|REINDEX\s+\w+)\s+CONCURRENTLY)\b",
@@ -395,9 +413,10 @@ _ALONE = re.compile(
 
 
 def no_timeouts(server_major: int) -> str:
-    """Return what frees a session from the timeouts of its role and its database, which are the application's.
+    """Return the settings that free a session from the timeouts of its role and database, which are for the
+    application.
 
-    Not from ``lock_timeout``: nobody shall wait longer for a lock than they want to.
+    Not from ``lock_timeout``: no session waits longer for a lock than was set.
     """
     names = ["statement_timeout", "idle_in_transaction_session_timeout"]
     names += ["idle_session_timeout"] if server_major >= 14 else []
@@ -406,7 +425,7 @@ def no_timeouts(server_major: int) -> str:
 
 
 def _insist(cursor: Any, sql: str, attempts: int = 3) -> None:
-    """Execute what itself is under a timeout that may be a millisecond."""
+    """Execute a statement that sets a timeout, which may itself be only a millisecond."""
     for left in reversed(range(attempts)):
         try:
             cursor.execute(sql)
@@ -417,10 +436,11 @@ def _insist(cursor: Any, sql: str, attempts: int = 3) -> None:
 
 
 def dead_client_values(server_major: int) -> dict[str, str]:
-    """Return the settings that make the server look whether a session's client is still there.
+    """Return the settings that make the server check whether a session's client is still there.
 
-    While a statement runs it looks every two seconds (PostgreSQL 14 and newer); while it waits for the client, TCP
-    keepalives find out within about 11 seconds; an answer that nobody acknowledges is given up after 15.
+    During a statement it checks every two seconds (PostgreSQL 14 and newer). While it waits for the
+    client, TCP keepalives notice within about 11 seconds. An unacknowledged answer is given up after
+    15.
     https://www.postgresql.org/docs/current/runtime-config-connection.html#RUNTIME-CONFIG-TCP-SETTINGS
     """
     values = {
@@ -450,12 +470,12 @@ FROM pg_stat_activity WHERE pid = %s
 """
 
 _BEAT = 12.0
-"""Seconds after which a statement of our own that is still running is told of, at the next look."""
+"""Seconds after which a running statement of our own is reported, at the next check."""
 _NO_TIME = "after the signal there was no time left for a query"
 
 
 def _still_waiting(wait: Wait, event: str, query: str) -> None:
-    """Say that the server still works on a statement of ours, and what that waits for there."""
+    """Report that the server still works on a statement of ours, and what the statement waits for there."""
     seconds = time.monotonic() - wait.began
     if wait.over or seconds < _BEAT:
         return
@@ -472,7 +492,7 @@ _ENDED = frozenset({"57P01", "57P02", "57P04"})  # admin_shutdown, crash_shutdow
 
 
 def message_of(error: BaseException) -> str:
-    """Return what the server said, in one line: primary message, detail and hint."""
+    """Return the server's message in one line: primary message, detail and hint."""
     diagnostics = getattr(error, "diag", None)
     if diagnostics is not None and diagnostics.message_primary:
         parts = [diagnostics.message_primary]
@@ -481,7 +501,7 @@ def message_of(error: BaseException) -> str:
         if diagnostics.message_hint:
             parts.append(f"HINT: {diagnostics.message_hint}")
         return " ".join(" ".join(parts).split())
-    # SQLAlchemy's asyncpg dialect puts the class in front of the server's words.
+    # SQLAlchemy's asyncpg dialect puts the class before the server's words.
     return re.sub(r"^<class '[\w.]+'>: ", "", " ".join(str(error).split()))
 
 
@@ -495,12 +515,13 @@ def connect(
 ) -> Session:
     """Open a session within ``timeout`` seconds, name lookup included.
 
-    What ``also`` returns is selected beside the server's facts and found in the session's attribute of that name; it
-    is called in another thread, once there is a connection.  ``meanwhile`` is called while the server works.
+    The columns from ``also`` are selected beside the server's facts and stored in the session's
+    attribute of that name. ``also`` is called in another thread, after there is a connection.
+    ``meanwhile`` is called while the server works.
 
-    The attempt runs in a thread of its own, for neither the resolver nor a server that accepts and then says
-    nothing can be bounded otherwise (libpq's connect_timeout counts per address and rounds up to 2 s).
-    Raises :class:`ConnectFailed`.
+    The attempt runs in its own thread. Nothing else can bound a resolver, or a server that accepts and
+    then is silent (libpq's connect_timeout counts per address and rounds up to 2 s). Raises
+    :class:`ConnectFailed`.
     """
     deadline = time.monotonic() + timeout
     answers: list[Session | BaseException] = []
@@ -512,7 +533,7 @@ def connect(
             answers.append(session)
             if given_up.is_set():
                 session.close()
-        except BaseException as error:  # noqa: BLE001 - handed over to the waiting thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - passed to the waiting thread, which raises it
             answers.append(error)
         answered.set()
 
@@ -539,12 +560,12 @@ def _connect_now(
     arguments = target.libpq(
         connect_timeout=max(2, math.ceil(deadline - time.monotonic())),
         application_name=application_name,
-        client_encoding="UTF8",  # whatever the database has set for others: it can say every name
+        client_encoding="UTF8",  # in spite of the database's own setting: it can express every name
         keepalives=1,
         keepalives_idle=5,
         keepalives_interval=2,
         keepalives_count=3,
-        tcp_user_timeout=5000,  # milliseconds that sent data may stay unacknowledged: a cut network is noticed
+        tcp_user_timeout=5000,  # milliseconds that sent data may stay unacknowledged: this notices a cut network
     )
     arguments["application_name"] = application_name
     try:
@@ -563,10 +584,10 @@ def _connect_now(
 
 
 def _diagnose(arguments: dict[str, str], text: str, deadline: float) -> ConnectFailed:
-    """Find the SQLSTATE of a failed connection by asking again with libpq's verbose errors."""
+    """Find the SQLSTATE of a failed connection with a second attempt and libpq's verbose errors."""
     plain = " ".join(re.sub(_HINT, "", re.sub(_PREFIX, "", text)).split())
     if "FATAL" not in text and not re.search(r" failed: \S+:  ", text):
-        # libpq's own words: nothing answered as a server does.
+        # libpq's own words: nothing answered as a server does
         return ConnectFailed(classify("", plain), plain)
     sqlstate, verbose = "", ""
     for line in _verbose_attempt(arguments, deadline):
@@ -579,11 +600,11 @@ def _diagnose(arguments: dict[str, str], text: str, deadline: float) -> ConnectF
 
 
 def _verbose_attempt(arguments: dict[str, str], deadline: float) -> Iterator[str]:
-    """Connect once more without blocking, and yield libpq's verbose error text; nothing where it succeeds."""
+    """Connect once more without blocking, and yield libpq's verbose error text; nothing if it succeeds."""
     import ctypes
     import select
 
-    library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also looks in what it is linked to: libpq
+    library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also searches its linked libraries: libpq
     set_verbosity = library.PQsetErrorVerbosity
     set_verbosity.argtypes = [ctypes.c_void_p, ctypes.c_int]
     set_verbosity.restype = ctypes.c_int
@@ -608,14 +629,16 @@ def _verbose_attempt(arguments: dict[str, str], deadline: float) -> Iterator[str
 
 
 def _cancel_request(connection: int) -> Callable[[], None]:
-    """Return what sends libpq's request to cancel, given a connection of libpq's that stays open until this returns.
+    """Return the function that sends libpq's cancel request for a connection that stays open until this
+    returns.
 
-    psycopg2's own ``cancel`` does the same and holds the interpreter's lock meanwhile: where the network is silent,
-    no thread of the process ever runs again.  https://www.postgresql.org/docs/current/libpq-cancel.html
+    psycopg2's own ``cancel`` does the same, but it holds the interpreter's lock meanwhile: on a silent
+    network, no thread of the process ever runs again.
+    https://www.postgresql.org/docs/current/libpq-cancel.html
     """
     import ctypes
 
-    library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also looks in what it is linked to: libpq
+    library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also searches its linked libraries: libpq
     get, send, free = library.PQgetCancel, library.PQcancel, library.PQfreeCancel
     get.restype, send.restype = ctypes.c_void_p, ctypes.c_int
     get.argtypes = free.argtypes = [ctypes.c_void_p]
@@ -630,12 +653,12 @@ def _cancel_request(connection: int) -> Callable[[], None]:
 
 
 def codec(encoding: str) -> str:
-    """Return Python's name of one of PostgreSQL's encodings; where it has none, names go through as they are."""
+    """Return Python's name of a PostgreSQL encoding; without one, names pass unchanged."""
     return "utf-8" if encoding == "SQL_ASCII" else psycopg2.extensions.encodings.get(encoding, "utf-8")
 
 
 def quote_literal(text: str) -> str:
-    """Quote text for SQL, whatever ``standard_conforming_strings`` is."""
+    """Quote text for SQL, independent of ``standard_conforming_strings``."""
     doubled = text.replace("'", "''")
     return " E'" + doubled.replace("\\", "\\\\") + "'" if "\\" in text else f"'{doubled}'"
 
@@ -654,10 +677,12 @@ _RESERVED = """
     returning right select session_user similar some symmetric system_user table tablesample then to trailing true union
     unique user using variadic verbose when where window with
 """
-"""What is a word of the grammar unless it is quoted: https://www.postgresql.org/docs/current/sql-keywords-appendix.html"""
+"""Words of the grammar that need quotes as a name:
+https://www.postgresql.org/docs/current/sql-keywords-appendix.html
+"""
 
 
 def as_typed(name: str) -> str:
-    """Return a name as a person would type it into SQL: quoted where that is needed, so that no name is a command."""
+    """Return a name as a user types it into SQL: quoted if needed, so that no name is a command."""
     plain = re.fullmatch("[a-z_][a-z0-9_]*", name) is not None
     return name if plain and not re.search(rf"\b{name}\b", _RESERVED) else quote_identifier(name)

@@ -1,7 +1,7 @@
-"""What is the matter with TLS, and what to do about it.
+"""Explain a TLS failure, and how to fix it.
 
-libpq says of a certificate that it did not accept only "certificate verify failed", whether it has expired or is
-signed by a stranger.  Python's ``ssl`` says which; it is imported when that has happened, and never otherwise.
+For a rejected certificate libpq says only "certificate verify failed", whether it has expired or has an
+unknown issuer. Python's ``ssl`` tells the reason; it is imported only after such a failure.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ _STEPS: tuple[tuple[str, str], ...] = (
 
 
 def next_step(text: str) -> str:
-    """Return what to do about a refusal that has to do with TLS; nothing where it has not."""
+    """Return the fix for a refusal that is about TLS; else nothing."""
     return next((step for words, step in _STEPS if words in text), "")
 
 
 def explain(
     target: Target, text: str, seconds: float = 5.0, variables: Mapping[str, str] = os.environ
 ) -> str:
-    """Return ``text`` with the reason why the server's certificate was not accepted, where that can be found out."""
+    """Return ``text`` with the reason why the server's certificate was rejected, if that can be found out."""
     if UNEXPLAINED not in text:
         return text
     hosts, ports = target.host.split(","), target.port.split(",")
@@ -101,7 +101,7 @@ def explain(
 
 
 def _reason(target: Target, address: tuple[str, int], seconds: float, variables: Mapping[str, str]) -> str:
-    """Ask the server for its certificate and return why it is not accepted; nothing where that shows nothing."""
+    """Get the server's certificate and return why it is rejected; nothing if that shows nothing."""
     import ssl
 
     def setting(name: str) -> str:
@@ -110,7 +110,7 @@ def _reason(target: Target, address: tuple[str, int], seconds: float, variables:
     root = setting("sslrootcert") or str(Path.home() / ".postgresql" / "root.crt")
     try:
         context = ssl.create_default_context(cafile=None if root == "system" else root)
-        context.check_hostname = False  # libpq itself says so where it is the name
+        context.check_hostname = False  # libpq itself reports a wrong name
         if setting("sslcrl"):
             context.load_verify_locations(setting("sslcrl"))
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF

@@ -22,7 +22,7 @@ ORDER BY n.nspname <> %s, n.nspname, c.relname
 
 
 class VersionTable(NamedTuple):
-    """The name of the version table, and its schema where ``env.py`` names one."""
+    """The name of the version table, and its schema if ``env.py`` names one."""
 
     name: str = "alembic_version"
     schema: str = ""
@@ -32,7 +32,7 @@ class VersionTable(NamedTuple):
 
     @property
     def typed(self) -> str:
-        """Return the name as a person would type it into SQL."""
+        """Return the name as a user types it into SQL."""
         return f"{as_typed(self.schema)}.{as_typed(self.name)}" if self.schema else as_typed(self.name)
 
     @property
@@ -43,10 +43,10 @@ class VersionTable(NamedTuple):
 
 
 class KnowsRevisions(Protocol):
-    """What is needed of the history to recognise its version table."""
+    """The part of a history that identifies its version table."""
 
     def version_table(self) -> VersionTable | None:
-        """Return the table that ``env.py`` names, or None where only running it would tell."""
+        """Return the table that ``env.py`` names, or None if only running it can tell."""
 
     def known(self) -> frozenset[str]:
         """Return the ids of all revisions."""
@@ -56,22 +56,22 @@ class KnowsRevisions(Protocol):
 
     @property
     def can_be_asked(self) -> bool:
-        """Return whether ``env.py`` can be run twice: what a module does while it is imported, it does once."""
+        """Tell whether ``env.py`` can run twice: an import runs a module's code only once."""
 
     @property
     def runs_once(self) -> bool:
-        """Return whether ``env.py`` has one version table in a database, as far as its text tells."""
+        """Tell whether ``env.py`` has one version table in a database, as far as its text shows."""
 
 
 ONLY_THAT_NAMES_IT = "only that names its version table"
-"""A doubt that a run which ended well has settled: ``env.py`` led it to the table."""
+"""A doubt that the last successful run has settled: ``env.py`` led it to the table."""
 
 
 class Sought(NamedTuple):
-    """The version table that is there, or None, its revisions, and why only running ``env.py`` would be sure.
+    """The existing version table, or None, its revisions, and why only running ``env.py`` could be sure.
 
-    ``others`` are further tables that hold revisions of this history, any of which may be meant; where ``several``,
-    ``env.py`` may mean more than one.
+    ``others`` are further tables with revisions of this history, any of which may be the right one.
+    With ``several``, ``env.py`` may use more than one.
     """
 
     table: VersionTable | None
@@ -82,7 +82,7 @@ class Sought(NamedTuple):
 
 
 def refusal(tables: Sequence[VersionTable]) -> SettingsError:
-    """Return the error for a place that ``env.py`` was not asked about."""
+    """Return the error for version tables that only ``env.py`` can choose from."""
     names = ", ".join(map(str, tables))
     return SettingsError(
         [f"only env.py knows its version table, and these tables have revisions: {names}"],
@@ -93,9 +93,9 @@ def refusal(tables: Sequence[VersionTable]) -> SettingsError:
 def read_version(
     session: Session, history: KnowsRevisions, setting: str = ""
 ) -> tuple[VersionTable | None, tuple[str, ...]]:
-    """Return the version table that is there, or None, and its revisions.
+    """Return the existing version table, or None, and its revisions.
 
-    Raises :class:`SettingsError` where it could be one of several.
+    Raises :class:`SettingsError` if it could be one of several.
     """
     found = seek(session, history, setting)
     if found.table is None and found.others:
@@ -104,11 +104,12 @@ def read_version(
 
 
 def seek(session: Session, history: KnowsRevisions, setting: str = "") -> Sought:
-    """Look for the version table.
+    """Find the version table.
 
-    Its name comes from the setting, else from what ``env.py`` says.  Where only running that would tell, it is
-    the one that holds a revision of this history, in the schema that ``-x`` names if it names one.  A name without a
-    schema means what ``env.py``'s own connection sees, which may have another search_path or another role.
+    Its name comes from the setting, else from ``env.py``. If only running that could tell, it is the
+    table with a revision of this history, in the schema that ``-x`` names, if any. A name without a
+    schema is resolved by ``env.py``'s own connection, which may have another search_path or another
+    role.
     """
     schema, _, name = setting.rpartition(".")
     named = VersionTable(name, schema) if setting else history.version_table()
@@ -133,7 +134,7 @@ def seek(session: Session, history: KnowsRevisions, setting: str = "") -> Sought
 def _elsewhere(
     session: Session, known: frozenset[str], named: VersionTable, *, there: bool
 ) -> tuple[VersionTable, ...]:
-    """Return the tables that ``env.py`` may mean in the place of the one that is, or is not, where its name leads."""
+    """Return the tables that ``env.py`` may use instead of the one, existing or not, behind its name."""
     if there and named.schema:
         return ()
     here = place_of(session, named)
@@ -148,9 +149,9 @@ def _elsewhere(
 def _search(
     session: Session, known: frozenset[str], name: str, schemas: frozenset[str]
 ) -> list[tuple[VersionTable, tuple[str, ...]]]:
-    """Return the tables that hold known revisions, else those that hold any (this image may be the older one).
+    """Return the tables with known revisions, else those with any (this image may be the older one).
 
-    ``name`` and ``schemas`` narrow the search where they are not empty.
+    ``name`` and ``schemas`` narrow the search if they are not empty.
     """
     found = []
     denied: AccessDenied | None = None
@@ -172,14 +173,14 @@ def _search(
 
 
 class VersionTables(NamedTuple):
-    """Every version table of a database with its rows, of whatever history; and the schemas of those out of reach."""
+    """Every version table of a database with its rows, of any history; and the schemas that are out of reach."""
 
     rows: dict[str, tuple[str, ...]]
     hidden: frozenset[str]
 
 
-# Nothing but a version table has this one column; another one's version_num may be in a million rows.  A policy calls
-# functions of the table's owner.
+# Only a version table has this single column; another table's version_num may be in a million rows. A
+# policy calls functions of the table's owner.
 _ALL = """
 SELECT n.nspname::text, c.relname::text,
        has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AND NOT row_security_active(c.oid)
@@ -201,11 +202,11 @@ def read_all(session: Session) -> VersionTables:
 
 
 class NotThere(Exception):
-    """A version table was dropped, or is no plain table any more, since it was listed."""
+    """A version table was dropped, or is no longer a plain table, since it was listed."""
 
 
 class _Rows:
-    """What COPY writes: a row at a time, each as one value in double quotes, or empty for NULL."""
+    """The output of COPY: a row at a time, each as one value in double quotes, or empty for NULL."""
 
     def __init__(self) -> None:
         self.values: list[str] = []
@@ -220,8 +221,8 @@ class _Rows:
 def copied(session: Session, table: VersionTable) -> tuple[str, ...]:
     """Return the revisions in a plain table; raises :class:`NotThere`, and QueryFailed.
 
-    By COPY and not by a query: whoever made the table may have given it an index that calls a function, which the
-    planner would evaluate as us (docs/why/adr/0035-rows-are-read-by-copy.md).
+    It uses COPY and not a query. The table's creator may have given it an index that calls a function,
+    which the planner would evaluate as us (docs/why/adr/0035-rows-are-read-by-copy.md).
     """
     sink = _Rows()
     try:
@@ -235,7 +236,8 @@ def copied(session: Session, table: VersionTable) -> tuple[str, ...]:
     return tuple(sorted(sink.values))
 
 
-# A schema that the role may not use is left out of its search path, and what is in it seems not to be there.
+# A schema that the role may not use is not in its effective search path, and its tables seem not to
+# exist.
 _OUT_OF_SIGHT = """
 SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relname = %(name)s AND c.relkind IN ('r', 'p') AND NOT has_schema_privilege(n.oid, 'USAGE')
@@ -267,16 +269,19 @@ WHERE n.nspname = %s AND c.relname = %s
 
 
 def place_of(session: Session, table: VersionTable) -> tuple[str, str] | None:
-    """Return the table's schema (where none is named, as the user's search_path says) and its kind; None: nowhere."""
+    """Return the table's schema (without one, the user's search_path decides) and its kind; None if it does
+    not exist.
+    """
     if not table.schema:
         return session.find(table.name)
     return next(((row[0], row[1]) for row in session.query(_KIND, (table.schema, table.name))), None)
 
 
 def locate(session: Session, table: VersionTable) -> VersionTable | None:
-    """Return the table with its schema; None where it is not there.
+    """Return the table with its schema; None if it does not exist.
 
-    Raises :class:`AccessDenied` where it is a view, say: to read that calls functions, and nobody knows whose.
+    Raises :class:`AccessDenied` for a view, for example: a read of it calls functions of unknown
+    owners.
     """
     found = place_of(session, table)
     if found is None:
@@ -291,13 +296,13 @@ def locate(session: Session, table: VersionTable) -> VersionTable | None:
 
 
 def read_rows(session: Session, table: VersionTable) -> tuple[str, ...]:
-    """Return the revisions in a version table; raises :class:`AccessDenied` where it may not be read."""
+    """Return the revisions in a version table; raises :class:`AccessDenied` if it may not be read."""
     there = locate(session, table)
     return () if there is None else _read(session, there, table)
 
 
 def _read(session: Session, there: VersionTable, table: VersionTable) -> tuple[str, ...]:
-    """Read the table that is ``there``; people call it ``table``."""
+    """Read the existing table ``there``; the user's name for it is ``table``."""
     try:
         return copied(session, there)
     except NotThere:

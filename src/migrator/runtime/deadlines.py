@@ -1,8 +1,8 @@
-"""Notice an answer that does not come: a thread that calls back when a wait takes longer than it was given.
+"""Notice a missing answer: a thread calls back when a wait takes too long.
 
-A database driver waits for the server inside C, where nothing of Python's runs.  TCP keepalives notice a peer that
-is gone; they do not notice a proxy, a firewall or a load balancer that acknowledges everything and passes nothing
-on.  Shutting the socket down makes the driver's call return with an error, whichever thread it runs in:
+A database driver waits for the server inside C, where no Python code runs. TCP keepalives notice a peer
+that is gone. They do not notice a proxy, a firewall or a load balancer that acknowledges everything and
+passes nothing on. A shutdown of the socket makes the driver's call return with an error, in any thread:
 https://man7.org/linux/man-pages/man2/shutdown.2.html
 """
 
@@ -16,19 +16,21 @@ import time
 from collections.abc import Callable, Iterator
 
 PATIENCE = 6.0
-"""Seconds without an answer after which the server is asked, over another connection, whether it still works on it."""
+"""After so many seconds without an answer, the server is asked over another connection whether it still
+works.
+"""
 PROBE = 4.0
-"""Seconds that such a question may take, and that a question of the watch may take."""
+"""Seconds for such a query, and for a query of the watch."""
 PROBES = 3
-"""So many of them without an answer end the wait: about half a minute of silence on every connection."""
+"""So many unanswered queries end the wait: about half a minute of silence on every connection."""
 TELL = 1.0
-"""Seconds that the server gets, after a signal, to cancel a statement; then the wait for it ends on this side."""
+"""Seconds that the server gets, after a signal, to cancel a statement; then this side ends the wait."""
 
 
 class Wait:
-    """One thing that is waited for; ``seconds`` is how long it may take before ``late`` is called with this.
+    """One wait; after ``seconds``, ``late`` is called with it.
 
-    ``last`` is called in its place when the end of the whole process is near.
+    ``last`` is called instead when the end of the whole process is near.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Wait:
     def during(self, act: Callable[[], object]) -> None:
         """Do something quick unless the wait is over.
 
-        The waiting thread does not leave its wait meanwhile, so that what is acted on is still what it waits on.
+        The waiting thread stays in its wait meanwhile, so the action still concerns that wait.
         """
         with self._changed:
             if not self.over:
@@ -69,7 +71,8 @@ class Wait:
 class Deadlines:
     """Calls back for waits that take too long; one thread for all of them, started by the first.
 
-    A signal sets the moment in which all of them end (``ends``, time.monotonic()): after it, no wait begins.
+    A signal sets the moment in which all of them end (``ends``, time.monotonic()): after it, no wait
+    starts.
     """
 
     def __init__(self) -> None:
@@ -80,25 +83,27 @@ class Deadlines:
         self._thread: threading.Thread | None = None
 
     def end_at(self, moment: float) -> None:
-        """End every wait at this moment, those that are under way and those that begin until then."""
+        """End every wait at this moment, the running ones and those that start before it."""
         with self._changed:
             self.ends = min(self.ends, moment)
             self._changed.notify()
 
     @property
     def over(self) -> bool:
-        """Whether no wait may begin any more."""
+        """Whether no wait may start any more."""
         return time.monotonic() >= self.ends
 
     def left(self, deadline: float) -> float:
-        """Return the seconds until a deadline, or until the end where that comes first; negative afterwards."""
+        """Return the seconds until a deadline, or until the end if that is sooner; negative afterwards."""
         return min(deadline, self.ends) - time.monotonic()
 
     @contextlib.contextmanager
     def limit(
         self, seconds: float, late: Callable[[Wait], None], last: Callable[[Wait], None] | None = None
     ) -> Iterator[Wait]:
-        """Call ``late``, in a thread of its own, when the block takes longer than ``seconds``; ``last`` at the end."""
+        """Call ``late``, in its own thread, when the block takes longer than ``seconds``; ``last`` at the
+        end.
+        """
         wait = Wait(self._changed, seconds, late, last or late)
         with self._changed:
             self._waits.add(wait)
@@ -135,7 +140,7 @@ DEADLINES = Deadlines()
 
 
 def shut_down(descriptor: int) -> None:
-    """End the connection that a socket's descriptor stands for, without closing the descriptor itself."""
+    """End the connection behind a socket's descriptor, without closing the descriptor itself."""
     import socket
 
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as same:
@@ -145,8 +150,8 @@ def shut_down(descriptor: int) -> None:
 def keep_alive(descriptor: int) -> None:
     """Let the kernel notice within about 11 seconds that the peer of an idle TCP connection is gone.
 
-    No TCP_USER_TIMEOUT: where the server reads slowly (a COPY into a slow disk), the kernel would end a
-    connection that is alive.  https://man7.org/linux/man-pages/man7/tcp.7.html
+    There is no TCP_USER_TIMEOUT: if the server reads slowly (a COPY to a slow disk), the kernel would
+    end a working connection. https://man7.org/linux/man-pages/man7/tcp.7.html
     """
     import socket
 

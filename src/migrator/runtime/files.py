@@ -1,7 +1,7 @@
 """Write the files that others read: whole or not at all, never through a link, and never waiting.
 
-Others may be able to write to the folder: what bears the file's name there can be a link to another file, a FIFO that
-nobody reads, a device.  The folder is opened once, and what is done is done in it.
+Others may be able to write to the folder. The file's name may be a link to another file, a FIFO without
+a reader, or a device. The folder is opened once, and all work is relative to it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXE
 
 
 def replace(place: str, text: str) -> None:
-    """Write a file under its final name when all of it is there; raises OSError.
+    """Write a file under its final name when it is complete; raises OSError.
 
-    What is no file (``/dev/stdout``, ``/dev/fd/3``, a device, a FIFO with a reader) is written to.
+    A target that is not a regular file (``/dev/stdout``, ``/dev/fd/3``, a device, a FIFO with a reader)
+    is written to directly.
     """
     data = text.encode("utf-8", "backslashreplace")
     if _descriptor(place) is not None or _is_special(place):
@@ -48,7 +49,7 @@ def replace(place: str, text: str) -> None:
                 os.unlink(temporary, dir_fd=directory)
             if error.errno != errno.EBUSY:
                 raise
-            overwrite(place, data)  # a file that is mounted by itself
+            overwrite(place, data)  # a file that is mounted on its own
         finally:
             os.close(number)
     finally:
@@ -59,7 +60,9 @@ _NOT_IN_THIS_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def overwrite(place: str, data: bytes) -> None:
-    """Write to what is there, and make nothing; raises OSError, also for a link and for a file of two names."""
+    """Write to an existing file, and create nothing; raises OSError, also for a link and for a file with two
+    names.
+    """
     number = _descriptor(place)
     stream = {1: sys.stdout, 2: sys.stderr}.get(number or 0)
     if stream is not None:
@@ -85,7 +88,7 @@ def overwrite(place: str, data: bytes) -> None:
 
 
 def remove(place: str) -> None:
-    """Remove a file that an earlier run wrote, or empty it; what is no file stays.  Raises OSError."""
+    """Remove a file of an earlier run, or empty it; anything but a regular file stays. Raises OSError."""
     if _descriptor(place) is not None or _is_special(place):
         return
     try:
@@ -97,7 +100,7 @@ def remove(place: str) -> None:
 
 
 def _descriptor(place: str) -> int | None:
-    """Return the number of one of our own descriptors that a path means; None for any other."""
+    """Return the number of our own descriptor behind a path; None for any other path."""
     found = _OURS.fullmatch(os.path.normpath(place))
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Name the image's tags (docs/reference/image.md) in messages that lead to another image."""
+"""The image's tags (docs/reference/image.md), for messages that recommend another image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from migrator import __version__
 
 
 def full() -> str:
-    """Return the image of this version that has all there is."""
+    """Return the full image of this version."""
     version = os.environ.get("MIGRATOR_IMAGE_VERSION") or __version__
     return f"migrator:{version.replace('+', '-')}"  # a tag has no plus
 

@@ -1,7 +1,7 @@
-"""Loggers that do not import ``logging`` to say what nobody would see.
+"""Loggers that do not import ``logging`` for a record that is not shown.
 
-A record below WARNING is dropped by the standard library's logging as long as nobody has set it up, and nobody can
-have set it up who has not imported it.
+Until logging is set up, the standard library drops records below WARNING. Code that has not imported
+logging cannot have set it up.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _set_up: Callable[[], None] | None = None
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the standard library's logger of that name, or what becomes it at the first record that may be seen."""
+    """Return the standard library's logger of that name, or one that becomes it at the first visible record."""
     return cast("logging.Logger", _Quiet(name))
 
 
 def before_first_word(set_up: Callable[[], None] | None) -> None:
-    """Set logging up when the first record that may be seen is made; one below INFO is none."""
+    """Set up logging at the first record that may be shown, which is at least INFO."""
     global _set_up
     _set_up = set_up
 
 
 def wake() -> None:
-    """Set logging up now, where it waits for the first record."""
+    """Set up logging now, if it waits for the first record."""
     if _set_up is not None:
         _set_up()
 
@@ -47,4 +47,4 @@ class _Quiet:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Say what nobody would see."""
+    """Drop the record."""

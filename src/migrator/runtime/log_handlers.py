@@ -1,6 +1,7 @@
-"""Handlers and formatters: the standard library's logging, made to write our lines and to mask secrets.
+"""Handlers and formatters: the standard library's logging with our lines and masked secrets.
 
-Apart from :mod:`.logs`, for ``logging`` takes longer to import than a run with nothing to do has to log.
+It is separate from :mod:`.logs`, because an import of ``logging`` takes longer than all logging of an
+up-to-date check.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from migrator.runtime.redaction import redact, silence
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes each record in a line of its own, also where someone printed without ending the line."""
+    """Writes each record in its own line, even after a print without a line end."""
 
     def emit(self, record: logging.LogRecord) -> None:
         begin_line(self.stream)
@@ -41,7 +42,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        # What others log may have several lines on purpose; ours has names in it that are not ours.
+        # Records of others may have several lines on purpose; ours contain names from outside.
         show = visible if record.name.partition(".")[0] == "migrator" else visible_lines
         line = f"{time} {record.levelname:<7} {show(record.getMessage())}"
         if record.exc_info:
@@ -50,7 +51,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(json.JsonFormatter):
-    """One JSON object a line: the message, what was given as ``extra``, and its origin."""
+    """One JSON object per line: the message, its ``extra``, and its origin."""
 
     def __init__(self) -> None:
         super().__init__("%(message)s", json_default=str, json_ensure_ascii=False)
@@ -69,7 +70,7 @@ _OURS = ("migrator", "migrator.apply")
 
 
 class Console:
-    """The one handler that writes to the console, put in place and put in place again."""
+    """The one handler that writes to the console; it can be installed again."""
 
     def __init__(self, stream: TextIO, level: str, run_id: str, *, as_json: bool) -> None:
         self._level = level
@@ -83,13 +84,13 @@ class Console:
         if self._run_id and not hasattr(record, "run_id"):
             record.run_id = self._run_id
         if record.name == "asyncio" and "asyncio.run() shutdown" in record.getMessage():
-            return False  # an interrupt, seen by every task of an async env.py; the outcome says it
+            return False  # an interrupt in every task of an async env.py; the outcome reports it
         # Alembic says "Running upgrade a -> b" at INFO; migrator's own line per revision says more.
         below = record.levelno < logging.WARNING and self._level != "DEBUG"
         return not (below and record.name.partition(".")[0] == "alembic")
 
     def keep(self) -> None:
-        """Install again if someone has had a hand in it since: a glance, for it is done at every revision."""
+        """Install again if other code has changed it; the check is quick, because every revision runs it."""
         root = logging.getLogger()
         ours = [logging.getLogger(name) for name in _OURS]
         changed = any(logger.disabled or logger.handlers or not logger.propagate for logger in ours)
@@ -97,18 +98,18 @@ class Console:
             self.install()
 
     def install(self) -> None:
-        """Make the root logger write through our handler alone, and switch our and Alembic's loggers on.
+        """Make the root logger write only through our handler, and enable our and Alembic's loggers.
 
         ``fileConfig`` disables existing loggers and replaces the root's handlers
-        (https://docs.python.org/3/library/logging.config.html#logging.config.fileConfig): handlers that
-        write to the console give way to ours, those that write to files stay, without secrets. One of another class
-        may write to both: it stays, and the console does not hear it.
+        (https://docs.python.org/3/library/logging.config.html#logging.config.fileConfig). Our handler
+        replaces handlers that write to the console. Handlers that write to files stay, with masked
+        secrets. A handler of another class may write to both: it stays, without access to the console.
         """
         logging.disable(logging.NOTSET)
         root = logging.getLogger()
         root.handlers = _kept(root)
         root.addHandler(self._handler)
-        # A project's own log files go on to say what they would without us.
+        # A project's own log files keep the content that they have without migrator.
         in_files = len(root.handlers) > 1 or bool(_kept(logging.getLogger("alembic")))
         if len(root.handlers) == 1:
             root.setLevel(logging.WARNING)
@@ -117,7 +118,7 @@ class Console:
                 continue
             kept = _kept(logger)
             if any(_is_console(handler) or _is_foreign(handler) for handler in logger.handlers):
-                logger.propagate = True  # what it wrote to the console comes out through our handler
+                logger.propagate = True  # its console output comes out through our handler
             logger.handlers = kept
             if name.split(".")[0] in {"migrator", "alembic"}:
                 logger.disabled = False
@@ -132,7 +133,7 @@ class Console:
 
 
 def _kept(logger: logging.Logger) -> list[logging.Handler]:
-    """Return a logger's handlers that stay, made to mask secrets."""
+    """Return a logger's remaining handlers, which now mask secrets."""
     kept = [handler for handler in logger.handlers if not _is_console(handler)]
     for handler in kept:
         if _is_foreign(handler) and "emit" not in vars(handler):
@@ -143,12 +144,12 @@ def _kept(logger: logging.Logger) -> list[logging.Handler]:
 
 
 def _is_foreign(handler: logging.Handler) -> bool:
-    """Whether a handler is no class of the standard library's: it may write anywhere, as rich's and loguru's do."""
+    """Tell whether a handler is not a standard class: it may write anywhere, like rich's and loguru's."""
     return not isinstance(handler, logging.FileHandler) and not type(handler).__module__.startswith("logging")
 
 
 def _silent(emit: Callable[[logging.LogRecord], None]) -> Callable[[logging.LogRecord], None]:
-    """Return an ``emit`` that writes nothing to the console, where our own handler says the same."""
+    """Return an ``emit`` that writes nothing to the console, if our own handler writes the same."""
 
     def emit_elsewhere(record: logging.LogRecord) -> None:
         silence.on = True

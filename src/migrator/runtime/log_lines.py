@@ -1,4 +1,4 @@
-"""A line of the log where ``logging`` is not imported: the same line as :mod:`.log_handlers` writes."""
+"""A line of the log without importing ``logging``: the same line as from :mod:`.log_handlers`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def origin(created: float, level: str, logger: str) -> dict[str, str]:
 
 
 def json_line(message: str, extra: Mapping[str, Any], created: float, level: str, logger: str) -> str:
-    """Return one JSON object without secrets: the message, what was given with it, and its origin."""
+    """Return one JSON object without secrets: the message, its extra keys, and its origin."""
     return redact(json_text({"message": message, **extra, **origin(created, level, logger)}))
 
 
 def begin_line(stream: TextIO) -> None:
-    """End the line that someone has printed without ending it."""
+    """End the line of a print without a line end."""
     if getattr(stream, "in_line", False) and not stream.isatty():
         stream.write("\n")

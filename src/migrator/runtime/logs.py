@@ -1,7 +1,7 @@
-"""Logging: JSON or text on stderr, without secrets, surviving ``fileConfig`` in a user's ``env.py``.
+"""Logging: JSON or text on stderr, without secrets, unaffected by ``fileConfig`` in a user's ``env.py``.
 
-Through the standard library's ``logging`` (:mod:`.log_handlers`), which is imported when there is something to
-log: it takes longer than all that a run with nothing to do does by itself.
+It uses the standard library's ``logging`` (:mod:`.log_handlers`), imported at the first record: the
+import takes longer than a whole up-to-date check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 class Logs:
-    """The process's logging, set up when it is needed, and set up again after an ``env.py`` has had its way."""
+    """The process's logging, set up on demand, and again after an ``env.py``."""
 
     def __init__(self, log_format: str = "auto", level: str = "info", run_id: str = "") -> None:
         self.stream = cast(TextIO, sys.stderr)
@@ -35,14 +35,14 @@ class Logs:
         self._console: Console | None = None
 
     def install_when_needed(self) -> None:
-        """Install before the first record that may be wanted."""
+        """Install before the first record that may be shown."""
         if self._level == "debug":
             self.install()
         else:
             lazy_logging.before_first_word(self.install)
 
     def install(self) -> None:
-        """Make the root logger write through our handler alone, and switch our and Alembic's loggers on."""
+        """Make the root logger write only through our handler, and enable our and Alembic's loggers."""
         lazy_logging.before_first_word(None)
         if self._console is None:
             from migrator.runtime.log_handlers import Console
@@ -51,7 +51,7 @@ class Logs:
         self._console.install()
 
     def keep(self) -> None:
-        """Install again if someone has had a hand in it since: a glance, for it is done at every revision."""
+        """Install again if other code has changed it; the check is quick, because every revision runs it."""
         if self._console is None:
             self.install()
         else:

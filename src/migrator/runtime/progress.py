@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, and everywhere a sign of life from a revision that takes long."""
+"""Progress: a bar on a terminal, and everywhere a sign of life from a long revision."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _WIDTH = 24
 
 
 class Progress:
-    """One line at the bottom of the terminal: how many of the revisions are done, which one runs, and what the server
-    says of it.  Several threads may draw.  With ``percent`` it is a share of 100 that is done, and no number of them.
+    """One line at the bottom of the terminal: the finished revisions, the running one, and the server's
+    progress. Several threads may draw. With ``percent`` it shows a share of 100 instead of a count.
     """
 
     def __init__(self, total: int, stream: TextIO, *, enabled: bool, percent: bool = False) -> None:
@@ -33,27 +33,29 @@ class Progress:
         self._shown = False
 
     def draw(self, done: int, doing: str) -> None:
-        """Draw the bar with ``done`` revisions finished and ``doing`` under way."""
+        """Draw the bar with ``done`` finished revisions and ``doing`` as the running one."""
         with self._lock:
             self._done, self._doing, self._note = done, doing, ""
             self._draw()
 
     def note(self, text: str) -> None:
-        """Say on the bar what the server is at, such as ``building index: scanning table, 42 %``; "" for nothing."""
+        """Show the server's progress on the bar, such as ``building index: scanning table, 42 %``; "" for
+        nothing.
+        """
         with self._lock:
             if self._doing and (text != self._note or not self._shown):
                 self._note = text
                 self._draw()
 
     def clear(self) -> None:
-        """Take the bar away, so that a log line can be written."""
+        """Remove the bar, so that a log line can be written."""
         with self._lock:
             if self._enabled:
                 self._write("")
                 self._shown = False
 
     def close(self) -> None:
-        """Take the bar away for good."""
+        """Remove the bar for good."""
         self.clear()
         self._enabled = False
 
@@ -73,7 +75,7 @@ class Progress:
 
 
 class Heartbeat:
-    """Says every ``interval`` seconds which revision is still running, so that a silent log is no riddle."""
+    """Logs every ``interval`` seconds which revision is still running."""
 
     def __init__(self, interval: float = 15.0) -> None:
         self._interval = interval
@@ -82,7 +84,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def begins(self, what: str) -> None:
-        """Note what is under way from now on."""
+        """Set the running revision."""
         self._doing = (what, time.monotonic())
 
     def __enter__(self) -> Heartbeat:

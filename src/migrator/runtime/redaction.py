@@ -1,8 +1,8 @@
-"""Redaction: the known secrets, masked in whatever is written.
+"""Redaction: mask the known secrets in all output.
 
-It replaces the secrets themselves, in every form they can take: each character raw, percent-encoded, or escaped as
-JSON, repr() and HTML do.  It guesses nothing: a pattern for "what a password looks like" leaks the rest of a password
-with an ``@`` in it.
+It replaces the secrets themselves, in all forms: each character raw, percent-encoded, or escaped like
+in JSON, repr() and HTML. It does not guess: a pattern for passwords in general leaks the rest of a
+password with an ``@`` in it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Redactor:
         self.add(secrets)
 
     def add(self, secrets: Iterable[str]) -> None:
-        """Learn more secrets; the empty string is none."""
+        """Add secrets; the empty string is ignored."""
         self._secrets = frozenset({*self._secrets, *secrets} - {""})
         literals = (*self._secrets, *(_base64(secret) for secret in self._secrets))
         self._literals = tuple(literal.replace("+", " ") for literal in literals)
@@ -43,11 +43,12 @@ class Redactor:
         return _pattern(secrets).sub(MASK, text) if secrets and self._may_hold_one(text) else text
 
     def _may_hold_one(self, text: str) -> bool:
-        """Whether there can be a secret in a text: what tells that for most texts, without the pattern's making.
+        """Tell whether a text may contain a secret: it clears most texts without building the pattern.
 
-        A form of a secret is the secret itself, or its base64, or an encoding, which has one of the marks in it.
+        A form of a secret is the secret itself, its base64, or an encoding, which contains one of the
+        marks.
         """
-        spaced = text.replace("+", " ")  # as addresses may write a space
+        spaced = text.replace("+", " ")  # the form of a space in addresses
         return any(mark in text for mark in _MARKS) or any(literal in spaced for literal in self._literals)
 
 
@@ -56,13 +57,13 @@ _MARKS = ("%", "\\", "&", "''")
 
 @functools.lru_cache(maxsize=4)
 def _pattern(secrets: frozenset[str]) -> re.Pattern[str]:
-    """Return the pattern that matches any of the secrets, in any of their forms; the longest is tried first."""
+    """Return the pattern that matches any of the secrets, in any of their forms, the longest first."""
     parts = []
     for secret in secrets:
         forms = _forms(secret)
         if len(secret) < _SHORT or _is_word(secret):
-            # A password such as "postgres" is also a user's, a database's and a product's name: hide it
-            # where it stands as a password, not in every sentence.
+            # A password such as "postgres" is also the name of a user, a database and a product: hide it
+            # only where it is used as a password.
             forms = rf"(?:(?<=:)(?:{forms})(?=@)|(?:{_AFTER_ITS_NAME})(?:{forms})(?!\w))"
         parts.append((len(secret), forms))
     parts.sort(reverse=True)
@@ -84,18 +85,19 @@ def _base64(secret: str) -> str:
 
 
 def _forms(secret: str) -> str:
-    """Return a pattern for all forms of a secret: libraries differ in which characters they encode, and how."""
+    """Return a pattern for all forms of a secret: libraries encode different characters in different ways."""
     runs = (_run(character, len(list(run))) for character, run in itertools.groupby(secret))
     return "".join(runs) + "|" + re.escape(_base64(secret)) + "=*"
 
 
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"}  # as html.escape() writes them
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"}  # the form of html.escape()
 
 
 def _run(character: str, count: int) -> str:
-    """Return a pattern for a character, ``count`` times, as it is or encoded.
+    """Return a pattern for a character, ``count`` times, raw or encoded.
 
-    No two alternatives match the same text, or a long line could take for ever; (?>) never goes back.
+    No two alternatives match the same text: a long line could otherwise take for ever. (?>) never goes
+    back.
     """
     times = f"{{{count}}}"
     encoded = "".join(f"%{{1,2}}{byte:02x}" for byte in character.encode(errors="surrogateescape"))
@@ -110,7 +112,7 @@ def _run(character: str, count: int) -> str:
         names = {json.dumps(character)[1:-1], ascii(character)[1:-1]} - {character}
         escapes = sorted({character, *(name[1:] for name in names if name.startswith("\\"))})
         within = "|".join(re.escape(name).replace(r"\\", r"\\{1,4}") for name in escapes)
-        forms[1] = rf"\\{{0,4}}(?:{within})"  # none are left where a backslash before it took them
+        forms[1] = rf"\\{{0,4}}(?:{within})"  # none remain if a backslash before it took them
     if character == " ":
         forms.append(r"\+")
     if character in _HTML:
@@ -119,29 +121,31 @@ def _run(character: str, count: int) -> str:
 
 
 redact = Redactor()
-"""The process's one redactor: whoever learns a secret adds it here."""
+"""The process's one redactor: add each new secret here."""
 
 
-# ValueError: closed, or what its encoding does not have; RuntimeError: written to within a write, by a signal handler.
+# ValueError: closed, or a character outside of its encoding; RuntimeError: a write within a write, by a
+# signal handler.
 _UNWRITABLE = (OSError, ValueError, RuntimeError)
 
 
 silence = threading.local()
-"""Where ``silence.on``, what this thread writes to the console is dropped."""
+"""While ``silence.on``, console output of this thread is dropped."""
 
 
 class RedactingStream:
-    """A text stream that masks secrets in whatever anyone writes: prints of an ``env.py``, tracebacks, warnings.
+    """A text stream that masks secrets in all output: prints of an ``env.py``, tracebacks, warnings.
 
-    Nobody can close it: what an application does with its stdout must not end our log.  Nor does it raise: a reader
-    that is gone, a full disk or a terminal that hung up changes nothing of what is done to the database.
+    Nobody can close it: an application that closes its stdout must not end our log. It never raises
+    either: a reader that is gone, a full disk or a closed terminal must not affect the work on the
+    database.
     """
 
     def __init__(self, stream: TextIO, lost: Exception | None = None) -> None:
         self._stream = stream
         self.in_line = False
         self.lost = lost
-        """Why something that was written did not get there; None where all of it did."""
+        """Why some output was not written; None if all was written."""
 
     def write(self, text: str) -> int:
         """Write ``text`` with its secrets masked."""
@@ -156,23 +160,23 @@ class RedactingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Write out what is buffered."""
+        """Write out the buffer."""
         try:
             self._stream.flush()
         except _UNWRITABLE as error:
             self.lost = self.lost or error
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write out the buffer."""
         self.flush()
 
     @property
     def buffer(self) -> BinaryIO:
-        """Return a stream of bytes that masks secrets as well, to be wrapped anew or written to."""
+        """Return a stream of bytes that masks secrets too, to be wrapped again or written to."""
         return cast(BinaryIO, _RedactingBytes(self))
 
     def detach(self) -> BinaryIO:
-        """Return what :attr:`buffer` is, and stay usable."""
+        """Return :attr:`buffer`, and stay usable."""
         return self.buffer
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -208,7 +212,7 @@ class _RedactingBytes(io.BufferedIOBase):
 
 
 def protect_streams() -> None:
-    """Put a masking stream before stdout and stderr, so that not even a stray print shows a secret."""
+    """Put a masking stream before stdout and stderr, so that no print shows a secret."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, RedactingStream):

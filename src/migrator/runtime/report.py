@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 
 
 def sentence(outcome: Outcome) -> str:
-    """Say in one line what happened, what state the database is in, and what to type next."""
+    """Return in one line what happened, where the database stands, and what to type next."""
     line = outcome.message
     if outcome.code is not ExitCode.OK:
         line = f"{outcome.code.name} ({int(outcome.code)}): {line}"
@@ -44,7 +44,7 @@ def sentence(outcome: Outcome) -> str:
 
 
 def say(outcome: Outcome, logs: Logs) -> None:
-    """Make the outcome the log's last line; a success at a terminal is only answered, not said twice."""
+    """Make the outcome the log's last line; a success on a terminal is only answered, not logged too."""
     failed = outcome.code is not ExitCode.OK
     if failed or logs.is_json:
         logs.say(
@@ -67,7 +67,7 @@ def write_file(outcome: Outcome, place: str) -> None:
 
 
 def forget(place: str) -> None:
-    """Remove the report of an earlier run: of a run that is killed, or that cannot write, there is none."""
+    """Remove the report of an earlier run: a run that is killed, or that cannot write, has none."""
     if not place:
         return
     from migrator.runtime import files
@@ -79,24 +79,24 @@ def forget(place: str) -> None:
 
 
 def write_text(text: str, place: str) -> None:
-    """Write a report to a file, whole or not at all; a file that cannot be written is only logged."""
+    """Write a report to a file, whole or not at all; a failure is only logged."""
     from migrator.runtime import files
 
     try:
         files.replace(place, text + "\n")
     except OSError as error:
         log.warning("cannot write the report to %s: %s", place, error.strerror)
-        with contextlib.suppress(OSError):  # what an earlier run wrote would be taken for this one's
+        with contextlib.suppress(OSError):  # the report of an earlier run would look like this one's
             files.remove(place)
 
 
 def write_termination_message(outcome: Outcome, place: str) -> None:
-    """Write the one-line outcome where Kubernetes looks for it, if such a file is there."""
+    """Write the one-line outcome to Kubernetes' file for it, if that file exists."""
     write_termination_line(sentence(outcome), place)
 
 
 def write_termination_line(line: str, place: str) -> None:
-    """Write one line, cut to what Kubernetes keeps."""
+    """Write one line, cut to the size that Kubernetes keeps."""
     if not place or not os.path.exists(place):
         return
     from migrator.runtime import files

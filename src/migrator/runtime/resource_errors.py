@@ -1,4 +1,6 @@
-"""What the machine lacks: files, processes, memory or room, told by name, and neither a defect nor a wrong address."""
+"""Missing resources of the machine: files, processes, memory or disk. They are neither a defect nor a wrong
+address.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _LACKS = {
 
 
 def lack(error: BaseException) -> str:
-    """Return what the machine lacks, where that is what an error came from; else an empty string."""
+    """Return the missing resource behind an error; an empty string for any other error."""
     for item in _causes(error):
         if isinstance(item, MemoryError):
             return _LACKS[errno.ENOMEM]
@@ -30,7 +32,7 @@ def lack(error: BaseException) -> str:
         if isinstance(item, OSError) and item.errno in _LACKS:
             place = f": {item.filename}" if item.filename else ""
             return f"{_LACKS[item.errno]}{place}"
-        if isinstance(item, ImportError):  # the loader of shared libraries has words only
+        if isinstance(item, ImportError):  # the loader of shared libraries has only text
             if "failed to map segment" in str(item):
                 return _LACKS[errno.ENOMEM]
             for number, sentence in _LACKS.items():
@@ -40,7 +42,7 @@ def lack(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from; not what was merely being handled when it was raised."""
+    """Yield an error and its causes, but not errors that were only being handled when it was raised."""
     item: BaseException | None = error
     while item is not None:
         yield item
@@ -48,7 +50,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def without(why: str) -> Unreachable:
-    """Return the error of a run that the machine gave too little to; the database was not changed by it."""
+    """Return the error of a run that lacked a resource; it did not change the database."""
     return Unreachable(
         f"This machine lacks a resource that the run needs: {why}.",
         next_step="raise that limit or add that resource, then run it again",
@@ -56,7 +58,7 @@ def without(why: str) -> Unreachable:
 
 
 def cannot_start(error: OSError) -> str:
-    """Say why a program that is there cannot be started."""
+    """Return why an existing program cannot be started."""
     if error.errno == errno.ENOENT:
         return "its loader or interpreter is missing"
     if error.errno == errno.ENOEXEC:

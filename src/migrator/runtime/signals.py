@@ -1,12 +1,14 @@
-"""SIGTERM, SIGINT and SIGHUP: end what is under way, wherever the run is.
+"""SIGTERM, SIGINT and SIGHUP: end the current work at any point of the run.
 
-Python runs a signal handler only between bytecodes of the main thread, so a main thread that waits inside
-libpq for a long statement would not notice for hours.  The C-level handler writes to a pipe at once
-(``signal.set_wakeup_fd``); a thread reads it and calls what was registered, such as cancelling the statement
-on the server, which makes the C call return.  https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
+Python runs a signal handler only between bytecodes of the main thread. A main thread that waits inside
+libpq for a long statement would not notice for hours. The C-level handler writes to a pipe at once
+(``signal.set_wakeup_fd``). A thread reads it and calls the registered callbacks. One of them cancels
+the statement on the server, which makes the C call return.
+https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
 
-The process ends within five seconds of the first signal, whatever hangs.  After :data:`ASKING` seconds no query of ours
-waits any longer.  After :data:`LIMIT` seconds a thread writes the outcome in the place of the main thread, and exits.
+The process ends within five seconds of the first signal, even if something hangs. After :data:`ASKING`
+seconds no query of ours waits any longer. After :data:`LIMIT` seconds a thread writes the outcome for
+the main thread, and exits.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ if TYPE_CHECKING:
 log = lazy_logging.get_logger("migrator")
 
 ASKING = 2.5
-"""Seconds after a signal in which queries are still made; then each is cancelled (deadlines.TELL)."""
+"""For so many seconds after a signal, queries are still made; then each is cancelled (deadlines.TELL)."""
 LIMIT = 4.2
-"""Seconds after a signal until the main thread, if it has not ended, is not waited for any more."""
+"""After so many seconds after a signal, the main thread is not waited for any more."""
 WRITING = 0.5
-"""Seconds that the outcome may take to write, where somebody may be stuck: a full pipe, a file system that hangs."""
+"""Seconds for writing the outcome, which may hang: a full pipe, a stuck file system."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupt(BaseException):
-    """Raised in the main thread by a signal; no Exception, so that no one's ``except Exception`` swallows it."""
+    """Raised in the main thread by a signal; it is not an Exception, so no ``except Exception`` swallows it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -50,24 +52,25 @@ class Interrupt(BaseException):
 
 
 class Interruption:
-    """The process's one answer to signals: a flag, an exception in the main thread, and callbacks at once."""
+    """The process's one reaction to signals: a flag, an exception in the main thread, and callbacks at once."""
 
     def __init__(self) -> None:
         self.received = ""
         self.code = 40
         """The exit code, once it is known: PARTIAL until then."""
         self.unsure = ""
-        """The command that shows what was done, while something is under way that may change the database."""
+        """The command that shows the database's state, while running work may change it."""
         self.left: list[str] = []
-        """What stays as it is, with the command that changes it, where the process ends before it is tidied up."""
+        """What stays unchanged, with the command that fixes it, if the process ends before its clean-up."""
         self.last_word: Callable[[], object] = lambda: None
-        """Sets ``code`` and writes the outcome of a run whose main thread does not end after a signal."""
+        """Sets ``code`` and writes the outcome of a run with a main thread that does not end after a signal.
+        """
         self.outcome: Callable[[], Outcome] | None = None
-        """Returns how the run that is under way ends if it ends now; None where a command is no run."""
+        """Returns the outcome of the current run if it ends now; None if a command is not a run."""
         self.whole: Callable[[Outcome], Outcome] = lambda outcome: outcome
-        """Returns the outcome of a command, given that of the run that is under way, where it takes several."""
+        """Returns the outcome of a command from that of the current run, if it has several."""
         self.tell: Callable[[Outcome], object] = lambda _: None
-        """Writes an outcome wherever it is looked for."""
+        """Writes an outcome to every destination."""
         self.limit = LIMIT
         self._ending = threading.Lock()
         self._telling = threading.Lock()
@@ -81,7 +84,7 @@ class Interruption:
     def install(self) -> None:
         """Take over :data:`SIGNALS`; call once, from the main thread.
 
-        SIGHUP is left alone where it is ignored, for that is what nohup(1) is for.
+        An ignored SIGHUP stays ignored: that is the purpose of nohup(1).
         """
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
             self._signals = (signal.SIGTERM, signal.SIGINT)
@@ -92,15 +95,15 @@ class Interruption:
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 
     def retake(self) -> None:
-        """Take the signals over again from an ``env.py`` whose application installed handlers of its own."""
+        """Take the signals back from an ``env.py`` with an application that installed its own handlers."""
         if self._writer < 0 or threading.current_thread() is not threading.main_thread():
-            return  # within someone else's program, whose signals are not ours to take
+            return  # within another program, whose signals are its own
         for number in self._signals:
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def check(self) -> None:
-        """Raise :class:`Interrupt` where a signal has arrived, even one whose exception someone swallowed."""
+        """Raise :class:`Interrupt` if a signal has arrived, even if its exception was swallowed."""
         if self.received and not self._shielded:
             raise Interrupt(self.received)
 
@@ -115,9 +118,9 @@ class Interruption:
 
     @contextlib.contextmanager
     def changing(self, look: str) -> Iterator[None]:
-        """Within the block the database may be changed, and ``look`` is the command that shows what was.
+        """Within the block the database may be changed, and ``look`` is the command that shows its state.
 
-        An :class:`Interrupt` leaves it so: whoever catches it cannot know.
+        An :class:`Interrupt` leaves it set: the code that catches it cannot know the state.
         """
         self.unsure = look
         try:
@@ -129,7 +132,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def leaving(self, sentence: str) -> Iterator[None]:
-        """Within the block something is to be tidied up; ``sentence`` names it where it never comes to that."""
+        """Within the block a clean-up is pending; ``sentence`` names what remains if it never happens."""
         self.left.append(sentence)
         try:
             yield
@@ -137,9 +140,9 @@ class Interruption:
             self.left.remove(sentence)
 
     def settle(self, code: int, *, forced: bool = False) -> None:
-        """Note the exit code: the outcome is known, and nothing interrupts its being told.
+        """Set the exit code: the outcome is known, and nothing interrupts its report.
 
-        Does not return where the time is over and :attr:`last_word` is told already, which is ``forced``.
+        It does not return if the time is over and :attr:`last_word` (``forced``) reports already.
         """
         self._shielded = True
         if not forced and not self._telling.acquire(blocking=False) and not self._settled:
@@ -148,11 +151,11 @@ class Interruption:
         self.code = code
 
     def shield(self) -> None:
-        """Raise nothing from now on: what remains is to find out what was done, and to say it."""
+        """Raise nothing from now on: only the check of the database and the report remain."""
         self._shielded = True
 
     def expose(self) -> None:
-        """Raise again: what comes now may be interrupted."""
+        """Raise again: the following work may be interrupted."""
         self._shielded = False
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -162,7 +165,7 @@ class Interruption:
             raise Interrupt(self.received)
 
     def _raise_again(self, lost: UnraisableHookArgs) -> None:
-        """Send the signal anew whose exception Python dropped, for it came within a finalizer or a weakref's callback.
+        """Send a signal again if Python dropped its exception, within a finalizer or a weakref's callback.
 
         https://docs.python.org/3/library/sys.html#sys.unraisablehook
         """
@@ -187,12 +190,12 @@ class Interruption:
             for callback in reversed(self._callbacks.copy()):  # the innermost first
                 try:
                     callback()
-                except Exception as error:  # noqa: BLE001 - the thread must live on for the next callback
-                    with contextlib.suppress(Exception):  # the terminal that hung up takes no word
+                except Exception as error:  # noqa: BLE001 - the thread must survive for the next callback
+                    with contextlib.suppress(Exception):  # a closed terminal accepts no output
                         log.warning("could not cancel the running statement: %s", error)
 
     def _end(self) -> None:
-        """End the process when the time is over, with the outcome that is known then."""
+        """End the process when the time is over, with the known outcome."""
         time.sleep(self.limit)
         if self._telling.acquire(blocking=False):
             telling = threading.Thread(target=self.last_word, name="last word", daemon=True)
@@ -204,5 +207,5 @@ class Interruption:
 
 
 def _send(number: signal.Signals) -> None:
-    time.sleep(0.01)  # until what the exception was lost in has ended
+    time.sleep(0.01)  # until the code that lost the exception has ended
     signal.pthread_kill(threading.main_thread().ident or 0, number)

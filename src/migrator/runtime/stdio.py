@@ -1,4 +1,4 @@
-"""The process around the work: what an ``env.py`` may change of it, and what need not be loaded into it."""
+"""The process around the work: protect it from an ``env.py``, and load less into it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from migrator.runtime.redaction import RedactingStream, protect_streams
 
 
 def open_streams() -> None:
-    """Make stdin, stdout and stderr streams that can be written to whatever they are, and that mask secrets.
+    """Make stdin, stdout and stderr streams that are writable in any state, and that mask secrets.
 
-    A closed one becomes /dev/null: the next file or socket would else get its number, and be written to by all that
-    prints.  What an encoding does not have is written as JSON escapes it: ``\\u00e9``.
+    A closed one becomes /dev/null: otherwise the next file or socket would get its number, and every
+    print would go there. A character outside of an encoding is written as JSON escapes it: ``\\u00e9``.
     """
     for number in range(3):
         try:
@@ -42,7 +42,9 @@ def open_streams() -> None:
 
 
 def _patient(stream: io.TextIOWrapper, number: int) -> TextIO:
-    """Return a stream like ``stream`` that waits for a reader, also where another process made it non-blocking."""
+    """Return a stream like ``stream`` that waits for its reader, even if another process made it
+    non-blocking.
+    """
     stream.flush()
     raw = io.BufferedWriter(_Patient(number, "w", closefd=False))
     return io.TextIOWrapper(
@@ -80,10 +82,10 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Give the working directory, the warning filters and the standard streams back after the block.
+    """Restore the working directory, the warning filters and the standard streams after the block.
 
-    Within it all that is printed goes where the logs go, from child processes and C libraries too: stdout is
-    for a command's answer.
+    Within it all prints go to the logs, also those of child processes and C libraries: stdout is for a
+    command's answer.
     """
     folder = os.getcwd()
     stdout, stderr = sys.stdout, sys.stderr
@@ -96,8 +98,8 @@ def kept() -> Iterator[None]:
             yield
     finally:
         sys.stdout, sys.stderr = stdout, stderr
-        with contextlib.suppress(ValueError, OSError):  # a stream of somebody else's program
-            stdout.flush()  # what was printed through the stream that Alembic's Config had kept
+        with contextlib.suppress(ValueError, OSError):  # a stream of another program
+            stdout.flush()  # prints through the stream that Alembic's Config had kept
         os.dup2(answers, 1)
         os.close(answers)
         with contextlib.suppress(OSError):
@@ -106,11 +108,12 @@ def kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden(module: str) -> Iterator[None]:
-    """Let a module seem not to be installed within the block, unless it is loaded already.
+    """Hide a module within the block, unless it is loaded already.
 
-    For ``ssl`` while psycopg2 is imported: it is loaded there only to let Python set OpenSSL's callbacks for threads,
-    which OpenSSL has ignored since 1.1 and psycopg2 does without (``libcrypto_threads_init`` in its psycopgmodule.c),
-    and takes longer to load than all of psycopg2.  For a program of one thread: another one's import would fail.
+    It is for ``ssl`` during the import of psycopg2. psycopg2 loads it only to let Python set OpenSSL's
+    callbacks for threads. OpenSSL has ignored them since 1.1, psycopg2 works without them
+    (``libcrypto_threads_init`` in its psycopgmodule.c), and ``ssl`` takes longer to load than all of
+    psycopg2. It works only with one thread: another thread's import would fail.
     """
     if module in sys.modules:
         yield

@@ -1,8 +1,8 @@
 """Child processes: arguments without secrets, output streamed, bounded in memory, always ended and reaped.
 
-The only user of ``subprocess``.  A child gets its environment explicitly, never its parent's, and lives in
-a process group of its own, so that ending it ends whatever it started.  Its stdout and stderr are read by
-one ``select`` loop: neither pipe can fill up and block it.
+Only this module uses ``subprocess``. A child gets its environment explicitly, never its parent's. It
+has its own process group, so its end also ends everything that it started. One ``select`` loop reads
+its stdout and stderr: neither pipe can fill up and block it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ STDERR_KEPT = 16 * 1024
 GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL; pg_dump needs a few milliseconds to cancel its query."""
 PULSE = 2.5
-"""Seconds between two calls of ``pulse``: half of the time within which a lost connection is to be noticed."""
+"""Seconds between two calls of ``pulse``: half of the time in which a lost connection must be noticed."""
 BEAT = 15.0
-"""Seconds between two lines that say that a child still runs, where nothing else tells how far it is."""
+"""Seconds between two lines about a running child, if nothing else shows its progress."""
 PIPED, OURS, DISCARDED = subprocess.PIPE, None, subprocess.DEVNULL
-"""Where a child's stderr goes: to us, to where our own goes, or nowhere."""
+"""Where a child's stderr goes: to us, to our own stderr, or nowhere."""
 LOOK = 0.2
-"""Seconds between two looks whether the child has ended: a process that it left may keep its pipes open."""
+"""Seconds between two checks whether the child has ended: a process that it left may keep its pipes open."""
 _CHUNK = 1024 * 1024
 _INHERITED = (
     "HOME",
@@ -64,14 +64,14 @@ class Finished:
 
 
 class TimedOut(Exception):
-    """A child took longer than it was given, and was ended."""
+    """A child took longer than its timeout, and was ended."""
 
     def __init__(self, program: str, seconds: float) -> None:
         super().__init__(f"{program} did not end within {seconds:g} s")
 
 
 def base_environment() -> dict[str, str]:
-    """Return what every child needs: where programs are, and messages in English and UTF-8."""
+    """Return the environment that every child needs: the path of programs, and messages in English and UTF-8."""
     kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     path = os.environ.get("PATH", os.defpath)
     return kept | {"PATH": path, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
@@ -89,16 +89,17 @@ def run(
     stderr: int | None = PIPED,
     timeout: float | None = None,
 ) -> Finished:
-    """Run a program to its end, handing its stdout in chunks to ``on_output`` (thrown away where None).
+    """Run a program to its end, and pass its stdout in chunks to ``on_output`` (discarded if None).
 
-    ``feed`` yields what goes to its stdin, no faster than the program reads; one that ends, or closes its stdin,
-    before it has read everything is no error, and what it did not read stays in ``feed``.
-    ``on_stderr`` gets the chunks of stderr, of which the end is kept in any case; ``on_start`` gets the child's
-    process id; ``pulse`` is called every :data:`PULSE` seconds.  Whatever is raised meanwhile (by one of these, or
-    by a signal handler) ends the child, reaps it and goes on.  A ``stderr`` that is not :data:`PIPED` is not read.
-    All that the child wrote is handed over.  What it leaves running in its process group is killed when it has ended,
-    and is not waited for, even if it left the group and holds the pipes open.
-    Raises :class:`TimedOut` after ``timeout`` seconds, OSError where the program cannot be started.
+    ``feed`` yields the content of its stdin, no faster than the program reads. A program that ends, or
+    closes its stdin, before it has read everything is no error; the unread rest stays in ``feed``.
+    ``on_stderr`` gets the chunks of stderr; the end of stderr is always kept. ``on_start`` gets the
+    child's process id. ``pulse`` is called every :data:`PULSE` seconds. Any exception meanwhile (from
+    one of these, or from a signal handler) ends the child, reaps it and is raised again. A ``stderr``
+    that is not :data:`PIPED` is not read. All output of the child is passed on. Processes that it
+    leaves in its process group are killed after its end. They are not waited for, even if they left the
+    group and hold the pipes open. Raises :class:`TimedOut` after ``timeout`` seconds, OSError if the
+    program cannot be started.
     """
     started = time.monotonic()
     tail = bytearray()
@@ -137,7 +138,7 @@ def run(
 
 
 def _heartbeat(program: str, started: float) -> Callable[[], None]:
-    """Return what says now and then that a program still runs."""
+    """Return a function that reports from time to time that a program still runs."""
     said = started
 
     def beat() -> None:
@@ -154,7 +155,7 @@ _running: set[int] = set()
 
 
 def kill_all() -> None:
-    """Kill every child, with its process group: this process is about to end, whatever its threads are at."""
+    """Kill every child, with its process group: this process is about to end, in any state of its threads."""
     for pid in _running.copy():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
@@ -162,10 +163,10 @@ def kill_all() -> None:
 
 @contextlib.contextmanager
 def uninterrupted(*, forget: bool = False) -> Iterator[None]:
-    """Hold SIGINT, SIGTERM and SIGHUP back for the few moments in which nothing may come in between.
+    """Hold SIGINT, SIGTERM and SIGHUP back for a short section that must not be interrupted.
 
-    What arrived is handled at the end, or forgotten where all that could be interrupted is done by then.
-    Handlers are exchanged instead of blocking signals in a mask: a child would inherit the mask, and another
+    A signal that arrived is handled at the end, or dropped if no interruptible work remains. It
+    exchanges handlers and does not use a signal mask: a child would inherit the mask, and another
     thread could take the signal anyway.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -214,9 +215,10 @@ def _start(
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """Return what makes the child end when we are killed with SIGKILL; None where the system cannot.
+    """Return the function that makes the child end when we are killed with SIGKILL; None if the system
+    cannot.
 
-    It runs between fork and exec, so all that it needs is looked up here.  prctl(2), PR_SET_PDEATHSIG.
+    It runs between fork and exec, so all its needs are looked up here. prctl(2), PR_SET_PDEATHSIG.
     """
     if sys.platform != "linux":
         return None
@@ -233,14 +235,16 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 
 class _Feed:
-    """What is still to go to a child's stdin."""
+    """The unwritten rest of a child's stdin."""
 
     def __init__(self, chunks: Iterable[bytes] | None) -> None:
         self._chunks = iter(chunks or ())
         self._left = memoryview(b"")
 
     def write(self, pipe: int) -> bool:
-        """Write as much as the pipe takes at once; return whether there may be more, which a closed pipe ends."""
+        """Write as much as the pipe takes at once; return whether there may be more, which a closed pipe
+        ends.
+        """
         while not self._left:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -263,7 +267,7 @@ def _pump(
     pulse: Callable[[], object] | None,
     deadline: float | None,
 ) -> bool:
-    """Serve the pipes until the child has ended; return whether it did before the deadline."""
+    """Serve the pipes until the child has ended; return whether it ended before the deadline."""
     with selectors.DefaultSelector() as selector:
         for stream, handle in ((child.stdout, on_output), (child.stderr, on_stderr)):
             if stream is not None:
@@ -313,9 +317,9 @@ def _serve(
 
 
 def _drain(selector: selectors.BaseSelector) -> None:
-    """Hand over what an ended child has left in its pipes, but nothing that another process writes there later.
+    """Pass on the remaining output of an ended child, but nothing that another process writes later.
 
-    ioctl(2), FIONREAD: all that the child wrote is in the pipe by now, so nothing has to be waited for.
+    ioctl(2), FIONREAD: all output of the child is in the pipe by now, so there is no wait.
     """
     for key in list(selector.get_map().values()):
         if key.events & selectors.EVENT_READ:
@@ -327,9 +331,10 @@ def _drain(selector: selectors.BaseSelector) -> None:
 
 
 def _end_what_is_left(child: subprocess.Popen[bytes]) -> None:
-    """Kill what a reaped child has left in its process group, and reap it where that falls to us, as to PID 1.
+    """Kill the processes that a reaped child has left in its process group, and reap those that become ours,
+    as for PID 1.
 
-    Not SIGTERM: a fork has the handlers of what it was forked from, and would clean up after that.
+    Not SIGTERM: a fork has the handlers of its parent, and would clean up after it.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
         os.killpg(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the sidecar knows: how the run ended, what the last check and the last verification said; and what follows."""
+"""The sidecar's knowledge: the end of the run, the last check, the last verification; and its conclusion."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from migrator.outcome import ExitCode
 
 RETRIED = frozenset({ExitCode.UNREACHABLE, ExitCode.LOCK_BUSY, ExitCode.BLOCKED, ExitCode.INTERRUPTED})
-"""Codes that tell of the moment and not of the revisions."""
+"""Codes about the moment and not about the revisions."""
 NO_ANSWER = frozenset({ExitCode.UNREACHABLE, ExitCode.ACCESS_DENIED})
-"""Codes of a database that was not looked into."""
+"""Codes of a database that was not read."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One look at the version rows.
+    """One check of the version rows.
 
-    ``code`` is 0 where the database is current for this image, else that of the reason; ``at`` is seconds since 1970,
-    ``pending`` None where nobody counted.
+    ``code`` is 0 if the database is current for this image, else that of the reason. ``at`` is seconds
+    since 1970; ``pending`` is None if it was not counted.
     """
 
     at: float
@@ -34,7 +34,7 @@ class Check:
 
     @property
     def ready(self) -> bool:
-        """Whether a backend of this image's revisions may work."""
+        """Whether a backend with this image's revisions may work."""
         return self.code == ExitCode.OK
 
     @property
@@ -45,20 +45,22 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """One ``migrator verify``: when (seconds since 1970), and its outcome as JSON-ready data."""
+    """One ``migrator verify``: its time (seconds since 1970), and its outcome as JSON-ready data."""
 
     at: float
     report: Mapping[str, Any]
 
     @property
     def made(self) -> bool:
-        """Whether it came to a result, good or bad."""
+        """Whether it had a result, good or bad."""
         return self.report["code"] in (ExitCode.OK, ExitCode.VERIFY_FAILED, ExitCode.DRIFTED)
 
 
 @dataclass(frozen=True)
 class Readiness:
-    """The answer to ``/readyz``: whether, and if not, why (``code`` and ``outcome`` are those of an exit code)."""
+    """The answer to ``/readyz``: ready or not, and why not (``code`` and ``outcome`` are those of an exit
+    code).
+    """
 
     ready: bool
     reason: str
@@ -68,7 +70,7 @@ class Readiness:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that is known at one moment; ``report`` is that of the run, None as long as it goes on."""
+    """The knowledge at one moment; ``report`` is that of the run, None while it is running."""
 
     report: Mapping[str, Any] | None = None
     ended_at: float = 0.0
@@ -80,9 +82,9 @@ class Snapshot:
 
 
 class Board:
-    """The snapshot that everybody reads and that each finding replaces; safe to share between threads.
+    """The current snapshot, which each result replaces; safe to share between threads.
 
-    ``patience`` is how many seconds a check counts: older than that, nobody knows.
+    ``patience`` is how many seconds a check is valid.
     """
 
     def __init__(self, patience: float) -> None:
@@ -92,12 +94,12 @@ class Board:
         self.now = Snapshot()
 
     def ran(self, report: Mapping[str, Any]) -> None:
-        """Note how the run ended."""
+        """Record how the run ended."""
         with self._lock:
             self.now = replace(self.now, report=report, ended_at=time.time())
 
     def checked(self, check: Check) -> None:
-        """Note a check; one of a database that was not looked into counts as a failure."""
+        """Record a check; one of a database that was not read counts as a failure."""
         failed = not check.reached or check.code == ExitCode.INTERNAL
         with self._lock:
             self._checked = time.monotonic()
@@ -107,7 +109,7 @@ class Board:
             )
 
     def verified(self, verification: Verification) -> None:
-        """Note a verification; one that came to no result counts as a failure, and the one before it stays."""
+        """Record a verification; one without a result counts as a failure, and the one before it stays."""
         with self._lock:
             now = self.now
             if verification.made:

@@ -1,8 +1,8 @@
-"""Look, on a schedule and only reading, whether the database is current for this image, and whether it verifies.
+"""Check on a schedule, reading only, whether the database is current for this image, and whether it verifies.
 
-The look itself is one small query for the version rows: as long as they are those that were found good, nothing has to
-be thought about.  Where they are others, ``migrator check`` judges them, in a process of its own, and its judgement
-holds until they change again.
+A check is one small query for the version rows: while they are the rows that were found good, nothing
+more is needed. ``migrator check`` judges other rows, in its own process, and its judgement holds until
+they change again.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from migrator.sidecar.children import Kin, Told, exit_code
 log = lazy_logging.get_logger("migrator.sidecar")
 
 JUDGING = 60.0
-"""Seconds that a judgement of unknown rows may take."""
+"""Seconds for a judgement of unknown rows."""
 VERIFYING = 900.0
-"""Seconds that a verification may take; each assertion of verify.toml has a minute."""
+"""Seconds for a verification; each assertion of verify.toml has a minute."""
 JUDGED_FOR = 300.0
-"""Seconds after which a bad judgement of rows that have not changed is asked for again: the ledger may have."""
+"""Seconds after which a bad judgement of unchanged rows is repeated: the ledger may have changed."""
 _FIRST_PAUSE = 1.0
 
 
 @dataclass(frozen=True)
 class _Judgement:
-    """What was found about version rows, and when (monotonic)."""
+    """The judgement of version rows, and its time (monotonic)."""
 
     code: int
     outcome: str
@@ -53,7 +53,7 @@ class _Judgement:
 
 
 class Checker:
-    """Looks at the version rows again and again, and puts what it finds on the board."""
+    """Checks the version rows repeatedly, and puts the results on the board."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Checker:
         began = time.monotonic()
         with contextlib.suppress(
             SettingsError
-        ):  # a secret's file that is being replaced: with what was known
+        ):  # a secret's file during its replacement: use the known content
             self._settings = self._load()
         rows, found = self._look()
         check = Check(
@@ -96,7 +96,7 @@ class Checker:
         return check
 
     def forever(self, stop: threading.Event) -> None:
-        """Check until ``stop`` is set: at the interval, and sooner after a check that was not good."""
+        """Check until ``stop`` is set: at the interval, and sooner after a bad check."""
         bad = 0
         while True:
             bad = 0 if self.once().ready else bad + 1
@@ -115,7 +115,7 @@ class Checker:
         except QueryFailed as error:
             if error.lost:
                 return None, _now(ExitCode.UNREACHABLE, f"the connection was lost: {error.text}")
-            rows = None  # no such table: migrator check says what that means
+            rows = None  # no such table: migrator check explains it
         except AccessDenied:
             rows = None
         if rows is not None and self._judged and self._judged[0] == rows and self._judged[1].holds:
@@ -126,7 +126,7 @@ class Checker:
         return rows, judgement
 
     def _read(self) -> tuple[str, ...]:
-        """Return the version rows; raises QueryFailed or AccessDenied where there is no table to read."""
+        """Return the version rows; raises QueryFailed or AccessDenied if there is no table to read."""
         timeout = self._settings.connect_timeout
         with connect(self._settings.required_target, self._name, timeout) as session:
             try:
@@ -148,7 +148,7 @@ class Checker:
         return _judge(told)
 
     def _say(self, check: Check) -> None:
-        """Log what has changed since the last check."""
+        """Log the changes since the last check."""
         said = f"{check.code} {check.rows}" if check.reached else str(check.code)
         if said == self._said:
             return
@@ -160,14 +160,14 @@ class Checker:
 
 
 class Verifier:
-    """Runs ``migrator verify`` again and again, and puts what it finds on the board."""
+    """Runs ``migrator verify`` repeatedly, and puts the results on the board."""
 
     def __init__(self, board: Board, kin: Kin, settings: Settings) -> None:
         self._board, self._kin, self._settings = board, kin, settings
         self._said: object = ExitCode.OK
 
     def once(self) -> None:
-        """Verify once; a database that is not there now is looked at the next time."""
+        """Verify once; a database that is away now is checked the next time."""
         try:
             told = self._kin.look("verify", self._settings.connect_timeout, VERIFYING)
         except (TimedOut, OSError) as error:
@@ -187,7 +187,7 @@ class Verifier:
 
 
 def _judge(told: Told) -> _Judgement:
-    """Turn what ``migrator check`` answered into a judgement."""
+    """Turn the answer of ``migrator check`` into a judgement."""
     code, document = exit_code(told), told.document
     if code == ExitCode.OK:
         return _now(ExitCode.OK, _where(tuple(document.get("current") or ())), pending=0)

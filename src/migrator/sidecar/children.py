@@ -1,9 +1,9 @@
-"""Run migrator itself as a child process: what a command loads and remembers is gone when it ends.
+"""Run migrator itself as a child process: the memory and imports of a command are gone when it ends.
 
-An ``env.py`` imports an application, which may start threads, fork, set up logging, or hold the interpreter for
-seconds: none of that holds up the process that answers the probes.  Processes that are left when the command has ended
-are killed, except those that have made themselves a session or a process group of their own (daemons): these live on,
-and are not waited for.
+An ``env.py`` imports an application, which may start threads, fork, set up logging, or hold the
+interpreter for seconds. None of that delays the process that answers the probes. Processes that remain
+after the command are killed. Daemons, which have their own session or process group, live on, and are
+not waited for.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from migrator.runtime import subprocesses
 
 @dataclass(frozen=True)
 class Told:
-    """How a child ended: its exit status (negative: the signal that ended it), and the JSON document it answered."""
+    """How a child ended: its exit status (negative: the signal that ended it), and its JSON answer."""
 
     status: int
     document: Mapping[str, Any]
 
 
 def given_flags(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the settings that the command line gave, as :func:`migrator.config.settings.load` takes them."""
+    """Return the settings of the command line, as :func:`migrator.config.settings.load` takes them."""
     flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
     flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
     return {name: value for name, value in flags.items() if value is not None}
@@ -45,29 +45,29 @@ class Kin:
     def __init__(self, arguments: argparse.Namespace, *, json_logs: bool) -> None:
         self._words = [*_program(), *_options(arguments), f"--log-format={'json' if json_logs else 'text'}"]
         self._environment = dict(os.environ)
-        # What only looks must not take the place of the run's own report.
+        # A command that only reads must not replace the run's own report.
         self._quiet = self._environment | {"MIGRATOR_REPORT_FILE": "", "MIGRATOR_TERMINATION_LOG": ""}
         self._pids: set[int] = set()
         self._ending = False
         self._lock = threading.Lock()
 
     def upgrade(self, revision: str) -> Told:
-        """Run the pipeline, however long it takes; it logs where we do."""
+        """Run the pipeline to its end, with logs to the same place."""
         return self._run(
             ["upgrade", *([revision] if revision else [])], self._environment, subprocesses.OURS, None
         )
 
     def look(self, command: str, wait: float, timeout: float) -> Told:
-        """Run a command that only reads, without what it logs.
+        """Run a command that only reads, without its logs.
 
-        ``wait`` is how many seconds Postgres is waited for, ``timeout`` how many it may take in all.
+        ``wait`` is the number of seconds to wait for Postgres, ``timeout`` that for the whole command.
         Raises :class:`migrator.runtime.subprocesses.TimedOut`.
         """
         words = ["--report-file=", "--termination-log=", f"--wait-timeout={wait:g}", command]
         return self._run(words, self._quiet, subprocesses.DISCARDED, timeout)
 
     def end(self) -> None:
-        """Pass a SIGTERM on to whatever runs, and to what is just being started."""
+        """Pass a SIGTERM on to running and starting children."""
         with self._lock:
             self._ending = True
             for pid in self._pids:
@@ -110,12 +110,12 @@ def _terminate(pid: int) -> None:
 
 
 def _program() -> list[str]:
-    """Return the interpreter and what it runs: a script, or ``-m migrator``."""
+    """Return the interpreter and its program: a script, or ``-m migrator``."""
     return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]]
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
-    """Return the options that were given, in the words that the parser takes."""
+    """Return the given options, as arguments for the parser."""
     words = [f"--config={name}" for name in getattr(arguments, "config", None) or ()]
     if getattr(arguments, "section", None):
         words.append(f"--name={arguments.section}")
@@ -129,7 +129,7 @@ def _options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _document(answer: bytes) -> Mapping[str, Any]:
-    """Return the JSON object that a child answered; one that was killed answers nothing."""
+    """Return the JSON object that a child answered; a killed child answers nothing."""
     try:
         document = json.loads(answer)
     except ValueError:
@@ -138,5 +138,5 @@ def _document(answer: bytes) -> Mapping[str, Any]:
 
 
 def exit_code(told: Told) -> int:
-    """Return the exit code that says the same as the child's end; that of a signal as shells write it."""
+    """Return the exit code for the child's end; for a signal, as shells write it."""
     return 128 - told.status if told.status < 0 else told.status or int(ExitCode.OK)

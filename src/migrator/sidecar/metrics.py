@@ -1,6 +1,6 @@
-"""The metrics, in the text format of Prometheus; the only importer of prometheus_client.
+"""The metrics, in the text format of Prometheus; only this module imports prometheus_client.
 
-Names and units as in https://prometheus.io/docs/practices/naming/.
+Names and units follow https://prometheus.io/docs/practices/naming/.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Metrics(Collector):
-    """Makes the metrics of what the board says at the moment of the scrape."""
+    """Makes the metrics from the board at the moment of the scrape."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -32,11 +32,11 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
 
     def text(self) -> tuple[str, bytes]:
-        """Return the content type, and all of them."""
+        """Return the content type, and all metrics."""
         return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield each metric; one of which nothing is known yet is left out."""
+        """Yield each metric with a known value."""
         image = os.environ.get("MIGRATOR_IMAGE_VERSION", "")
         now = self._board.now
         yield InfoMetricFamily(
@@ -72,7 +72,7 @@ def _run(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("last_run_revisions", "How many revisions the run applied.", len(report["revisions"]))
     stages = _labelled("last_run_stage_duration_seconds", "How long each stage took.", ("stage",))
     seconds: dict[str, float] = {}
-    for stage in report["stages"]:  # a stage may be gone through twice
+    for stage in report["stages"]:  # a stage may run twice
         seconds[stage["stage"]] = seconds.get(stage["stage"], 0.0) + stage["seconds"]
     for name, value in seconds.items():
         stages.add_metric((name,), value)

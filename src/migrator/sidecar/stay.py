@@ -1,4 +1,4 @@
-"""The order of things in a sidecar: listen, run the pipeline, watch until told to stop."""
+"""The order of events in a sidecar: listen, run the pipeline, watch until it is stopped."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from migrator.sidecar.metrics import Metrics
 
 _FOR_THE_RUN = 0.5
-"""Seconds longer than the run, which ends in time by itself, that a sidecar takes to end after a signal."""
+"""Seconds that a sidecar may take to end after a signal, beyond those of the run, which has its own limit."""
 
 log = lazy_logging.get_logger("migrator.sidecar")
 
 
 def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Serve the pages, run the pipeline, and after a good end check on, until SIGTERM, SIGINT or SIGHUP.
+    """Serve the pages, run the pipeline, and after a good end check until SIGTERM, SIGINT or SIGHUP.
 
-    A run that fails ends the sidecar with the run's exit code, for what restarts containers to decide upon.
-    Raises :class:`SettingsError` where the address cannot be listened on, before anything is run.
+    A failed run ends the sidecar with the run's exit code, so the container's restart policy applies.
+    Raises :class:`SettingsError` if it cannot listen on the address, before it runs anything.
     """
     web.library()
     mine = service.settings
@@ -60,7 +60,9 @@ def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def _metrics(board: Board) -> Callable[[], tuple[str, bytes]]:
-    """Return what makes the metrics; its library, which is as large as all the rest, is imported when one asks."""
+    """Return the maker of the metrics; its library, as large as all the rest, is imported at the first
+    request.
+    """
 
     @functools.cache
     def made() -> Metrics:
@@ -72,7 +74,7 @@ def _metrics(board: Board) -> Callable[[], tuple[str, bytes]]:
 
 
 class Run:
-    """The pipeline at work in a thread that waits for its process."""
+    """The running pipeline, in a thread that waits for its process."""
 
     def __init__(self, kin: Kin, revision: str) -> None:
         self._kin, self._revision = kin, revision
@@ -81,7 +83,7 @@ class Run:
         self._thread = threading.Thread(target=self._work, name="run", daemon=True)
 
     def end(self) -> Told:
-        """Start it, unless that was done, and return how it ended."""
+        """Start it, unless it is started, and return how it ended."""
         if self._thread.ident is None:
             self._thread.start()
         self._over.wait()
@@ -90,7 +92,7 @@ class Run:
         return self._ended[0]
 
     def stop(self) -> Told | None:
-        """Pass SIGTERM on and return how it ended, however long that takes; None where it was not begun."""
+        """Pass SIGTERM on and return how it ended, after any time; None if it was not started."""
         self._kin.end()
         return self.end() if self._thread.ident is not None else None
 
@@ -102,16 +104,16 @@ class Run:
 
 
 def _failed(told: Told, mine: settings.Settings) -> Answer:
-    """End as the run did, which has said why, last; unless it was killed."""
+    """End like the run, which has logged the reason as its last line; unless it was killed."""
     if told.status < 0:
         _say_killed(told, mine)
     return Answer({}, "", exit_code(told))
 
 
 def _stopped(name: str, run: Run, mine: settings.Settings) -> Answer:
-    """End well after a run that ended well, also one that did so in spite of the signal; else as it did."""
+    """End well after a run that ended well, even with the signal; else like the run."""
     told = run.stop()
-    if told is None or told.status == -signal.SIGTERM:  # before it had begun to listen for signals
+    if told is None or told.status == -signal.SIGTERM:  # before it listened for signals
         raise Interrupted(f"Interrupted by {name}.", next_step="run it again")
     if exit_code(told):
         return _failed(told, mine)
@@ -120,7 +122,7 @@ def _stopped(name: str, run: Run, mine: settings.Settings) -> Answer:
 
 
 def _say_killed(told: Told, mine: settings.Settings) -> None:
-    """Say what nobody else could: a process that is killed says nothing."""
+    """Report for a killed process, which cannot report itself."""
     sentence = (
         f"The run was killed by {signal.Signals(-told.status).name}, as happens at a memory limit. The "
         "next run finishes the work. Next: start it again, with more memory"

@@ -1,6 +1,6 @@
-"""The four pages, and the server that serves them; the only importer of waitress.
+"""The four pages, and their server; only this module imports waitress.
 
-Nothing that a request says changes anything: methods are GET and HEAD, and neither query nor body is looked at.
+No request changes anything: methods are GET and HEAD, and query and body are ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HEADERS = (
 _LIMITS: dict[str, Any] = {
     "threads": 2,
     "connection_limit": 100,
-    "channel_timeout": 5,  # seconds that a connection may say nothing
+    "channel_timeout": 5,  # seconds that a connection may be silent
     "cleanup_interval": 1,
     "max_request_header_size": 16 * 1024,
     "max_request_body_size": 1024,
@@ -53,9 +53,9 @@ class _Page:
 class Application:
     """The pages as a WSGI application.
 
-    ``metrics`` returns the metrics' content type and text.  ``loopback`` says that only this host can ask: a browser
-    on it could be made to, by a name that somebody else's DNS points here (DNS rebinding), so names but localhost are
-    refused.
+    ``metrics`` returns the metrics' content type and text. ``loopback`` says that only this host can
+    connect. A browser on it could be led here by a foreign DNS name (DNS rebinding), so all names but
+    localhost are refused.
     """
 
     def __init__(self, board: Board, metrics: Callable[[], tuple[str, bytes]], *, loopback: bool) -> None:
@@ -108,7 +108,7 @@ class Application:
 
 
 def is_loopback(listen: str) -> bool:
-    """Whether an address to listen on can be reached from this host alone."""
+    """Tell whether only this host can reach an address to listen on."""
     name = listen.rpartition(":")[0].strip("[]")
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(name).is_loopback
@@ -116,7 +116,7 @@ def is_loopback(listen: str) -> bool:
 
 
 def _is_here(host: str) -> bool:
-    """Whether a Host header names no name that somebody else may have given this host."""
+    """Tell whether a Host header has no name that somebody else may have given this host."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name.strip("[]"))
@@ -126,12 +126,12 @@ def _is_here(host: str) -> bool:
 
 @contextlib.contextmanager
 def serving(application: Application, listen: str) -> Iterator[threading.Thread]:
-    """Serve within the block, in a thread that is yielded; raises :class:`SettingsError` where that cannot be."""
+    """Serve within the block, in the yielded thread; raises :class:`SettingsError` if that is not possible."""
     import logging
 
     import waitress
 
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a warning for each two requests at once
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it would warn for each two requests at once
     try:
         server = waitress.create_server(application, listen=listen, **_LIMITS)
     except (OSError, ValueError) as error:
@@ -149,7 +149,7 @@ def _written(host: str, port: str) -> str:
 
 
 def library() -> None:
-    """Raise :class:`SettingsError` where what the sidecar serves with is not installed."""
+    """Raise :class:`SettingsError` if the libraries of the sidecar are not installed."""
     for name in ("waitress", "prometheus_client"):
         if importlib.util.find_spec(name) is None:
             problem = f"the sidecar needs {name}, which is not installed"
