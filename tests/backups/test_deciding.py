@@ -115,7 +115,7 @@ def test_a_damaged_backup_is_not_reused(
     dump.write_bytes(data)
     result = upgrade()
     assert backed_up(result) != made
-    assert "is damaged" in result.stderr
+    assert "its content was changed" in result.stderr
 
 
 def test_a_backup_of_a_database_of_the_same_name_is_not_reused(

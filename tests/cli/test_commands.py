@@ -417,7 +417,7 @@ def test_answers_in_json_are_json_and_nothing_else(
     ("arguments", "said"),
     [
         (("backup",), "backing up "),
-        (("verify-backup", "latest"), "proving "),
+        (("verify-backup", "latest"), "verifying "),
         (("restore", "latest", "--yes", "--drop-old"), "restoring "),
         (("restore", "latest", "--table", "t1"), "Restored "),
         (("prune", "--keep", "last=1"), "removed "),

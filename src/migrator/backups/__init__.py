@@ -1,1 +1,1 @@
-"""Backups: dumps that have been read back, their manifests, the folder they live in, and the way back."""
+"""Backups: dumps that were read back, their manifests, the place that holds them, and the restore."""

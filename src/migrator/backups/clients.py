@@ -1,8 +1,8 @@
 """Find pg_dump and pg_restore: the server's own major if it is installed, else the nearest newer one.
 
-``pg_dump`` refuses a server of a newer major than its own, and ``pg_restore`` an archive of a newer
-``pg_dump`` (https://www.postgresql.org/docs/current/app-pgdump.html#PG-DUMP-NOTES); both are found out here,
-before anything starts.
+``pg_dump`` refuses a server with a newer major than its own, and ``pg_restore`` an archive of a newer
+``pg_dump`` (https://www.postgresql.org/docs/current/app-pgdump.html#PG-DUMP-NOTES). Both are checked
+here, before anything starts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from migrator.postgres.errors import ConnectFailed, Refusal
 from migrator.runtime import image_tags, resource_errors, subprocesses
 from migrator.runtime.logs import redact
 
-# Versioned folders come before PATH, where Debian has a wrapper in Perl that chooses by its own rules.
+# Versioned folders come before PATH: Debian's wrapper in Perl there has its own choice.
 _FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/libexec/postgresql*")
 _VERSION = re.compile(r"\(PostgreSQL\)\s+((\d+)\S*)")
 _PROGRAMS = ("pg_dump", "pg_restore")
 _VERSION_TIMEOUT = 20.0
 
-# Parameters of a connection string that hold no secret; those that have a variable go that way.
+# Parameters of a connection string without secrets; those with a variable use that.
 _IN_ARGUMENTS = (
     frozenset(
         {
@@ -76,7 +76,7 @@ def parse_version(text: str) -> tuple[str, int] | None:
 
 
 def installed(settings: Settings) -> list[Client]:
-    """Return the clients there are, each once: those of MIGRATOR_PG_BIN alone where it is set."""
+    """Return the available clients, each once; only those of MIGRATOR_PG_BIN if it is set."""
     clients = []
     for folder in _folders(settings):
         versions = {_version_of(folder / program)[0] for program in _PROGRAMS}
@@ -101,7 +101,7 @@ def _folders(settings: Settings) -> Iterator[Path]:
 
 
 def _stopped(settings: Settings) -> str:
-    """Say why a program that is there could not be asked for its version; empty where none is there, or all were."""
+    """Return why an existing program did not report its version; empty if none exists, or all did."""
     for folder in _folders(settings):
         for program in _PROGRAMS:
             why = _version_of(folder / program)[1]
@@ -112,7 +112,7 @@ def _stopped(settings: Settings) -> str:
 
 @functools.cache
 def _version_of(program: Path) -> tuple[tuple[str, int] | None, str]:
-    """Return a program's version and major, or None and why it could not be asked, if it is there."""
+    """Return a program's version and major, or None and the reason for a missing report, if it exists."""
     chunks: list[bytes] = []
     try:
         finished = subprocesses.run(
@@ -144,9 +144,9 @@ def for_dump(
     *,
     otherwise: str = "or set MIGRATOR_BACKUP=off to run without a backup",
 ) -> Client:
-    """Return the client to dump a server with; raises :class:`BackupFailed` where none is new enough.
+    """Return the client to dump a server with; raises :class:`BackupFailed` if none is new enough.
 
-    ``otherwise`` is what else can be done then.
+    ``otherwise`` is an alternative for its next step.
     """
     clients = installed(settings)
     client = choose(clients, server_major)
@@ -159,7 +159,7 @@ def for_dump(
 
 
 def for_restore(settings: Settings, server_major: int, archive_major: int) -> Client:
-    """Return the client to restore an archive with; raises :class:`RestoreFailed` where none can read it."""
+    """Return the client to restore an archive with; raises :class:`RestoreFailed` if none can read it."""
     clients = installed(settings)
     client = choose(clients, server_major, archive_major) or choose(clients, archive_major)
     if client is not None:
@@ -194,7 +194,7 @@ def _remedy(settings: Settings, clients: Sequence[Client], major: int) -> str:
 
 
 def remedy(error: Exception) -> str:
-    """Return what helps where the maintenance database is not there: for a pooler, mostly; else an empty text."""
+    """Return the fix if the maintenance database does not exist, mostly for a pooler; else an empty text."""
     if not isinstance(error, ConnectFailed) or error.refusal is not Refusal.NO_DATABASE:
         return ""
     return (
@@ -204,9 +204,9 @@ def remedy(error: Exception) -> str:
 
 
 def environment(target: Target, application_name: str, connect_timeout: float) -> dict[str, str]:
-    """Return a client's environment: the connection, password included, goes this way and no other.
+    """Return a client's environment: the connection, password included, is passed only here.
 
-    libpq's own variables are handed on too, for our own connections read them just so.
+    libpq's own variables are passed on too, because our own connections use them as well.
     """
     inherited = {
         name: value
@@ -223,10 +223,10 @@ def environment(target: Target, application_name: str, connect_timeout: float) -
 
 
 def connection_argument(target: Target, database: str) -> str:
-    """Return ``--dbname=...`` with the database's name, which may hold any character, and nothing secret.
+    """Return ``--dbname=...`` with the database's name, which may hold any character, and no secret.
 
-    A connection string, for a bare name with ``=`` in it would be read as one; with keepalives, so that a
-    server that is gone is noticed.
+    It is a connection string, because a bare name with ``=`` would be read as one. It has keepalives,
+    so that a lost server is noticed.
     """
     parameters = dict(_KEEPALIVES)
     parameters |= {key: value for key, value in target.parameters if key in _IN_ARGUMENTS}
@@ -241,11 +241,11 @@ def _conninfo_quote(value: str) -> str:
 
 
 _NO_CAUSE = "error: a worker process died unexpectedly"
-"""What comes last where a worker of pg_restore fails; its cause stands before it."""
+"""The last line if a worker of pg_restore fails; its cause stands before it."""
 
 
 def last_words(finished: subprocesses.Finished) -> str:
-    """Return what a client said when it failed, in one line and without secrets."""
+    """Return a failed client's message, in one line and without secrets."""
     lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
     lines = [line for line in lines if not line.endswith(_NO_CAUSE)] or lines
     errors = [number for number, line in enumerate(lines) if ": error:" in line or "FATAL" in line]

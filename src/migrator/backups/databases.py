@@ -1,7 +1,7 @@
-"""Databases as wholes: make one like another, drop one, and swap two by their names.
+"""Databases as wholes: create one like another, drop one, and swap two by their names.
 
-All of it runs from a *maintenance* session in ``postgres`` (or ``template1``), for a database can be neither
-dropped nor renamed from inside.
+All of it runs from a *maintenance* session in ``postgres`` (or ``template1``): a database can be
+neither dropped nor renamed from inside.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("migrator.restore")
 NAME_BYTES = 63
-"""NAMEDATALEN - 1: Postgres cuts longer names off without a word."""
+"""NAMEDATALEN - 1: Postgres cuts longer names silently."""
 DROP_PATIENCE = 120.0
-"""Seconds for one DROP DATABASE, which makes a checkpoint and waits for every process of the server to take note."""
+"""Seconds for one DROP DATABASE, which makes a checkpoint and waits for every process of the server."""
 _KEPT_OF_NAME = 20  # bytes
 SWAP_PATIENCE = 15.0
-"""Seconds to get everyone out of a database and rename it; a container is usually given 30 to end."""
+"""Seconds to end all sessions and rename a database; a container usually has 30 seconds to stop."""
 _DENIED, _OBJECT_IN_USE = "42501", "55006"
 _LOCK_NOT_AVAILABLE = "55P03"
 _MARK = "migrator: half-restored copy of "
 _SCRATCH_NAME = re.compile(r"_restore_\d{8}T\d{6}Z-[0-9a-f]{6}\Z")
 
-# Settings whose value is a list of names, each quoted by itself: GUC_LIST_QUOTE in PostgreSQL's guc_tables.c.
+# Settings with a list of names as value, each quoted by itself: GUC_LIST_QUOTE in PostgreSQL's
+# guc_tables.c.
 _LISTS = frozenset(
     {
         *("local_preload_libraries", "search_path", "session_preload_libraries"),
@@ -62,7 +63,7 @@ class SwapFailed(Exception):
 
 
 class SwapUnknown(Exception):
-    """Two databases may have been swapped, and nobody can be asked."""
+    """Two databases may have been swapped, and no connection can tell."""
 
 
 def maintenance(
@@ -70,7 +71,8 @@ def maintenance(
 ) -> Session:
     """Open a session in a database other than ``not_in``; raises ConnectFailed of the last one tried.
 
-    It waits for room unless it is not ``patient``: for what holds signals back.
+    It waits for a free connection unless it is not ``patient``, which is for callers that hold signals
+    back.
     """
     open_session = connection_limit.connect if patient else connect
     failure: ConnectFailed | None = None
@@ -81,7 +83,7 @@ def maintenance(
             session = open_session(target.with_database(database), application_name, timeout)
         except ConnectFailed as error:
             if error.refusal is Refusal.TRANSIENT:
-                raise  # whoever comes here must land in the same database, for locks are kept per database
+                raise  # every caller must land in the same database, because locks are kept per database
             failure = error
             continue
         session.query("SET statement_timeout = 0")
@@ -94,7 +96,9 @@ def maintenance(
 
 
 def shorten(name: str, suffix: str) -> str:
-    """Return ``name + suffix`` within 63 bytes of UTF-8: the name gives way, and a suffix that is too long itself."""
+    """Return ``name + suffix`` within 63 bytes of UTF-8: the name is cut, and also a suffix that is too long
+    itself.
+    """
     if len(suffix.encode()) > NAME_BYTES - _KEPT_OF_NAME:
         suffix = suffix[:9] + hashlib.sha256(suffix.encode()).hexdigest()[:12]
     room = NAME_BYTES - len(suffix.encode())
@@ -102,14 +106,14 @@ def shorten(name: str, suffix: str) -> str:
 
 
 def exists(session: Session, name: str) -> bool:
-    """Whether there is a database of this name."""
+    """Tell whether a database of this name exists."""
     return bool(session.value("SELECT count(*) FROM pg_database WHERE datname = %s", [name]))
 
 
 def create(session: Session, name: str, properties: Properties) -> None:
     """Create an empty database with another's encoding, locale, owner and tablespace; raises QueryFailed.
 
-    Nobody else can connect to it: everybody may by default, and could plant objects while it is filled.
+    Nobody else can connect to it: by default everybody may, and could plant objects during the restore.
     """
     parts = [
         f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0",
@@ -139,7 +143,7 @@ def create(session: Session, name: str, properties: Properties) -> None:
 
 
 def drop(session: Session, name: str) -> None:
-    """Drop a database if it is there, ending the sessions in it; raises QueryFailed, after two minutes at the latest.
+    """Drop a database if it exists, with its sessions; raises QueryFailed, after two minutes at the latest.
 
     The server may wait for ever for one of its own processes that does not answer a signal barrier.
     """
@@ -154,7 +158,8 @@ def drop(session: Session, name: str) -> None:
 
 
 def _drop_by_force(session: Session, name: str) -> bool:
-    """Drop a database and end all sessions in it; False if one of them is a superuser's, and this role may not end it.
+    """Drop a database and end all its sessions; False if one belongs to a superuser and this role may not end
+    it.
 
     An autovacuum worker is such a session too. The server ends it for a DROP DATABASE without FORCE.
     """
@@ -173,12 +178,12 @@ def _drop(session: Session, name: str, how: str = "") -> None:
 
 
 def mark(session: Session, name: str, original: str) -> None:
-    """Write on a database that it is half restored, so that a later restore knows it for what it is."""
+    """Mark a database as half restored, so that a later restore recognises it."""
     session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(_MARK + original)}")
 
 
 def unmark(session: Session, name: str, original: str) -> None:
-    """Take the mark away: the database is whole, and gets the comment of the original, where there is one."""
+    """Remove the mark: the database is complete, and gets the comment of the original, if there is one."""
     comment = session.value(
         "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = %s", [original]
     )
@@ -188,10 +193,11 @@ def unmark(session: Session, name: str, original: str) -> None:
 
 @contextlib.contextmanager
 def without_event_triggers(session: Session, name: str) -> Iterator[None]:
-    """Keep event triggers in a database from firing for this role within the block: those on login, for one.
+    """Stop event triggers in a database from firing for this role within the block, such as those on login.
 
-    PostgreSQL 17 and newer, and superusers, who alone have event triggers.  It is set for the role in this one
-    database and not on connecting, for poolers refuse that; where the block fails, the database is to be dropped.
+    For PostgreSQL 17 and newer, and for superusers, who alone have event triggers. It is set for the
+    role in this one database and not on connecting, because poolers refuse that. If the block fails,
+    the caller drops the database.
     """
     whom = f"ALTER ROLE CURRENT_USER IN DATABASE {quote_identifier(name)}"
     superuser = session.value("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
@@ -204,7 +210,7 @@ def without_event_triggers(session: Session, name: str) -> Iterator[None]:
 
 
 def rename(session: Session, old: str, new: str) -> None:
-    """Rename a marked database that nobody is in, and take its mark away; raises QueryFailed."""
+    """Rename a marked database without sessions, and remove its mark; raises QueryFailed."""
     session.query("BEGIN")
     try:
         unmark(session, old, new)
@@ -217,7 +223,9 @@ def rename(session: Session, old: str, new: str) -> None:
 
 
 def marked(session: Session, original: str) -> list[str]:
-    """Return the half-restored copies that killed restores of a database have left: by their mark, or their name."""
+    """Return the half-restored copies that killed restores of a database have left: by their mark, or their
+    name.
+    """
     rows = session.query(
         "SELECT datname::text, coalesce(shobj_description(oid, 'pg_database'), '') FROM pg_database"
         " WHERE datname <> current_database()"
@@ -225,14 +233,14 @@ def marked(session: Session, original: str) -> list[str]:
     return [
         name
         for name, comment in rows
-        if name != original  # whose owner may have written that comment
+        if name != original  # its owner may have written that comment
         if comment == _MARK + original
         or ((match := _SCRATCH_NAME.search(name)) and name == shorten(original, match[0]))
     ]
 
 
 def copy_privileges(session: Session, source: str, copy: str) -> None:
-    """Give a new database the privileges of another, or the default where that has them or is not there."""
+    """Give a new database the privileges of another, or the default if that has them or does not exist."""
     rows = session.query(
         "SELECT pg_get_userbyid(d.datdba)::text, CASE a.grantee WHEN 0 THEN NULL"
         " ELSE pg_get_userbyid(a.grantee)::text END, a.privilege_type, a.is_grantable"
@@ -257,7 +265,8 @@ def copy_privileges(session: Session, source: str, copy: str) -> None:
 def copy_settings(session: Session, source: str, copy: str) -> list[str]:
     """Give a database the settings and the connection limit of another.
 
-    Returns a sentence for each that this role may not set; the values are not repeated, for they can be secret.
+    Returns a sentence for each that this role may not set; their values are not repeated, because they
+    can be secret.
     """
     failed = []
     for what, statement in _setting_statements(session, source, copy):
@@ -310,7 +319,9 @@ class Left:
 
 
 def terminate(session: Session, database: str, *, spare: int = 0) -> list[Left]:
-    """End the sessions in a database, but that of the process ``spare``; return those that this role may not end."""
+    """End the sessions in a database, except that of the process ``spare``; return those that this role may
+    not end.
+    """
     left = []
     for pid, user, name in others_in(session, database, spare=spare):
         try:
@@ -323,7 +334,7 @@ def terminate(session: Session, database: str, *, spare: int = 0) -> list[Left]:
 
 
 def others_in(session: Session, database: str, *, spare: int = 0) -> list[tuple[int, str, str]]:
-    """Return process id, user and application name of the sessions in a database, ours and ``spare`` aside."""
+    """Return process id, user and application name of the sessions in a database, except ours and ``spare``."""
     rows = session.query(
         "SELECT pid, coalesce(usename::text, backend_type), coalesce(application_name, '')"
         " FROM pg_stat_activity WHERE datname = %s AND pid NOT IN (pg_backend_pid(), %s)",
@@ -341,14 +352,15 @@ def swap(
     *,
     holder: Holder | None = None,
 ) -> None:
-    """Rename ``current`` to ``kept``, and ``replacement``, which loses its mark, to ``current``: in one transaction.
+    """Rename ``current`` to ``kept``, and ``replacement``, which loses its mark, to ``current``: in one
+    transaction.
 
-    Nothing is set that could outlive us: the first rename locks the database against new connections and
-    waits up to 5 s for those in it to go (CountOtherDBBackends in PostgreSQL's procarray.c), while ``helper``
-    ends them; the session of ``holder``, which has locks in it, when the others are gone and ``holder`` has looked
-    whether they wrote: where that raises, nothing was renamed.  Whoever connects meanwhile
-    waits for the lock, is told that the database was just renamed, and finds the new one on trying again.
-    Raises :class:`SwapFailed`, and nothing was renamed then.
+    Nothing is set that could outlive us. The first rename locks the database against new connections,
+    and waits up to 5 s for its sessions to end (CountOtherDBBackends in PostgreSQL's procarray.c).
+    ``helper`` ends them meanwhile. The session of ``holder`` has locks in the database. It ends last,
+    after ``holder`` has checked whether the others wrote; if that raises, nothing was renamed. A client
+    that connects meanwhile waits for the lock, gets an error about the rename, and finds the new
+    database on its next try. Raises :class:`SwapFailed`, and nothing was renamed then.
     """
     deadline = time.monotonic() + SWAP_PATIENCE
     while True:
@@ -361,7 +373,7 @@ def swap(
             except QueryFailed as error:
                 raise SwapUnknown(f"the connection was lost: {error.text}") from error
             if committed:
-                return  # only the answer got lost
+                return  # only the answer was lost
             raise SwapFailed(f"the connection was lost: {failure.text}")
         again = failure.sqlstate in (_OBJECT_IN_USE, _LOCK_NOT_AVAILABLE) and not (
             holder and holder.session.closed
@@ -372,7 +384,9 @@ def swap(
 
 
 def _prepared(helper: Session, database: str) -> list[str]:
-    """Name the prepared transactions in a database, which no session holds; nothing where nobody answers."""
+    """Return the names of prepared transactions in a database, which have no session; none if nothing
+    answers.
+    """
     with contextlib.suppress(QueryFailed):
         rows = helper.query(
             "SELECT gid::text FROM pg_prepared_xacts WHERE database = %s ORDER BY 1", [database]
@@ -398,7 +412,7 @@ def _try_swap(
             )
             for old, new in renames:
                 session.query(f"ALTER DATABASE {quote_identifier(old)} RENAME TO {quote_identifier(new)}")
-            if template:  # while it is one, nobody can drop the old
+            if template:  # while it is open, nobody can drop the old one
                 session.query(f"ALTER DATABASE {quote_identifier(renames[0][1])} IS_TEMPLATE false")
                 session.query(f"ALTER DATABASE {quote_identifier(renames[0][0])} IS_TEMPLATE true")
             session.query("COMMIT")
@@ -420,22 +434,22 @@ def _try_swap(
                     waiting.look()
                     waiting.session.close()
                 except WouldLose as error:
-                    lost = error  # that session stays, so that the rename gives up
+                    lost = error  # that session stays, so the rename gives up
                 waiting = None
             renaming.join(0.05)
-    except QueryFailed as error:  # the rename goes on, and says itself how it ended
+    except QueryFailed as error:  # the rename continues, and reports its own result
         LOGGER.warning("the sessions in %s could not be ended: %s", current, error.text)
     finally:
         renaming.join()
     if lost and failures:
         raise lost
-    if lost:  # somebody had ended that session, and the rename went through
+    if lost:  # another session had ended it, and the rename succeeded
         LOGGER.error("%s: the rows that they wrote are in %s only", lost, renames[0][1])
     return (failures[0] if failures else None), left
 
 
 def _locked(helper: Session, session: Session, database: str) -> bool:
-    """Whether the renaming session has locked the database, so that nobody can connect to it any more."""
+    """Tell whether the renaming session has locked the database, so that nobody can connect to it any more."""
     return bool(
         helper.value(
             "SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON l.objid = d.oid WHERE l.pid = %s"
@@ -450,9 +464,10 @@ _KEPT_NAME = re.compile(r"(?s).*_before_(\d{8}T\d{6}Z)-[0-9a-f]{6}")
 
 
 def expired(session: Session, database: str, keep: float) -> list[str]:
-    """Return the databases that restores of this one have set aside longer than ``keep`` seconds ago.
+    """Return the databases that restores of this one set aside more than ``keep`` seconds ago.
 
-    They are known by their name, which ends in the id of the run, and have the same owner: a name alone proves nothing.
+    They are recognised by their name, which ends in the run's id, and have the same owner: a name alone
+    is no evidence.
     """
     found = []
     for (name,) in session.query(

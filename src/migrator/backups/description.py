@@ -1,4 +1,4 @@
-"""A backup for people: what is known of it, what is in it, and how to restore it without this program."""
+"""A backup for people: its facts, its content, and how to restore it without this program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def data(backup: Backup) -> dict[str, Any]:
 
 
 def by_hand(backup: Backup) -> list[str]:
-    """Return the commands that make a new database and restore a backup into it; libpq's variables say where."""
+    """Return the commands that create a new database and restore a backup into it; libpq's variables set the
+    server.
+    """
     name = f"{backup.database}_by_hand"
     create = shlex.join(["createdb", *_like(backup), "--", name])
     return [create, *_settings(backup, name), pg_restore.by_hand(backup, name, clean=False)]
@@ -52,7 +54,7 @@ def _settings(backup: Backup, name: str) -> list[str]:
 
 
 def _like(backup: Backup) -> list[str]:
-    """Return createdb's options for a database like the original; who provides locales it knows since 15."""
+    """Return createdb's options for a database like the original; locale providers are known since 15."""
     made = backup.properties
     options = ["--template=template0", f"--owner={made.owner}", f"--encoding={made.encoding}"]
     options += [f"--lc-collate={made.collate}", f"--lc-ctype={made.ctype}"]
@@ -65,7 +67,7 @@ def _like(backup: Backup) -> list[str]:
 
 
 def proofs(backup: Backup) -> list[str]:
-    """Return a sentence for each time that it was proven, or not."""
+    """Return a sentence for each verification, successful or not."""
     told = []
     for proof in backup.proofs:
         where = f" on PostgreSQL {proof.server_version}" if proof.server_version else ""
@@ -81,7 +83,7 @@ def proofs(backup: Backup) -> list[str]:
 
 
 def text(backup: Backup, table: Layout) -> str:
-    """Return it as text; ``table`` lays out rows in columns."""
+    """Return the description as text; ``table`` lays out rows in columns."""
     facts = {
         "id": backup.id,
         "name": backup.name,

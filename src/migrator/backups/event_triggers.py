@@ -1,6 +1,6 @@
-"""Event triggers: they come back last, and only by a superuser; what another would lose or could not bring back.
+"""Event triggers: they are restored last, and only by a superuser; refuse a loss by another role.
 
-They do whatever they do at each DDL, and a REFRESH MATERIALIZED VIEW of pg_restore's is one.
+They run at each DDL, and pg_restore's REFRESH MATERIALIZED VIEW counts as DDL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from migrator.postgres.session import QueryFailed, Session, quote_identifier
 _ENTRY = re.compile(r"\d+; \d+ \d+ EVENT TRIGGER - (.*) \S+$")
 _LISTED = re.compile(rb"^\d+; \d+ \d+ (?:(?:COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
 _DENIED = "42501"
-# Whoever may is told that there is no such function; the right is looked at first, and no transaction id is taken.
+# A role with the right gets the error that there is no such function. The right is checked first, and no
+# transaction id is taken.
 _TRY = "CREATE EVENT TRIGGER migrator_probe ON ddl_command_start EXECUTE FUNCTION pg_catalog.migrator_none()"
 _DROPPED_WITH_THE_REST = """
 SELECT evtname::text FROM pg_event_trigger JOIN pg_proc p ON p.oid = evtfoid JOIN pg_namespace n ON n.oid = pronamespace
@@ -34,9 +35,10 @@ ORDER BY 1
 def apart(
     client: Client, path: Path, without: re.Pattern[bytes] | None = None
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Yield pg_restore's options for all but an archive's event triggers, and for those alone; nothing without any.
+    """Yield pg_restore's options for an archive without its event triggers, then for those alone; nothing
+    without any.
 
-    The entries that ``without`` finds are in neither.  Raises RestoreStopped.
+    Entries that ``without`` finds are in neither. Raises RestoreStopped.
     """
     listed = pg_restore.script(client, path, "--list")
     alone = b"".join(match[0] for match in _LISTED.finditer(listed))
@@ -49,12 +51,13 @@ def apart(
 
 
 def is_one(line: str) -> bool:
-    """Whether a line of an archive's table of contents is an event trigger's, or its comment's."""
+    """Tell whether a line of an archive's table of contents is an event trigger, or its comment."""
     return _LISTED.match(f"{line}\n".encode(errors="surrogateescape")) is not None
 
 
 def refuse(session: Session, backup: Backup, contents: Iterable[str]) -> None:
-    """Refuse a restore from within that would end at an event trigger, or drop one for good; raises RestoreFailed.
+    """Refuse a restore in place that would stop at an event trigger, or drop one for good; raises
+    RestoreFailed.
 
     ``contents`` are the lines of the archive's table of contents.
     """

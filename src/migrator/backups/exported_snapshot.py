@@ -1,11 +1,12 @@
-"""One exported snapshot, and what the database holds in it: the dump and what it is compared with see the same instant.
+"""One exported snapshot, and the content of the database in it: the dump and the comparison see the same
+instant.
 
-``pg_export_snapshot`` hands the instant over to ``pg_dump --snapshot``.
+``pg_export_snapshot`` passes the instant to ``pg_dump --snapshot``.
 
-Where we read rows ourselves, we do so with ``COPY table TO STDOUT``, as pg_dump does, and never with a query.  COPY
-takes plain tables only: where a view has taken a table's name meanwhile, it fails.  And it plans nothing: the planner
-evaluates functions in expression indexes and in extended statistics, as whoever asks.  Tables belong to others, and so
-do those functions.
+migrator reads rows with ``COPY table TO STDOUT``, as pg_dump does, and never with a query. COPY takes
+plain tables only: it fails if a view has taken the table's name. And it plans nothing: the planner
+evaluates functions in expression indexes and in extended statistics, as the reading role. Tables belong
+to others, and so do those functions.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from migrator.postgres.session import QueryFailed, Session, quote_identifier
 LOGGER = logging.getLogger("migrator.backup")
 Result = TypeVar("Result")
 LOCK_WAIT = 60.0
-"""Seconds to wait for a table that another session has locked; pg_dump is told the same."""
-_LOCK_SLICE = 1000  # milliseconds: a signal is answered between two waits, not in the middle of one
-_EMPTY_DATABASE = 8 * 1000 * 1000  # bytes: the catalogs of a database that holds nothing
+"""Seconds to wait for a table that another session has locked; pg_dump gets the same limit."""
+_LOCK_SLICE = 1000  # milliseconds: a signal is handled between two waits, not within one
+_EMPTY_DATABASE = 8 * 1000 * 1000  # bytes: the catalogs of an empty database
 _LOCK_NOT_AVAILABLE = "55P03"
 
-# No pg_relation_size here and below: it waits for whoever has the table locked.
-# Ordinary tables that pg_dump would dump: none of the system's, of other sessions, or of an extension.
+# No pg_relation_size here and below: it waits for a session that has the table locked. Ordinary tables
+# that pg_dump would dump: none of the system, of other sessions, or of an extension.
 _TABLES = """
 SELECT c.oid::bigint, n.nspname::text, c.relname::text, c.relkind::text, c.reltuples::bigint,
        row_security_active(c.oid),
@@ -57,7 +58,7 @@ class LockedOut(Exception):
 
 @dataclass(frozen=True)
 class Relation:
-    """A table, partitioned table or sequence as the catalogs have it."""
+    """A table, partitioned table or sequence in the catalogs."""
 
     oid: int
     schema: str
@@ -79,7 +80,7 @@ class Relation:
 
 
 def shown(schema: str, name: str) -> str:
-    """Return a relation's name for people and for the manifest: quoted only where SQL would need it."""
+    """Return a relation's name for people and for the manifest: quoted only if SQL needs it."""
     return ".".join(
         part if part.isascii() and part.isidentifier() and part.islower() else quote_identifier(part)
         for part in (schema, name)
@@ -88,8 +89,9 @@ def shown(schema: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes: of the whole database, of what a dump may hold of it (all but indexes and what is always there), and of
-    each table by oid, with its TOAST, as of the last VACUUM or ANALYZE of it."""
+    """Bytes: of the whole database, of the part that a dump may hold (all but indexes and fixed content), and
+    of each table by oid, with its TOAST, as of its last VACUUM or ANALYZE.
+    """
 
     database: int
     data: int
@@ -130,7 +132,7 @@ def sizes(session: Session) -> Sizes:
 def oddities(session: Session) -> tuple[str, ...]:
     """Return the options of columns that only some servers know, such as Debian 15.20's ``pg_attver``.
 
-    A pg_dump of another build writes them into the dump, where no other server accepts them.
+    A pg_dump of another build writes them into the dump, and no other server accepts them.
     """
     rows = session.query(
         "SELECT DISTINCT split_part(o, '=', 1)::text FROM pg_attribute, unnest(attoptions) o"
@@ -139,7 +141,7 @@ def oddities(session: Session) -> tuple[str, ...]:
     return tuple(row[0] for row in rows if row[0] not in ("n_distinct", "n_distinct_inherited"))
 
 
-# As pg_user_mappings shows them, of which pg_dump writes what it sees.
+# As in pg_user_mappings: pg_dump writes only the visible ones.
 _HIDDEN = """
 SELECT 'options of the user mapping', quote_ident(coalesce(m.usename, 'public')) || ' on ' || quote_ident(m.srvname)
   FROM pg_user_mappings m JOIN pg_foreign_server s ON s.oid = m.srvid, pg_roles me
@@ -154,14 +156,14 @@ SELECT 'subscription', quote_ident(subname)
 
 
 def not_dumped(session: Session) -> tuple[str, ...]:
-    """Name what pg_dump leaves out, without failing, for a role that is no superuser."""
+    """Name the objects that pg_dump silently leaves out for a role that is not a superuser."""
     return tuple(f"{kind} {name}" for kind, name in session.query(_HIDDEN))
 
 
 def identity(session: Session) -> tuple[str, int | None]:
-    """Return the cluster's system identifier and timeline; ``("", None)`` where the role may not read them.
+    """Return the cluster's system identifier and timeline; ``("", None)`` if the role may not read them.
 
-    Not for a session in a transaction, which a refusal would end.
+    Not for a session in a transaction, because a refusal would end that.
     """
     try:
         row = session.query(
@@ -174,7 +176,7 @@ def identity(session: Session) -> tuple[str, int | None]:
     return row[0], row[1]
 
 
-# A transaction of another database, as far as it still is in progress, cannot write into this one.
+# A transaction of another database that is still in progress cannot write into this one.
 _BOUNDS = """
 SELECT txid_snapshot_xmin(s)::bigint, txid_snapshot_xmax(s)::bigint, ARRAY(
   SELECT x FROM txid_snapshot_xip(s) x
@@ -190,8 +192,8 @@ SELECT txid_snapshot_xmin(s)::bigint, txid_snapshot_xmax(s)::bigint, ARRAY(
 class Bounds:
     """Which transaction ids (of the cluster, with its epoch) a snapshot has not seen.
 
-    It has seen all below ``next``, and none from ``unseen`` on; of those in between it has not seen ``running``, which
-    were in progress and may write here.
+    It has seen all below ``next``, and none from ``unseen`` on. In between it has not seen ``running``,
+    which were in progress and may write here.
     """
 
     next: int
@@ -200,13 +202,13 @@ class Bounds:
 
 
 def bounds(session: Session) -> Bounds:
-    """Return which transaction ids the session's snapshot has not seen."""
+    """Return the transaction ids that the session's snapshot has not seen."""
     next_, unseen, running = session.query(_BOUNDS)[0]
     return Bounds(next_, unseen, tuple(running))
 
 
 def properties(session: Session) -> Properties:
-    """Read how this database was created; through JSON, for the columns differ from major to major."""
+    """Read how this database was created; through JSON, because the columns differ between majors."""
     row = session.query(
         "SELECT pg_get_userbyid(d.datdba)::text, pg_encoding_to_char(d.encoding)::text, d.datcollate::text,"
         " d.datctype::text, coalesce(j ->> 'datlocprovider', 'c'),"
@@ -220,9 +222,9 @@ def properties(session: Session) -> Properties:
 
 @contextlib.contextmanager
 def exported(target: Target, application_name: str, timeout: float) -> Iterator[tuple[Session, str]]:
-    """Open a session whose transaction holds a snapshot, and yield both; closed on leaving.
+    """Open a session with a transaction that holds a snapshot, and yield both; closed on leaving.
 
-    The database's own timeouts are switched off in it: it has nothing to do while pg_dump works.
+    The database's own timeouts are switched off in it: it is idle while pg_dump works.
     """
     with connection_limit.connect(target, application_name, timeout) as session:
         names = ["statement_timeout", "idle_in_transaction_session_timeout"]
@@ -230,18 +232,18 @@ def exported(target: Target, application_name: str, timeout: float) -> Iterator[
         for name in names:
             session.query(f"SET {name} = 0")
         session.query(f"SET lock_timeout = {_LOCK_SLICE}")
-        session.query("SET row_security = off")  # what leaves rows out must fail
+        session.query("SET row_security = off")  # an error, and no missing rows
         session.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         yield session, session.value("SELECT pg_export_snapshot()")
 
 
 def count_exactly(session: Session, relation: Relation) -> int:
-    """Count a table's own rows, whatever that costs; raises QueryFailed."""
+    """Count a table's own rows, at any cost; raises QueryFailed."""
     column = session.query(_NARROWEST, [relation.oid])
     return copied(session, relation, column[0][0] if column else "")
 
 
-# One of variable length where there is no other: the first is most often the key.
+# One of variable length if there is no other: the first is most often the key.
 _NARROWEST = """
 SELECT quote_ident(attname) FROM pg_attribute
  WHERE attrelid = %s::bigint::oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
@@ -258,9 +260,9 @@ SELECT l.oid FROM unnest(%s::bigint[], %s::text[]) AS l (oid, name)
 
 
 def replaced(session: Session, read: Sequence[Relation]) -> list[Relation]:
-    """Return which of the tables that were read by name are not the listed ones, and say so.
+    """Return which tables, read by name, are not the listed ones, and log them.
 
-    Reading has locked whatever bore the name, until the end of the transaction.
+    Reading has locked the table of that name until the end of the transaction.
     """
     given = [[item.oid for item in read], [item.qualified for item in read]]
     others = {row[0] for row in session.query(_IS_OURS, given)} if read else set()
@@ -271,7 +273,7 @@ def replaced(session: Session, read: Sequence[Relation]) -> list[Relation]:
 
 
 def by_oid(session: Session, sql: str, relations: Mapping[int, Relation]) -> list[tuple[Any, ...]]:
-    """Ask about relations by their oids, all at once; one by one where one of them is locked; raises LockedOut."""
+    """Query relations by their oids, all at once; one by one if one of them is locked; raises LockedOut."""
     session.query("SAVEPOINT all_relations")
     try:
         rows = session.query(sql, [list(relations)])
@@ -287,9 +289,10 @@ def by_oid(session: Session, sql: str, relations: Mapping[int, Relation]) -> lis
 
 
 def when_free(session: Session, name: str, work: Callable[[], Result]) -> Result:
-    """Do what needs a lock, again and again while another session has it; a signal is answered in between.
+    """Do work that needs a lock, with retries while another session has it; a signal is handled in between.
 
-    Within a savepoint: where it fails, the transaction goes on.  Raises :class:`LockedOut` and QueryFailed.
+    It runs within a savepoint: if it fails, the transaction continues. Raises :class:`LockedOut` and
+    QueryFailed.
     """
     deadline = time.monotonic() + LOCK_WAIT
     while True:
@@ -310,7 +313,7 @@ def when_free(session: Session, name: str, work: Callable[[], Result]) -> Result
 
 
 def leniently(session: Session, what: str, work: Callable[[], Result], otherwise: Result) -> Result:
-    """Do what the backup does without, within a savepoint; where it fails, a warning says why."""
+    """Do optional work of the backup, within a savepoint; a failure is a warning."""
     session.query("SAVEPOINT leniently")
     try:
         found = work()
@@ -325,10 +328,10 @@ def leniently(session: Session, what: str, work: Callable[[], Result], otherwise
 
 
 class Nowhere:
-    """Where rows go that are only counted."""
+    """The destination of rows that are only counted."""
 
     def write(self, data: bytes) -> int:
-        """Forget a row."""
+        """Drop a row."""
         return len(data)
 
 
@@ -344,7 +347,7 @@ def copied(session: Session, relation: Relation, columns: str, sink: Any = None)
 
 
 def interruptibly(session: Session, work: Callable[[], Result]) -> Result:
-    """Do what may keep the server busy for long, and cancel it where a signal's handler raises.
+    """Do long work on the server, and cancel it if a signal's handler raises.
 
     psycopg2 waits inside libpq, where no handler runs; so it waits in another thread.
     """

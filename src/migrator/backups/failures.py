@@ -24,7 +24,7 @@ def failed(backup: Backup, message: str, next_step: str) -> RestoreFailed:
 
 
 class RestoreStopped(Exception):
-    """pg_restore failed; ``said`` is its last words, ``of_a_role`` whether an owner or a grant was the matter."""
+    """pg_restore failed; ``said`` is its last words, ``of_a_role`` whether an owner or a grant was the cause."""
 
     def __init__(self, said: str) -> None:
         super().__init__(said)

@@ -1,4 +1,4 @@
-"""What is known of a backup, kept beside its dump as JSON; without it, a dump is no backup."""
+"""The facts about a backup, kept beside its dump as JSON; without it, a dump is not a backup."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FORMAT = 2
-"""Raised when a reader of the old one would misunderstand the new; new keys alone do not raise it.
+"""Raised when an old reader would misunderstand a new manifest; new keys alone do not raise it.
 
-In 2 a backup may be one that was not proven (``verified`` is empty), which a reader of 1 would take for a good one;
-what is proven is written as 1, so that older images can restore it.
+In format 2 a backup may be unverified (``verified`` is empty), and a reader of format 1 would use it as
+a good one. Verified backups are written as format 1, so that older images can restore them.
 """
 PROVEN = 1
 
@@ -26,10 +26,10 @@ class BadManifest(ValueError):
 class Table:
     """One table of a backup.
 
-    ``rows`` is exact, counted in what was dumped, or None where it holds none itself; ``estimated_rows`` is the
-    planner's guess, or None where it has none.  ``rows_hash`` is over all its rows (see fingerprint.py), where the
-    backup was proven by restoring it; ``size_bytes`` is what its rows take as text (what they took on the server, in
-    manifests of older versions).
+    ``rows`` is exact, counted in the dump, or None if the table holds none itself. ``estimated_rows``
+    is the planner's guess, or None if it has none. ``rows_hash`` is over all its rows (see
+    fingerprint.py), if the backup was verified by restore. ``size_bytes`` is the size of its rows as
+    text (on the server, in manifests of older versions).
     """
 
     rows: int | None
@@ -42,8 +42,8 @@ class Table:
 class Sequence:
     """A sequence around the dump, each as ``last_value`` and ``is_called``.
 
-    A sequence takes no part in transactions, so pg_dump reads a value of its own between the two; where nobody
-    drew from it meanwhile, they are the same.
+    A sequence takes no part in transactions, so pg_dump reads a value between the two. They are equal
+    if nobody used the sequence meanwhile.
     """
 
     before: tuple[int, bool]
@@ -52,10 +52,10 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Proof:
-    """One time that a backup was proven, or failed to be: ``how`` is ``read`` or ``restore``.
+    """One verification of a backup, successful or not: ``how`` is ``read`` or ``restore``.
 
-    ``at`` is UTC in ISO 8601; ``server_version`` is that of the server it was restored on (empty for ``read``);
-    ``why`` is what was wrong, or what could not be compared where it is ``ok``.
+    ``at`` is UTC in ISO 8601. ``server_version`` is that of the restore's server (empty for ``read``).
+    ``why`` is the error, or what could not be compared if it is ``ok``.
     """
 
     how: str
@@ -69,7 +69,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Properties:
-    """How the backed-up database was created, so that another can be made like it; no secrets in here."""
+    """How the backed-up database was created, to create another like it; it holds no secrets."""
 
     owner: str
     encoding: str
@@ -83,24 +83,25 @@ class Properties:
 
 @dataclass(frozen=True)
 class Backup:
-    """A dump plus what is known about it.
+    """A dump and the facts about it.
 
-    ``created_at`` is the moment of the dump's snapshot (UTC, ISO 8601); sizes are in bytes; ``tables`` are
-    keyed by quoted, schema-qualified name; ``verified`` says how the dump was proven best (``read``: every byte
-    decompressed and parsed, checksum as written; ``restore``: restored and compared; empty: the proof that was asked
-    for could not be finished, so it is not taken for a backup until it is proven), and ``proofs`` each time.
-    ``place`` is where it was found, and not in the file.
+    ``created_at`` is the moment of the dump's snapshot (UTC, ISO 8601); sizes are in bytes; ``tables``
+    are keyed by quoted, schema-qualified name. ``verified`` is the best verification. ``read``: every
+    byte was decompressed and parsed, and the checksum is right. ``restore``: restored and compared.
+    Empty: the requested verification did not finish, so it is not used as a backup until it is
+    verified. ``proofs`` are all verifications. ``place`` is where it was found, and not in the file.
 
-    ``sha256`` and ``size_bytes`` are of what pg_dump wrote; ``stored_sha256`` and ``stored_bytes`` of what is in the
-    store, where that is encrypted (to the keys in ``encrypted_to``); ``stored_tag`` is the bucket's ETag of the object
-    that was read back.  ``schema_sha256``, ``sequences`` and
-    ``large_objects`` (how many, and their hash) are what a restored copy is compared with; ``excluded_table_data``
-    names the tables whose rows were left out, and ``not_dumped`` what pg_dump left out, for its role was no
-    superuser; ``spelling`` has the settings that the dump was taken under, see session_settings.py, and
-    ``own_settings`` the names of what was not the server's (``*`` for the application's own).
-    ``next_xid`` is the least transaction id that the dump's snapshot may not have seen, and ``unseen_xid`` the least
-    that it has certainly not seen, as no later one (manifests without it hold that in ``next_xid``); ``running_xids``
-    are those in between that were in progress (manifests without it may mean all of them).
+    ``sha256`` and ``size_bytes`` are of pg_dump's output. ``stored_sha256`` and ``stored_bytes`` are of
+    the stored content, if that is encrypted (to the keys in ``encrypted_to``). ``stored_tag`` is the
+    bucket's ETag of the object that was read back. ``schema_sha256``, ``sequences`` and
+    ``large_objects`` (their number, and their hash) are compared with a restored copy.
+    ``excluded_table_data`` names the tables with excluded rows, and ``not_dumped`` the objects that
+    pg_dump left out, because its role was not a superuser. ``spelling`` has the settings of the dump,
+    see session_settings.py, and ``own_settings`` the names of those that differ from the server's
+    (``*`` for the application's own). ``next_xid`` is the least transaction id that the dump's snapshot
+    may not have seen. ``unseen_xid`` is the least that it has certainly not seen; it has not seen any
+    later one either (manifests without it hold that in ``next_xid``). ``running_xids`` are those in
+    between that were in progress (manifests without it may mean all of them).
     """
 
     id: str
@@ -158,19 +159,19 @@ class Backup:
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of what the store holds."""
+        """Return the checksum and the size of the stored content."""
         return (
             (self.stored_sha256, self.stored_bytes) if self.stored_sha256 else (self.sha256, self.size_bytes)
         )
 
     def proven(self, proof: Proof) -> Backup:
-        """Return it with one more proof, and with ``verified`` raised where this is the better one."""
+        """Return it with one more verification, and with ``verified`` raised if that is the better one."""
         better = proof.ok and _STRENGTH.get(proof.how, 0) > _STRENGTH.get(self.verified, 0)
         best = proof.how if better else self.verified
         return dataclasses.replace(self, proofs=(*self.proofs, proof), verified=best)
 
     def unproven(self, proof: Proof, verified: str = "") -> Backup:
-        """Return it with a proof that came to no end; ``verified`` is what was proven before."""
+        """Return it with an unfinished verification; ``verified`` is the earlier state."""
         return dataclasses.replace(self.proven(proof), verified=verified)
 
     def to_json(self) -> str:
@@ -187,7 +188,7 @@ class Backup:
 
 
 _STRENGTH = {"read": 1, "restore": 2}
-"""A checksum alone proves no more than was proven before."""
+"""A checksum alone keeps the earlier state."""
 
 
 def _leading_number(version: str) -> int:
@@ -225,13 +226,13 @@ def from_json(text: str, *, place: str = "") -> Backup:
 
 
 def _fits(declared: object, value: object) -> bool:
-    """Whether a text is one, and a number: whoever can write to a store can put anything in a manifest."""
+    """Tell whether a text is one, and a number: a writer of the store can put anything into a manifest."""
     wanted = {"str": str, "int": int}.get(str(declared))
     return wanted is None or (isinstance(value, wanted) and (wanted is str or value >= 0))  # type: ignore[operator]
 
 
 def _optional(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the keys that manifests of older versions do not have, and that JSON has no type for."""
+    """Read the keys that manifests of older versions lack, and that JSON has no type for."""
     names = ("encrypted_to", "excluded_table_data", "not_dumped", "oddities", "own_settings")
     found: dict[str, Any] = {name: tuple(document.get(name, ())) for name in names}
     running = document.get("running_xids")
@@ -252,7 +253,7 @@ def _known(kind: type, document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(backup: Backup) -> dict[str, Any]:
-    """Return the row that ``migrator backups`` shows; ``size`` is in bytes."""
+    """Return the row for ``migrator backups``; ``size`` is in bytes."""
     return {
         "id": backup.id,
         "name": backup.name,
@@ -267,7 +268,7 @@ def summary(backup: Backup) -> dict[str, Any]:
 
 
 def verified_at(backup: Backup) -> str:
-    """Return when it was last proven: on being made, where nothing says otherwise; an empty text for never."""
+    """Return the time of the last verification: the backup's creation by default; an empty text for never."""
     if not backup.verified:
         return ""
     good = [proof.at for proof in backup.proofs if proof.ok]

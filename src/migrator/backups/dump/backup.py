@@ -47,7 +47,7 @@ _GOODBYE = 10.0  # seconds for the server to notice that pg_dump has gone
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a backup will be made with, and what is known of the database before it."""
+    """The tools for a backup, and the known facts about the database before it."""
 
     client: Client
     store: Store
@@ -64,7 +64,7 @@ def check_client(session: Session, settings: Settings) -> Client:
 
 
 def preflight(session: Session, settings: Settings) -> Prepared:
-    """Find out whether a backup can be made: a client, a place with room, the right to read everything.
+    """Check whether a backup is possible: a client, a place with free space, the right to read everything.
 
     Raises :class:`BackupFailed`.
     """
@@ -105,7 +105,7 @@ def preflight(session: Session, settings: Settings) -> Prepared:
 
 
 def _excluded(session: Session, settings: Settings, found: list[Relation]) -> list[Relation]:
-    """Return the tables whose rows are left out, and say so."""
+    """Return the tables with excluded rows, and log them."""
     patterns = parse(settings.backup_exclude_table_data)
     if not patterns:
         return []
@@ -129,9 +129,9 @@ def back_up(
     application_name: str,
     name: str = "",
 ) -> Backup:
-    """Back the session's database up and return the proven backup; raises :class:`BackupFailed`.
+    """Back up the session's database and return the verified backup; raises :class:`BackupFailed`.
 
-    All connections that this makes are gone when it returns.
+    All connections of this function are closed when it returns.
     """
     ready = preflight(session, settings)
     started = time.monotonic()
@@ -176,7 +176,7 @@ class _Work:
         self._children_name = children_name
 
     def make(self, how: Method, started: float, about: dict[str, Any]) -> Backup:
-        """Dump, prove, publish; ``started`` is when all of it began (monotonic, seconds)."""
+        """Dump, verify, publish; ``started`` is the start of the whole work (monotonic, seconds)."""
         session, ready = self._session, self._ready
         moment = datetime.now(UTC)
         backup_id = new_id(session.facts.database, moment)
@@ -239,7 +239,9 @@ class _Work:
         return text, note
 
     def wait_until_gone(self) -> None:
-        """Wait for the server to have ended pg_dump's and the snapshot's session, for they hold locks until then."""
+        """Wait until the server has ended pg_dump's and the snapshot's session, because they hold locks until
+        then.
+        """
         deadline = time.monotonic() + _GOODBYE
         while time.monotonic() < deadline:
             left = self._session.value(
@@ -255,13 +257,13 @@ class _Work:
 
 def _new_part(store: Store, how: Method, backup_id: str, data: int) -> WritablePart | DirectoryPart:
     if how.dump_format == DIRECTORY:
-        assert isinstance(store, FolderStore)  # noqa: S101 - method.choose was told
+        assert isinstance(store, FolderStore)  # noqa: S101 - format.choose took care of it
         return store.new_directory(backup_id)
-    return store.new_dump(backup_id, data // 2)  # which of data is left when compressed: seldom more
+    return store.new_dump(backup_id, data // 2)  # the size after compression is rarely more
 
 
 def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:
-    """Return what the manifest says about the dump, the server and the programs."""
+    """Return the manifest's data about the dump, the server and the programs."""
     system_identifier, timeline = exported_snapshot.identity(session)
     stored_sha256, stored_bytes = part.stored
     return {
@@ -286,7 +288,9 @@ def _made_of(session: Session, client: Client, part: Part) -> dict[str, Any]:
 
 
 def _children_name(application_name: str) -> str:
-    """Return a name (63 bytes at most) that tells the dump's sessions from ours, and ends in the run id as well."""
+    """Return a name (63 bytes at most) that distinguishes the dump's sessions from ours, and ends in the run
+    id too.
+    """
     if len(application_name) > 56:
         application_name = application_name[:26] + application_name[-30:]
     return f"{application_name} backup"
@@ -318,7 +322,7 @@ def _some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def failing(what: str, store: Store | None = None, sizes: Sizes | None = None) -> Iterator[None]:
-    """Turn what the disk, the server and the programs can raise into :class:`BackupFailed`."""
+    """Turn the errors of the disk, the server and the programs into :class:`BackupFailed`."""
     try:
         yield
     except MigratorError:

@@ -1,9 +1,10 @@
-"""Whether there is room for a backup, before it is begun.
+"""Check the free space for a backup before it starts.
 
-Space is refused only when it is clearly too little, for nobody can know how well data compresses: less than 0.8 times
-what the last backup's ratio (dump to database size) predicts, or without one, less than a hundredth of the database
-without its indexes (they are not in a dump; pgbench's filler was seen to shrink 140 to 1).  Below a half there is a
-warning.  A disk that fills up all the same ends the backup cleanly.
+A backup is refused only if the space is clearly too little, because nobody can know how well data
+compresses. The limit is 0.8 times the prediction from the last backup's ratio (dump to database size).
+Without one, it is 1/200 of the database's size without its indexes, which are not in a dump (pgbench's
+filler was seen to shrink 140 to 1). Below a half there is a warning. A disk that still fills up ends
+the backup cleanly.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def check(store: Store, database: str, sizes: Sizes, compression: str = "") -> N
 
 
 def expected(store: Store, database: str, sizes: Sizes, compression: str = "") -> tuple[int, str]:
-    """Return the least number of bytes that a backup is expected to take, and why.
+    """Return the smallest expected size of a backup in bytes, and why.
 
-    A backup that was compressed in another way says nothing of this one.
+    A backup with another compression is not comparable.
     """
     for previous in store.backups(database):
         alike = not compression or previous.compression in ("", compression)
@@ -57,10 +58,10 @@ def expected(store: Store, database: str, sizes: Sizes, compression: str = "") -
 
 
 def check_scratch(session: Session, sizes: Sizes) -> None:
-    """Look whether the server has room for a second copy of the database, as far as that can be known.
+    """Check whether the server has room for a second copy of the database, as far as that can be known.
 
-    SQL tells nothing of a server's disks.  Where the server runs beside us its data folder can be asked; anywhere
-    else there is a warning.  Raises :class:`BackupFailed`.
+    SQL shows nothing of a server's disks. If the server runs on this machine, its data folder can be
+    checked; otherwise there is a warning. Raises :class:`BackupFailed`.
     """
     place = _data_folder(session)
     if place is not None:
@@ -81,7 +82,7 @@ def check_scratch(session: Session, sizes: Sizes) -> None:
 
 
 def _data_folder(session: Session) -> Path | None:
-    """Return the server's data folder where that is on this machine; None where nobody can say."""
+    """Return the server's data folder if it is on this machine; None if that is not known."""
     try:
         local, place = session.query(
             "SELECT coalesce(inet_server_addr() << '127.0.0.0/8' OR inet_server_addr() = '::1', true),"

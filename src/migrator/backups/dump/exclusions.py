@@ -1,7 +1,8 @@
-"""Tables whose rows a backup leaves out: MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA, matched with what is there.
+"""Tables with rows excluded from a backup: MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA, matched with existing tables.
 
-pg_dump has patterns of its own, and says nothing of what they match.  Ours are matched here, and pg_dump is given
-each table by its full name, so the manifest names exactly those whose rows are not in the dump.
+pg_dump has its own patterns, and does not report their matches. migrator matches its patterns itself,
+and gives pg_dump the full name of each table. So the manifest names exactly those tables whose rows are
+not in the dump.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from migrator.backups.exported_snapshot import Relation
 from migrator.postgres.session import Session
 from migrator.schema.patterns import Pattern
 
-# A partitioned table holds no rows itself: its partitions do, and theirs.
+# A partitioned table holds no rows itself: its partitions hold them.
 _BELOW = """
 WITH RECURSIVE below AS (
   SELECT inhrelid FROM pg_inherits JOIN pg_class p ON p.oid = inhparent
@@ -24,7 +25,7 @@ WITH RECURSIVE below AS (
 
 
 def find(session: Session, patterns: Sequence[Pattern], found: Sequence[Relation]) -> list[Relation]:
-    """Return the tables whose rows are to be left out: those that patterns name, and their partitions."""
+    """Return the tables with rows to exclude: those that patterns name, and their partitions."""
     tables = {relation.oid: relation for relation in found if relation.kind in "rp"}
     named = {
         oid
@@ -37,7 +38,7 @@ def find(session: Session, patterns: Sequence[Pattern], found: Sequence[Relation
 
 
 def unmatched(patterns: Sequence[Pattern], found: Sequence[Relation]) -> list[str]:
-    """Return the patterns that name no table: misspelt, or of a table that is gone."""
+    """Return the patterns that match no table: misspelt, or for a dropped table."""
     tables = [relation for relation in found if relation.kind in "rp"]
     return [
         item.text for item in patterns if not any(item.matches(table.schema, table.name) for table in tables)

@@ -1,8 +1,8 @@
-"""How a dump is written: format, number of workers, compression.
+"""The format of a dump, its number of workers, its compression.
 
-Measured on a pgbench database of 2 GB (bench/results/backup.md): ``zstd:1`` made a third of what ``gzip:1`` made, in
-the same time, and is read back five times as fast; higher levels saved little.  Workers help where there are several
-big tables, for pg_dump cannot divide one.
+Measured on a pgbench database of 2 GB (bench/results/backup.md): ``zstd:1`` needed a third of the size
+of ``gzip:1``, in the same time, and is read back five times as fast; higher levels saved little.
+Workers help with several big tables, because pg_dump cannot divide one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ CUSTOM, DIRECTORY = "custom", "directory"
 PARALLEL_FROM = 256 * 1000 * 1000
 """Bytes of data from which several workers are worth their connections (format ``auto``)."""
 MOST_JOBS = 4
-"""Workers that ``auto`` starts at most: each is a session that reads as fast as it can, on a server that is in use."""
-_BIGGEST_SHARE = 0.75  # one table with more of the data than this decides how long it takes, whoever helps
+"""The most workers that ``auto`` starts: each is a session that reads at full speed, on a server in use."""
+_BIGGEST_SHARE = 0.75  # a table with more of the data than this sets the duration, with any number of workers
 _METHODS_SINCE = 16  # pg_dump --compress=METHOD:LEVEL
 _PROBE_TIMEOUT = 20.0
 
 
 @dataclass(frozen=True)
 class Method:
-    """How pg_dump is told to write; ``note`` says why it is not as was asked for."""
+    """The options of pg_dump; ``note`` says why they differ from the settings."""
 
     dump_format: str
     jobs: int
@@ -46,7 +46,7 @@ class Method:
 def choose(settings: Settings, client: Client, *, folder: bool, table_bytes: Iterable[int]) -> Method:
     """Decide how to dump tables of these sizes; ``folder`` is whether the store can hold a folder.
 
-    Raises :class:`BackupFailed` where the client cannot compress as MIGRATOR_BACKUP_COMPRESSION says.
+    Raises :class:`BackupFailed` if the client cannot compress as MIGRATOR_BACKUP_COMPRESSION demands.
     """
     compression = _compression(settings.backup_compression, client)
     wanted = settings.backup_format
@@ -91,7 +91,7 @@ def _compression(wanted: str, client: Client) -> str:
 
 
 def compress_option(client: Client, compression: str) -> str:
-    """Return the option for pg_dump; before 16, there was gzip alone and only its level was named."""
+    """Return the option for pg_dump; before 16, only gzip existed and only its level was named."""
     if client.major < _METHODS_SINCE:
         return f"--compress={compression.partition(':')[2] or 6}"
     return f"--compress={compression}"
@@ -99,7 +99,7 @@ def compress_option(client: Client, compression: str) -> str:
 
 @functools.cache
 def supports(client: Client, method: str) -> bool:
-    """Whether a pg_dump was built with a compression: it says so before it looks for the server."""
+    """Tell whether a pg_dump was built with a compression: it reports that before it connects."""
     if method == "gzip":
         return True
     if client.major < _METHODS_SINCE:
@@ -115,6 +115,6 @@ def supports(client: Client, method: str) -> bool:
 
 
 def describe(method: Method, size: int) -> str:
-    """Say in a few words how a dump is written."""
+    """Return in a few words how a dump is written."""
     workers = f", {method.jobs} workers" if method.jobs > 1 else ""
     return f"{human_size(size)}, {method.dump_format} format{workers}, {method.compression}"

@@ -1,7 +1,8 @@
-"""Roles and tablespaces, which belong to the cluster and are in no dump: written beside it, without passwords.
+"""Roles and tablespaces, which belong to the cluster and are in no dump: saved beside it, without passwords.
 
-``pg_dumpall --globals-only --no-role-passwords`` writes them, for it reads no table that is for superusers only; where
-it is missing or refused, the roles and who is a member of whom are written from what every role may read.
+``pg_dumpall --globals-only --no-role-passwords`` writes them, without any table for superusers only. If
+it is missing or refused, the roles and their memberships are written from catalogs that every role may
+read.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ _ATTRIBUTES = ("SUPERUSER", "INHERIT", "CREATEROLE", "CREATEDB", "LOGIN", "REPLI
 
 
 class _TooMuch(Exception):
-    """Nobody has so many roles."""
+    """More roles than any cluster has."""
 
 
 def read(
     session: Session, client: Client, target: Target, application_name: str, timeout: float
 ) -> tuple[bytes, str]:
-    """Return SQL that makes the roles and tablespaces, and a note for the manifest where something is missing in it.
+    """Return SQL that creates the roles and tablespaces, and a note for the manifest if something is missing.
 
-    Nothing (``b""``) and the reason where the role may not read them: a backup is none the worse for it.
-    Raises QueryFailed where the connection was lost.
+    If the role may not read them, return nothing (``b""``) and the reason: the backup itself is still
+    good. Raises QueryFailed if the connection was lost.
     """
     text, why = _dumpall(client, target, application_name, timeout)
     if text:
@@ -70,7 +71,8 @@ def _dumpall(client: Client, target: Target, application_name: str, timeout: flo
 
     database = target.database
     arguments: list[str | Path] = [program, "--globals-only", "--no-role-passwords", "--no-password"]
-    # It would take a name with = in it for a connection string; without one it asks in "postgres", then "template1".
+    # A name with = in it would be read as a connection string; without one it connects to "postgres",
+    # then "template1".
     if "=" not in database and "://" not in database:
         arguments.append(f"--database={database}")
     try:

@@ -1,4 +1,4 @@
-"""One pg_dump: under an exported snapshot, with its progress told, ended whenever we end."""
+"""One pg_dump: under an exported snapshot, with logged progress, ended whenever this process ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from migrator.runtime import subprocesses
 from migrator.runtime.progress import Progress
 
 _CHATTER = re.compile(r"^pg_dump: (?!error|warning|fatal|detail|hint)[^\n]*(\n|$)", re.MULTILINE)
-# A worker asks for each table's lock anew, and never waits: who queues for the whole table would wait for us.
+# A worker takes each table's lock again, and never waits: a session that waits for the whole table would
+# wait for us.
 _WORKER_LOCKED_OUT = "could not obtain lock on relation"
 _LOCKED = "Query was: LOCK TABLE"
 _HELD = """
@@ -37,7 +38,7 @@ SELECT relation::bigint FROM pg_locks
 
 
 class OneWorkerOnly(Exception):
-    """A further worker got no lock, for somebody waits for an ACCESS EXCLUSIVE one, or no connection."""
+    """A further worker got no lock, because a session waits for an ACCESS EXCLUSIVE one, or no connection."""
 
 
 class Dump:
@@ -75,10 +76,10 @@ class Dump:
     ) -> Bounds:
         """Write the archive; return which transactions its snapshot has not seen.
 
-        A single file goes through ``sink``; where that is None, pg_dump writes into the part's folder itself.
-        ``in_snapshot`` is called with the session that holds the snapshot and what there is in it, before pg_dump
-        starts; ``meanwhile`` with that session, as soon as it has started.
-        Raises :class:`OneWorkerOnly`, :class:`LockedOut`, :class:`BackupFailed`, OSError.
+        A single file goes through ``sink``; if that is None, pg_dump writes into the part's folder
+        itself. ``in_snapshot`` is called with the session that holds the snapshot and its relations,
+        before pg_dump starts; ``meanwhile`` with that session, after the start. Raises
+        :class:`OneWorkerOnly`, :class:`LockedOut`, :class:`BackupFailed`, OSError.
         """
         holder = exported_snapshot.exported(self._target, self._application_name, self._timeout)
         with holder as (session, snapshot_id):
@@ -113,9 +114,10 @@ class Dump:
         return ", ".join(names[:5]) or "a table"
 
     def _environment(self) -> dict[str, str]:
-        """Return pg_dump's variables; its session ends on the server, with its locks, where this machine is cut off.
+        """Return pg_dump's variables; its session ends on the server, with its locks, if this machine is cut
+        off.
 
-        A pooler may refuse what a session is told as it begins.
+        A pooler may refuse settings at the start of a session.
         """
         given = dict(clients.environment(self._target, self._application_name, self._timeout))
         if not self._control.pooled:
@@ -142,7 +144,7 @@ class Dump:
                     f"--format={self._how.dump_format}",
                     *([f"--file={folder}", f"--jobs={self._how.jobs}"] if folder else []),
                     format.compress_option(self._client, self._how.compression),
-                    f"--encoding={encoding}",  # not what ALTER DATABASE has set, which may lack a letter
+                    f"--encoding={encoding}",  # not the setting of ALTER DATABASE, which may lack a character
                     "--verbose",
                     "--no-password",
                     f"--lock-wait-timeout={LOCK_WAIT * 1000:.0f}",
@@ -154,7 +156,7 @@ class Dump:
                 on_start=on_start,
                 on_output=sink,
                 on_stderr=told.on_stderr,
-                # pg_dump itself waits for ever where a network is cut that acknowledges everything.
+                # pg_dump itself waits for ever on a cut network that acknowledges everything.
                 pulse=lambda: self._pulse(told),
             )
             return _without_chatter(finished)
@@ -175,17 +177,17 @@ class Dump:
 
 
 def _exactly(table: Relation) -> str:
-    """Return a table's name as a pattern that matches nothing else: in quotes no character is special."""
+    """Return a table's name as a pattern that matches only this table: no character is special in quotes."""
     return f"{quote_identifier(table.schema)}.{quote_identifier(table.name)}"
 
 
 def _without_chatter(finished: subprocesses.Finished) -> subprocesses.Finished:
-    """Leave out what ``--verbose`` adds, so that the last words are about what went wrong."""
+    """Remove the lines of ``--verbose``, so that the last words are about the error."""
     return replace(finished, stderr=_CHATTER.sub("", finished.stderr))
 
 
 def _raise_disk_error(finished: subprocesses.Finished, part: DirectoryPart) -> None:
-    """Raise what pg_dump got from the disk as if we had written there ourselves."""
+    """Raise pg_dump's disk error as if this process had written."""
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         if os.strerror(number) in finished.stderr:
             raise OSError(number, os.strerror(number), str(part.temporary))
@@ -206,7 +208,7 @@ def _failed(database: str, finished: subprocesses.Finished, jobs: int) -> Backup
 
 
 def locked_out(table: str) -> BackupFailed:
-    """Say that a table stayed locked."""
+    """Return the error for a table that stayed locked."""
     return BackupFailed(
         f"Another session kept {table} locked for {LOCK_WAIT:.0f} s, so it could not be backed up.",
         next_step="run again after that session: SELECT pid, query FROM pg_stat_activity JOIN pg_locks USING "
@@ -216,7 +218,7 @@ def locked_out(table: str) -> BackupFailed:
 
 
 def grant(user: str) -> str:
-    """Say how a role gets to read everything."""
+    """Return how a role gets the right to read everything."""
     return (
         f'as a superuser: GRANT pg_read_all_data TO "{user}" (PostgreSQL 14 and newer), or set '
         "MIGRATOR_BACKUP=off to run without a backup"

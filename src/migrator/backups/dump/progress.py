@@ -1,9 +1,10 @@
-"""How far a dump has got: which table, how much of what is known to be there, and how fast.
+"""The progress of a dump: the table, the share of the known size, and the speed.
 
-pg_dump says on stderr which table it begins (``--verbose``); how far it is inside one, the server knows
-(``pg_stat_progress_copy``, PostgreSQL 14 and newer).  A table's size on disk and its rows as text are about the same,
-so a percentage is an estimate, and never 100 before the end.  The catalogs know a size from the last VACUUM; what they
-do not know of may belong to any table, and counts as far as it was seen.
+pg_dump reports on stderr which table it starts (``--verbose``). The server knows the position inside a
+table (``pg_stat_progress_copy``, PostgreSQL 14 and newer). A table's size on disk and its rows as text
+are about the same, so a percentage is an estimate, and never 100 before the end. The catalogs know
+sizes from the last VACUUM. A copy of an unknown table may belong to any table, and counts with the
+bytes seen so far.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ SELECT p.relid::bigint, p.bytes_processed
  WHERE a.application_name = %s AND p.datname = current_database()
 """
 
-# Found anywhere in a line: a message goes out after "pg_dump: ", and that of another worker may come in between.
+# Found anywhere in a line: a message comes after "pg_dump: ", and one of another worker may come in
+# between.
 _BEGINS = re.compile(r'dumping contents of table "(.*)"$')
 _ENDS = re.compile(r"finished item \d+ TABLE DATA (.*)$")
 
 
 class DumpProgress:
-    """Puts together what pg_dump and the server say, and tells it in the log and on a terminal's bar."""
+    """Combines the reports of pg_dump and the server for the log and a terminal's bar."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class DumpProgress:
         self._done = 0
 
     def on_stderr(self, chunk: bytes) -> None:
-        """Take what pg_dump says."""
+        """Take a report of pg_dump."""
         *lines, self._line = (self._line + chunk).split(b"\n")
         self._line = self._line[-8192:]
         for line in lines:
@@ -74,7 +76,7 @@ class DumpProgress:
                 self._end(self._short.get(ends[1], ""))
 
     def on_server(self, rows: Sequence[tuple[int, int]]) -> None:
-        """Take what the server says of the copies that run: a table's oid, and the bytes of it that were sent."""
+        """Take the server's report of the running copies: a table's oid, and its bytes sent so far."""
         for oid, sent in rows:
             table = self._oids.get(oid)
             if table in self._running:
@@ -94,21 +96,21 @@ class DumpProgress:
             self._done += max(self._sizes[table], self._inside.pop(table, 0))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
     @property
     def bytes_done(self) -> int:
-        """Return how much of the tables has been dumped, in bytes as they are on the server."""
+        """Return how much of the tables is dumped, in bytes as on the server."""
         return self._done + sum(self._inside.values())
 
     @property
     def percent(self) -> int:
-        """Return how much that is of the whole."""
+        """Return its share of the whole."""
         return min(99, 100 * self.bytes_done // self._total) if self._total else 0
 
     def tell(self) -> None:
-        """Draw the bar, and say it in the log when that is due."""
+        """Draw the bar, and log it when that is due."""
         now = time.monotonic()
         table = self._running[0] if self._running else ""
         more = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
