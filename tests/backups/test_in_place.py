@@ -400,7 +400,9 @@ def test_from_within_event_triggers_are_named_before_anything_is_done(
     bench.back_up()
     as_app(app, "DELETE FROM t")
     before, files = app.dump(), bench.files()
-    with pytest.raises(RestoreFailed, match=r"has event triggers \(an audit\).*app_role is not a superuser") as caught:
+    with pytest.raises(
+        RestoreFailed, match=r"has event triggers \(an audit\).*app_role is not a superuser"
+    ) as caught:
         bench.restore()
     assert "restore as a superuser" in caught.value.next_step
     with pytest.raises(

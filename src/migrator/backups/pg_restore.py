@@ -1,12 +1,13 @@
-"""An archive and pg_restore: open it, read all of it, restore it, and say how to do that by hand.
+"""An archive and pg_restore: open it, read all of it, restore it, and print the commands to do that by hand.
 
-pg_restore 17 and newer begin with ``SET transaction_timeout = 0``, which servers before 17 do not know; with
-``--exit-on-error`` or ``--single-transaction`` they can restore nothing there (tried: 18 onto 15).  On such a
-pair that one error is let pass, and any other ends pg_restore at once.
+pg_restore 17 and newer starts with ``SET transaction_timeout = 0``, which servers before 17 do not
+know. With ``--exit-on-error`` or ``--single-transaction`` it can restore nothing there (tried: 18 onto
+15). On such a pair that one error is accepted, and any other ends pg_restore at once.
 
-Some servers number the versions of a column in an option ``pg_attver`` that only their own pg_dump leaves out, and
-that no other server accepts.  pg_restore sends a table's statements as one, so that the table would be lost with its
-option; where an archive has such options, what comes before the rows goes through psql without them.
+Some servers number the versions of a column in an option ``pg_attver``. Only their own pg_dump omits
+it, and no other server accepts it. pg_restore sends a table's statements as one, so the table would be
+lost with its option. If an archive has such options, the part before the rows goes through psql without
+them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from migrator.postgres import connection_limit
 from migrator.postgres.session import codec
 from migrator.runtime import subprocesses
 
-# What was restored is said in English: the client's words are, under LC_ALL=C.UTF-8; the server's may not be.
+# What was restored is reported in English: the client's words are, under LC_ALL=C.UTF-8; the server's may
+# not be.
 _UNKNOWN_SETTING = re.compile(
     r"(?:pg_restore: while INITIALIZING:\n)?"
     r"pg_restore: error: could not execute query: [^\n]*\n"
@@ -45,10 +47,13 @@ _ONE_TRANSACTION = (
     r"/^COPY .* FROM stdin;$/,/^\\\.$/b",
     "/^-- Data for Name: .*; Type: BLOBS; /,/^COMMIT;$/{/^BEGIN;$/d;/^COMMIT;$/d}",
 )
-"""Edits for sed: rows stay as they are, and the transaction round the large objects, whose COMMIT ends ours, goes."""
+"""Edits for sed: rows stay unchanged, and the transaction around the large objects, with a COMMIT that would
+end ours, is removed.
+"""
 _WHOLE = r"echo 'COMMIT WORK;' || printf '\n\\.\npg_restore failed: nothing was restored;\n'"
-"""What a shell writes when pg_restore has ended: a COMMIT that sed leaves alone, or the end of the rows that it was in
-and what is no SQL, so that psql ends with 3 in any shell (``set -o pipefail`` is not everywhere)."""
+"""The shell's output after pg_restore has ended: a COMMIT that sed does not change, or the end of the current
+rows and text that is not SQL. Then psql ends with 3 in any shell (``set -o pipefail`` is not everywhere).
+"""
 ENCODING = re.compile(rb"^SET client_encoding = '(\w+)';", re.MULTILINE)
 _NOT_FOR_PSQL = re.compile(rb"^SET transaction_timeout = 0;\n", re.MULTILINE)
 
@@ -70,9 +75,9 @@ NAMES = (
     "xmlbinary",
     "xmloption",
 )
-"""The settings that a copy is filled under, see session_settings.py."""
+"""The settings for filling a copy, see session_settings.py."""
 SCRIPTS_OWN = ("standard_conforming_strings", "xmloption")
-"""What pg_restore's script sets for itself, and is read under."""
+"""The settings that pg_restore's script sets for itself."""
 
 
 def checksum_of(path: Path) -> tuple[str, int]:
@@ -82,10 +87,10 @@ def checksum_of(path: Path) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
-    """Yield a path on this machine with a backup as pg_dump wrote it, found to be that byte for byte.
+    """Yield a path on this machine with a backup as pg_dump wrote it, checked byte for byte.
 
-    What lies elsewhere or is encrypted comes into a temporary file (in TMPDIR) first, which has no name: it is gone
-    with this process, however that ends.  Raises :class:`DamagedBackup`, :class:`RestoreFailed` where it cannot be
+    A remote or encrypted one first becomes a temporary file (in TMPDIR) without a name: it is gone with
+    this process, at any end. Raises :class:`DamagedBackup`, :class:`RestoreFailed` if it cannot be
     opened here, and OSError.
     """
     place = Path(backup.place)
@@ -109,10 +114,11 @@ def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
 
 
 def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[bytes]:
-    """Yield a backup's archive as pg_dump wrote it, decrypted where it has to be, in order and in bounded memory.
+    """Yield a backup's archive as pg_dump wrote it, decrypted if needed, in order and in bounded memory.
 
-    Both checksums are taken on the way, and raise :class:`DamagedBackup` at the end where they are not the
-    manifest's.  Raises :class:`RestoreFailed` where it is encrypted and there is no key, and OSError.
+    Both checksums are computed on the way, and raise :class:`DamagedBackup` at the end if they differ
+    from the manifest. Raises :class:`RestoreFailed` if it is encrypted and there is no key, and
+    OSError.
     """
     stored, plain = Tally(store.chunks(backup)), Tally(())
     if not backup.encrypted_to:
@@ -131,7 +137,7 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
         plain = Tally(encryption.opened(stored, Path(settings.backup_identity_file)))
         yield from plain
     except encryption.CannotOpen as error:
-        for _ in stored:  # what the decryption did not read any more
+        for _ in stored:  # the part that the decryption did not read
             pass
         _demand(backup, stored.found, backup.stored)
         raise RestoreFailed(
@@ -143,12 +149,12 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
 
 
 def demand_stored(store: Chunks, backup: Backup) -> None:
-    """Compare what is stored with its checksum; raises :class:`DamagedBackup` and OSError."""
+    """Compare the stored content with its checksum; raises :class:`DamagedBackup` and OSError."""
     _demand(backup, checksum(store.chunks(backup)), backup.stored)
 
 
 class Chunks(Protocol):
-    """What yields the bytes of a backup as they are stored: a store, for one."""
+    """Yields the stored bytes of a backup; a store, for example."""
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
         """Yield them; raises OSError."""
@@ -156,7 +162,7 @@ class Chunks(Protocol):
 
 
 class Tally:
-    """An iterator that hashes and counts what goes through it."""
+    """An iterator that hashes and counts its chunks."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
@@ -170,7 +176,7 @@ class Tally:
 
     @property
     def found(self) -> tuple[str, int]:
-        """Return the checksum and the size of what went through so far."""
+        """Return the checksum and the size of the chunks so far."""
         return self._digest.hexdigest(), self._size
 
 
@@ -192,17 +198,17 @@ def _damaged(backup: Backup, why: str) -> DamagedBackup:
 
 
 def format_option(path: Path) -> str:
-    """Return the option that tells pg_restore which format it reads."""
+    """Return the option for pg_restore with the format to read."""
     return "--format=directory" if path.is_dir() else "--format=custom"
 
 
 def read_whole(
     client: Client, source: Path | Iterable[bytes], on_data: Callable[[bytes], object] | None = None
 ) -> subprocesses.Finished:
-    """Have pg_restore decompress and parse all of an archive, restoring nothing.
+    """Let pg_restore decompress and parse all of an archive, without restoring.
 
-    ``source`` is a file or a folder, or the chunks of an archive in custom format.  ``on_data`` gets what it holds
-    beside the definitions, as SQL.
+    ``source`` is a file or a folder, or the chunks of an archive in custom format. ``on_data`` gets its
+    data, without the definitions, as SQL.
     """
     written = ("--section=data", "--file=-") if on_data else ("--file=/dev/null",)
     arguments: list[str | Path] = [client.pg_restore, *written]
@@ -217,9 +223,9 @@ def read_whole(
 
 
 def codec_of(client: Client, path: Path) -> str:
-    """Return Python's name of the encoding that an archive's names and statements are in; raises RestoreStopped.
+    """Return Python's name of the encoding of an archive's names and statements; raises RestoreStopped.
 
-    With an empty list of entries, pg_restore writes nothing but the settings that come first.
+    With an empty list of entries, pg_restore writes only the settings that come first.
     """
     with temporary.in_memory(b"") as nothing:
         found = ENCODING.search(script(client, path, f"--use-list={nothing}"))
@@ -227,7 +233,7 @@ def codec_of(client: Client, path: Path) -> str:
 
 
 def script(client: Client, path: Path, *options: str) -> bytes:
-    """Return what pg_restore would do as SQL; raises :class:`RestoreStopped`."""
+    """Return pg_restore's work as SQL; raises :class:`RestoreStopped`."""
     chunks: list[bytes] = []
     finished = subprocesses.run(
         [client.pg_restore, *options, "--file=-", path],
@@ -266,7 +272,9 @@ def restore_into(
     tolerant = client.major >= 17 > server_major
     if not tolerant:
         options = ("--exit-on-error", *options)
-        options = (*options, f"--jobs={jobs}") if jobs > 1 else options  # else several would talk at once
+        options = (
+            (*options, f"--jobs={jobs}") if jobs > 1 else options
+        )  # otherwise several would talk at once
     for section in sections:
         if section == post_data and before_post_data:
             before_post_data()
@@ -295,7 +303,7 @@ def _run_pg_restore(arguments: list[str | Path], environment: Mapping[str, str],
         seen.clear()
         return subprocesses.run(arguments, environment=environment, on_stderr=stop_at_an_error)
 
-    # Workers connect by themselves, when the first session has made the tables already.
+    # Workers connect by themselves, after the first session has created the tables.
     several = any(str(argument).startswith("--jobs=") for argument in arguments)
     finished = restore() if several else connection_limit.run(restore)
     if finished.status == 0:
@@ -333,8 +341,9 @@ def _run_psql(client: Client, sql: bytes, connection: str, environment: Mapping[
 def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) -> str:
     """Return the command that restores a backup without migrator, in one transaction.
 
-    It does so in place, or (not ``clean``) into an empty database.  With ``--no-owner`` it is for a role that may act
-    for nobody else: into an empty database, and without event triggers, which only a superuser may make.
+    It works in place, or (not ``clean``) into an empty database. With ``--no-owner`` it is for a role
+    that may act only for itself: into an empty database, and without event triggers, which only a
+    superuser may create.
     """
     as_another = "--no-owner" in options
     cleaning = ("--clean", "--if-exists") if clean and not as_another else ()
@@ -366,7 +375,7 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
 
 
 def read_with(backup: Backup) -> list[str]:
-    """Return the commands that write an archive to a pipe, where pg_restore cannot read it where it is."""
+    """Return the commands that write an archive to a pipe, if pg_restore cannot read it in its place."""
     feeds = []
     if backup.place.startswith("s3://"):
         feeds.append(shlex.join(("aws", "s3", "cp", backup.place, "-")))
@@ -376,10 +385,10 @@ def read_with(backup: Backup) -> list[str]:
 
 
 def not_plain(backup: Backup) -> str:
-    """Say why pg_restore alone cannot restore it onto a server like the original; an empty text where it can.
+    """Return why pg_restore alone cannot restore it onto a server like the original; an empty text if it can.
 
-    Its SQL then goes through sed to psql.  The COMMIT is written only when pg_restore has ended well;
-    ``psql --single-transaction`` would commit what came until it died.
+    Its SQL then goes through sed to psql. The COMMIT is written only after pg_restore has ended well;
+    ``psql --single-transaction`` would commit the part before pg_restore died.
     """
     if backup.client_major >= 17 > backup.server_major:
         return (
@@ -395,7 +404,7 @@ def not_plain(backup: Backup) -> str:
 
 
 def _options(backup: Backup) -> str:
-    """Return the settings that the dump was taken under, as far as they were not the server's, for a shell."""
+    """Return the settings of the dump that differed from the server's, for a shell."""
     own = {
         name: backup.spelling[name]
         for name in NAMES
@@ -412,7 +421,7 @@ def option(name: str, value: str) -> str:
 
 
 def _dbname(database: str) -> str:
-    """Return a database's name so that psql does not read it as a connection string."""
+    """Return a database's name in a form that psql does not read as a connection string."""
     if "=" not in database and "://" not in database:
         return database
     escaped = database.replace("\\", "\\\\").replace("'", "\\'")

@@ -1,8 +1,8 @@
-"""A script for psql, fed as it is made: what pg_restore writes as SQL, between our own first and last statements.
+"""A script for psql, fed while it is made: pg_restore's SQL, between our own first and last statements.
 
-pg_restore runs in a thread of its own, so that psql (and with it a signal) is waited for in the main one.  The last
-statements, COMMIT among them, are only written once pg_restore has ended well: whatever ends before that (either
-program, a signal, we ourselves) leaves a script without a COMMIT, and psql's session rolls back.
+pg_restore runs in its own thread, so the main thread waits for psql (and handles signals). The last
+statements, with the COMMIT, are written only after pg_restore has ended well. If anything ends before
+that (either program, a signal, this process), the script has no COMMIT, and psql's session rolls back.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from migrator.postgres import search_path
 from migrator.runtime import subprocesses
 
 _AHEAD = 16
-"""Chunks (of a megabyte at most) that pg_restore may be ahead of psql."""
+"""Chunks (of at most a megabyte) that pg_restore may be ahead of psql."""
 _KEPT = 1024
-"""Bytes of what psql prints that are kept, at the beginning and at the end."""
+"""Bytes of psql's output that are kept, at the beginning and at the end."""
 
 
 @dataclass
 class Ended:
-    """What is known of psql's transaction, whatever became of it.
+    """The known facts about psql's transaction, at any end.
 
-    ``said`` is what psql printed, ``sent`` whether the COMMIT is on its way.
+    ``said`` is psql's output, ``sent`` whether the COMMIT is on its way.
     """
 
     said: bytes = b""
@@ -39,22 +39,22 @@ class Ended:
 
     @property
     def transaction(self) -> tuple[int, int] | None:
-        """Return the transaction's id and its session's; None where it has not come so far."""
+        """Return the transaction's id and its session's; None if it did not get that far."""
         found = re.search(rb"migrator-transaction (\d+) (\d+)", self.said)
         return (int(found[1]), int(found[2])) if found else None
 
     @property
     def whole(self) -> bool:
-        """Whether nothing but the COMMIT was still to be done."""
+        """Tell whether only the COMMIT was left."""
         return b"migrator-whole" in self.said
 
     def note(self, chunk: bytes) -> None:
-        """Take in what psql prints."""
+        """Take psql's output."""
         said = self.said + chunk
         self.said = said if len(said) <= 2 * _KEPT else said[:_KEPT] + said[-_KEPT:]
 
 
-# What pg_restore writes is in the encoding of the archive, and what we write in ours.
+# pg_restore's output is in the encoding of the archive, and our own statements in ours.
 _OURS = f"SET client_encoding = 'UTF8'; SET search_path = {search_path.SAFE};\n"
 BEGIN = """
 SELECT set_config(name, '0', false) FROM pg_settings
@@ -74,7 +74,7 @@ COMMIT;
 
 
 class _Ended(Exception):
-    """Psql has ended: pg_restore need not go on."""
+    """Psql has ended: pg_restore can stop."""
 
 
 def run(
@@ -88,10 +88,11 @@ def run(
     change: Callable[[bytes], bytes],
     ended: Ended,
 ) -> None:
-    """Run ``first``, what pg_restore (with the arguments ``reading``) writes, and ``last``, in one transaction of psql.
+    """Run ``first``, the SQL from pg_restore (with the arguments ``reading``), and ``last``, in one
+    transaction of psql.
 
-    What pg_restore writes goes through ``change``, see :func:`statements`.  ``ended`` learns how it went.
-    Raises :class:`RestoreStopped`, and OSError where there is no psql.
+    The SQL goes through ``change``, see :func:`statements`. ``ended`` records the result. Raises
+    :class:`RestoreStopped`, and OSError if there is no psql.
     """
     with _output([client.pg_restore, "--file=-", *reading]) as chunks:
 
@@ -120,7 +121,7 @@ def run(
 
 @contextlib.contextmanager
 def _output(arguments: Sequence[str | Path]) -> Iterator[Iterator[bytes]]:
-    """Run a program in a thread and yield an iterator over its stdout, which raises where it fails."""
+    """Run a program in a thread and yield an iterator over its stdout, which raises if the program fails."""
     passed: queue.Queue[bytes | BaseException | None] = queue.Queue(_AHEAD)
     over = threading.Event()
 
@@ -139,7 +140,7 @@ def _output(arguments: Sequence[str | Path]) -> Iterator[Iterator[bytes]]:
             put(None if finished.status == 0 else RestoreStopped(last_words(finished)))
         except _Ended:
             return
-        except BaseException as error:  # noqa: BLE001 - handed over to the main thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - passed to the main thread, which raises it
             with contextlib.suppress(_Ended):
                 put(error)
 

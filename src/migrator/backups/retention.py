@@ -1,8 +1,8 @@
-"""Which backups stay: the newest ones, one a day, week or month, and all that something still needs.
+"""Which backups stay: the newest ones, one per day, week or month, and all that are still needed.
 
-Never removed, whatever the policy says: the newest proven backup of a database; one that a person gave a name; the
-one that leads back from where the database is, by its ledger (see :func:`read_needed_backups`); and what
-is not this very database's: one of that name on another server is another database.
+No policy removes the newest verified backup of a database, a backup with a name, or the way back for
+the current revision, by its ledger (see :func:`read_needed_backups`). Backups of other databases stay
+too: a database of this name on another server is another database.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from migrator.postgres.session import QueryFailed, Session
 
 LOGGER = logging.getLogger("migrator.backup")
 BAD_DAYS = 30
-"""Days for which a dump that failed its proof is kept, where the policy has no ``daily``."""
+"""Days for keeping a dump that failed verification, if the policy has no ``daily``."""
 
 _PERIODS: Mapping[str, str] = {
     "hourly": "%Y-%m-%d %H",
@@ -37,7 +37,7 @@ _PERIODS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a backup: ``reasons`` to keep it, none where it goes."""
+    """The decision about a backup: ``reasons`` to keep it, none if it is removed."""
 
     backup: Backup
     reasons: tuple[str, ...]
@@ -45,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed, or would be (``dry_run``)."""
+    """The removed backups, or those that would be removed (``dry_run``)."""
 
     policy: str
     verdicts: tuple[Verdict, ...]
@@ -54,17 +54,17 @@ class Pruned:
 
     @property
     def removed(self) -> tuple[Backup, ...]:
-        """Return the backups that go."""
+        """Return the backups to remove."""
         return tuple(verdict.backup for verdict in self.verdicts if not verdict.reasons)
 
     @property
     def freed(self) -> int:
-        """Return the bytes of the dumps that go."""
+        """Return the bytes of the dumps to remove."""
         return sum(backup.stored[1] for backup in self.removed)
 
     @property
     def message(self) -> str:
-        """Say in one sentence what was done."""
+        """Return the result in one sentence."""
         verb = "would remove" if self.dry_run else "removed"
         bad = f" and {len(self.bad)} that had failed verification" if self.bad else ""
         kept = len(self.verdicts) - len(self.removed)
@@ -108,9 +108,9 @@ def counts_of(policy: str) -> dict[str, int]:
 
 
 def judge(backups: Iterable[Backup], policy: str, needed: frozenset[str]) -> list[Verdict]:
-    """Decide about the backups of one database, the newest first; a period's newest one stands for it.
+    """Decide about the backups of one database, newest first; the newest one of a period represents it.
 
-    One that was not proven stands for nothing, and stays until a newer one is proven.
+    An unverified one represents no period, and stays until a newer one is verified.
     """
     counts = counts_of(policy)
     seen: dict[str, set[str]] = {name: set() for name in _PERIODS}
@@ -141,7 +141,7 @@ def judge(backups: Iterable[Backup], policy: str, needed: frozenset[str]) -> lis
 
 
 def too_old(bad: Iterable[BadDump], policy: str, now: datetime) -> list[BadDump]:
-    """Return the dumps that failed their proof longer ago than the policy has days."""
+    """Return the dumps that failed verification longer ago than the policy has days."""
     days = timedelta(days=counts_of(policy).get("daily") or BAD_DAYS)
     return [item for item in bad if (at := _moment(item.at)) is not None and now - at > days]
 
@@ -155,11 +155,11 @@ def _moment(text: str) -> datetime | None:
 
 
 def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pruned:
-    """Remove what MIGRATOR_BACKUP_KEEP does not keep of the session's database.
+    """Remove the backups of the session's database that MIGRATOR_BACKUP_KEEP does not keep.
 
-    Two at once do no harm: what the other has removed is gone, and each keeps what it saw as the newest.
-    Raises :class:`SettingsError`, :class:`RestoreFailed` for a store that cannot be listed, and
-    :class:`BackupFailed` for what could not be removed, when all else was.
+    Two at once are harmless: backups that the other has removed are gone, and each keeps the newest
+    that it saw. Raises :class:`SettingsError`, :class:`RestoreFailed` for a store that cannot be
+    listed, and :class:`BackupFailed` for backups that could not be removed, after all others were.
     """
     policy = settings.backup_keep
     if not policy:
@@ -194,7 +194,7 @@ def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pru
 
 
 def _is_ours(backup: Backup, identifier: str, target: str) -> bool:
-    """Whether a backup is of this very database: of this cluster, or of this address where that is not known."""
+    """Tell whether a backup is of this database: of this cluster, or of this address if that is not known."""
     if backup.system_identifier and identifier:
         return backup.system_identifier == identifier
     return backup.target == target

@@ -1,10 +1,10 @@
-"""Find a backup that is as good as a new one: MIGRATOR_BACKUP_MAX_AGE, and only where that is set.
+"""Find a backup that is as good as a new one, only with MIGRATOR_BACKUP_MAX_AGE.
 
-It must be of this very database (cluster, timeline and oid, and not only the name), at these very revisions, proven
-as a new one would be, leave out no rows that a new one would have, and still be there: in a folder byte for byte; in a
-bucket as the very object that was read back when it was proven, by its ETag, or else byte for byte too.  It must not
-hold what a failed run has left: it would be named as the way back to before.  What was written since it was made is not
-in it: that is what whoever sets the age agrees to.
+It must be of this database (cluster, timeline and oid, and not only the name), at these revisions, and
+verified like a new one. It may exclude no rows that a new one would have. It must still be there: in a
+folder byte for byte; in a bucket as the same object that was read back for its verification, by its
+ETag, or else byte for byte too. It must not hold the leftovers of a failed run: it would be named as
+the way back to before them. It lacks all later writes: the setting accepts that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOGGER = logging.getLogger("migrator.backup")
 def find(
     session: Session, settings: Settings, revisions: tuple[str, ...], version_table: VersionTable | None
 ) -> Backup | None:
-    """Return the newest backup that can be reused; None where there is none, or none may be.
+    """Return the newest backup that can be reused; None if there is none.
 
     Raises QueryFailed.
     """
@@ -68,7 +68,7 @@ def find(
 
 
 def age(backup: Backup, now: datetime) -> float:
-    """Return how old a backup is in seconds; less than 0 where its clock was ahead, or is unknown."""
+    """Return how old a backup is in seconds; less than 0 if its clock was ahead, or is unknown."""
     try:
         return (now - datetime.fromisoformat(backup.created_at)).total_seconds()
     except (TypeError, ValueError):
@@ -82,7 +82,7 @@ def _unfit(
     left_out: set[str],
     proof: str,
 ) -> str:
-    """Return why a backup cannot stand for a new one, or ``""``."""
+    """Return why a backup cannot replace a new one, or ``""``."""
     if set(backup.revisions) != set(revisions):
         return "it is of another revision"
     if not identity[0] or (backup.system_identifier, backup.timeline, backup.database_oid) != identity:
@@ -95,10 +95,10 @@ def _unfit(
 
 
 def _gone(store: Store, backup: Backup) -> str:
-    """Return what is wrong with what is stored, or ``""``.
+    """Return the fault of the stored content, or ``""``.
 
-    Nothing but a write gives an object another ETag, and buckets keep checksums of their own against what time does to
-    disks; so one that has the ETag with which it was read back is not read again, which would take as long as a dump.
+    Only a write gives an object another ETag, and buckets keep their own checksums against decay. So an
+    object with the ETag of its verification is not read again, which would take as long as a dump.
     """
     place = Path(backup.place)
     try:

@@ -1,11 +1,12 @@
 """The settings that give values and expressions their meaning: a copy is filled under those of the dump.
 
-pg_dump and pg_restore set what their own texts need (``search_path``, ``xmloption``, ``standard_conforming_strings``).
-All else comes from the database, the role and the server: money is read under ``lc_monetary``; checks, generated
-columns and views read what they like.  The manifest has the built-in ones.  Those with a dot in their names are the
-application's and can be secret: they are read from the archive, which holds what the database had set.
+pg_dump and pg_restore set what their own texts need (``search_path``, ``xmloption``,
+``standard_conforming_strings``). Everything else comes from the database, the role and the server.
+Money is read under ``lc_monetary``. Checks, generated columns and views may read any setting. The
+manifest has the built-in ones. Settings with a dot in their names belong to the application and can be
+secret: they are read from the archive, which has those of the database.
 
-``array_nulls`` must be on while rows are copied: pg_dump writes NULL in arrays as NULL, whatever it is.
+``array_nulls`` must be on while rows are copied: pg_dump always writes NULL in arrays as NULL.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ _SET = re.compile(
 
 
 def read(session: Session) -> dict[str, str]:
-    """Return what a session of this role in this database begins with."""
+    """Return the initial settings of a session of this role in this database."""
     rows = session.query("SELECT name, reset_val FROM pg_settings WHERE name = ANY(%s)", [list(NAMES)])
     return dict(sorted((name, value) for name, value in rows))
 
 
 def own(session: Session) -> tuple[str, ...]:
-    """Return the names of what is set for the database, the role or the connection, and not for the server.
+    """Return the names of settings for the database, the role or the connection, and not for the server.
 
-    ``*`` stands for the application's, whose names are not ours to tell.
+    ``*`` stands for those of the application, whose names stay private.
     """
     names = {name.lower(): name for name in NAMES}
     found = (names.get(row[0].lower(), row[0]) for row in session.query(_OWN))
@@ -56,7 +57,7 @@ def own(session: Session) -> tuple[str, ...]:
 
 
 def of_database(client: Client, path: Path, login: str) -> dict[str, str]:
-    """Return the application's settings that an archive has for its database and a role; raises RestoreStopped."""
+    """Return the application's settings in an archive for its database and a role; raises RestoreStopped."""
     listed = pg_restore.script(client, path, "--create", "--list")
     wanted = [line for line in listed.splitlines() if b" DATABASE PROPERTIES - " in line]
     if not wanted:
@@ -76,7 +77,9 @@ NEXT_STEP = "create that locale on the server (`localedef`, or the locales packa
 
 @dataclass(frozen=True)
 class Filling:
-    """How a copy is filled: PGOPTIONS for pg_restore, what comes before its indexes and views, what was refused."""
+    """The settings of a copy: PGOPTIONS for pg_restore, statements before its indexes and views, refused
+    ones.
+    """
 
     options: str = ""
     before_post_data: Callable[[], None] | None = None
@@ -89,17 +92,18 @@ class Filling:
 
     @property
     def notes(self) -> list[str]:
-        """Say what the copy was filled without."""
+        """Warn about settings that the copy lacks."""
         return _notes(self.refused)
 
 
 def for_copy(
     session: Session, inside: Session, dumped_under: Mapping[str, str], client: Client, path: Path
 ) -> Filling:
-    """Set them for our login in one new database, which no pooler can refuse, and where nobody else is yet.
+    """Set them for our login in one new database, which no pooler can refuse, and before anybody else
+    connects.
 
-    ``session`` is in another database, ``inside`` in the copy.  What only a superuser may set goes by PGOPTIONS.
-    Raises RestoreStopped, and QueryFailed where the connection was lost.
+    ``session`` is in another database, ``inside`` in the copy. Settings for superusers only go by
+    PGOPTIONS. Raises RestoreStopped, and QueryFailed if the connection was lost.
     """
     whom = f"ALTER ROLE SESSION_USER IN DATABASE {quote_identifier(inside.facts.database)} SET"
 
@@ -126,20 +130,20 @@ def for_copy(
     def later() -> None:
         refuses(_NULLS, nulls)
 
-    # A text search configuration of the archive's own is known to sessions that begin after it was made.
+    # A text search configuration of the archive is known to sessions that start after its creation.
     apart = nulls != "on" or not search.startswith("pg_catalog.")
     return Filling(" ".join(options), later if apart else None, refused)
 
 
 def reset(session: Session, database: str) -> None:
-    """Take back what was set for our login in a database."""
+    """Undo the settings for our login in a database."""
     with session.as_role("none"):
         session.query(f"ALTER ROLE SESSION_USER IN DATABASE {quote_identifier(database)} RESET ALL")
 
 
 @dataclass(frozen=True)
 class Script:
-    """The same for psql: the statements to begin with, what array_nulls is for views, what was refused."""
+    """The same for psql: the first statements, array_nulls for views, refused settings."""
 
     first: str = ""
     nulls: str = "on"
@@ -153,12 +157,14 @@ class Script:
 
     @property
     def notes(self) -> list[str]:
-        """Say what was restored without."""
+        """Warn about settings that the restore lacked."""
         return _notes(self.refused)
 
 
 def for_script(session: Session, backup: Backup, client: Client, path: Path) -> Script:
-    """Find out what psql must set where ``session`` is; raises RestoreStopped, RestoreFailed and QueryFailed."""
+    """Find out what psql must set in the database of ``session``; raises RestoreStopped, RestoreFailed and
+    QueryFailed.
+    """
     there, wanted = read(session), _known(backup.spelling)
     first = {name: value for name, value in {**wanted, _NULLS: "on"}.items() if there[name] != value}
     lines, refused = "", []
@@ -182,13 +188,13 @@ def for_script(session: Session, backup: Backup, client: Client, path: Path) -> 
 
 
 def demand(backup: Backup, refused: Collection[str], client: Client, path: Path) -> None:
-    """Raise RestoreFailed where amounts of money would be read as others; raises RestoreStopped too."""
+    """Raise RestoreFailed if amounts of money would be read as others; raises RestoreStopped too."""
     if refused and (why := misread(backup, refused, pg_restore.script(client, path, "--schema-only"))):
         raise failed(backup, why, NEXT_STEP)
 
 
 def misread(backup: Backup, refused: Collection[str], schema: bytes) -> str:
-    """Say why an archive with this schema cannot be restored here; an empty text where it can."""
+    """Return why an archive with this schema cannot be restored here; an empty text if it can."""
     if "lc_monetary" not in refused or not re.search(rb"\bmoney\b", schema):
         return ""
     return (
@@ -198,7 +204,7 @@ def misread(backup: Backup, refused: Collection[str], schema: bytes) -> str:
 
 
 def _known(settings: Mapping[str, str]) -> dict[str, str]:
-    """Leave out what is none of ours: whoever can write to a store can put anything in a manifest."""
+    """Leave out unknown settings: a writer of the store can put anything into a manifest."""
     return {name: settings[name] for name in NAMES if name in settings}
 
 

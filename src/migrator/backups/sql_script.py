@@ -1,4 +1,4 @@
-"""The SQL that pg_restore writes, line by line: what is a statement, what is a row, and what a server does not know."""
+"""pg_restore's SQL, line by line: statements, rows, and text that a server does not know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OPTIONS = re.compile(
 
 
 def without_oddities(sql: bytes) -> bytes:
-    """Leave out the options that only one kind of server has: ``ALTER COLUMN ... SET (pg_attver=3)``."""
+    """Remove the options that only one kind of server has: ``ALTER COLUMN ... SET (pg_attver=3)``."""
 
     def rest(match: re.Match[bytes]) -> bytes:
         kept = [item for item in match[2].split(b", ") if not item.strip().startswith(b"pg_attver=")]
@@ -34,11 +34,11 @@ def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def statements(script: Iterable[bytes], change: Callable[[bytes], bytes]) -> Iterator[bytes]:
-    """Put every line of SQL through ``change``, and leave the rows that are copied as they are.
+    """Put every line of SQL through ``change``, and leave copied rows unchanged.
 
-    A line here ends where no quotation is open: a text of several lines, or a function, is one with what is before it.
-    Raises :class:`RestoreStopped` at what would end the transaction that all of it is in, and at a command of
-    psql's own.
+    A line here ends outside of any quotation: a text of several lines, or a function, belongs to its
+    statement. Raises :class:`RestoreStopped` at text that would end the surrounding transaction, and at
+    a psql command.
     """
     rows, blobs, quoted = False, False, Quoted()
     parts: list[bytes] = []
@@ -67,17 +67,19 @@ def statements(script: Iterable[bytes], change: Callable[[bytes], bytes]) -> Ite
 
 
 RESTRICTION = re.compile(rb"\\(?:un)?restrict [A-Za-z0-9]+\n")
-"""With these, newer clients keep psql from obeying what a dump says (CVE-2025-8714); we do with those of any age."""
+"""With these, newer clients keep psql from obeying a dump's commands (CVE-2025-8714); migrator does so with
+any client.
+"""
 _TRANSACTION = (b"BEGIN;\n", b"COMMIT;\n")
 _BLOBS = re.compile(rb"-- Data for Name: (?:BLOBS|[0-9.]+); Type: BLOBS; ")
-"""The large objects: the only thing that pg_restore puts into a transaction of its own."""
+"""The large objects: the only part with its own transaction in pg_restore's SQL."""
 
 
 class Quoted:
     """Follow a script part by part, and tell whether a quotation is open, as psql sees it.
 
-    Raises :class:`RestoreStopped` at a backslash outside of quotations, with which a command of psql's begins
-    (``\\!`` runs a shell), and at a comment that could hide one.  pg_restore writes neither.
+    Raises :class:`RestoreStopped` at a backslash outside of quotations, the start of a psql command
+    (``\\!`` runs a shell), and at a comment that could hide one. pg_restore writes neither.
     """
 
     _OPENS = re.compile(
@@ -92,7 +94,7 @@ class Quoted:
         self._string = self._STRING
 
     def open_after(self, line: bytes) -> bool:
-        """Say whether one is open at the end of the next line."""
+        """Tell whether one is open at the end of the next line."""
         if line == b"SET standard_conforming_strings = off;\n" and self._closes is None:
             self._string = self._ESCAPES
         place = 0
@@ -120,7 +122,9 @@ _UNKNOWN_SETTING = b"SET transaction_timeout = 0;\n"
 
 
 def for_server(server_major: int) -> Callable[[bytes], bytes]:
-    """Return what takes out of a line of SQL what the server does not know (see pg_restore.py)."""
+    """Return the function that removes text from a line of SQL that the server does not know (see
+    pg_restore.py).
+    """
     if server_major < 17:
         return lambda line: b"" if line == _UNKNOWN_SETTING else without_oddities(line)
     return without_oddities

@@ -1,8 +1,9 @@
-"""Extensions: where a database is restored from within they stay as they are, for their owner is seldom its owner.
+"""Extensions: a restore in place leaves them unchanged, because their owner is rarely the database's owner.
 
-Their schemas and their grants stay with them.  What users keep in an extension's configuration tables is dumped like
-any other rows (https://www.postgresql.org/docs/current/extend-extensions.html#EXTEND-EXTENSIONS-CONFIG-TABLES), so
-those rows go before the backup's come.
+Their schemas and grants stay too. Users' rows in an extension's configuration tables are dumped like
+any other rows
+(https://www.postgresql.org/docs/current/extend-extensions.html#EXTEND-EXTENSIONS-CONFIG-TABLES), so
+these rows are deleted before the backup's are restored.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SELECT c.oid::bigint, n.nspname::text, c.relname::text, has_schema_privilege(n.o
   FROM pg_extension, unnest(extconfig) AS k (oid) JOIN pg_class c USING (oid)
   JOIN pg_namespace n ON n.oid = relnamespace
 """
-# In one statement: foreign keys between them are looked at when all of it is done.
+# In one statement: foreign keys between them are checked at its end.
 _DELETE = """
 DO $migrator$
 BEGIN
@@ -53,10 +54,11 @@ _ROWS = {"TABLE DATA": "TABLE", "SEQUENCE SET": "SEQUENCE"}
 
 @dataclass(frozen=True)
 class Staying:
-    """What stays, and how an archive's entries are told: ``wanted`` says which of them can come back.
+    """The objects that stay, and the test for an archive's entries: ``wanted`` says which of them can be
+    restored.
 
-    ``empty`` is the SQL that deletes what users keep in extensions; ``kept`` are the tables and sequences of which the
-    role may not do that.
+    ``empty`` is the SQL that deletes users' rows in extensions. ``kept`` are the tables and sequences
+    for which the role may not do that.
     """
 
     wanted: Callable[[str], bool]
@@ -65,7 +67,9 @@ class Staying:
 
 
 def look(session: Session, entries: Iterable[str]) -> Staying:
-    """Find out what of an archive, by its table of contents, cannot or need not come back beside what stays."""
+    """Find out, from an archive's table of contents, which entries cannot or need not be restored beside the
+    staying objects.
+    """
     roles = [(f" {name}", ours) for name, ours in session.query(_ROLES)]
     schemas = {f"{schema}{owner}" for (schema,) in session.query(_SCHEMAS) for owner, _ in roles}
     acting_for = tuple(owner for owner, ours in roles if ours)
@@ -78,7 +82,7 @@ def look(session: Session, entries: Iterable[str]) -> Staying:
     users = {(kind, rest) for kind, rest in found if kind in _ROWS.values()}
 
     def of_an_extension(kind: str, rest: str) -> tuple[int, str, bool] | None:
-        """Return which relation's rows these are; those of a user's table stand beside the table itself."""
+        """Return the relation of these rows; those of a user's table stand beside the table itself."""
         return None if kind not in _ROWS or (_ROWS[kind], rest) in users else theirs.get(rest)
 
     def wanted(line: str) -> bool:
@@ -89,7 +93,8 @@ def look(session: Session, entries: Iterable[str]) -> Staying:
         if kind == "SCHEMA -":
             return rest not in schemas
         if kind in ("ACL", "COMMENT", "SECURITY LABEL"):
-            # Of what is another's and was not made by the restore; an extension's comment is its owner's.
+            # For objects of others that the restore did not create; an extension's comment belongs to its
+            # owner.
             return " EXTENSION " not in f" {rest}" and rest.endswith(acting_for)
         relation = of_an_extension(kind, rest)
         return relation is None or relation[2]

@@ -1,8 +1,8 @@
-"""Restore into the database itself, in one transaction, where the role may not create another one beside it.
+"""Restore into the database itself, in one transaction, if the role may not create another one beside it.
 
-What is in the database goes first, in the same transaction: ``--clean`` would only drop what the backup has too.
-A backup of the database as it is comes before, for afterwards there is nothing else to go back to.  What came back
-is compared with the manifest before the COMMIT, in the transaction.
+The database is emptied first, in the same transaction: ``--clean`` would only drop objects that the
+backup has too. A backup of the current state comes before that, because it is the only way to undo the
+restore. The result is compared with the manifest before the COMMIT, in the transaction.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ BEGIN
 END $migrator$;
 """  # noqa: S608 - a constant
 
-# They would be given to what is made next; the backup's own are made last.
+# Otherwise they would apply to new objects; the backup's own are created last.
 _NO_DEFAULT_PRIVILEGES = """
 DO $migrator$
 DECLARE found record; head text; grantees text;
@@ -130,7 +130,7 @@ BEGIN
 END $compare$;
 """
 
-# First as our role, then as our login, where that acts as another: ALTER ROLE ... SET role.
+# First as our role, then as our login, if that acts as another: ALTER ROLE ... SET role.
 _END = """
 SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
@@ -149,7 +149,7 @@ END $migrator$;
 
 @dataclass(frozen=True)
 class Job:
-    """What is restored into which database, and by which run."""
+    """The backup, the target database, and the run of a restore."""
 
     target: Target
     settings: Settings
@@ -166,11 +166,11 @@ class Job:
 def replace(
     job: Job, own: Callable[[], frozenset[int]] | None, committed: Callable[[], None]
 ) -> tuple[Compared, str, list[str]]:
-    """Put the backup in the place of what the database holds; all of that is as it was where this raises.
+    """Replace the content of the database with the backup; if this raises, the content is unchanged.
 
-    ``own``: see :class:`Wishes`.  ``committed`` is called as soon as it is.  Returns what was
-    compared, the id of the backup that was made before, and what did not come back.
-    Raises RestoreFailed, BackupFailed, or WouldLose.
+    ``own``: see :class:`Wishes`. ``committed`` is called directly after the commit. Returns the result
+    of the comparison, the id of the backup that was made before, and notes on objects that were not
+    restored. Raises RestoreFailed, BackupFailed, or WouldLose.
     """
     backup = job.backup
     with job.connect() as session:
@@ -212,7 +212,9 @@ def replace(
 
 
 def _refuse_what_no_dump_has(job: Job, session: Session) -> None:
-    """Refuse where the database holds what neither the backup nor one of it as it is now would bring back."""
+    """Refuse if the database holds objects that neither the backup nor a backup of the current state could
+    restore.
+    """
     hidden = exported_snapshot.not_dumped(session)
     if hidden:
         raise failed(
@@ -254,7 +256,7 @@ def _run(
 
 
 def fate(job: Job, ended: psql.Ended) -> str:
-    """Find out whether the transaction was "committed" or "aborted" ("" where that cannot be told), and end it."""
+    """Find out whether the transaction was "committed" or "aborted" ("" if that is not known), and end it."""
     if ended.transaction is None:
         return "" if ended.sent else "aborted"
     number, pid = ended.transaction
@@ -275,7 +277,7 @@ def fate(job: Job, ended: psql.Ended) -> str:
 
 
 def _stopped(job: Job, stopped: RestoreStopped) -> Exception:
-    """Return the error of a restore whose transaction was rolled back."""
+    """Return the error of a restore with a rolled-back transaction."""
     if "others have written since" in stopped.said:
         return WouldLose("others wrote just before the restore")
     return failed(
@@ -298,12 +300,12 @@ def _changed(job: Job, safety: str, found: str, error: BaseException) -> Restore
 
 
 def _back_up(job: Job, session: Session) -> str:
-    """Back the database up as it is now; raises BackupFailed."""
+    """Back up the current state of the database; raises BackupFailed."""
     from migrator.backups.dump.backup import back_up
 
     made = back_up(
         session,
-        job.settings._replace(backup_exclude_table_data=""),  # nothing else has the rows that go
+        job.settings._replace(backup_exclude_table_data=""),  # no other copy has the rows that go
         run_id=job.run_id,
         revisions=(),
         application_name=job.application_name,
@@ -313,13 +315,13 @@ def _back_up(job: Job, session: Session) -> str:
 
 
 def archive_format(path: Path) -> list[str]:
-    """Return pg_restore's option for what is at a path."""
+    """Return pg_restore's format option for a path."""
     return [f"--format={'directory' if path.is_dir() else 'custom'}"]
 
 
 @contextlib.contextmanager
 def chosen(client: Client, path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """Yield a file that lists those of the archive's entries which are wanted, for ``pg_restore --use-list``."""
+    """Yield a file that lists the wanted entries of an archive, for ``pg_restore --use-list``."""
     lines = [line for line in contents(client, path) if wanted(line)]
     lines.sort(key=event_triggers.is_one)
     with temporary.in_memory(
@@ -342,7 +344,9 @@ def contents(client: Client, path: Path) -> list[str]:
 
 
 def subscriptions(client: Client, path: Path) -> list[str]:
-    """Say which subscriptions an archive has, for they are not restored: two databases cannot follow one slot."""
+    """Return a note about subscriptions in an archive. They are not restored: two databases cannot follow one
+    slot.
+    """
     found = [match[1] for line in contents(client, path) if (match := _SUBSCRIPTION.match(line))]
     if not found:
         return []
@@ -353,7 +357,7 @@ def subscriptions(client: Client, path: Path) -> list[str]:
 
 
 def comparison(tables: Mapping[str, Table]) -> str:
-    """Return the statement that fails where a table (by its name in SQL) is missing, or has other rows."""
+    """Return the statement that fails if a table (by its name in SQL) is missing, or has other rows."""
     facts = [{"name": name, "rows": table.rows} for name, table in tables.items()]
     # Within another quotation by dollars, which no name may end.
     text = json.dumps(facts, ensure_ascii=False).replace("$", "\\u0024")
@@ -361,7 +365,7 @@ def comparison(tables: Mapping[str, Table]) -> str:
 
 
 def _notes(job: Job, staying: extensions.Staying) -> list[str]:
-    """Say what a restore from within leaves as it was before it."""
+    """Return notes about the objects that a restore in place leaves unchanged."""
     with job.connect() as session:
         session.query("ANALYZE")
         installed = session.value(

@@ -65,14 +65,14 @@ _BOUND_NOTE = (
 
 @dataclass(frozen=True)
 class Wishes:
-    """How a restore in place of the database shall go, beyond the usual.
+    """The options of a restore in place of the database.
 
-    ``drop_old``: drop the database that was replaced, once the new one is seen under its name.
-    ``own``: where given, the restore is refused if it would lose what others than these transactions have written
-    since the backup (see write_detection.py).  ``before_swap`` is called with a session in what is about to take the
-    name.
-    ``swapped`` is called as soon as the backup has the place, when no signal may say any more that nothing was changed.
-    ``incomplete``: also with a backup that has not the rows of all tables, but then what was there before is kept.
+    ``drop_old``: drop the replaced database after the new one answers under its name. ``own``: if
+    given, the restore is refused if it would lose writes since the backup by other transactions than
+    these (see write_detection.py). ``before_swap`` is called with a session in the database that is
+    about to take the name. ``swapped`` is called directly after the swap: from then on no signal may
+    report that nothing was changed. ``incomplete``: accept a backup without the rows of some tables,
+    but then keep the old database.
     """
 
     drop_old: bool = False
@@ -95,8 +95,8 @@ def restore(
 ) -> Restored:
     """Restore a backup beside the database (``to`` a new name), or in its place (``replace``).
 
-    In its place: every session in the database is ended at the moment of the swap, our own included.
-    Raises :class:`RestoreFailed`, and the database is under its own name and as it was then, or
+    In its place, the swap ends every session in the database, our own included. Raises
+    :class:`RestoreFailed`, and the database has its own name and its old content, or
     :class:`WouldLose`, and nothing was done.
     """
     if to is None and not replace:
@@ -161,7 +161,9 @@ class _Restore:
 
     @contextlib.contextmanager
     def sessions(self) -> Iterator[None]:
-        """Hold a session that keeps other restores of the same database out; clear what killed ones have left."""
+        """Hold a session that keeps other restores of the same database out; remove the leftovers of killed
+        ones.
+        """
         with self._connect() as session:
             self._session = session
             refuse_standby(session)
@@ -197,7 +199,9 @@ class _Restore:
         return self._restored(name, compared, notes, beside=True)
 
     def in_place(self) -> Restored:
-        """Put the backup in the database's place: by a swap, or from within where the role may create no database."""
+        """Put the backup in the database's place: by a swap, or in place if the role may not create a
+        database.
+        """
         database = self._target.database
         replaced = databases.exists(self._session, database)
         if not self._may_create() and replaced:
@@ -275,11 +279,11 @@ class _Restore:
             self._wishes.own,
         )
         with holding as holder:
-            self._drop_expired()  # not before: it takes transaction ids, which would be taken for others'
+            self._drop_expired()  # not before: it takes transaction ids, which would look like those of others
             yield holder
 
     def _drop_old(self, kept: str, compared: Compared) -> bool:
-        """Drop what was replaced, once the new database answers under its name; returns whether it was."""
+        """Drop the replaced database after the new one answers under its name; return whether it was dropped."""
         try:
             with self._inside(self._target.database) as session:
                 found = [item for item in exported_snapshot.relations(session) if item.kind != "S"]
@@ -310,7 +314,7 @@ class _Restore:
 
     @contextlib.contextmanager
     def _scratch(self, name: str) -> Iterator[Compared]:
-        """Make a database, restore into it, and compare it; dropped where anything fails from there on."""
+        """Create a database, restore into it, and compare it; drop it if a later step fails."""
         if databases.exists(self._session, name):
             raise failed(
                 self._backup, f"There is a database {name} already.", "choose another name, or drop it"
@@ -362,7 +366,7 @@ class _Restore:
         )
 
     def _refuse_without_createdb(self) -> None:
-        """Refuse what would fail later: no right to create databases, an owner that does not exist."""
+        """Refuse early: no right to create databases, an owner that does not exist."""
         backup, session = self._backup, self._session
         user = quote_identifier(session.facts.user)
         if not self._may_create():
@@ -381,7 +385,7 @@ class _Restore:
             )
 
     def _fill_and_compare(self, name: str) -> Compared:
-        """Restore into the database, and compare it before its event triggers are there."""
+        """Restore into the database, and compare it before its event triggers exist."""
         backup = self._backup
         client = clients.for_restore(self._settings, self._session.facts.major, backup.client_major)
         LOGGER.info("restoring %s (%s) into %s ...", backup.id, human_size(backup.size_bytes), name)
@@ -419,7 +423,7 @@ class _Restore:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Say what pg_restore has said, and what helps."""
+        """Return the error with pg_restore's message and its fix."""
         backup = self._backup
         try:
             yield
@@ -435,7 +439,7 @@ class _Restore:
             raise failed(backup, message, next_step) from stopped
 
     def _dumped_under(self) -> Mapping[str, str]:
-        """Return the settings of the dump; what an older manifest does not have is asked of the original."""
+        """Return the settings of the dump; those that an older manifest lacks come from the original."""
         known, original = self._backup.spelling, self._target.database
         if known.keys() >= set(pg_restore.NAMES) or not databases.exists(self._session, original):
             return known
@@ -443,7 +447,7 @@ class _Restore:
             return session_settings.read(session) | dict(known)
 
     def _finish(self, name: str) -> list[str]:
-        """Copy what belongs to the database as a whole; return what could not be."""
+        """Copy the database-wide settings; return notes on those that could not be copied."""
         original = self._target.database
         if databases.exists(self._session, original):
             notes = databases.copy_settings(self._session, original, name)
@@ -460,5 +464,5 @@ class _Restore:
 
 
 def jobs(settings: Settings) -> int:
-    """Return how many workers pg_restore gets: MIGRATOR_RESTORE_JOBS, or one a core and eight at most."""
+    """Return how many workers pg_restore gets: MIGRATOR_RESTORE_JOBS, or one per core and at most eight."""
     return settings.restore_jobs or min(8, len(os.sched_getaffinity(0)))

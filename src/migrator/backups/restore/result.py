@@ -1,4 +1,4 @@
-"""What a restore did, and what its failures mean."""
+"""The result of a restore, and the meaning of its failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOGGER = logging.getLogger("migrator.restore")
 
 @dataclass(frozen=True)
 class Compared:
-    """How many tables came back, how many of them were counted, and their rows."""
+    """How many tables were restored, how many of them were counted, and their rows."""
 
     tables: int
     counted: int
@@ -28,12 +28,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore did.
+    """The result of a restore.
 
-    ``database`` holds the backup now; ``kept`` is the name that the database which was there before has now
-    (empty where nothing was replaced, or where it was ``dropped``), ``safety`` the id of the backup that was made of it
-    where it was replaced from within.  Of its ``tables``, ``counted`` have as many rows as the manifest says,
-    ``rows`` in all; the others were too big to be counted.  ``notes`` name what did not come back as it was.
+    ``database`` now holds the backup. ``kept`` is the new name of the replaced database (empty if none
+    was replaced, or if it was ``dropped``). ``safety`` is the id of the backup that was made of it for
+    a restore in place. Of its ``tables``, ``counted`` have as many rows as in the manifest, ``rows`` in
+    total; the others were too big to count. ``notes`` name the objects that differ from the backup.
     """
 
     backup: Backup
@@ -51,7 +51,7 @@ class Restored:
 
     @property
     def message(self) -> str:
-        """Say in one sentence what was done."""
+        """Return the result in one sentence."""
         place = (
             f"schema {self.schema} of database {self.database}"
             if self.schema
@@ -70,7 +70,7 @@ class Restored:
 
     @property
     def next_step(self) -> str:
-        """Return how to get rid of what is left over."""
+        """Return how to remove the leftovers."""
         if self.schema:
             return f"when you no longer need it: DROP SCHEMA {quote_identifier(self.schema)} CASCADE;"
         if self.kept:
@@ -85,7 +85,9 @@ class Restored:
 
 
 def compare(session: Session, backup: Backup) -> Compared:
-    """Compare tables and row counts with the manifest, and give the planner its statistics; raises RestoreFailed."""
+    """Compare tables and row counts with the manifest, and collect the planner's statistics; raises
+    RestoreFailed.
+    """
     counted = {table: facts.rows for table, facts in backup.tables.items() if facts.rows is not None}
     session.query("SET statement_timeout = 0")
     session.query("SET row_security = off")
@@ -113,7 +115,7 @@ def compare(session: Session, backup: Backup) -> Compared:
 
 
 def _analyze(session: Session, relation: Relation) -> None:
-    """Give the planner its statistics; a function in an index may fail here, and the copy is good all the same."""
+    """Collect the planner's statistics; a function in an index may fail here, and the copy is still good."""
     try:
         session.query(f"ANALYZE {relation.qualified}")
     except QueryFailed as error:
@@ -123,13 +125,13 @@ def _analyze(session: Session, relation: Relation) -> None:
 
 
 def warn_unproven(backup: Backup) -> None:
-    """Say that a backup was never proven; who names it by its id may restore it all the same."""
+    """Warn that a backup was never verified; a user who names its id may restore it anyway."""
     if not backup.verified:
         LOGGER.warning("%s was never verified: `migrator verify-backup %s` verifies it", backup.id, backup.id)
 
 
 def refuse_standby(session: Session) -> None:
-    """Raise :class:`AccessDenied` where nothing can be written."""
+    """Raise :class:`AccessDenied` if the server accepts no writes."""
     if session.facts.in_recovery:
         raise AccessDenied(
             f"{session.target} is a standby and accepts no changes.",
@@ -138,7 +140,7 @@ def refuse_standby(session: Session) -> None:
 
 
 def slots_left(session: Session, database: str) -> list[str]:
-    """Say which logical replication slots stay with a database that is replaced."""
+    """Return the logical replication slots that stay with a replaced database."""
     names = session.value(
         "SELECT string_agg(slot_name::text, ', ' ORDER BY slot_name) FROM pg_replication_slots WHERE database = %s",
         [database],
@@ -150,7 +152,7 @@ def slots_left(session: Session, database: str) -> list[str]:
 
 @contextlib.contextmanager
 def failing(backup: Backup) -> Iterator[None]:
-    """Turn what the disk, the server and the programs can raise into :class:`RestoreFailed`."""
+    """Turn the errors of the disk, the server and the programs into :class:`RestoreFailed`."""
     what = f"The restore of {backup.id} failed"
     try:
         yield

@@ -1,8 +1,9 @@
-"""Restore single tables into a schema of their own, beside everything else, in one transaction.
+"""Restore single tables into their own schema, beside everything else, in one transaction.
 
-pg_restore writes the table, its rows, and its primary and unique keys as SQL; the names at the head of those
-statements are changed on the way to psql.  What would reach other objects stays out: foreign keys, triggers, policies,
-defaults from sequences, and identity.  A statement that is none of the expected ones ends it all.
+pg_restore writes the table, its rows, and its primary and unique keys as SQL; the names at the head of
+those statements are changed on the way to psql. Parts that would reach other objects are excluded:
+foreign keys, triggers, policies, defaults from sequences, and identity. An unexpected statement ends
+the whole restore.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _CHANGES = re.compile(rb"(?:ALTER|CREATE|COPY|DROP|INSERT|UPDATE|DELETE|GRANT|RE
 _HEAD = rb"((?:CREATE (?:UNLOGGED |FOREIGN )?|ALTER (?:FOREIGN )?)TABLE (?:ONLY )?|COPY )"
 
 
-# Its owner could rename it, and put a view into the place of what rows are copied into.
+# Its owner could rename it, and put a view in the place of the table that rows are copied into.
 _OURS = """
 DO $migrator$ BEGIN
   IF EXISTS (SELECT FROM pg_namespace n, pg_database d, pg_roles o WHERE n.nspname = {name} AND o.oid = n.nspowner
@@ -52,14 +53,14 @@ END $migrator$;
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A table: as the manifest shows it, and its two parts without quotes."""
+    """A table: its name in the manifest, and the two parts without quotes."""
 
     shown: str
     schema: str
     name: str
 
     def pattern(self, codec: str) -> re.Pattern[bytes]:
-        """Return what finds it at the head of a statement in an encoding, quoted or not."""
+        """Return the pattern that finds it at the head of a statement in an encoding, quoted or not."""
         parts = (
             rb"(?:%s|%s)" % tuple(re.escape(_encoded(text, codec)) for text in (part, quote_identifier(part)))
             for part in (self.schema, self.name)
@@ -68,7 +69,7 @@ class _Name:
 
     @property
     def listed(self) -> str:
-        """Return how an archive's table of contents begins with it, where no name is quoted."""
+        """Return its prefix in an archive's table of contents, where no name is quoted."""
         return re.sub(r"[\n\r]", " ", f"{self.schema} {self.name} ")
 
 
@@ -78,16 +79,17 @@ def _encoded(name: str, codec: str) -> bytes:
 
 def _named(shown: str) -> _Name:
     match = re.fullmatch(f"({_PART})\\.({_PART})", shown)
-    assert match is not None  # noqa: S101 - as Relation.shown makes it
+    assert match is not None  # noqa: S101 - as Relation.shown writes it
     schema, name = (part[1:-1].replace('""', '"') if part[0] == '"' else part for part in match.groups())
     return _Name(shown, schema, name)
 
 
 def _wanted(backup: Backup, names: Sequence[_Name]) -> Callable[[str], bool]:
-    """Return whether a line of the archive's table of contents is one of the tables, its rows, or one of its keys.
+    """Return whether a line of the archive's table of contents is one of the tables, its rows, or one of its
+    keys.
 
-    What follows the name there is the owner, so "a b" is also how a table "a" of an owner "b ..." begins: of all
-    the backup's tables it is the longest name that fits.
+    The owner follows the name there, so "a b" is also the beginning of a table "a" of an owner "b ...".
+    Of all the backup's tables, the longest name that fits is the right one.
     """
     known = [_named(shown).listed for shown in backup.tables]
     ours = {name.listed for name in names}
@@ -111,10 +113,11 @@ def restore_tables(
     application_name: str,
     committed: Callable[[], None] = lambda: None,
 ) -> Restored:
-    """Restore tables of a backup into a schema of the database, which is made where it is not there.
+    """Restore tables of a backup into a schema of the database, which is created if it does not exist.
 
-    Nothing else is touched; where this raises, nothing at all, unless the error says otherwise.  ``committed`` is
-    called as soon as the tables are there, when no signal may say any more that nothing was changed.
+    Nothing else is touched; if this raises, nothing at all, unless the error says otherwise.
+    ``committed`` is called directly after the commit: from then on no signal may report that nothing
+    was changed.
     """
     started = time.monotonic()
     store = open_store(settings.backup_url, settings)
@@ -143,7 +146,7 @@ def restore_tables(
 
 
 def _names(backup: Backup, wanted: Sequence[str]) -> list[_Name]:
-    """Find what was asked for among the backup's tables; raises RestoreFailed."""
+    """Find the requested tables among the backup's; raises RestoreFailed."""
     found = []
     for text in dict.fromkeys(wanted):
         fits = [shown for shown in backup.tables if shown in (text, f"public.{text}")]
@@ -168,7 +171,7 @@ def _bare(text: str) -> str:
 
 
 def _spellings(shown: str) -> tuple[str, str]:
-    """Return a table's name without and with its schema, as somebody types it who knows of no quotes."""
+    """Return a table's name without and with its schema, as typed by a user who does not know quotes."""
     name = _named(shown)
     return _bare(name.name), _bare(f"{name.schema}.{name.name}")
 
@@ -245,7 +248,7 @@ def _not_restored(job: Job, schema: str, stopped: RestoreStopped) -> RestoreFail
 
 
 def _uncertain(job: Job, schema: str, found: str, error: BaseException) -> RestoreFailed:
-    """Return the error of a restore whose tables are there, or may be."""
+    """Return the error of a restore with tables that are there, or may be."""
     certain = "are" if found == "committed" else "may be"
     return RestoreFailed(
         f"The restore of tables of {job.backup.id} did not end well: {error}",
@@ -255,7 +258,7 @@ def _uncertain(job: Job, schema: str, found: str, error: BaseException) -> Resto
 
 
 def _without_rows(backup: Backup, names: Sequence[_Name]) -> list[str]:
-    """Say which of the tables come back empty, because their rows were left out of the backup."""
+    """Return which of the tables are restored empty, because their rows were excluded from the backup."""
     empty = [name.shown for name in names if name.shown in backup.excluded_table_data]
     if not empty:
         return []
@@ -263,7 +266,7 @@ def _without_rows(backup: Backup, names: Sequence[_Name]) -> list[str]:
 
 
 def _partitioned(job: Job, schema: str) -> list[str]:
-    """Say which of the tables hold no rows themselves."""
+    """Return which of the tables hold no rows themselves."""
     with job.connect() as session:
         found = session.query(
             "SELECT c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -274,7 +277,9 @@ def _partitioned(job: Job, schema: str) -> list[str]:
 
 
 def _renaming(names: Sequence[_Name], schema: str, server_major: int, codec: str) -> Callable[[bytes], bytes]:
-    """Return what puts the schema in the place of the tables' own; it raises RestoreStopped at what reaches others."""
+    """Return the function that replaces the tables' own schema; it raises RestoreStopped for text that
+    reaches others.
+    """
     known = sql_script.for_server(server_major)
     places = [
         (name.pattern(codec), _encoded(f"{schema}.{quote_identifier(name.name)}", codec)) for name in names
@@ -296,7 +301,7 @@ def _renaming(names: Sequence[_Name], schema: str, server_major: int, codec: str
 
 
 def refuse_together(to: str, tables: Sequence[str], into_schema: str, drop_old: bool) -> None:
-    """Raise :class:`SettingsError` for arguments of `restore` that do not go together."""
+    """Raise :class:`SettingsError` for conflicting arguments of `restore`."""
     problems = []
     if tables and to:
         problems.append("--table restores into a schema (--into-schema), and --to is for a whole database")

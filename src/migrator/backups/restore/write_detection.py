@@ -1,15 +1,15 @@
-"""Would a restore lose what others have written since the backup?
+"""Tell whether a restore would lose writes of others since the backup.
 
-The server's transaction-id counter answers it: whoever writes takes an id.  Every id that the backup's snapshot has not
-seen (given out since, or in progress in this database) is another's unless it is known to be one of our own.  The
-counter is the whole cluster's, and a revision's savepoints and autocommit statements take ids that nobody counts, so
-this errs on the safe side only.
+The server's transaction-id counter tells: every writer takes an id. Every id that the backup's snapshot
+has not seen (given out since, or in progress in this database) belongs to another writer, unless it is
+known as our own. The counter belongs to the whole cluster, and a revision's savepoints and autocommit
+statements take uncounted ids, so this errs on the safe side only.
 
-An answer holds only while nobody can write: :func:`nobody_writes` locks every table (SHARE: reading goes on) before
-it asks, and the swap ends the session that holds those locks last of all.  Nothing is set that could outlive us.
-No such lock keeps anybody from making a table, a function or a large object, or from drawing from a sequence: whether
-somebody did is asked before the swap, and again when all others are gone and cannot come back.
-https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
+An answer holds only while nobody can write. :func:`nobody_writes` locks every table (SHARE: reading
+continues) before it checks, and the swap ends the session with those locks last of all. Nothing is set
+that could outlive us. No such lock stops anybody from creating a table, a function or a large object,
+or from using a sequence. That is checked before the swap, and again when all others are gone and cannot
+come back. https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from migrator.config.database_url import Target
 from migrator.postgres import connection_limit
 from migrator.postgres.session import QueryFailed, Session
 
-_PATIENCE = 15  # seconds for those who write just now to end
+_PATIENCE = 15  # seconds for current writers to end
 _NO_TIMEOUTS = ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout")
 
-# Every version of a row has the id of the transaction that wrote it, so these sums change with any of them.  Temporary
-# tables are nobody's loss, and an ANALYZE none either.  What pg_largeobject holds may be read by superusers only: they
-# lock it, and for others there are the statistics, which are complete when the sessions that wrote have ended.
+# Every version of a row has the id of the transaction that wrote it, so these sums change with any of
+# them. Temporary tables and an ANALYZE are no loss. Only superusers may read pg_largeobject: they lock
+# it. For others there are the statistics, which are complete after the writing sessions have ended.
 _MADE = """
 SELECT pg_stat_clear_snapshot(), hashtextextended(concat_ws(' ',
   (SELECT concat(count(*), ':', sum(xmin::text::bigint)) FROM pg_class WHERE relpersistence <> 't'),
@@ -61,14 +61,14 @@ _LOCKS_LARGE_OBJECTS = "SELECT rolsuper FROM pg_roles WHERE rolname = current_us
 
 
 class Incomplete(WouldLose):
-    """The backup does not have the rows of some tables, which would be empty afterwards."""
+    """The backup lacks the rows of some tables, which would be empty afterwards."""
 
     def __init__(self, backup: Backup) -> None:
         super().__init__(f"{backup.id} is incomplete: {missing(backup)}")
 
 
 def missing(backup: Backup) -> str:
-    """Say what does not come back of a backup; an empty string for one that is whole."""
+    """Return the content that a backup lacks; an empty string for a complete one."""
     rows = f"the rows of {_some(backup.excluded_table_data)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)"
     hidden = f"{_some(backup.not_dumped)} (hidden from the role that made it, which was not a superuser)"
     told = [rows] if backup.excluded_table_data else []
@@ -82,12 +82,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
-    """Raise :class:`WouldLose` where an id was given out since the backup that is not ``own``; return the one taken."""
+    """Raise :class:`WouldLose` if an id was given out since the backup that is not ``own``; return the one
+    taken.
+    """
     if backup.next_xid is None:
         raise WouldLose(
             f"it is not known who has written since {backup.id}: its manifest has no transaction id"
         )
-    # The id that we take ourselves comes after all those that were given out, the unfinished ones too.
+    # The id that we take comes after all given-out ids, also those of unfinished transactions.
     now = int(session.value("SELECT txid_current()"))
     running: tuple[int, ...] = ()
     first = backup.next_xid
@@ -105,7 +107,7 @@ def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
 
 
 def refuse_another_server(session: Session, backup: Backup) -> None:
-    """Raise :class:`WouldLose` where the backup is another server's, whose counter says nothing here."""
+    """Raise :class:`WouldLose` if the backup is from another server, with another counter."""
     system, _ = exported_snapshot.identity(session)
     if system and backup.system_identifier and system != backup.system_identifier:
         raise WouldLose(f"{backup.id} is from another server, so its transaction id has no meaning here")
@@ -113,13 +115,13 @@ def refuse_another_server(session: Session, backup: Backup) -> None:
 
 @dataclass(frozen=True)
 class Holder:
-    """The session that keeps others from writing, and what the database held when it began to."""
+    """The session that keeps others from writing, and the content of the database when it started."""
 
     session: Session
     made: int
 
     def look(self) -> None:
-        """Raise :class:`WouldLose` where others have made something since that no lock keeps them from making."""
+        """Raise :class:`WouldLose` if others have created something since that no lock prevents."""
         try:
             made = _made(self.session)
         except QueryFailed as error:
@@ -143,7 +145,7 @@ def nobody_writes(
     backup: Backup,
     own: Callable[[], frozenset[int]],
 ) -> Iterator[Holder]:
-    """Keep everybody from writing within the block, having found that nobody has since the backup.
+    """Keep everybody from writing within the block, after a check that nobody has since the backup.
 
     Raises :class:`WouldLose`.
     """
@@ -167,6 +169,6 @@ def nobody_writes(
             raise WouldLose(f"others may be writing: {error.text}") from error
         holder = Holder(
             session, _made(session)
-        )  # before the ids are read, which tell of all that was made before
+        )  # before the ids are read: those show everything that was created before
         refuse_losses(session, backup, own())
         yield holder

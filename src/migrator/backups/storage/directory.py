@@ -1,8 +1,9 @@
-"""A dump in directory format: ``ID.dir``, a folder that pg_dump's workers write at the same time.
+"""A dump in directory format: ``ID.dir``, a folder that pg_dump's workers write in parallel.
 
-Its checksum can be had by hand: ``cd ID.dir && sha256sum -- * | LC_ALL=C sort -k 2 | sha256sum``.  pg_dump writes the
-files itself, so each is hashed as pg_dump left it, in the kernel's memory, and once more when it is on the disk and
-the kernel's copy has been dropped: a disk that lies is found out as it is with a file that we write.
+To compute its checksum by hand: ``cd ID.dir && sha256sum -- * | LC_ALL=C sort -k 2 | sha256sum``.
+pg_dump writes the files itself. Each is hashed as pg_dump left it, in the kernel's memory, and again
+from the disk after the kernel's copy was dropped. So a faulty disk is noticed as with a file that
+migrator writes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ CHUNK = 4 * 1024 * 1024
 def checksum(folder: Path, on_bytes: Callable[[int], object] | None = None) -> tuple[str, int]:
     """Return the sha256 over a dump's folder, and the size of its files in bytes; raises OSError.
 
-    It is that of the lines ``SHA256  NAME``, in the order of the names' bytes.  ``on_bytes`` is told how many were
-    read so far.
+    It is the hash of the lines ``SHA256 NAME``, in the order of the names' bytes. ``on_bytes`` gets the
+    number of bytes read so far.
     """
     lines, size = hashlib.sha256(), 0
     for path in files(folder):
@@ -44,7 +45,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def size_of(folder: Path) -> int:
-    """Return how many bytes the files of a folder hold just now: some may still be written to."""
+    """Return the current size of a folder's files in bytes: some may still be written to."""
     size = 0
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

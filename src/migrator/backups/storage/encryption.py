@@ -1,10 +1,10 @@
-"""Encrypt dumps to public keys on their way to a store, and decrypt them on their way back (age, by pyrage).
+"""Encrypt dumps to public keys on the way to a store, and decrypt them on the way back (age, by pyrage).
 
-The container that migrates has public keys only: it cannot read its own backups.  The format is age's
+The migrating container has only public keys: it cannot read its own backups. The format is age's
 (https://age-encryption.org/v1), so ``age -d -i KEY ID.dump.age`` opens a backup without migrator.
 
-pyrage reads and writes file-like objects until the first is at its end, so it works in a thread of its own, between
-two ends that hold no more than a few chunks.
+pyrage reads and writes file-like objects until the first ends, so it works in its own thread, between
+two ends with a few chunks each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POLL = 0.1  # seconds between two looks whether the other side is still there
 
 
 class CannotOpen(Exception):
-    """What is encrypted cannot be decrypted; the message says why."""
+    """Encrypted content cannot be decrypted; the message says why."""
 
 
 class _Gone(OSError):
@@ -38,7 +38,7 @@ class _Gone(OSError):
 
 
 class _Conveyor:
-    """Chunks from one thread to another, a few at a time; a file-like object for whoever reads bytes from it."""
+    """Chunks from one thread to another, a few at a time; a file-like object for readers of bytes."""
 
     def __init__(self) -> None:
         self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED)
@@ -47,7 +47,7 @@ class _Conveyor:
         self.abandoned = threading.Event()
 
     def put(self, chunk: bytes | None) -> None:
-        """Hand a chunk over (None: that was all), waiting for room; raises where nobody takes it any more."""
+        """Pass a chunk on (None: the end), waiting for room; raises if the reader is gone."""
         while not self.abandoned.is_set():
             with contextlib.suppress(queue.Full):
                 self._queue.put(chunk, timeout=_POLL)
@@ -73,16 +73,16 @@ class _Conveyor:
         return taken
 
     def write(self, chunk: bytes) -> int:
-        """Hand a chunk over."""
+        """Pass a chunk on."""
         self.put(bytes(chunk))
         return len(chunk)
 
     def flush(self) -> None:
-        """Do nothing: what was written is on its way."""
+        """Do nothing: the chunks are on their way."""
 
 
 class SealedPart:
-    """A part that is encrypted as it is written; ``size`` and ``sha256`` are of what went in."""
+    """A part that is encrypted while it is written; ``size`` and ``sha256`` are of the plain content."""
 
     def __init__(self, inner: WritablePart, recipients: tuple[str, ...]) -> None:
         self.inner = inner
@@ -103,7 +103,9 @@ class SealedPart:
         part = self
 
         class Sink:
-            """What pyrage writes to; it would make a text of an exception, so that is kept."""
+            """The target of pyrage's writes; pyrage would turn an exception into a text, so the exception is
+            kept.
+            """
 
             def write(self, chunk: bytes) -> int:
                 try:
@@ -120,7 +122,7 @@ class SealedPart:
 
         try:
             pyrage.encrypt_io(self._plain, Sink(), keys)
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that writes
+        except BaseException as error:  # noqa: BLE001 - passed to the writing thread
             self._failure = self._failure or error
         finally:
             self._plain.abandoned.set()
@@ -138,12 +140,12 @@ class SealedPart:
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of what was written, before encryption."""
+        """Return the checksum of the content before encryption."""
         return self._hash.hexdigest()
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of what is stored: of what is encrypted."""
+        """Return the checksum and the size of the stored, encrypted content."""
         return self.inner.stored
 
     def write(self, chunk: bytes) -> None:
@@ -156,7 +158,7 @@ class SealedPart:
         self.size += len(chunk)
 
     def sync(self) -> None:
-        """Encrypt to the end, then have all of it where it will be read back from; raises OSError."""
+        """Encrypt to the end, then store all of it; raises OSError."""
         if not self._synced:
             with contextlib.suppress(_Gone):
                 self._plain.put(None)
@@ -175,20 +177,20 @@ class SealedPart:
 
     @property
     def tag(self) -> str:
-        """Return the store's own name for what was read back."""
+        """Return the store's own name for the content that was read back."""
         return self.inner.tag
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield what is stored, encrypted, read back from there; raises OSError."""
+        """Yield the stored, encrypted content, read back; raises OSError."""
         return self.inner.chunks()
 
     def local(self) -> AbstractContextManager[Path]:
-        """Yield a path on this machine with what is stored, encrypted; raises OSError."""
+        """Yield a path on this machine with the stored, encrypted content; raises OSError."""
         return self.inner.local()
 
 
 def sealed(part: WritablePart, recipients: tuple[str, ...]) -> SealedPart:
-    """Return a part that encrypts what is written to it on its way to ``part``; that is gone where this fails."""
+    """Return a part that encrypts its content on the way to ``part``; ``part`` is removed if this fails."""
     try:
         return SealedPart(part, recipients)
     except BaseException as error:
@@ -197,7 +199,7 @@ def sealed(part: WritablePart, recipients: tuple[str, ...]) -> SealedPart:
 
 
 def seal_all(files: Mapping[str, bytes], recipients: tuple[str, ...]) -> dict[str, bytes]:
-    """Return small files by ending, encrypted where there are recipients; their endings then say so."""
+    """Return small files by ending, encrypted if there are recipients; their endings then show that."""
     if not recipients:
         return dict(files)
     pyrage = _library()
@@ -206,10 +208,10 @@ def seal_all(files: Mapping[str, bytes], recipients: tuple[str, ...]) -> dict[st
 
 
 def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
-    """Yield what ``chunks`` are when decrypted with the keys in a file, as a stream.
+    """Yield the decrypted ``chunks`` with the keys in a file, as a stream.
 
-    A stream that was cut off or changed raises at that place, after what is whole before it was yielded.
-    Raises :class:`CannotOpen`, :class:`SettingsError` for the file, and what ``chunks`` raises.
+    A truncated or changed stream raises at that place, after the valid content before it. Raises
+    :class:`CannotOpen`, :class:`SettingsError` for the file, and errors of ``chunks``.
     """
     keys = read_identities(identity)
     source, plain = _Conveyor(), _Conveyor()
@@ -223,8 +225,8 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
                     source.put(chunk)
             source.put(None)
         except _Gone:
-            return  # the decryption has failed, or nobody wants to read on
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
+            return  # the decryption has failed, or the reader is gone
+        except BaseException as error:  # noqa: BLE001 - raised in the reading thread
             unread.append(error)
             source.abandoned.set()
 
@@ -233,7 +235,7 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
 
         try:
             pyrage.decrypt_io(source, plain, keys)
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that reads
+        except BaseException as error:  # noqa: BLE001 - raised in the reading thread
             unopened.append(error)
         finally:
             source.abandoned.set()
@@ -253,12 +255,12 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
     finally:
         source.abandoned.set()
         plain.abandoned.set()
-        for thread in threads:  # whoever goes on reading ``chunks`` shall be the only one
+        for thread in threads:  # the next reader of ``chunks`` must be the only one
             thread.join(_GOODBYE)
 
 
 def _cannot_open(error: BaseException) -> CannotOpen:
-    """Say why; pyrage raises its own error for the head of a stream, and an OSError for the rest."""
+    """Return the reason; pyrage raises its own error for the head of a stream, and an OSError for the rest."""
     said = str(error)
     why = "it is damaged or cut off"
     if "No matching keys" in said:
@@ -282,7 +284,7 @@ def read_recipients(recipients: Iterable[str]) -> list[Any]:
 
 
 def read_identities(path: Path) -> list[Any]:
-    """Return the private keys in a file, age's or one of SSH; raises :class:`SettingsError`, which shows none."""
+    """Return the private keys in a file, of age or SSH; raises :class:`SettingsError`, which shows none."""
     pyrage = _library()
     try:
         content = path.read_bytes()

@@ -1,6 +1,6 @@
-"""What a place for backups can do, whichever it is.
+"""The interface of a place for backups.
 
-A backup is its manifest: what has none is no backup, and no store lists it.
+A backup is its manifest: a dump without one is not a backup, and no store lists it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _CHUNK = 4 * 1024 * 1024
 
 
 class Part(Protocol):
-    """A dump on its way into a store: hashed as it is written, and gone on leaving unless it was added.
+    """A dump on its way into a store: hashed while it is written, and removed on leaving unless it was added.
 
-    ``size`` and ``sha256`` are of what was written; where it is encrypted on its way (``encrypted_to`` names the
-    keys), what is stored is something else: :meth:`stored`, :meth:`chunks` and :meth:`local` are about that.
+    ``size`` and ``sha256`` are of the plain content. If it is encrypted on the way (``encrypted_to``
+    names the keys), the stored content differs: :meth:`stored`, :meth:`chunks` and :meth:`local` are
+    about that.
     """
 
     id: str
@@ -49,39 +50,41 @@ class Part(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what was written, unless it was added."""
+        """Remove the content, unless it was added."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of what was written."""
+        """Return the checksum of the plain content."""
         ...
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of what is stored; known after :meth:`sync`."""
+        """Return the checksum and the size of the stored content; known after :meth:`sync`."""
         ...
 
     @property
     def tag(self) -> str:
-        """Return the store's own name (ETag) for the content that :meth:`chunks` has read; empty where it has none."""
+        """Return the store's own name (ETag) for the content that :meth:`chunks` has read; empty if it has
+        none.
+        """
         ...
 
     def sync(self) -> None:
-        """Have all of it where it will be read back from; raises OSError."""
+        """Store all of it, ready to be read back; raises OSError."""
         ...
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield what is stored, read back from there; raises OSError."""
+        """Yield the stored content, read back; raises OSError."""
         ...
 
     def local(self) -> AbstractContextManager[Path]:
-        """Yield a path on this machine with what is stored; raises OSError."""
+        """Yield a path on this machine with the stored content; raises OSError."""
         ...
 
 
 class WritablePart(Part, Protocol):
-    """A part that its maker writes to; into a folder, pg_dump writes itself."""
+    """A part with a write method; pg_dump writes into a folder itself."""
 
     def write(self, chunk: bytes) -> None:
         """Append to it; raises OSError."""
@@ -90,7 +93,9 @@ class WritablePart(Part, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BadDump:
-    """A dump that failed its proof: kept for a look, and never taken for a backup; ``at`` is when it failed."""
+    """A dump that failed verification: kept for inspection, never used as a backup; ``at`` is the time of the
+    failure.
+    """
 
     id: str
     database: str
@@ -100,18 +105,18 @@ class BadDump:
 
 
 class Store(Protocol):
-    """A place where backups live; several databases may share it.  ``str()`` is its name for people."""
+    """A place for backups; several databases may share it. ``str()`` is its name for people."""
 
     def prepare(self) -> None:
-        """Make it ready and try that it can be written to; raises BackupFailed."""
+        """Prepare it and test a write; raises BackupFailed."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Return how many bytes may still be written; None where there is no limit."""
+        """Return how many bytes may still be written; None if there is no limit."""
         ...
 
     def cannot_write(self, error: OSError, needed: str = "") -> BackupFailed:
-        """Say why a backup cannot be written here, and what to do about it."""
+        """Return why a backup cannot be written here, and the fix."""
         ...
 
     def backups(self, database: str = "") -> list[Backup]:
@@ -127,62 +132,64 @@ class Store(Protocol):
         ...
 
     def tag(self, backup: Backup) -> str:
-        """Return the store's own name (ETag) for what is stored of a backup now, or an empty text; raises OSError."""
+        """Return the store's current name (ETag) for a backup's content, or an empty text; raises OSError."""
         ...
 
     def local(self, backup: Backup) -> AbstractContextManager[Path]:
-        """Yield a path on this machine with what is stored of a backup; raises OSError."""
+        """Yield a path on this machine with a backup's stored content; raises OSError."""
         ...
 
     def remove_stale(self, database: str) -> None:
-        """Remove what dead runs left of backups that never were."""
+        """Remove the leftovers of dead runs without a manifest."""
         ...
 
     def remove(self, found: Backup | BadDump) -> None:
-        """Remove a backup and all that is beside it, its manifest first; raises OSError.
+        """Remove a backup and all files beside it, its manifest first; raises OSError.
 
-        What another run has removed meanwhile is no failure.
+        A file that another run has removed meanwhile is not a failure.
         """
         ...
 
     def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
-        """Begin a dump of about ``expected`` bytes (0: nobody knows); raises OSError."""
+        """Begin a dump of about ``expected`` bytes (0: unknown); raises OSError."""
         ...
 
     def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
-        """Make a proven dump a backup: its manifest is written last; raises OSError, and leaves nothing then.
+        """Turn a verified dump into a backup: its manifest is written last; raises OSError, and leaves
+        nothing then.
 
-        ``beside`` are small files that go with it, by ending (``.globals.sql``).
+        ``beside`` are small files that belong to it, by ending (``.globals.sql``).
         """
         ...
 
     def note(self, backup: Backup) -> None:
-        """Write a backup's manifest anew, in one step, with what was found out since; raises OSError.
+        """Replace a backup's manifest in one step, with newer facts; raises OSError.
 
-        One that another run has removed meanwhile stays removed.
+        If another run has removed it meanwhile, it stays removed.
         """
         ...
 
     def beside(self, backup: Backup, ending: str) -> bytes | None:
-        """Return a small file that goes with a backup, as it is stored, or None; raises OSError."""
+        """Return a small file that belongs to a backup, as stored, or None; raises OSError."""
         ...
 
     def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
-        """Give what failed its proof a name that says so, and return its place; raises OSError.
+        """Rename a dump that failed verification, and return its place; raises OSError.
 
-        It is no backup from the first moment of this, and a part outlives its block.
+        From the first moment it is not a backup, and a part outlives its block.
         """
         ...
 
     def bad(self, database: str = "") -> list[BadDump]:
-        """Return what was marked as bad (of one database); raises BackupFailed."""
+        """Return the dumps that failed verification (of one database); raises BackupFailed."""
         ...
 
 
 def pick(store: Store, wanted: str, database: str) -> Backup:
     """Return a backup by name, or ``latest`` of a database; raises NoSuchBackup, BackupFailed.
 
-    One that was not proven is never the latest, and of several of a name it comes after those that were.
+    An unverified one is never the latest. Among several with one name, it comes after the verified
+    ones.
     """
     found = store.backups(database)
     for backup in sorted(found, key=lambda item: not item.verified):
@@ -193,7 +200,7 @@ def pick(store: Store, wanted: str, database: str) -> Backup:
 
 
 def read_manifest(text: str, stem: str) -> Backup:
-    """Read the manifest ``STEM.json``; raises :class:`BadManifest`, also where it is another backup's."""
+    """Read the manifest ``STEM.json``; raises :class:`BadManifest`, also if it belongs to another backup."""
     backup = from_json(text)
     if backup.id != stem:
         raise BadManifest(f"it belongs to {backup.id}: it was renamed")
@@ -201,7 +208,7 @@ def read_manifest(text: str, stem: str) -> Backup:
 
 
 def newest_first(found: Iterable[Backup]) -> list[Backup]:
-    """Sort backups as they are listed."""
+    """Sort backups in the order of a list."""
     return sorted(found, key=lambda backup: (backup.created_at, backup.id), reverse=True)
 
 
@@ -211,7 +218,7 @@ def dump_name(backup_id: str, encrypted_to: Sequence[str]) -> str:
 
 
 def manifest_content(backup: Backup) -> bytes:
-    """Return what a manifest's file holds; raises :class:`BackupFailed` where nobody would read all of it back."""
+    """Return the content of a manifest file; raises :class:`BackupFailed` if it is too large to be read back."""
     content = backup.to_json().encode()
     if len(content) > safe_open.SMALL:
         raise BackupFailed(
@@ -223,7 +230,7 @@ def manifest_content(backup: Backup) -> bytes:
 
 
 def bad_manifest(found: Part | Backup, why: str, database: str) -> str:
-    """Return the text of ``ID.bad.json``: what is known, and what was wrong with it."""
+    """Return the text of ``ID.bad.json``: the known facts, and the failure."""
     document: dict[str, Any] = {"format": PROVEN, "id": found.id, "database": database}
     if isinstance(found, Backup):
         document = json.loads(found.to_json())
@@ -234,7 +241,7 @@ def bad_manifest(found: Part | Backup, why: str, database: str) -> str:
 
 
 def read_bad(text: str, stem: str, place: str) -> BadDump | None:
-    """Read ``STEM.bad.json``; None where it is not one that :func:`bad_manifest` wrote (or not the whole of it)."""
+    """Read ``STEM.bad.json``; None if :func:`bad_manifest` did not write it (or not completely)."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         document = json.loads(text)
         bad = document.get("bad") or {}
@@ -245,14 +252,16 @@ def read_bad(text: str, stem: str, place: str) -> BadDump | None:
 
 
 def of_database(bad: BadDump, database: str) -> bool:
-    """Whether a bad dump is one of a database (any: ``""``); by its id where nothing else tells."""
+    """Tell whether a bad dump belongs to a database (any: ``""``); by its id if nothing else tells."""
     if not database or not bad.database:
         return not database or bad.id.startswith(f"{slug(database)}-")
     return bad.database == database
 
 
 def new_id(database: str, moment: datetime | None = None) -> str:
-    """Return a new backup's id: the database's name as far as a file name can hold it, the time, and chance."""
+    """Return a new backup's id: the database's name as far as a file name can hold it, the time, and a random
+    part.
+    """
     moment = moment or datetime.now(UTC)
     return f"{slug(database)}-{moment:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
@@ -263,7 +272,7 @@ def slug(database: str) -> str:
 
 
 def checksum(chunks: Iterable[bytes], on_chunk: Callable[[int], object] | None = None) -> tuple[str, int]:
-    """Return the sha256 and the size of what a store yields; raises OSError."""
+    """Return the sha256 and the size of a store's chunks; raises OSError."""
     digest, size = hashlib.sha256(), 0
     for chunk in chunks:
         digest.update(chunk)

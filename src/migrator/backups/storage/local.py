@@ -1,10 +1,10 @@
-"""The folder that backups live in: ``ID.dump`` and, written last, its manifest ``ID.json``.
+"""The folder of backups: ``ID.dump`` and, written last, its manifest ``ID.json``.
 
-A dump is written to ``ID.dump.part`` under a lock (flock), hashed on the way, fsynced, read back from the
-disk, and renamed; then the manifest goes the same way.  So a file that ends in ``.dump`` is whole, and a
-backup that is listed is whole and proven.  What a killed run leaves is a ``.part`` file that nobody holds
-the lock of; the next backup removes it.  Encrypted dumps are ``ID.dump.age``; one that failed its proof is
-``ID.dump.bad`` with ``ID.bad.json`` beside it.
+A dump is written to ``ID.dump.part`` under a lock (flock), hashed on the way, fsynced, read back from
+the disk, and renamed; then the manifest goes the same way. So a file that ends in ``.dump`` is
+complete, and a listed backup is complete and verified. A killed run leaves a ``.part`` file with a free
+lock; the next backup removes it. Encrypted dumps are ``ID.dump.age``. A dump that failed verification
+is ``ID.dump.bad`` with ``ID.bad.json`` beside it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.backup")
 STALE_AFTER = 3600.0
-"""Seconds after which a ``.part`` file of *another* database is taken for dead, where flock says it is free."""
+"""Seconds after which a ``.part`` file of *another* database counts as dead, if flock says it is free."""
 
 _PROBE = ".migrator-"
 _UNPUBLISHED = re.compile(r"(?P<id>[A-Za-z0-9_.]+-\d{8}T\d{6}Z-[0-9a-f]{6})(?:\.bad)?\.json\.part")
@@ -61,7 +61,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class FolderStore:
-    """The backups of one folder; several databases may share it.  Dumps are encrypted where there are recipients."""
+    """The backups of one folder; several databases may share it. Dumps are encrypted if there are recipients."""
 
     def __init__(self, folder: Path, recipients: tuple[str, ...] = ()) -> None:
         self.folder = folder
@@ -71,24 +71,26 @@ class FolderStore:
         return str(self.folder)
 
     def dump_path(self, backup_id: str) -> Path:
-        """Return where the dump of a new backup would be."""
+        """Return the path for the dump of a new backup."""
         return self.folder / dump_name(backup_id, self.recipients)
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
-        """Yield a backup's bytes as they are stored, read from the disk; raises OSError."""
+        """Yield a backup's stored bytes, read from the disk; raises OSError."""
         return file_chunks(Path(backup.place))
 
     def tag(self, backup: Backup) -> str:
-        """Return that a folder has no other name for a file's content than its checksum."""
+        """Return an empty name: a folder has no name for a file's content except its checksum."""
         return ""
 
     @contextlib.contextmanager
     def local(self, backup: Backup) -> Iterator[Path]:
-        """Yield a path with what is stored of a backup: here, the file itself."""
+        """Yield a path with a backup's stored content: here, the file itself."""
         yield Path(backup.place)
 
     def prepare(self) -> None:
-        """Create the folder if need be and try that files can be made in it; raises :class:`BackupFailed`."""
+        """Create the folder if needed, and test that files can be created in it; raises
+        :class:`BackupFailed`.
+        """
         probe = self.folder / f"{_PROBE}{secrets.token_hex(6)}{PART}"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ class FolderStore:
             )
 
     def cannot_write(self, error: OSError, needed: str = "") -> BackupFailed:
-        """Say why a backup cannot be written here, and what to do about it."""
+        """Return why a backup cannot be written here, and the fix."""
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             space = f"; {needed}" if needed else ""
@@ -129,7 +131,7 @@ class FolderStore:
         )
 
     def free_bytes(self) -> int:
-        """Return how many bytes we may still write."""
+        """Return how many bytes this process may still write."""
         facts = os.statvfs(self.folder)
         return facts.f_bavail * facts.f_frsize
 
@@ -173,7 +175,7 @@ class FolderStore:
         return pick(self, wanted, database)
 
     def _names(self, ending: str) -> list[Path]:
-        """Return the files with an ending, none where the folder is missing; raises OSError.
+        """Return the files with an ending, none if the folder is missing; raises OSError.
 
         Path.glob would hide that a folder may not be read.
         """
@@ -184,7 +186,7 @@ class FolderStore:
         return [self.folder / name for name in sorted(names) if name.endswith(ending)]
 
     def _read(self, path: Path) -> Backup:
-        """Read a manifest; raises BadManifest, or FileNotFoundError where there is none any more."""
+        """Read a manifest; raises BadManifest, or FileNotFoundError if it no longer exists."""
         try:
             text = safe_open.small(path).decode()
         except FileNotFoundError:
@@ -205,15 +207,15 @@ class FolderStore:
         return dataclasses.replace(backup, place=str(dump))
 
     def remove_stale(self, database: str) -> None:
-        """Remove what dead runs left: ``.part`` files that no process holds the lock of.
+        """Remove the leftovers of dead runs: ``.part`` files whose lock is free.
 
-        Those of this database at once, for its run lock is ours; those of others only when they are old, for
-        not every network file system carries locks from host to host.
+        Those of this database at once, because this run holds its run lock. Those of others only when
+        they are old, because not every network file system carries locks from host to host.
         """
         ours = re.compile(re.escape(slug(database)) + r"-\d{8}T\d{6}Z-[0-9a-f]{6}\.[a-z.]+\.part")
         for path in self._names(PART):
             try:
-                if path.name.startswith(_PROBE):  # only making it mattered, to whichever run
+                if path.name.startswith(_PROBE):  # only its creation mattered, by any run
                     path.unlink(missing_ok=True)
                     continue
                 old = time.time() - path.stat().st_mtime > STALE_AFTER
@@ -225,7 +227,8 @@ class FolderStore:
                 LOGGER.warning("cannot remove %s: %s", path, error.strerror)
 
     def _remove_without_manifest(self, path: Path) -> None:
-        """Remove what a run published before it was killed, if ``path`` is the manifest that it did not publish.
+        """Remove the files that a run published before it was killed, if ``path`` is its unpublished
+        manifest.
 
         The manifest is written before anything is published, and published last.
         """
@@ -240,7 +243,7 @@ class FolderStore:
                 LOGGER.info("removed %s, which an interrupted run left without a manifest", published)
 
     def remove(self, found: Backup | BadDump) -> None:
-        """Remove a backup, its manifest first, so that it is none from the first moment; raises OSError."""
+        """Remove a backup, its manifest first, so that it is no backup from the first moment; raises OSError."""
         for ending in (MANIFEST, BAD_MANIFEST):
             (self.folder / f"{found.id}{ending}").unlink(missing_ok=True)
         for path in self._names(""):
@@ -249,9 +252,9 @@ class FolderStore:
         sync_folder(self.folder)
 
     def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
-        """Rename what failed its proof to ``ID.dump.bad``; return its place.  Raises OSError.
+        """Rename a dump that failed verification to ``ID.dump.bad``; return its place. Raises OSError.
 
-        The manifest goes first and in one step: no moment has one that names a bad dump.
+        The manifest is removed first and in one step: at no moment does a manifest name a bad dump.
         """
         manifest = self.folder / f"{found.id}{BAD_MANIFEST}"
         with uninterrupted():
@@ -273,7 +276,7 @@ class FolderStore:
         return str(bad)
 
     def bad(self, database: str = "") -> list[BadDump]:
-        """Return what was marked as bad (of one database); raises :class:`BackupFailed`."""
+        """Return the dumps that failed verification (of one database); raises :class:`BackupFailed`."""
         found = []
         for path in self._manifests(BAD_MANIFEST):
             stem = path.name.removesuffix(BAD_MANIFEST)
@@ -295,7 +298,7 @@ class FolderStore:
         return DirectoryPart(self.folder / f"{backup_id}{DIRECTORY}", backup_id)
 
     def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
-        """Give a proven dump its name, then write its manifest: from here on it is a backup.
+        """Give a verified dump its name, then write its manifest: from here on it is a backup.
 
         Raises OSError, and leaves nothing then.
         """
@@ -329,14 +332,14 @@ class FolderStore:
         return part
 
     def note(self, backup: Backup) -> None:
-        """Write a backup's manifest anew, in one step; raises OSError."""
+        """Replace a backup's manifest in one step; raises OSError."""
         name = f"{backup.id}{MANIFEST}"
         with self._small(name, backup.id, manifest_content(backup)) as manifest, uninterrupted():
             if (self.folder / name).exists():
                 manifest.publish()
 
     def beside(self, backup: Backup, ending: str) -> bytes | None:
-        """Return a small file that goes with a backup, as it is stored; raises OSError."""
+        """Return a small file that belongs to a backup, as stored; raises OSError."""
         path = self.folder / f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}"
         return safe_open.small(path) if path.exists() else None
 
@@ -356,7 +359,7 @@ def _delete(path: Path) -> None:
 
 
 def _lost_with_container(folder: Path) -> bool:
-    """Whether the folder is on a container's own file system, of which nothing outlives it."""
+    """Tell whether the folder is on a container's own file system, which is lost with the container."""
     if not any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv")):
         return False
     return folder.stat().st_dev == Path("/").stat().st_dev
@@ -364,7 +367,7 @@ def _lost_with_container(folder: Path) -> bool:
 
 def _nobody_holds(path: Path) -> bool:
     if not path.is_dir() and not path.is_file():
-        return True  # nothing that a run writes to: it is removed, and never opened
+        return True  # no run writes to this: it is removed, and never opened
     descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

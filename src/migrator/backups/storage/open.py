@@ -10,9 +10,9 @@ from migrator.config.settings import Settings
 
 
 def open_store(url: str, settings: Settings | None = None) -> Store:
-    """Return the store that ``file:///folder`` or ``s3://bucket/prefix`` names.
+    """Return the store behind ``file:///folder`` or ``s3://bucket/prefix``.
 
-    ``settings`` tell how to reach a bucket, and the public keys that dumps are encrypted to.
+    ``settings`` have the access to a bucket, and the public keys for encryption.
     """
     parsed = urlparse(url, allow_fragments=False)
     recipients = tuple(settings.backup_recipients.split("\n")) if settings else ()

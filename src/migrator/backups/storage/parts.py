@@ -22,7 +22,7 @@ _NOT_EVERYWHERE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 
 
 class LocalPart:
-    """What a file and a folder have in common: the name, the lock, and how they go or get their name."""
+    """The common parts of a file and a folder: the name, the lock, removal and publication."""
 
     encrypted_to: tuple[str, ...] = ()
     tag = ""
@@ -41,12 +41,12 @@ class LocalPart:
                     fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (
             BaseException
-        ):  # also a signal that was held back until here: nobody will leave what was not entered
+        ):  # also a signal that was held back until here: a block that was not entered is not left
             self._discard()
             raise
 
     def _make(self) -> None:
-        """Make what is written to, and open it: sets ``_made`` and ``_descriptor``; raises OSError."""
+        """Create and open the target: sets ``_made`` and ``_descriptor``; raises OSError."""
         self._descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._made = True
 
@@ -72,18 +72,18 @@ class LocalPart:
 
     @contextlib.contextmanager
     def local(self) -> Iterator[Path]:
-        """Yield the path of what was written."""
+        """Yield the path of the content."""
         yield self.temporary
 
     def publish(self, path: Path | None = None) -> None:
-        """Give it its name (or another), and have that on the disk too."""
+        """Give it its name (or another), and sync that to the disk too."""
         os.rename(self.temporary, path or self.path)
         self._published = True
         sync_folder(self.path.parent)
 
 
 class FilePart(LocalPart):
-    """A file that is written to, and hashed on the way."""
+    """A file that is hashed while it is written."""
 
     def __init__(self, path: Path, backup_id: str) -> None:
         self.size = 0
@@ -92,12 +92,12 @@ class FilePart(LocalPart):
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of what was written."""
+        """Return the checksum of the plain content."""
         return self._hash.hexdigest()
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of what is stored, which is what was written."""
+        """Return the checksum and the size of the stored content, here the plain content."""
         return self.sha256, self.size
 
     def write(self, chunk: bytes) -> None:
@@ -109,11 +109,11 @@ class FilePart(LocalPart):
         self.size += len(chunk)
 
     def sync(self) -> None:
-        """Have the bytes on the disk, and forget the kernel's copies, so that reading back reads the disk."""
+        """Sync the bytes to the disk, and drop the kernel's copies, so that reading back reads the disk."""
         _sync_file(self._descriptor)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield what was written, read back from the disk; raises OSError."""
+        """Yield the content, read back from the disk; raises OSError."""
         return file_chunks(self.temporary)
 
 
@@ -137,17 +137,17 @@ class DirectoryPart(LocalPart):
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of what pg_dump wrote; known after :meth:`sync`."""
+        """Return the checksum of pg_dump's output; known after :meth:`sync`."""
         return self.stored[0]
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of what is stored, which is what was written."""
+        """Return the checksum and the size of the stored content, here the plain content."""
         assert self._found is not None  # noqa: S101 - sync comes first
         return self._found
 
     def sync(self) -> None:
-        """Hash what pg_dump wrote, and have it on the disk, for nobody else to read; raises OSError."""
+        """Hash pg_dump's output, and sync it to the disk, readable only for its owner; raises OSError."""
         self._found = directory.checksum(self.temporary)
         for path in directory.files(self.temporary):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -159,7 +159,7 @@ class DirectoryPart(LocalPart):
         os.fsync(self._descriptor)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield what is stored, file after file; raises OSError."""
+        """Yield the stored content, file after file; raises OSError."""
         for path in directory.files(self.temporary):
             yield from file_chunks(path)
 
@@ -171,7 +171,7 @@ def _sync_file(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where its file system can; raises OSError."""
+    """Sync the names in a folder to the disk, if its file system can; raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

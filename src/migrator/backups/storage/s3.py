@@ -1,8 +1,9 @@
-"""Backups in a bucket, on anything that speaks S3: ``PREFIX/ID.dump`` and, written last, ``PREFIX/ID.json``.
+"""Backups in a bucket, with any S3 server: ``PREFIX/ID.dump`` and, written last, ``PREFIX/ID.json``.
 
-A dump is streamed in parts, of which nothing can be seen until it is complete; then it is read back and proven, and
-only then gets its manifest.  So an object ``ID.dump`` without ``ID.json`` is no backup: it is being proven, or its
-run died.  There are no locks in a bucket, so what dead runs left is known by its age.
+A dump is streamed in parts, which are invisible until it is complete. Then it is read back and
+verified, and only then gets its manifest. So an object ``ID.dump`` without ``ID.json`` is not a backup:
+its verification is running, or its run died. A bucket has no locks, so leftovers of dead runs are
+recognised by their age.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _CHUNK = 1024 * 1024
 
 
 class TooBig(S3Failure):
-    """An object that should be a small one is not."""
+    """An object that should be small is not."""
 
 
 class S3Store:
@@ -64,7 +65,7 @@ class S3Store:
 
     @classmethod
     def from_settings(cls, url: str, settings: Settings | None, recipients: tuple[str, ...]) -> S3Store:
-        """Return the store of a URL, reached as the settings say."""
+        """Return the store of a URL, with the access from the settings."""
         access = Access()
         if settings is not None:
             access = Access(
@@ -80,7 +81,8 @@ class S3Store:
     def __str__(self) -> str:
         return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
 
-    # -- how the bucket is asked -----------------------------------------------------------------------
+    # -- requests to the bucket
+    # ----------------------------------------------------------------------------
 
     @functools.cached_property
     def client(self) -> Any:
@@ -90,12 +92,12 @@ class S3Store:
 
     @functools.cached_property
     def quick_client(self) -> Any:
-        """One that gives up soon, for cleaning up."""
+        """A client that gives up soon, for cleaning up."""
         with translated(str(self), self.bucket, self.access, ""):
             return client(self.access, quick=True)
 
     def asking(self, right: str) -> AbstractContextManager[None]:
-        """Raise what boto3 raises as :class:`S3Failure`; ``right`` is what the request needs to be granted."""
+        """Raise boto3's errors as :class:`S3Failure`; ``right`` is the privilege that the request needs."""
         known = dataclasses.replace(self.access, region=self.client.meta.region_name)
         return translated(str(self), self.bucket, known, right)
 
@@ -104,13 +106,13 @@ class S3Store:
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def place(self, name: str) -> str:
-        """Return where an object is, for people."""
+        """Return the place of an object, for people."""
         return f"s3://{self.bucket}/{self.key(name)}"
 
     def read(self, name: str, on_tag: Callable[[str], object] = lambda _: None) -> Iterator[bytes]:
-        """Yield an object's bytes; where the connection breaks, go on from there.  Raises OSError.
+        """Yield an object's bytes; continue after a broken connection. Raises OSError.
 
-        The tag, which ``on_tag`` is told, makes sure that it is still the same object.
+        The tag, which is passed to ``on_tag``, ensures that it is still the same object.
         """
         place, tag, attempts = 0, "", 0
         while True:
@@ -138,7 +140,7 @@ class S3Store:
                 LOGGER.debug("reading %s again from byte %d: %s", name, place, failure.why)
 
     def size(self, name: str) -> int | None:
-        """Return an object's size; None where there is none.  Raises OSError."""
+        """Return an object's size; None if it does not exist. Raises OSError."""
         try:
             with self.asking("s3:GetObject"):
                 return int(self.client.head_object(Bucket=self.bucket, Key=self.key(name))["ContentLength"])
@@ -148,7 +150,7 @@ class S3Store:
             raise
 
     def delete(self, name: str, *, quick: bool = False) -> None:
-        """Delete an object, if it is there; raises OSError."""
+        """Delete an object, if it exists; raises OSError."""
         with self.asking("s3:DeleteObject"):
             (self.quick_client if quick else self.client).delete_object(
                 Bucket=self.bucket, Key=self.key(name)
@@ -159,7 +161,7 @@ class S3Store:
             self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=content)
 
     def _get(self, name: str) -> bytes:
-        """Return a small object's content; raises OSError, :class:`TooBig` where it is not small."""
+        """Return a small object's content; raises OSError, :class:`TooBig` if it is not small."""
         found = bytearray()
         for chunk in self.read(name):
             found += chunk
@@ -168,7 +170,7 @@ class S3Store:
         return bytes(found)
 
     def listed(self, start: str = "") -> dict[str, Mapping[str, Any]]:
-        """Return what is directly under the prefix, by name; raises OSError."""
+        """Return the objects directly under the prefix, by name; raises OSError."""
         found = {}
         with self.asking("s3:ListBucket"):
             pages = self.client.get_paginator("list_objects_v2").paginate(
@@ -182,7 +184,7 @@ class S3Store:
     # -- before a backup -------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Try that uploads can be made, by beginning one and giving it up; raises :class:`BackupFailed`."""
+        """Test that uploads are possible: begin one and abort it; raises :class:`BackupFailed`."""
         key = self.key(".migrator-probe")
         try:
             with self.asking("s3:PutObject and s3:AbortMultipartUpload"):
@@ -192,10 +194,10 @@ class S3Store:
             raise self.cannot_write(failure) from failure
 
     def free_bytes(self) -> None:
-        """Return that there is no limit: nobody can ask a bucket."""
+        """Return that there is no limit: a bucket does not report one."""
 
     def cannot_write(self, error: OSError, needed: str = "") -> BackupFailed:
-        """Say why a backup cannot be written here, and what to do about it."""
+        """Return why a backup cannot be written here, and the fix."""
         if isinstance(error, S3Failure):
             return BackupFailed(
                 f"The backup cannot be written to {self}: {error.why}.", next_step=error.next_step
@@ -205,9 +207,9 @@ class S3Store:
         )
 
     def remove_stale(self, database: str) -> None:
-        """Remove what dead runs left: uploads that get no parts any more, and old dumps without a manifest.
+        """Remove the leftovers of dead runs: uploads without new parts, and old dumps without a manifest.
 
-        What may not be listed or removed is warned of: a backup does not fail for want of it.
+        If they cannot be listed or removed, that is a warning: the backup does not fail.
         """
         try:
             s3_stale.abort_uploads(self, database)
@@ -223,7 +225,7 @@ class S3Store:
         return encryption.sealed(part, self.recipients) if self.recipients else part
 
     def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
-        """Write a proven dump's manifest: from here on it is a backup.
+        """Write a verified dump's manifest: from here on it is a backup.
 
         Raises OSError, and leaves nothing then.
         """
@@ -240,14 +242,14 @@ class S3Store:
                 for ending in files:
                     self.delete(f"{backup.id}{ending}", quick=True)
             except S3Failure as failure:
-                # The manifest may be there after all: then so must the dump.
+                # The manifest may exist after all: then the dump must too.
                 inner.kept = True
                 LOGGER.warning("%s may still be there, complete: %s", self.place(inner.name), failure.why)
             raise
         return dataclasses.replace(backup, place=self.place(inner.name))
 
     def note(self, backup: Backup) -> None:
-        """Write a backup's manifest anew, where it still is; raises OSError."""
+        """Replace a backup's manifest, if it still exists; raises OSError."""
         try:
             self._get(f"{backup.id}{MANIFEST}")
         except S3Failure as failure:
@@ -281,7 +283,7 @@ class S3Store:
         )
 
     def _read(self, name: str, listed: Mapping[str, Mapping[str, Any]]) -> Backup | None:
-        """Read a manifest; None where another run has removed it since.  Raises BadManifest, OSError."""
+        """Read a manifest; None if another run has removed it. Raises BadManifest, OSError."""
         try:
             text = self._get(name).decode()
         except TooBig as failure:
@@ -317,21 +319,21 @@ class S3Store:
         return pick(self, wanted, database)
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
-        """Yield a backup's bytes as they are stored; raises OSError."""
+        """Yield a backup's stored bytes; raises OSError."""
         return self.read(backup.place.rpartition("/")[2])
 
     def tag(self, backup: Backup) -> str:
-        """Return the ETag that a dump has now; raises OSError."""
+        """Return the current ETag of a dump; raises OSError."""
         name = backup.place.rpartition("/")[2]
         with self.asking("s3:GetObject"):
             return str(self.client.head_object(Bucket=self.bucket, Key=self.key(name))["ETag"])
 
     def local(self, backup: Backup) -> AbstractContextManager[Path]:
-        """Yield a file on this machine with what is stored of a backup, removed afterwards; raises OSError."""
+        """Yield a file on this machine with a backup's stored content, removed afterwards; raises OSError."""
         return downloaded(self, backup.place.rpartition("/")[2], backup.stored[1])
 
     def beside(self, backup: Backup, ending: str) -> bytes | None:
-        """Return a small file that goes with a backup, as it is stored; raises OSError."""
+        """Return a small file that belongs to a backup, as stored; raises OSError."""
         try:
             return self._get(f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}")
         except S3Failure as failure:
@@ -340,16 +342,17 @@ class S3Store:
             raise
 
     def remove(self, found: Backup | BadDump) -> None:
-        """Remove a backup and all that is beside it, its manifest first; raises OSError."""
+        """Remove a backup and all files beside it, its manifest first; raises OSError."""
         for ending in (MANIFEST, BAD_MANIFEST):
             self.delete(f"{found.id}{ending}")
         for name in self.listed(f"{found.id}."):
             self.delete(name)
 
     def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
-        """Copy what failed its proof to ``ID.dump.bad`` and remove it; return its place.  Raises OSError.
+        """Copy a dump that failed verification to ``ID.dump.bad`` and remove it; return its place. Raises
+        OSError.
 
-        Its manifest goes first.
+        Its manifest is removed first.
         """
         if isinstance(found, Backup):
             database = database or found.database
@@ -364,7 +367,7 @@ class S3Store:
             self._copy(name, name + BAD)
             self.delete(name)
             return self.place(name + BAD)
-        return self.place(name)  # it has no manifest and a note that it is bad: that must do
+        return self.place(name)  # it has no manifest and a note that it is bad: that must be enough
 
     def _copy(self, source: str, target: str) -> None:
         from boto3.s3.transfer import TransferConfig
@@ -377,7 +380,7 @@ class S3Store:
         )
 
     def bad(self, database: str = "") -> list[BadDump]:
-        """Return what was marked as bad (of one database); raises :class:`BackupFailed`."""
+        """Return the dumps that failed verification (of one database); raises :class:`BackupFailed`."""
         found = []
         try:
             listed = self.listed()

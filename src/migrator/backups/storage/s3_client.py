@@ -1,9 +1,9 @@
-"""The only importer of boto3: a client for a bucket, and what its errors mean to people.
+"""A client for a bucket, and the meaning of its errors; only this module imports boto3.
 
-Whatever goes wrong with a bucket is raised as :class:`S3Failure`, an OSError, for a store raises those.
-Newer SDKs send and expect checksums of their own (CRC32, in trailers), which many S3-compatible servers refuse or do
-not know; they are asked for only where an operation requires one, for a backup is read back and hashed anyway.
-https://docs.aws.amazon.com/sdkref/latest/guide/feature-dataintegrity.html
+Every bucket error is raised as :class:`S3Failure`, an OSError, because a store raises those. Newer SDKs
+send and expect their own checksums (CRC32, in trailers), which many S3-compatible servers refuse or do
+not know. They are used only if an operation requires one, because a backup is read back and hashed
+anyway. https://docs.aws.amazon.com/sdkref/latest/guide/feature-dataintegrity.html
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from migrator.runtime.logs import redact
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 60.0
 ATTEMPTS = 5
-"""How often a request is made that fails for a reason that passes (503, SlowDown, a lost connection, no answer)."""
+"""How often a request is made that fails for a passing reason (503, SlowDown, a lost connection, no answer).
+"""
 _QUICK_TIMEOUT, _QUICK_ATTEMPTS = 5.0, 2
 _DEFAULT_REGION = "us-east-1"
 _REMEDY = "use {}, the full image, or pip install 'migrator[s3]'"
@@ -47,9 +48,9 @@ _CLOCK = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 
 
 class S3Failure(OSError):
-    """A bucket did not do what it was asked; ``why`` is one sentence, ``next_step`` what to do about it.
+    """A bucket request failed; ``why`` is one sentence, ``next_step`` is the fix.
 
-    ``filename`` is the store's name, by which errors of the store are told from others; ``code`` is S3's own.
+    ``filename`` is the store's name, which distinguishes errors of the store; ``code`` is S3's own.
     """
 
     def __init__(self, place: str, why: str, next_step: str, code: str = "") -> None:
@@ -63,13 +64,13 @@ class S3Failure(OSError):
 
     @property
     def missing(self) -> bool:
-        """Whether there is no such object (any more)."""
+        """Tell whether the object does not exist (any more)."""
         return self.code in _MISSING
 
 
 @dataclass(frozen=True)
 class Access:
-    """How a bucket is reached; no keys: the platform's identity (boto3's chain)."""
+    """The access to a bucket; without keys: the platform's identity (boto3's chain)."""
 
     endpoint: str = ""
     region: str = ""
@@ -85,7 +86,7 @@ class Access:
 def client(access: Access, *, quick: bool = False) -> Any:
     """Return boto3's client; a ``quick`` one gives up soon, for cleaning up after a failure.
 
-    Raises :class:`SettingsError` where boto3 is missing.
+    Raises :class:`SettingsError` if boto3 is missing.
     """
     with _library():
         import boto3
@@ -123,7 +124,7 @@ def client(access: Access, *, quick: bool = False) -> Any:
 
 
 def _remember_secrets(request_signer: Any = None, **_: Any) -> None:
-    """Have the log mask the keys that the platform handed out: they change while we run."""
+    """Mask the platform's keys in the log: they change during a run."""
     credentials = getattr(request_signer, "_credentials", None)
     if credentials is not None:
         frozen = credentials.get_frozen_credentials()
@@ -138,7 +139,7 @@ _remembered: set[str] = set()
 
 @contextlib.contextmanager
 def _library() -> Iterator[None]:
-    """Say how to get boto3 where an import of it fails."""
+    """Return how to install boto3 after a failed import."""
     try:
         yield
     except ImportError as error:
@@ -148,7 +149,7 @@ def _library() -> Iterator[None]:
 
 @contextlib.contextmanager
 def translated(place: str, bucket: str, access: Access, what: str) -> Iterator[None]:
-    """Raise what boto3 raises as :class:`S3Failure`; ``what`` names the right that the request needs."""
+    """Raise boto3's errors as :class:`S3Failure`; ``what`` names the privilege that the request needs."""
     with _library():
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
@@ -162,7 +163,7 @@ def translated(place: str, bucket: str, access: Access, what: str) -> Iterator[N
 
 
 def _refused(place: str, bucket: str, access: Access, what: str, response: Mapping[str, Any]) -> S3Failure:
-    """Say what an error that the server answered with means."""
+    """Return the meaning of an error that the server answered with."""
     error = response.get("Error", {})
     code, said = str(error.get("Code", "")), redact(" ".join(str(error.get("Message", "")).split()))[:300]
     meta = response.get("ResponseMetadata", {})
@@ -204,7 +205,7 @@ def _refused(place: str, bucket: str, access: Access, what: str, response: Mappi
 
 
 def _unreached(place: str, access: Access, error: Exception) -> S3Failure:
-    """Say what it means that no answer came."""
+    """Return the meaning of a missing answer."""
     kind = type(error).__name__
     said = redact(" ".join(str(error).split()))[:300]
     where = access.endpoint or "AWS"

@@ -1,4 +1,4 @@
-"""What dead runs left in a bucket: there are no locks in one, so it is told by its age, by the server's clock."""
+"""Leftovers of dead runs in a bucket. A bucket has no locks, so their age tells, by the server's clock."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("migrator.backup")
 IDLE = timedelta(hours=1)
-"""After which an upload of this database that gets no parts is taken for dead; those of others after `OLD`."""
+"""After this time without new parts, an upload of this database counts as dead; those of others after `OLD`.
+"""
 OLD = timedelta(days=1)
-"""After which a dump without manifest is taken for one whose run died: reading back and proving may take hours."""
+"""After this time without a manifest, the run of a dump counts as dead: its verification may take hours."""
 _MOST_UPLOADS = 10_000
 _OURS = re.compile(r"(?P<id>(?P<slug>.+)-\d{8}T\d{6}Z-[0-9a-f]{6})\.[a-z.]+")
 
 
 def abort_uploads(store: S3Store, database: str) -> None:
-    """Give up the uploads that get no parts any more; raises OSError."""
+    """Abort the uploads without new parts; raises OSError."""
     for now, upload in _uploads(store):
         ours = _OURS.fullmatch(upload["Key"].removeprefix(store.key("")))
         patience = IDLE if ours and ours["slug"] == slug(database) else OLD
@@ -36,8 +37,8 @@ def abort_uploads(store: S3Store, database: str) -> None:
 def _uploads(store: S3Store) -> Iterator[tuple[datetime, Mapping[str, Any]]]:
     """Yield the uploads below the store's prefix, each with the server's time.
 
-    MinIO lists uploads by a whole key or by none, never by what keys begin with, so where there seem to be none, those
-    of the whole bucket are looked through.
+    MinIO lists uploads by a whole key or by none, never by a prefix. If there seem to be none, those of
+    the whole bucket are searched.
     """
     prefix, found = store.key(""), False
     for asked in dict.fromkeys((prefix, "")):
@@ -78,9 +79,9 @@ def _abort(store: S3Store, upload: Mapping[str, Any]) -> None:
 
 
 def remove_orphans(store: S3Store) -> None:
-    """Remove old dumps that have no manifest; raises OSError."""
+    """Remove old dumps without a manifest; raises OSError."""
     listed = store.listed()
-    now = datetime.now(UTC)  # S3 refuses requests of a clock that is a quarter of an hour off
+    now = datetime.now(UTC)  # S3 refuses requests with a clock that is a quarter of an hour off
     for name, item in listed.items():
         ours = _OURS.fullmatch(name)
         known = ours and {f"{ours['id']}{ending}" for ending in (MANIFEST, BAD_MANIFEST)} & listed.keys()
@@ -90,7 +91,7 @@ def remove_orphans(store: S3Store) -> None:
 
 
 def _now(answer: Mapping[str, Any]) -> datetime:
-    """Return the server's time: its clock is the one that says how old something is."""
+    """Return the server's time: ages are measured with its clock."""
     date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
     with contextlib.suppress(TypeError, ValueError):
         return parsedate_to_datetime(date).astimezone(UTC)

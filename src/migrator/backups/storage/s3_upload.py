@@ -1,8 +1,8 @@
 """A dump on its way into a bucket: a multipart upload, two parts at a time, in bounded memory.
 
-An upload takes at most 10,000 parts, and some servers (Cloudflare's R2) want all but the last one of the same size:
-so the size is chosen by what is expected, and grows only after 4,000 parts, where more came than was expected.
-https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+An upload takes at most 10,000 parts, and some servers (Cloudflare's R2) require the same size for all
+but the last one. So the expected size sets the part size, which grows only after 4,000 parts, if more
+came than expected. https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("migrator.backup")
 PART = 16 * 1024 * 1024
-"""Bytes of a part; up to three are in memory: one that fills, and two on their way."""
+"""Bytes of a part; up to three are in memory: one being filled, and two on their way."""
 _STEADY = 4000
 _AT_ONCE = 2
 _POLL = 0.2
-_GOODBYE = 6.0  # seconds for requests under way to end before an upload is aborted
+_GOODBYE = 6.0  # seconds for running requests to end before an upload is aborted
 _RIGHTS = "s3:PutObject and s3:AbortMultipartUpload"
 
 
 def first_size(expected: int) -> int:
-    """Return the size of the first parts for ``expected`` bytes: 4,000 of them suffice, where that is right."""
+    """Return the size of the first parts for ``expected`` bytes: 4,000 of them suffice, if that is right."""
     mebibyte = 1024 * 1024
     return max(PART, -(-expected // _STEADY // mebibyte) * mebibyte)
 
@@ -48,9 +48,9 @@ def part_size(number: int, first: int) -> int:
 
 
 class _Slab:
-    """A part's bytes, in memory that is used again: given back and taken anew, megabytes would pile up in between.
+    """A part's bytes, in reused memory: freed and allocated again, megabytes would pile up in between.
 
-    A file-like object for boto3, which reads in small pieces what it would otherwise copy as a whole.
+    A file-like object for boto3, which reads it in small pieces and would otherwise copy it as a whole.
     """
 
     def __init__(self, size: int) -> None:
@@ -126,7 +126,7 @@ class S3Part:
         try:
             if not self._complete:
                 self._abort()
-            # Also where it is not complete: the answer to the completion may have got lost.
+            # Also if it is not complete: the answer to the completion may be lost.
             self._store.delete(self.name, quick=True)
         except OSError as failure:
             LOGGER.warning(
@@ -137,7 +137,7 @@ class S3Part:
             )
 
     def _abort(self) -> None:
-        """Have the server forget the parts; again where some were still on their way."""
+        """Let the server drop the parts; repeat if some were still on their way."""
         deadline = time.monotonic() + _GOODBYE
         self._drop_upload()
         late = [thread for thread in self._threads if thread.is_alive()]
@@ -159,12 +159,12 @@ class S3Part:
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of what was written."""
+        """Return the checksum of the plain content."""
         return self._hash.hexdigest()
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of what is stored, which is what was written."""
+        """Return the checksum and the size of the stored content, here the plain content."""
         return self.sha256, self.size
 
     def write(self, chunk: bytes) -> None:
@@ -179,7 +179,7 @@ class S3Part:
                 self._slab = self._next_slab()
 
     def _send(self) -> None:
-        """Hand the slab over to be sent."""
+        """Pass the slab on for sending."""
         self._number += 1
         if len(self._threads) < _AT_ONCE:
             name = f"upload {len(self._threads) + 1}"
@@ -189,7 +189,7 @@ class S3Part:
         self._queue.put((self._number, self._slab))
 
     def _next_slab(self) -> _Slab:
-        """Wait for a slab that was sent; raises what sending raised."""
+        """Wait for a sent slab; raise its error."""
         size = part_size(self._number + 1, self._first)
         while self._failure is None:
             with contextlib.suppress(queue.Empty):
@@ -199,7 +199,7 @@ class S3Part:
         raise self._failure
 
     def _work(self) -> None:
-        """Send parts until there are no more, or until one fails."""
+        """Send parts until the last one, or until one fails."""
         while not self._giving_up.is_set() and self._failure is None:
             try:
                 item = self._queue.get(timeout=_POLL)
@@ -209,7 +209,7 @@ class S3Part:
                 return
             try:
                 self._send_one(*item)
-            except BaseException as error:  # noqa: BLE001 - raised in the thread that writes
+            except BaseException as error:  # noqa: BLE001 - raised in the writing thread
                 self._failure = self._failure or error
             self._free.put(item[1])
 
@@ -226,7 +226,7 @@ class S3Part:
         self._etags[number] = answer["ETag"]
 
     def sync(self) -> None:
-        """Send the rest and have the server put the parts together; raises OSError."""
+        """Send the rest and let the server join the parts; raises OSError."""
         if self._complete:
             return
         if self._slab.filled or not self._number:
@@ -253,12 +253,12 @@ class S3Part:
                     MultipartUpload={"Parts": parts},
                 )
         except S3Failure as failure:
-            # Where an answer got lost and the request was made again, it has been done already.
+            # If an answer was lost and the request was repeated, it has been done already.
             if failure.code != "NoSuchUpload" or store.size(self.name) != self.size:
                 raise
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield what is stored, read back from the bucket; raises OSError."""
+        """Yield the stored content, read back from the bucket; raises OSError."""
         return self._store.read(self.name, self._note_tag)
 
     def _note_tag(self, tag: str) -> None:
@@ -266,14 +266,14 @@ class S3Part:
 
     @contextlib.contextmanager
     def local(self) -> Iterator[Path]:
-        """Yield a path on this machine with what is stored; raises OSError."""
+        """Yield a path on this machine with the stored content; raises OSError."""
         with downloaded(self._store, self.name, self.size) as path:
             yield path
 
 
 @contextlib.contextmanager
 def downloaded(store: S3Store, name: str, size: int) -> Iterator[Path]:
-    """Yield a file that only we can read, with what is stored; removed on leaving.  Raises OSError."""
+    """Yield a private file with the stored content; removed on leaving. Raises OSError."""
     try:
         folder = temporary.folder(size, name)
     except temporary.NoRoom as error:

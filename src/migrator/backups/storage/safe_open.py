@@ -1,7 +1,7 @@
-"""Read the files of a backup folder: only what is a regular file, and small ones in bounded memory.
+"""Read the files of a backup folder: only regular files, and small ones in bounded memory.
 
-Whoever can write to the folder can put anything in it under any name: a FIFO, whose opening would wait for a writer
-for ever, a device, a folder, a manifest of gigabytes.  A symbolic link counts as what it leads to.
+A writer of the folder can put anything in it under any name: a FIFO, which would block an open for
+ever, a device, a folder, a manifest of gigabytes. A symbolic link counts as its target.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ _KINDS = {
 
 
 class NotRegular(OSError):
-    """What bears a file's name is something else."""
+    """The file's name belongs to something else than a regular file."""
 
 
 def opened(path: Path) -> BinaryIO:
-    """Open a regular file to read it, unbuffered; raises :class:`NotRegular` and other OSErrors, and never waits."""
-    _demand(path, os.stat(path).st_mode)  # before it is opened: that alone does something to some devices
+    """Open a regular file to read it, unbuffered; raises :class:`NotRegular` and other OSErrors, and never
+    waits.
+    """
+    _demand(path, os.stat(path).st_mode)  # before it is opened: an open alone affects some devices
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         _demand(path, os.fstat(descriptor).st_mode)
@@ -41,7 +43,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def small(path: Path) -> bytes:
-    """Return what is in a small file; raises OSError, also where it has more than :data:`SMALL` bytes."""
+    """Return the content of a small file; raises OSError, also if it has more than :data:`SMALL` bytes."""
     with opened(path) as file:
         found = bytearray()
         while chunk := file.read(min(1024 * 1024, SMALL + 1 - len(found))):

@@ -1,6 +1,6 @@
-"""What is kept for a moment on this machine: small lists in memory, copies of archives where there is room.
+"""Temporary data on this machine: small lists in memory, copies of archives in a folder with enough space.
 
-An image with a read-only root has no /tmp unless one is mounted, so nothing that is small may need it.
+An image with a read-only root has no /tmp unless one is mounted, so small data must not need it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from migrator.backups.manifest import human_size
 
 
 class NoRoom(Exception):
-    """There is no folder on this machine that a copy fits into; carries a sentence and what to do."""
+    """No folder on this machine has room for a copy; carries a sentence and a next step."""
 
     def __init__(self, sentence: str, next_step: str) -> None:
         super().__init__(sentence)
@@ -25,7 +25,9 @@ class NoRoom(Exception):
 
 @contextlib.contextmanager
 def in_memory(content: bytes) -> Iterator[Path]:
-    """Yield a path, for our children too, of a file with some content; it is in memory and gone with this process."""
+    """Yield the path, valid for our children too, of a file with this content; it is in memory and gone with
+    this process.
+    """
     number = os.memfd_create("migrator")
     with os.fdopen(number, "wb") as file:
         file.write(content)

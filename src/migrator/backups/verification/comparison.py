@@ -1,12 +1,14 @@
-"""Compare a restored copy with what is known of the original, and with what the archive says.
+"""Compare a restored copy with the original, and with the schema in the archive.
 
-Two things are known of the original: what was read in the snapshot that pg_dump dumped (fingerprint.py), and the schema
-as pg_dump wrote it into the archive.  The copy is read in the same way, and dumped by the same pg_dump.
+Two facts about the original are known: its content in the snapshot that pg_dump dumped
+(fingerprint.py), and the schema as pg_dump wrote it into the archive. The copy is read in the same way,
+and dumped by the same pg_dump.
 
-Postgres prints some expressions anew after a restore (``a IN ('x')`` on a varchar comes back with its casts moved, a
-view's with its columns named otherwise).  Definitions that differ are therefore compared once more without casts and
-parentheses; of views, whose columns were compared, the text alone does not count.  Where server or pg_dump are of
-another major than the original's, even equal things are written differently: the objects are then compared by name.
+Postgres prints some expressions differently after a restore (``a IN ('x')`` on a varchar comes back
+with moved casts, a view with other column names). Definitions that differ are therefore compared once
+more without casts and parentheses. For views, whose columns were compared, a difference in the text
+alone does not count. If server or pg_dump have another major than the original's, even equal things are
+printed differently: the objects are then compared by name.
 """
 
 from __future__ import annotations
@@ -48,9 +50,10 @@ class Compared:
 
 
 def contents(backup: Backup, found: Contents, *, same_major: bool = True) -> Compared:
-    """Compare what a copy holds with the manifest; its schema's catalogs where both servers are of one major.
+    """Compare the content of a copy with the manifest; its schema's catalogs only if both servers have the
+    same major.
 
-    Another major keeps them otherwise: since 17, for one, a partition has its parent's identity.
+    Another major stores them differently: since 17, a partition has its parent's identity, for example.
     """
     wrong = [f"table {name} is missing" for name in sorted(backup.tables.keys() - found.tables.keys())]
     wrong += [
@@ -90,7 +93,7 @@ def _sequences(original: Mapping[str, Sequence], found: Mapping[str, Value]) -> 
         lowest, highest = sorted((known.before[0], known.after[0]))
         same = known.before == known.after
         if same and not (value[1] or known.before[1]):
-            continue  # nobody drew from either, and such a one's value is not known
+            continue  # both are unused, and the value of an unused one is not known
         if (same and value != known.before) or not lowest <= value[0] <= highest:
             expected = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
             wrong.append(f"sequence {name} is at {value[0]}, not at {expected}")
@@ -98,14 +101,16 @@ def _sequences(original: Mapping[str, Sequence], found: Mapping[str, Value]) -> 
 
 
 def difference(original: Contents, found: Contents) -> list[str]:
-    """Return in which lines two schemas differ: for people, beside the checksum that says that they do."""
+    """Return the lines in which two schemas differ: for people, beside the checksum that shows the
+    difference.
+    """
     before, after = Counter(original.schema), Counter(found.schema)
     lines = [f"missing: {line.strip()}" for line in (before - after).elements()]
     return lines + [f"not in the original: {line.strip()}" for line in (after - before).elements()]
 
 
 def schemas(archived: bytes, dumped: bytes, *, by_name: bool) -> list[str]:
-    """Compare the schema in an archive with that of a copy, both as pg_dump writes them; return what differs."""
+    """Compare the schema in an archive with that of a copy, both from pg_dump; return the differences."""
     before, after = _objects(archived), _objects(dumped)
     wrong = [f"{name} is missing" for name in sorted((_names(before) - _names(after)).elements())]
     wrong += [
@@ -123,7 +128,7 @@ def schemas(archived: bytes, dumped: bytes, *, by_name: bool) -> list[str]:
 
 
 def _objects(sql: bytes) -> Counter[tuple[str, str]]:
-    """Take a schema apart into its objects, each with its name and its statements; their order does not count."""
+    """Split a schema into its objects, each with its name and its statements; their order does not count."""
     pieces = _HEADER.split(without_oddities(sql).decode("utf-8", "surrogateescape"))
     found: Counter[tuple[str, str]] = Counter()
     for name, kind, schema, owner, text in zip(*(pieces[start::5] for start in range(1, 6)), strict=True):

@@ -1,18 +1,19 @@
-"""What a database holds, in a form in which a restored copy can be compared with the original.
+"""The content of a database, in a form for comparing a restored copy with the original.
 
-Rows: per table their number and one hash: the sum over all rows of a hash (64 bits) of the row as COPY writes it.  A
-sum depends on no order, and unlike an exclusive-or it sees rows that are there twice.  It is made here and not on the
-server, where a query would run what others have put into the table's indexes and statistics (see exported_snapshot.py);
-a million rows of two columns take 0.75 s in the place of 0.15.  It finds accidents; a forged archive is found by its
-sha256.  How values are written as text is pinned (:data:`PINNED`), and columns go by name, for a restore
-may order them anew where a parent table got columns later than its children.  Generated columns are left out, as
-pg_dump leaves them out.
+Rows: for each table their number and one hash, the sum over all rows of a hash (64 bits) of the row as
+COPY writes it. A sum does not depend on the order, and unlike an exclusive-or it notices duplicate
+rows. It is computed here and not on the server, where a query would run others' code in the table's
+indexes and statistics (see exported_snapshot.py). A million rows of two columns take 0.75 s instead of
+0.15. It finds accidents; the sha256 of an archive finds a forgery. The text form of values is pinned
+(:data:`PINNED`). Columns go by name, because a restore may reorder them if a parent table got columns
+later than its children. Generated columns are excluded, as in pg_dump.
 
-Schema: one line for each column, constraint, index, trigger, function, type and sequence, with what a restore must
-keep, and without the definitions' text: Postgres does not print an expression as it was before a dump
-(``a IN ('x')`` on a varchar, for one, comes back with its casts moved).
+Schema: one line for each column, constraint, index, trigger, function, type and sequence, with the
+facts that a restore must keep, and without the text of definitions. Postgres does not print an
+expression as before a dump (``a IN ('x')`` on a varchar comes back with moved casts, for example).
 
-All of it is read in one transaction, the snapshot that pg_dump dumps.  Only sequences take no part in that.
+All of it is read in one transaction, in the snapshot that pg_dump dumps. Only sequences take no part in
+that.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PINNED = {
     "row_security": "off",
     "statement_timeout": "0",
 }
-"""The settings that say how values are written as text, and what is seen of the rows."""
+"""The settings for the text form of values, and for the visible rows."""
 
 _TOO_BIG = ("54000", "53200")  # program_limit_exceeded: a row of 1 GB as text; out_of_memory
 
@@ -62,8 +63,9 @@ SELECT count(*)::text || ' ' || coalesce(sum(hashtextextended(
   FROM pg_largeobject_metadata
 """
 
-# What pg_dump leaves out is left out: the system's, an extension's, what follows from another (a partition's clone of
-# a foreign key or trigger, an index that is not valid).  Named NOT NULL constraints (PostgreSQL 18) are the column's.
+# Objects that pg_dump omits are omitted: those of the system, of an extension, and dependent ones (a
+# partition's clone of a foreign key or trigger, an invalid index). Named NOT NULL constraints (PostgreSQL
+# 18) belong to the column.
 _SCHEMA = """
 WITH mine AS (
   SELECT oid, nspname FROM pg_namespace n
@@ -126,9 +128,9 @@ SELECT concat_ws(' ', 'extension', quote_ident(extname)) FROM pg_extension
 
 @dataclass(frozen=True)
 class Contents:
-    """What a database holds: rows by table, values by sequence, large objects, and its schema as lines.
+    """The content of a database: rows by table, values by sequence, large objects, and its schema as lines.
 
-    ``large_objects`` is their number and one hash, ``""`` where they could not be read as a whole.
+    ``large_objects`` is their number and one hash, ``""`` if they could not be read completely.
     """
 
     tables: Mapping[str, Table]
@@ -138,14 +140,14 @@ class Contents:
 
     @property
     def schema_sha256(self) -> str:
-        """Return the checksum of the schema's lines, ``""`` where they are not known."""
+        """Return the checksum of the schema's lines, ``""`` if they are not known."""
         if not self.schema:
             return ""
         return hashlib.sha256("\n".join(self.schema).encode()).hexdigest()
 
 
 def pin(session: Session) -> None:
-    """Have the session write values as every other one that compares contents does."""
+    """Make the session write values like every other session that compares contents."""
     names = dict(PINNED)
     if session.facts.major >= 17:
         names["transaction_timeout"] = "0"
@@ -162,12 +164,12 @@ def take(
     only: Collection[str] | None = None,
     lenient: bool = False,
 ) -> Contents:
-    """Read what a database holds beside its schema, in the session's transaction.
+    """Read the content of a database, without its schema, in the session's transaction.
 
-    Raises QueryFailed and ``exported_snapshot.LockedOut``.
-    ``found`` are its tables and sequences.  With ``rows``, those of all tables but ``excluded`` (or of ``only`` some,
-    by the names that are shown) are hashed, and so are large objects.  A table that is locked is waited for as the dump
-    itself waits; one that cannot be read is a warning where ``lenient``.
+    Raises QueryFailed and ``exported_snapshot.LockedOut``. ``found`` are its tables and sequences. With
+    ``rows``, the rows of all tables but ``excluded`` (or of ``only`` some, by their shown names) are
+    hashed, and large objects too. A locked table is waited for as in the dump itself; an unreadable one
+    is a warning if ``lenient``.
     """
     pin(session)
     tables = {
@@ -210,7 +212,7 @@ def take(
 
 
 class _Hashing:
-    """Where rows go that are hashed: psycopg2 writes one at a time."""
+    """The destination of hashed rows: psycopg2 writes one at a time."""
 
     total = 0
 
@@ -230,10 +232,11 @@ def measure(session: Session, relation: Relation) -> Table:
 
 
 def sequences(session: Session, found: Iterable[Relation]) -> dict[str, Value]:
-    """Read what the sequences are at now, in the session's transaction, though that has no view of its own of them.
+    """Read the current values of the sequences, in the session's transaction, whose snapshot does not cover
+    them.
 
-    By oid, for a name may have become a view's.  One that nobody drew from is told by where it starts.
-    Raises QueryFailed and LockedOut.
+    By oid, because a name may belong to a view by now. An unused one is identified by its start. Raises
+    QueryFailed and LockedOut.
     """
     names = {item.oid: item for item in found if item.kind == "S"}
     if not names:
@@ -243,7 +246,7 @@ def sequences(session: Session, found: Iterable[Relation]) -> dict[str, Value]:
 
 
 def sequences_now(session: Session, found: Iterable[Relation]) -> dict[str, Value]:
-    """Read what sequences are at now, in a transaction of its own; raises QueryFailed and LockedOut."""
+    """Read the current values of sequences, in a separate transaction; raises QueryFailed and LockedOut."""
     session.query("BEGIN READ ONLY")
     try:
         session.query("SET LOCAL lock_timeout = '1s'")
@@ -254,7 +257,9 @@ def sequences_now(session: Session, found: Iterable[Relation]) -> dict[str, Valu
 
 
 def large_objects(session: Session) -> str:
-    """Return the number of large objects and one hash over them, ``""`` where one is too big; raises QueryFailed."""
+    """Return the number of large objects and one hash over them, ``""`` if one is too big; raises
+    QueryFailed.
+    """
     session.query("SAVEPOINT large_objects")
     try:
         found: str = exported_snapshot.interruptibly(session, lambda: session.value(_LARGE_OBJECTS))

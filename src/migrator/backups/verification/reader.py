@@ -1,4 +1,6 @@
-"""Have pg_restore read an archive while it is written: what is encrypted on its way cannot be read here later."""
+"""Let pg_restore read an archive while it is written: an archive that is encrypted on its way cannot be read
+here later.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,18 @@ from migrator.backups.clients import Client
 from migrator.runtime import subprocesses
 
 _AHEAD = 16
-"""Chunks (of a megabyte at most) that the writer may be ahead of pg_restore."""
+"""Chunks (of at most a megabyte) that the writer may be ahead of pg_restore."""
 _POLL = 0.1
 
 
 class _GivenUp(Exception):
-    """The dump failed, so nobody wants to know."""
+    """The dump failed, so the result is not needed."""
 
 
 class Reader:
-    """A pg_restore that decompresses and parses what is written to it; ended on leaving.
+    """A pg_restore that decompresses and parses its input; ended on leaving.
 
-    ``on_data`` gets what it makes of that, see :func:`pg_restore.read_whole`, in another thread.
+    ``on_data`` gets its output, see :func:`pg_restore.read_whole`, in another thread.
     """
 
     def __init__(self, client: Client, on_data: Callable[[bytes], object] | None = None) -> None:
@@ -47,11 +49,11 @@ class Reader:
         self._thread.join()
 
     def write(self, chunk: bytes) -> None:
-        """Hand a chunk over, no faster than it is read; what a pg_restore that has ended would not read is dropped."""
+        """Pass a chunk on, no faster than it is read; drop the rest after pg_restore has ended."""
         self._put(chunk)
 
     def finish(self) -> subprocesses.Finished:
-        """Say that this was all; return how pg_restore ended.  Raises OSError where it could not be started."""
+        """Signal the end; return how pg_restore ended. Raises OSError if it could not be started."""
         self._put(None)
         while self._thread.is_alive():
             self._thread.join(_POLL)
@@ -68,7 +70,7 @@ class Reader:
     def _read(self) -> None:
         try:
             self._finished = pg_restore.read_whole(self._client, self._feed(), self._on_data)
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that asks how it ended
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that reads the result
             self._failure = error
 
     def _feed(self) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
-"""Count the rows that an archive holds, in what pg_restore writes of its data.
+"""Count the rows in an archive, in pg_restore's output of its data.
 
-No server is asked and no table locked: what is counted is what was dumped.
+It needs no server and locks no table, and counts exactly the dumped rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ _NO_STATEMENT = re.compile(rb"(?:(?:--[^\n]*)?\n)*")
 
 @dataclass
 class Held:
-    """What an archive holds of one table: its rows, and their size as text in bytes."""
+    """One table in an archive: its rows, and their size as text in bytes."""
 
     rows: int = 0
     size: int = 0
 
 
 class Rows:
-    """Counts what pg_restore writes with ``--section=data``, chunk by chunk.
+    """Counts the output of pg_restore with ``--section=data``, chunk by chunk.
 
-    ``tables`` has what was found, by schema and name; ``unread`` says why the rest could not be read, if so.
+    ``tables`` has the results, by schema and name; ``unread`` says why the rest could not be read, if
+    so.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class Rows:
         self.unread = ""
         self._data, self._at = b"", 0
         self._held: Held | None = None
-        self._counted = 0  # bytes from _at on that were counted already: the end of the rows may begin there
+        self._counted = 0  # bytes from _at on that are counted already: the end of the rows may begin there
         self._statement: list[bytes] = []
         self._quoted = Quoted()
         self._codec = "utf-8"
@@ -84,7 +85,7 @@ class Rows:
             self._at = end + 1
 
     def _copied(self, line: bytes) -> Held | None:
-        """Return where the rows belong that begin after a line."""
+        """Return the table of the rows that begin after a line."""
         if not self._statement and RESTRICTION.fullmatch(line):
             return None
         self._statement.append(line)

@@ -1,8 +1,8 @@
-"""A scratch database that a backup is restored into to be compared, and that is gone afterwards, however that ends.
+"""A scratch database for restoring and comparing a backup; it is removed afterwards, at any end.
 
-It is made beside the original or on another server, bears a mark in its comment, and whoever works with it holds a
-lock that ends with its session: a marked one that nobody holds is what a killed run has left, and the next proof
-drops it.  Nothing but this one database is made: no role, no tablespace, no subscription.
+It is created beside the original or on another server, and has a mark in its comment. Its user holds a
+lock that ends with its session. A marked one with a free lock comes from a killed run, and the next
+verification drops it. Only this one database is created: no role, no tablespace, no subscription.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.backup")
 _MARK = "migrator: scratch copy for a proof of "
-_EMPTY = 12 * 1000 * 1000  # bytes: a database just made from template0, on every major and page size in use
+_EMPTY = 12 * 1000 * 1000  # bytes: a new database from template0, on every major and page size in use
 _RUN = r"_verify_\d{8}T\d{6}Z-[0-9a-f]{6}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The server that scratch databases are made on; ``elsewhere`` where it is not the original's."""
+    """The server for scratch databases; ``elsewhere`` if it is not the original's."""
 
     target: Target
     elsewhere: bool
@@ -43,12 +43,12 @@ class Place:
     timeout: float
 
     def connect(self, *, patient: bool = True) -> Session:
-        """Open a session in no database in particular; raises ConnectFailed."""
+        """Open a session in the maintenance database; raises ConnectFailed."""
         return databases.maintenance(self.target, self.application_name, self.timeout, patient=patient)
 
 
 def check(place: Place) -> ServerFacts:
-    """Refuse a standby, and a role that may not create databases; return what its server is.
+    """Refuse a standby, and a role that may not create databases; return the facts of its server.
 
     Raises :class:`BackupFailed`, ConnectFailed, QueryFailed.
     """
@@ -79,9 +79,10 @@ def _standby(place: Place) -> BackupFailed:
 
 
 def left_over(session: Session, database: str) -> list[str]:
-    """Return the scratch databases of one database that there are, whether somebody works with them or not.
+    """Return the existing scratch databases of one database, in use or not.
 
-    One that has no mark yet is known by its name and by being empty: a run was killed while it made it.
+    One without a mark is recognised by its name and by being empty: a run was killed while it created
+    it.
     """
     start = databases.shorten(database, "_verify_20000101T000000Z-000000").partition("_verify_2000")[0]
     rows = session.query(
@@ -94,7 +95,7 @@ def left_over(session: Session, database: str) -> list[str]:
 
 
 def clear(session: Session, database: str) -> None:
-    """Drop what killed proofs of one database have left: what nobody holds the lock of."""
+    """Drop the scratch databases of killed verifications of one database: those with a free lock."""
     for name in left_over(session, database):
         if not session.value(_TRY, [_key(name)]):
             continue
@@ -118,7 +119,7 @@ def _key(name: str) -> str:
 
 @contextlib.contextmanager
 def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, Target]]:
-    """Make an empty database like the backed-up one; yield a session beside it and its address; drop it.
+    """Create an empty database like the backed-up one; yield a session beside it and its address; drop it.
 
     Raises QueryFailed, ConnectFailed.
     """
@@ -140,7 +141,7 @@ def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, T
 
 
 def _like(session: Session, place: Place, properties: Properties) -> Properties:
-    """Keep the owner where this role needs its privileges; elsewhere neither owner nor tablespace is there.
+    """Keep the owner if this role needs its privileges; another server has neither owner nor tablespace.
 
     A superuser needs none, and an owner could let others in.
     """

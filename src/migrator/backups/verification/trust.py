@@ -1,9 +1,9 @@
-"""Whose code a restore runs: a proof that nobody watches does not run other roles' code as a superuser.
+"""Whose code a restore runs: an unattended verification does not run other roles' code as a superuser.
 
-A restore evaluates what a backup holds: checks, expression indexes, generated columns, views.  No change of
-role keeps a function that runs there from being the superuser again (``SET ROLE``, ``SET SESSION AUTHORIZATION``: the
-server asks who logged in).  What protects is a login without privileges, or another server.  A role that may create
-roles can give itself away in the same way.
+A restore evaluates code in a backup: checks, expression indexes, generated columns, views. No change of
+role keeps a function there from becoming the superuser again (``SET ROLE``, ``SET SESSION
+AUTHORIZATION``: the server checks the login). Only a login without privileges protects, or another
+server. A role that may create roles can give its rights away in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEXT_STEP = (
 )
 _NO_CODE = ("SCHEMA", "ACL", "DEFAULT ACL", "COMMENT", "SEQUENCE SET")
 
-# The bootstrap superuser's objects, and what initdb made, are not noted.
+# The objects of the bootstrap superuser and of initdb are not listed.
 _OWNERS = """
 SELECT DISTINCT pg_get_userbyid(refobjid)::text FROM pg_shdepend JOIN pg_database d ON d.oid = dbid
  WHERE d.datname = current_database() AND refclassid = 'pg_authid'::regclass AND deptype = 'o'
@@ -56,9 +56,9 @@ def _owners(lines: Iterable[str]) -> Iterable[str]:
 
 
 def objection(settings: Settings, session: Session, system_identifier: str, owners: Collection[str]) -> str:
-    """Say why a copy of what these roles own is not filled by the session's role; an empty text where it may be.
+    """Return why the session's role does not fill a copy of these roles' objects; an empty text if it may.
 
-    ``system_identifier`` is the server that the roles are of.  On any other server they have no part.
+    ``system_identifier`` is the server of the roles. They have no part on any other server.
     """
     here, _ = exported_snapshot.identity(session)
     elsewhere = here and system_identifier and here != system_identifier
@@ -67,7 +67,7 @@ def objection(settings: Settings, session: Session, system_identifier: str, owne
     trusted = dict(session.query(_ROLES))
     missing = (
         settings.verify_url != ""
-    )  # where a role is not there, a restore ends with it, but without owners
+    )  # if a role does not exist, a restore stops at it, except without owners
     others = sorted(name for name in owners if not trusted.get(name, not missing))
     if not others:
         return ""

@@ -1,8 +1,9 @@
-"""What pg_dump writes and pg_restore cannot bring back: expressions whose functions need a search_path.
+"""Objects that pg_dump writes and pg_restore cannot restore: expressions with functions that need a
+search_path.
 
-A restore runs under an empty search_path.  A check, a generated column, an index or a materialised view that calls a
-function whose body names tables or functions without their schema ends it.  Nothing is called here: the server analyses
-the bodies in SQL, and those in PL/pgSQL are searched for names.
+A restore runs with an empty search_path. It stops at a check, a generated column, an index or a
+materialised view that calls a function whose body names tables or functions without their schema.
+Nothing is called here: the server analyses bodies in SQL, and those in PL/pgSQL are searched for names.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 
 from migrator.postgres.session import QueryFailed, Session
 
-# Where a restore evaluates expressions, and the functions that each calls: directly, by an operator, by a view.
+# Where a restore evaluates expressions, and the functions that each calls: directly, by an operator, by a
+# view.
 _CALLED = """
 WITH RECURSIVE root(name, classid, objid) AS (
   SELECT format('check %I of %s', conname, CASE WHEN conrelid <> 0 THEN format('%I.%I', n.nspname, c.relname)
@@ -78,9 +80,9 @@ class _Function:
 
 
 def find(session: Session) -> list[str]:
-    """Return a sentence for each object that a restore would end at, or leave out; raises QueryFailed.
+    """Return a sentence for each object that a restore would stop at, or leave out; raises QueryFailed.
 
-    In a transaction of the session's.
+    It runs in a transaction of the session.
     """
     functions = {
         oid: _Function(oid, shown, name, language, _COMMENT.sub(" ", source), has_path)
@@ -133,7 +135,9 @@ def _reached(
 def _missing(
     session: Session, function: _Function, relations: Iterable[str], functions: Mapping[str, object]
 ) -> str:
-    """Say what a function does not find under our own search_path, which is as empty as that of a restore."""
+    """Return the names that a function does not find under our own search_path, which is as empty as that of
+    a restore.
+    """
     if function.has_path:
         return ""
     if function.language == "sql":
@@ -147,7 +151,7 @@ def _missing(
 
 
 def _read(function: _Function, relations: Iterable[str]) -> list[str]:
-    """Return the relations that a body names, as it names them; not those that it makes up with WITH."""
+    """Return the relations that a body names, in its own form; without those that it creates with WITH."""
     found = []
     for match in _NAMED.finditer(function.source):
         name = match[2][1:-1] if match[2].startswith('"') else match[2].lower()

@@ -1,7 +1,8 @@
-"""How a proof ends: the backup is proven, or it is bad, or nothing was found out.
+"""The end of a verification: the backup is verified, or it is bad, or nothing was found out.
 
-What is bad is renamed, and is no backup any more.  What only could not be proven (the server went away or has no room,
-a program was killed, a role or an extension is missing) has shown nothing: it is kept, and can be proven later.
+A bad backup is renamed, and is no backup any more. A verification that did not finish (the server went
+away or is full, a program was killed, a role or an extension is missing) shows nothing: the backup is
+kept, and can be verified later.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LOOK = "fix the cause"
 
 
 class Failed(Exception):
-    """The proof failed: the backup is none."""
+    """The verification failed: the dump is not a backup."""
 
     def __init__(self, why: str, next_step: str = "") -> None:
         super().__init__(why)
@@ -31,32 +32,32 @@ class Failed(Exception):
 
 
 class Unproven(Exception):
-    """The proof came to no end, which says nothing of the backup."""
+    """The verification did not finish, which says nothing about the backup."""
 
     def __init__(self, why: str, next_step: str = _LOOK) -> None:
         super().__init__(why)
         self.next_step = next_step
 
     def of(self, backup: Backup) -> str:
-        """Say it of a backup, in one sentence."""
+        """Return this about a backup, in one sentence."""
         return f"The verification of {backup.id} did not finish: {self}"
 
 
 class CannotRestore(Unproven):
-    """It could not be restored here, which may be the server's fault and not the backup's."""
+    """The backup could not be restored here, which may be the server's fault and not the backup's."""
 
     def __init__(self, why: str) -> None:
         super().__init__(why, "fix what pg_restore reports")
 
     def of(self, backup: Backup) -> str:
-        """Say it of a backup, in one sentence."""
+        """Return this about a backup, in one sentence."""
         return f"{backup.id} could not be restored here: {self}"
 
 
 def refuse(store: Store, backup: Backup, unproven: Unproven) -> NoReturn:
-    """Raise :class:`BackupFailed` for a backup that was kept, and could not be proven.
+    """Raise :class:`BackupFailed` for a backup that was kept, and could not be verified.
 
-    Of one database one such is kept: a run that is tried again and again would fill the place with them.
+    One such backup is kept per database: a run that retries often would fill the place.
     """
     try:
         for old in store.backups(backup.database):
@@ -80,9 +81,10 @@ def _same_database(one: Backup, other: Backup) -> bool:
 
 @contextlib.contextmanager
 def judging() -> Iterator[None]:
-    """Tell what condemns a backup (:class:`Failed`) from what only keeps it from being proven (:class:`Unproven`).
+    """Separate failures of a backup (:class:`Failed`) from those that only stop its verification
+    (:class:`Unproven`).
 
-    Settings that are wrong are raised as they are.
+    Errors in settings are raised unchanged.
     """
     try:
         yield
@@ -101,7 +103,7 @@ def judging() -> Iterator[None]:
 
 
 def demand_parsed(finished: subprocesses.Finished) -> None:
-    """Raise :class:`Failed` where pg_restore could not read an archive, :class:`Unproven` where it was ended."""
+    """Raise :class:`Failed` if pg_restore could not read an archive, :class:`Unproven` if it was ended."""
     if finished.status < 0:
         raise Unproven(f"pg_restore was ended by a signal: {clients.last_words(finished)}.")
     if finished.status != 0:

@@ -1,12 +1,12 @@
-"""Prove a backup: read all of it, or restore it and compare; a backup that was not proven is none.
+"""Verify a new backup: read all of it, or restore it and compare; an unverified dump is not a backup.
 
-``read``: every byte comes back from where it is stored with the checksum that was taken while writing, and pg_restore
-decompresses and parses all of it.  What is encrypted on its way cannot be read back here: pg_restore reads it while
-it is written, and what is stored is compared by its checksum.
+``read``: every stored byte comes back with the checksum from its writing, and pg_restore decompresses
+and parses all of it. A dump that is encrypted on its way cannot be read back here: pg_restore reads it
+while it is written, and the checksum covers the stored content.
 
-``restore``: into a scratch database on the same server or the one of MIGRATOR_VERIFY_URL; then the copy is compared
-with what the original held in the snapshot of the dump (fingerprint.py, comparison.py), and dropped.  The original is
-neither locked nor asked meanwhile, so writers go on.
+``restore``: into a scratch database on the same server or that of MIGRATOR_VERIFY_URL. The copy is
+compared with the content of the original in the dump's snapshot (fingerprint.py, comparison.py), and
+dropped. The original is neither locked nor read meanwhile, so writers continue.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ _CONFORMING = re.compile(rb"^SET standard_conforming_strings = (on|off);", re.MU
 
 
 def place_of(settings: Settings, target: Target | None, application_name: str) -> Place:
-    """Return where scratch databases are made: on the target's server unless another is named."""
+    """Return the place of scratch databases: the target's server unless another is set."""
     elsewhere = bool(settings.verify_url)
     where = parse(settings.verify_url) if elsewhere else target or settings.required_target
     return Place(where, elsewhere, application_name, settings.connect_timeout)
 
 
 def preflight(session: Session, settings: Settings) -> None:
-    """Find out whether the proof that is asked for can be had, and drop what killed ones left.
+    """Check whether the requested verification is possible, and drop the leftovers of killed ones.
 
     Raises :class:`BackupFailed`, ConnectFailed and QueryFailed.
     """
@@ -94,7 +94,7 @@ def preflight(session: Session, settings: Settings) -> None:
 
 
 def check_client(settings: Settings, server: ServerFacts) -> None:
-    """Refuse a pg_dump that is older than the server that copies are compared on; raises :class:`BackupFailed`."""
+    """Refuse a pg_dump that is older than the server for restored copies; raises :class:`BackupFailed`."""
     clients.for_dump(
         settings,
         server.version,
@@ -105,7 +105,7 @@ def check_client(settings: Settings, server: ServerFacts) -> None:
 
 
 class Proving:
-    """The proof of one backup, from the snapshot that is dumped to the comparison."""
+    """The verification of one backup, from the dumped snapshot to the comparison."""
 
     def __init__(self, session: Session, settings: Settings, client: Client, run_id: str, name: str) -> None:
         self._session = session
@@ -122,9 +122,9 @@ class Proving:
 
     @contextlib.contextmanager
     def reading(self, part: WritablePart | DirectoryPart) -> Iterator[Callable[[bytes], object] | None]:
-        """Yield what the dump is to be written to: the part; and a pg_restore, where nobody can read it later.
+        """Yield the target of the dump: the part; and a pg_restore, if it cannot be read later.
 
-        None where pg_dump writes into a folder itself.
+        None if pg_dump writes into a folder itself.
         """
         if isinstance(part, DirectoryPart):
             yield None
@@ -144,9 +144,10 @@ class Proving:
     def in_snapshot(
         self, session: Session, found: Sequence[Relation], excluded: Collection[str] = ()
     ) -> None:
-        """Read, in the snapshot that will be dumped, what others can change until it is; raises LockedOut, QueryFailed.
+        """Read, in the snapshot to be dumped, the parts that others can change before that; raises LockedOut,
+        QueryFailed.
 
-        ``found`` are the tables and sequences that were found in it.
+        ``found`` are its tables and sequences.
         """
         self._found = found
         rows = self._settings.backup_verify == RESTORE
@@ -180,7 +181,7 @@ class Proving:
             LOGGER.warning("a restore of this backup may stop at this: %s", sentence)
 
     def facts(self) -> dict[str, Any]:
-        """Return what the manifest says of the contents; asked once pg_dump has ended."""
+        """Return the manifest's data about the content, after pg_dump has ended."""
         original = self._original
         assert original is not None  # noqa: S101 - in_snapshot came first
         try:
@@ -206,9 +207,10 @@ class Proving:
         }
 
     def prove(self, store: Store, part: Part, backup: Backup) -> tuple[Backup, Unproven | None]:
-        """Prove what was written to a part; return the backup with its proof, or with why it could not be proven.
+        """Verify a part's content; return the backup with its verification, or with the reason why it did not
+        finish.
 
-        One that fails keeps its bytes under a name that says so.  Raises :class:`BackupFailed`, OSError.
+        A failed one keeps its bytes under a name that shows it. Raises :class:`BackupFailed`, OSError.
         """
         started, how = time.monotonic(), READ
         try:
@@ -250,7 +252,7 @@ class Proving:
         return proof(READ, self._run_id, started, why="; ".join(self._unrestorable))
 
     def _counted(self, tables: Mapping[str, Table]) -> dict[str, Table]:
-        """Return the tables with the rows that were found in the archive, where they were not counted otherwise."""
+        """Return the tables with the row counts of the archive, unless they were counted otherwise."""
         if self._rows.unread:
             LOGGER.warning("the rows of the backup were not counted: %s", self._rows.unread)
             return dict(tables)
@@ -267,39 +269,39 @@ class Proving:
 
 
 def _read_back(client: Client, part: Part, rows: Rows) -> tuple[tuple[str, int], Any]:
-    """Read what is stored of a part, once; return its checksum and how pg_restore's reading of it ended."""
+    """Read a part's stored content once; return its checksum and how pg_restore ended."""
     if isinstance(part, DirectoryPart):
         with part.local() as path:
             return pg_restore.checksum_of(path), pg_restore.read_whole(client, path, rows.write)
     tally = pg_restore.Tally(part.chunks())
     finished = None if part.encrypted_to else pg_restore.read_whole(client, tally, rows.write)
-    for _ in tally:  # what pg_restore did not read any more
+    for _ in tally:  # the part that pg_restore did not read
         pass
     return tally.found, finished
 
 
 def proof(how: str, run_id: str, started: float, **facts: Any) -> Proof:
-    """Return a proof that succeeded just now; ``started`` is when it began (monotonic, seconds)."""
+    """Return a successful verification; ``started`` is its start (monotonic, seconds)."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
     seconds = round(time.monotonic() - started, 3)
     return Proof(how, at, run_id, True, seconds=seconds, **facts)
 
 
 def failed_proof(how: str, run_id: str, started: float, why: str) -> Proof:
-    """Return a proof that came to no good end just now."""
+    """Return an unsuccessful verification."""
     return dataclasses.replace(proof(how, run_id, started), ok=False, why=why)
 
 
 @contextlib.contextmanager
 def _archive_of(part: Part, backup: Backup, settings: Settings) -> Iterator[Path]:
-    """Yield the archive that was just written, as pg_dump wrote it."""
+    """Yield the new archive, as pg_dump wrote it."""
     if not part.encrypted_to:
         with part.local() as path:
             yield path
         return
 
     class Stored:
-        """What archive.opened asks of a store."""
+        """The part of a store that pg_restore.opened needs."""
 
         def chunks(self, _: Backup) -> Iterator[bytes]:
             return part.chunks()
@@ -311,10 +313,10 @@ def _archive_of(part: Part, backup: Backup, settings: Settings) -> Iterator[Path
 def restored(
     place: Place, settings: Settings, backup: Backup, path: Path, run_id: str, original: Contents | None
 ) -> Proof:
-    """Restore an archive into a scratch database and compare; return the proof.
+    """Restore an archive into a scratch database and compare; return the verification.
 
-    ``original`` is what was read in the dump's snapshot, where that was just now.
-    Raises :class:`Failed`, :class:`Unproven`, and what :func:`judging` tells them from.
+    ``original`` is the content in the dump's snapshot, if it was read just now. Raises :class:`Failed`,
+    :class:`Unproven`, and the errors that :func:`judging` separates.
     """
     started = time.monotonic()
     with scratch_database.made(place, backup, run_id) as (session, target):
@@ -373,7 +375,9 @@ def _counted(backup: Backup) -> frozenset[str]:
 
 
 def _options(place: Place) -> tuple[str, ...]:
-    """Return pg_restore's (and pg_dump's) options: no copy connects to a publisher, and roles are not everywhere."""
+    """Return the options of pg_restore (and pg_dump): no copy connects to a publisher, and roles are not
+    everywhere.
+    """
     elsewhere = ("--no-owner", "--no-privileges", "--no-tablespaces") if place.elsewhere else ()
     return ("--no-subscriptions", *elsewhere)
 
@@ -381,7 +385,7 @@ def _options(place: Place) -> tuple[str, ...]:
 def _refuse_code_of_others(
     settings: Settings, session: Session, backup: Backup, client: Client, path: Path
 ) -> None:
-    """Look at what the archive holds, for more may have come into the database before it was dumped."""
+    """Check the content of the archive, because objects may have been added before the dump."""
     try:
         owners = trust.owners_of(client, path)
     except RestoreStopped as stopped:

@@ -1,8 +1,9 @@
-"""Prove a backup again, whenever: its checksum, all of it read, or restored into a scratch database and compared.
+"""Verify a stored backup again: its checksum, all of its content, or a restore into a scratch database.
 
-What it is compared with is in its manifest, so it does not matter what became of the original.  Each proof is noted
-there, the failed ones too.  A backup whose bytes or contents are not what they were is renamed, and is none any more;
-one that only cannot be restored here (a role or an extension is missing, the server's disk is full) stays one.
+The manifest has all facts for the comparison, so the original is not needed. Each verification is
+recorded there, also failed ones. A backup with changed bytes or content is renamed, and is no backup
+any more. One that only cannot be restored here (a role or an extension is missing, the server's disk is
+full) stays one.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from migrator.errors import BackupFailed
 
 LOGGER = logging.getLogger("migrator.backup")
 CHECKSUM = "checksum"
-"""All that can be proven of an encrypted backup where its private key is not: it is as it was written."""
+"""The only check of an encrypted backup without its private key: the stored bytes are unchanged."""
 
 
 def verify(
     store: Store, backup: Backup, settings: Settings, how: str, *, run_id: str, application_name: str
 ) -> Backup:
-    """Prove a backup by ``read`` or ``restore``; return it with the proof noted in its manifest.
+    """Verify a backup by ``read`` or ``restore``; return it with the verification recorded in its manifest.
 
-    Raises :class:`BackupFailed` where it fails.
+    Raises :class:`BackupFailed` if it fails.
     """
     started, before = time.monotonic(), backup.verified
     LOGGER.info("verifying %s (%s) ...", backup.id, how)
@@ -98,7 +99,7 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
 
 
 def _condemned(store: Store, backup: Backup, failure: Failed) -> BackupFailed:
-    """Rename a bad backup, so that nothing takes it for one; return the error that says so."""
+    """Rename a bad backup, so that nothing uses it as one; return the error about that."""
     try:
         kept = (
             "is not a backup any more: it was renamed to "
