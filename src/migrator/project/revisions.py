@@ -426,8 +426,8 @@ class History:
         heads = [self.revision(name) for name in self.heads]
         labelled = [f"{item.revision} is {label}@head" for item in heads for label in item.labels]
         if destination or len(heads) < 2 or not labelled:
-            return "to choose one branch, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
-        return f"where one branch alone is meant, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
+            return ""
+        return f"to choose one branch, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
 
     def _ambiguous(self, destination: str, kind: str, current: Sequence[str]) -> HistoryError:
         """Return the error for a number of steps with more than one path, and a command for one of them."""
