@@ -146,7 +146,7 @@ def table(found: list[Measured], size: int) -> str:
         f"By `python -m bench.memory`, each run in a container with the manifests' limit of {limit()} and no swap.",
         f"The backup takes {size / 1e9:.2f} GB.",
         "",
-        "| run | exit code | seconds | anonymous memory, highest | killed for want of memory |",
+        "| run | exit code | seconds | anonymous memory, highest | killed for lack of memory |",
         "| --- | --- | --- | --- | --- |",
     ]
     for item in found:

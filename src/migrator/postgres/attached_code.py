@@ -87,7 +87,7 @@ code (described, owner, trigger) AS (
       SELECT relowner FROM pg_catalog.pg_class WHERE oid OPERATOR(pg_catalog.=) t.oid OFFSET 0) AS c
    WHERE t.oid OPERATOR(pg_catalog.<>) CAST({table} AS pg_catalog.oid)
   UNION
-  -- The server's functions of fixed results do no harm, nor does now().
+  -- The server's functions of fixed results are harmless, and so is now().
   SELECT pg_catalog.concat(pg_catalog.pg_describe_object(w.classid, w.objid, 0), ' calls ', p.proname,
            ', and may have been made by'),
          a.role, CAST(NULL AS pg_catalog.text)

@@ -155,7 +155,7 @@ def make_config(options: ProjectOptions, folder: Path, cmd_opts: Namespace | Non
     ini, toml, location = find_project(options, folder)
     if cmd_opts is None:
         cmd_opts = parse_command(options, "upgrade", "head")
-    # Alembic before 1.16 knows neither pyproject.toml nor toml_file.
+    # Alembic before 1.16 does not know pyproject.toml and toml_file.
     extra: dict[str, Any] = {"toml_file": toml} if toml else {}
     try:
         config = Config(file_=ini, stdout=sys.stdout, ini_section=options.name, cmd_opts=cmd_opts, **extra)

@@ -33,10 +33,10 @@ _DROPS = re.compile(r"\s*DROP (TYPE|DOMAIN|TABLE|SEQUENCE|INDEX)\s")
 
 @dataclass(frozen=True)
 class OfflineDowngrade:
-    """The SQL of a ``downgrade()``, a statement an item, or None and the ``reason`` why it has no offline form.
+    """The SQL of a ``downgrade()``, one statement per item, or None and the ``reason`` why it has no offline form.
 
-    A statement has no semicolon of ours at its end.  ``COMMIT`` and ``BEGIN`` around an ``autocommit_block`` are
-    items of their own.  Nothing is said of the version table: whoever runs the statements moves the row.
+    A statement has no semicolon of ours at its end. ``COMMIT`` and ``BEGIN`` around an ``autocommit_block``
+    are separate items. The version table is not included: the caller moves the row.
     """
 
     statements: tuple[str, ...] | None
