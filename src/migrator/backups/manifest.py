@@ -175,7 +175,7 @@ class Backup:
         return dataclasses.replace(self.proven(proof), verified=verified)
 
     def to_json(self) -> str:
-        """Return the manifest's text; each table has a line, for there may be thousands."""
+        """Return the manifest's text; each table has its own line, because there may be thousands."""
         document = {"format": PROVEN if self.verified else FORMAT, **vars(self), "tables": {}}
         del document["place"]
         text = json.dumps(document, indent=2, ensure_ascii=False, default=vars)

@@ -258,8 +258,8 @@ def restore_into(
 ) -> None:
     """Restore an archive (a file or a folder) into an empty database; raises :class:`RestoreStopped`.
 
-    It ends at the first error.  ``options`` are further ones of pg_restore.  With ``before_post_data``, which is called
-    ahead of indexes and views, each section has sessions of its own.
+    It ends at the first error. ``options`` are further options of pg_restore. With
+    ``before_post_data``, which is called before indexes and views, each section has its own sessions.
     """
     before = script(client, path, "--section=pre-data", *options)
     plain = without_oddities(before)

@@ -184,7 +184,7 @@ def close_to_others(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
 
 
 def is_open(ledger: VersionTable, ask: Callable[[str], Any]) -> bool | None:
-    """Whether anybody but its owner was granted more on the ledger than to read it; None where it is not there."""
+    """Tell whether another role than its owner may do more than read the ledger; None if it does not exist."""
     return ask(_OPEN.format(table=quote_literal(ledger.quoted))) if ledger.schema else None
 
 
@@ -205,9 +205,9 @@ _OWNED = (
 
 
 def written(ledger: VersionTable, ask: Callable[[str], Any]) -> frozenset[str]:
-    """Return the columns that new rows fill: an older migrator's ledger may have fewer than today's.
+    """Return the columns that new rows fill: an older migrator's ledger may have fewer.
 
-    While there is a row without an ``id``, new ones have none either.
+    While a row has no ``id``, new rows get none either.
     """
     found = COLUMNS & set((ask(_WRITTEN.format(table=quote_literal(ledger.quoted))) or "").split())
     unnumbered = "id" in found and ask(_UNNUMBERED.format(table=ledger.quoted))

@@ -2,13 +2,13 @@
 
 ::
 
-    wait -> inspect --nothing to do--> verify
+    wait -> inspect --nothing pending--> verify
                |
              lock -> inspect -> guard -> backup -> apply -> verify
 
-A block (``with``) is what is done around stages: the session, the run lock, the run's row in the ledger, the
-maintenance window, MIGRATOR_ON_FAILURE.  What a stage does is in ``stages/`` and ``apply/``; ``work.py`` hands it what
-it needs and notes what it found in the run's record.
+A block (``with``) surrounds stages: the session, the run lock, the run's row in the ledger, the maintenance
+window, MIGRATOR_ON_FAILURE. The stages are in ``stages/`` and ``apply/``. ``work.py`` gives each its input and
+writes its result into the run's record.
 """
 
 from __future__ import annotations

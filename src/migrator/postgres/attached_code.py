@@ -140,9 +140,9 @@ WHERE r.oid IS NULL OR NOT (r.rolsuper OR r.rolname IN (session_user, current_us
 ORDER BY 1, 2
 """  # noqa: S608 - constants only
 
-# True where the table has nothing that can call code: then _OF_OTHERS, which takes ten times as long, has no row.  What
-# may depend on a table is named, so a kind of object that this does not know makes it False.  16384: what initdb made
-# has smaller ids.  https://www.postgresql.org/docs/current/system-catalog-initial-data.html
+# True if nothing on the table can call code: then _OF_OTHERS, which takes ten times as long, has no row. The
+# query names the allowed kinds of dependent objects, so an unknown kind makes it False. 16384: the objects of
+# initdb have smaller ids. https://www.postgresql.org/docs/current/system-catalog-initial-data.html
 _PLAIN = """
 SELECT c.relkind = 'r' AND c.relchecks = 0 AND NOT (c.relhastriggers OR c.relhasrules OR c.relhassubclass)
    AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0

@@ -1,13 +1,13 @@
 """Make a backup: pg_dump under an exported snapshot, read back whole, then published.
 
-Decisions, with what was measured or tried:
+Decisions, each measured or tried:
 
-* Compressed always: an uncompressed archive has no checksums inside, and hides bit flips from pg_restore.  How, and
-  with how many workers, is decided in ``format.py``.
-* Proof is ``pg_restore -f /dev/null``, which decompresses and parses everything; ``--list`` passes archives
-  that were truncated to 90 % or had bits flipped.  The checksum is taken while writing and again from disk.
-* Row-level security: ``--enable-row-security`` exits 0 with rows missing, so it is never used, and a role that
-  cannot read every row is refused.
+* A dump is always compressed: an uncompressed archive has no checksums inside, and hides bit flips from
+  pg_restore. ``format.py`` chooses the compression and the number of workers.
+* ``pg_restore -f /dev/null`` verifies it: it decompresses and parses everything. ``--list`` accepts archives
+  that were truncated to 90 % or had bits flipped. The checksum is computed while writing, and again from disk.
+* ``--enable-row-security`` exits 0 with rows missing, so it is never used. A role that cannot read every row
+  is refused.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The way back: a backup becomes a database of its own first, and takes the old one's name only when it is whole.
+"""Restore a backup into a new database, which takes the old one's name only when it is complete.
 
 Decisions:
 
-* The archive goes into a scratch database, so a failure costs nothing but that.  pg_restore therefore needs no
+* The archive goes into a scratch database, so a failure costs only that. pg_restore therefore needs no
   ``--single-transaction``, in which a database with many large objects runs out of locks.
-* A swap leaves the old database as ``NAME_before_RUN``; nobody but a person drops it.
+* A swap keeps the old database as ``NAME_before_RUN``. A later restore drops it after MIGRATOR_KEEP_OLD.
 """
 
 from __future__ import annotations

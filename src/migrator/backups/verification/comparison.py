@@ -36,9 +36,9 @@ _SPELLED_ANEW = frozenset({"VIEW", "MATERIALIZED VIEW", "RULE"})
 
 @dataclass(frozen=True)
 class Compared:
-    """What was compared: the tables, those of them whose rows were counted, and those whose rows were hashed.
+    """The extent of a comparison: the tables, those with counted rows, and those with hashed rows.
 
-    ``wrong`` has a sentence for each difference, ``unknown`` for what could not be compared.
+    ``wrong`` has a sentence for each difference, ``unknown`` for each part that could not be compared.
     """
 
     tables: int

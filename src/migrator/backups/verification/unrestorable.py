@@ -118,7 +118,7 @@ def find(session: Session) -> list[str]:
 def _reached(
     functions: Mapping[int, _Function], by_name: Mapping[str, Iterable[_Function]], oid: int
 ) -> Iterator[_Function]:
-    """Yield a function and those that it may call; not below one that sets a search_path of its own."""
+    """Yield a function and those that it may call; stop at a function that sets its own search_path."""
     waiting, seen = [oid], set()
     while waiting:
         function = functions.get(waiting.pop())

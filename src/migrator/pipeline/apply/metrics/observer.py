@@ -223,7 +223,7 @@ class Observation:
         if name and name not in self._looked and len(self._looked) < MOST:
             self._look(connection, name)
         if self._only_creates:
-            # Nobody else sees a table that this very revision has made.
+            # No other session sees a table that this revision has created.
             creates = _CREATES_A_TABLE.match(start) or (
                 _CREATES_AN_INDEX.match(start) and self._looked.get(name, 0) > self._highest
             )
