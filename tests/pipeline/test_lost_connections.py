@@ -376,7 +376,7 @@ def test_a_signal_is_obeyed_when_nothing_answers(
     with Stopwatch() as watch:
         run.send(signal.SIGTERM)
         result = run.finish()
-    refusal(result, ExitCode.PARTIAL, "Interrupted by SIGTERM", "migrator check could not run")
+    refusal(result, ExitCode.PARTIAL, "Interrupted by SIGTERM", "The database could not be read after that")
     assert watch.within(28), result
     ((pid, _),) = database.psql(APPLYING)
     proxy.close()
