@@ -80,9 +80,7 @@ ARGUMENTS: Mapping[str, Sequence[Argument]] = {
         _BACKUP,
         _YES,
         _argument("--to", default="", metavar="NAME", help="restore into a new database of this name"),
-        _switch(
-            "--drop-old", "drop the database that was replaced, once the restored one is seen in its place"
-        ),
+        _switch("--drop-old", "drop the replaced database after the restored one answers under its name"),
         _switch(
             "--incomplete",
             "also restore a backup without the rows of some tables: those tables are empty afterwards",

@@ -234,8 +234,8 @@ def overview() -> str:
         [
             *lines,
             "",
-            "`migrator COMMAND --help` shows its options and an example, --help-all every",
-            "setting as an option, --version the version; `migrator settings` the values.",
+            "`migrator COMMAND --help` shows its options and an example, `--help-all` also",
+            "every setting. `migrator settings` shows their values, `--version` the version.",
             EXIT_CODES,
         ]
     )
