@@ -31,6 +31,7 @@ SETTINGS = {
     "extra_float_digits": "0",
     "default_text_search_config": "pg_catalog.spanish",
     "transform_null_equals": "on",
+    "timezone_abbreviations": "India",
     "standard_conforming_strings": "off",
     "app.tenant": "it's \\ one\nof two",
 }
@@ -49,7 +50,8 @@ CREATE INDEX by_tenant ON t ((tenant() || id));
 CREATE MATERIALIZED VIEW seen AS
   SELECT id, at::date::text AS day, at::text AS at, span::text AS span, raw::text AS raw, f::text AS f,
          price::text AS price, to_tsvector('los gatos')::text AS words, tenant() AS tenant,
-         date_trunc('day', at) AS start, '{NULL,b}'::text::text[] AS listed
+         date_trunc('day', at) AS start, extract(epoch FROM '2026-01-02 10:00 IST'::text::timestamptz) AS in_india,
+         '{NULL,b}'::text::text[] AS listed
     FROM t WHERE id = 1;
 """
 VALUES = """

@@ -115,6 +115,10 @@ def test_why_a_worker_died() -> None:
     assert "could not create unique index DETAIL: Key" in clients.last_words(
         Finished("pg_restore", 1, said, 1.0)
     )
+    notices = "NOTICE:  drop cascades to function f()\n"
+    context = 'LINE 1: ...\n   ^\nQUERY:  a\nCONTEXT:  SQL function "f"\n'
+    psql = f'{notices}ERROR:  relation "codes" does not exist\n{context}'
+    assert clients.last_words(Finished("psql", 3, psql, 1.0)).startswith('ERROR: relation "codes" does not')
     alone = "pg_restore: error: a worker process died unexpectedly\n"
     assert "worker process died" in clients.last_words(Finished("pg_restore", 1, alone, 1.0))
 

@@ -240,6 +240,7 @@ def _conninfo_quote(value: str) -> str:
     return f"'{escaped}'"
 
 
+_CAUSE = re.compile(r": error:|FATAL|^ERROR: ")  # psql puts nothing before an error in a script from stdin
 _NO_CAUSE = "error: a worker process died unexpectedly"
 """The last line if a worker of pg_restore fails; its cause stands before it."""
 
@@ -248,7 +249,7 @@ def last_words(finished: subprocesses.Finished) -> str:
     """Return a failed client's message, in one line and without secrets."""
     lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
     lines = [line for line in lines if not line.endswith(_NO_CAUSE)] or lines
-    errors = [number for number, line in enumerate(lines) if ": error:" in line or "FATAL" in line]
+    errors = [number for number, line in enumerate(lines) if _CAUSE.search(line)]
     told = lines[errors[-1] :] if errors else lines[-3:]
     text = " ".join(" ".join(told).split())
     if len(text) > 600:

@@ -71,6 +71,7 @@ NAMES = (
     "lc_time",
     "quote_all_identifiers",
     "standard_conforming_strings",
+    "timezone_abbreviations",
     "transform_null_equals",
     "xmlbinary",
     "xmloption",
