@@ -17,7 +17,7 @@ from migrator.backups.restore.restore import Wishes
 from migrator.backups.restore.result import Restored
 from migrator.backups.restore.tables import restore_tables
 from migrator.backups.restore.write_detection import Incomplete
-from migrator.errors import BackupFailed, RestoreFailed, SettingsError
+from migrator.errors import AccessDenied, BackupFailed, RestoreFailed, SettingsError
 from migrator.postgres.session import as_typed, connect, quote_identifier
 from migrator.runtime.signals import Interrupt
 from migrator.service import MigrationService
@@ -377,10 +377,58 @@ def test_from_within_who_holds_a_lock_is_ended_or_named(
     monkeypatch.setattr(in_place, "_LOCK_TIMEOUT", "300ms")
     admin = app.connect()
     admin.cursor().execute("SELECT * FROM t")
-    with pytest.raises(RestoreFailed, match="lock timeout"):
+    with pytest.raises(RestoreFailed, match="lock timeout") as caught:
         bench.restore(run_id="run3")
+    assert f"as a superuser: SELECT pg_terminate_backend({admin.info.backend_pid})," in caught.value.next_step
     admin.close()
     assert app.psql("SELECT count(*) FROM t") == [(10,)]
+
+
+def test_from_within_a_prepared_transaction_is_named(
+    private_server: Callable[..., Server], workbench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = private_server(settings={"max_prepared_transactions": "2"})
+    server.create_role("app_role")
+    database = server.create_database()
+    server.psql(f"ALTER DATABASE {database.name} OWNER TO app_role")
+    database.url = server.url(database.name, "app_role")
+    as_app(database, "CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(database)
+    bench.back_up()
+    session = psycopg2.connect(database.url)
+    session.autocommit = True
+    session.cursor().execute("BEGIN; DELETE FROM t")
+    session.cursor().execute("PREPARE TRANSACTION 'it''s one'")
+    session.close()
+    monkeypatch.setattr(in_place, "_LOCK_TIMEOUT", "300ms")
+    with pytest.raises(RestoreFailed, match="lock timeout") as caught:
+        bench.restore()
+    assert caught.value.next_step.startswith("ROLLBACK PREPARED 'it''s one';")
+
+
+def test_from_within_who_may_not_is_told_who_may(app: Database, workbench: Bench) -> None:
+    """A right to create databases would not help: what a superuser has made, only a superuser makes again."""
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    app.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    bench = workbench(app)
+    bench.back_up()
+    for role in ("NOCREATEDB", "CREATEDB"):
+        app.execute(f"ALTER ROLE app_role {role}")
+        with pytest.raises(RestoreFailed, match="must be") as caught:
+            bench.restore()
+        assert caught.value.next_step.startswith("restore as a superuser")
+    app.url = app.url.replace("//app_role:", "//postgres:")
+    workbench(app).restore()
+    assert app.psql("SELECT pubname FROM pg_publication") == [("everything",)]
+
+
+def test_from_within_where_transactions_are_read_only(app: Database, workbench: Bench) -> None:
+    as_app(app, "CREATE TABLE t AS SELECT 1 AS a")
+    bench = workbench(app)
+    bench.back_up()
+    app.execute("ALTER ROLE app_role SET default_transaction_read_only = on")
+    with pytest.raises(AccessDenied, match="default_transaction_read_only is on"):
+        bench.restore()
 
 
 EVENT_TRIGGER = (

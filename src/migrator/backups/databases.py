@@ -379,14 +379,12 @@ def swap(
             holder and holder.session.closed
         )
         if not again or time.monotonic() > deadline:
-            who = "; ".join([*map(str, left), *_prepared(helper, current)])
+            who = "; ".join([*map(str, left), *prepared(helper, current)])
             raise SwapFailed(failure.text + (f" ({who})" if who else ""))
 
 
-def _prepared(helper: Session, database: str) -> list[str]:
-    """Return the names of prepared transactions in a database, which have no session; none if nothing
-    answers.
-    """
+def prepared(helper: Session, database: str) -> list[str]:
+    """Return what ends the prepared transactions in a database, which have no session; none if nothing answers."""
     with contextlib.suppress(QueryFailed):
         rows = helper.query(
             "SELECT gid::text FROM pg_prepared_xacts WHERE database = %s ORDER BY 1", [database]

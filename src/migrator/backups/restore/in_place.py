@@ -18,6 +18,7 @@ from pathlib import Path
 
 from migrator.backups import (
     clients,
+    databases,
     event_triggers,
     exported_snapshot,
     pg_restore,
@@ -26,7 +27,7 @@ from migrator.backups import (
     sql_script,
 )
 from migrator.backups.clients import Client
-from migrator.backups.failures import RestoreStopped, WouldLose, failed
+from migrator.backups.failures import AS_SUPERUSER, RestoreStopped, WouldLose, failed
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restore import extensions, write_detection
 from migrator.backups.restore.result import Compared
@@ -35,13 +36,19 @@ from migrator.config.database_url import Target
 from migrator.config.settings import Settings
 from migrator.errors import RestoreFailed
 from migrator.ledger.table import literal
-from migrator.postgres import connection_limit
+from migrator.postgres import connection_limit, writable
 from migrator.postgres.session import ConnectFailed, QueryFailed, Session
 from migrator.runtime import subprocesses
 from migrator.runtime.signals import Interrupt
 
 LOGGER = logging.getLogger("migrator.restore")
 _LOCK_TIMEOUT = "15s"
+_LOCKED = "due to lock timeout"
+_HOLDERS = """
+SELECT DISTINCT pid, usename::text, application_name FROM pg_locks JOIN pg_stat_activity USING (pid)
+ WHERE locktype = 'relation' AND granted AND relation >= 16384 AND application_name NOT LIKE %s
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY 1
+"""
 _PATIENCE = 20.0  # seconds for the server to notice that psql is gone
 AFTER_THE_COMMIT = (Interrupt, QueryFailed, ConnectFailed, RestoreStopped)
 _SUBSCRIPTION = re.compile(r"\d+; \d+ \d+ SUBSCRIPTION - (.*) \S+$")
@@ -174,6 +181,7 @@ def replace(
     """
     backup = job.backup
     with job.connect() as session:
+        writable.demand(session)
         major = session.facts.major
         client = clients.for_restore(job.settings, major, backup.client_major)
         try:
@@ -221,7 +229,7 @@ def _refuse_what_no_dump_has(job: Job, session: Session) -> None:
             job.backup,
             f"A restore in place would lose objects that role {session.facts.user} cannot back up, "
             f"because it is not a superuser: {', '.join(hidden)}.",
-            "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL), which keeps the old database beside",
+            f"{AS_SUPERUSER}, which keeps the old database beside",
         )
 
 
@@ -280,12 +288,28 @@ def _stopped(job: Job, stopped: RestoreStopped) -> Exception:
     """Return the error of a restore with a rolled-back transaction."""
     if "others have written since" in stopped.said:
         return WouldLose("others wrote just before the restore")
+    next_step = "fix the cause, and restore again"
+    if stopped.of_rights:
+        next_step = f"{AS_SUPERUSER}, which keeps the old database beside"
+    elif _LOCKED in stopped.said:
+        next_step = _end_who_holds(job)
     return failed(
         job.backup,
         f"The restore of {job.backup.id} in place failed: {stopped.said}",
-        f'fix the cause; or as a superuser: ALTER ROLE "{job.target.user or "ROLE"}" CREATEDB; and '
-        "restore again, beside",
+        next_step,
     )
+
+
+def _end_who_holds(job: Job) -> str:
+    """Return how to end the lock holders in the database that the role may not end itself."""
+    found: list[str] = []
+    with contextlib.suppress(QueryFailed, ConnectFailed), job.connect() as session:
+        found += databases.prepared(session, session.facts.database)
+        found += [
+            f"as a superuser: SELECT pg_terminate_backend({pid}), which ends a session of {user} ({name or 'unnamed'})"
+            for pid, user, name in session.query(_HOLDERS, [f"%{job.run_id}%"])
+        ]
+    return "; ".join([*found, "then restore again"])
 
 
 def _changed(job: Job, safety: str, found: str, error: BaseException) -> RestoreFailed:

@@ -29,7 +29,7 @@ from migrator.backups import (
     session_settings,
 )
 from migrator.backups.clients import Client
-from migrator.backups.failures import RestoreStopped, failed
+from migrator.backups.failures import AS_SUPERUSER, RestoreStopped, failed
 from migrator.backups.manifest import Backup, human_size
 from migrator.backups.restore import in_place, write_detection
 from migrator.backups.restore.result import (
@@ -37,7 +37,6 @@ from migrator.backups.restore.result import (
     Restored,
     compare,
     failing,
-    refuse_standby,
     slots_left,
     warn_unproven,
 )
@@ -45,7 +44,7 @@ from migrator.backups.storage.open import open_store
 from migrator.config.database_url import Target
 from migrator.config.settings import Settings
 from migrator.errors import LockBusy, SettingsError
-from migrator.postgres import connection_limit
+from migrator.postgres import connection_limit, writable
 from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier
 from migrator.runtime.subprocesses import uninterrupted
 
@@ -166,7 +165,7 @@ class _Restore:
         """
         with self._connect() as session:
             self._session = session
-            refuse_standby(session)
+            writable.demand(session)
             connection_limit.refuse_too_few(session, 4, "A restore")
             self._keep_others_out()
             for name in databases.marked(session, self._target.database):
@@ -429,6 +428,8 @@ class _Restore:
             yield
         except RestoreStopped as stopped:
             next_step = "fix what pg_restore reports, and restore again"
+            if stopped.of_rights:
+                next_step = AS_SUPERUSER
             if stopped.of_a_role:
                 next_step = (
                     "create the role that it names (CREATE ROLE ...), or restore as a role that may act for it; "

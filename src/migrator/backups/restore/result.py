@@ -11,7 +11,7 @@ from migrator.backups import clients, databases, exported_snapshot
 from migrator.backups.exported_snapshot import LockedOut, Relation
 from migrator.backups.failures import failed
 from migrator.backups.manifest import Backup
-from migrator.errors import AccessDenied, MigratorError, RestoreFailed
+from migrator.errors import MigratorError, RestoreFailed
 from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier
 
 LOGGER = logging.getLogger("migrator.restore")
@@ -128,15 +128,6 @@ def warn_unproven(backup: Backup) -> None:
     """Warn that a backup was never verified; a user who names its id may restore it anyway."""
     if not backup.verified:
         LOGGER.warning("%s was never verified: `migrator verify-backup %s` verifies it", backup.id, backup.id)
-
-
-def refuse_standby(session: Session) -> None:
-    """Raise :class:`AccessDenied` if the server accepts no writes."""
-    if session.facts.in_recovery:
-        raise AccessDenied(
-            f"{session.target} is a standby and accepts no changes.",
-            next_step="point migrator to the primary (several hosts with target_session_attrs=read-write find it)",
-        )
 
 
 def slots_left(session: Session, database: str) -> list[str]:

@@ -20,11 +20,12 @@ from migrator.backups.failures import RestoreStopped, failed
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restore import in_place
 from migrator.backups.restore.in_place import Job, archive_format, chosen, comparison
-from migrator.backups.restore.result import Restored, failing, refuse_standby, warn_unproven
+from migrator.backups.restore.result import Restored, failing, warn_unproven
 from migrator.backups.storage.open import open_store
 from migrator.config.database_url import Target
 from migrator.config.settings import Settings
 from migrator.errors import RestoreFailed, SettingsError
+from migrator.postgres import writable
 from migrator.postgres.session import quote_identifier, quote_literal
 from migrator.runtime import subprocesses
 
@@ -183,7 +184,7 @@ def _some(names: list[str]) -> str:
 def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[[], None]) -> list[str]:
     backup, quoted = job.backup, quote_identifier(schema)
     with job.connect() as session:
-        refuse_standby(session)
+        writable.demand(session)
         major = session.facts.major
         client = clients.for_restore(job.settings, major, backup.client_major)
         script = session_settings.for_script(session, backup, client, job.path)

@@ -20,6 +20,7 @@ from migrator.ledger.downgrade_plan import choose, refuse_other_paths, rows_afte
 from migrator.ledger.queries import Standing, led_here, read_standing, read_visited, read_ways_back
 from migrator.pipeline.apply.env_targets import Visit, survey_tables
 from migrator.pipeline.apply.failure import Aftermath, explain, without_migrations
+from migrator.postgres import writable
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.queries import CONTENTS
 from migrator.postgres.session import QueryFailed, ServerFacts, Session, quote_identifier
@@ -227,7 +228,7 @@ def inspect(
     version table. ``ask`` runs ``env.py``.
     """
     if not read_only:
-        _refuse_standby(session)
+        writable.demand(session)
         _refuse_role(session, settings.role)
     # In this order: the creator of the counted tables has created the version table by then.
     tables, objects = session.query(CONTENTS)[0]
@@ -389,20 +390,6 @@ def _plan_back(
         after=steps[-1] if steps else frozenset(current),
         kept=tuple(zip(chosen, steps, strict=True)),
     )
-
-
-def _refuse_standby(session: Session) -> None:
-    target = session.target
-    if session.facts.in_recovery:
-        raise AccessDenied(
-            f"{target} is a standby and accepts no changes.",
-            next_step="point migrator to the primary (several hosts with target_session_attrs=read-write find it)",
-        )
-    if session.facts.read_only:
-        raise AccessDenied(
-            f"{target} accepts only read-only transactions (default_transaction_read_only is on).",
-            next_step="ALTER ROLE or ALTER DATABASE ... SET default_transaction_read_only = off",
-        )
 
 
 def _some(revisions: tuple[str, ...]) -> str:
