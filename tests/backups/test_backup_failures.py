@@ -172,6 +172,35 @@ def role(server: Server) -> Iterator[str]:
     server.psql("DROP ROLE plain_role")
 
 
+def test_a_role_that_may_not_read_large_objects(role: str, database: Database, workbench: Bench) -> None:
+    """A right to read all tables does not help there; the statement that is printed does."""
+    database.execute(
+        "SELECT lo_from_bytea(17, 'a'), lo_from_bytea(18, 'b'), lo_from_bytea(19, 'c');"
+        " GRANT SELECT ON LARGE OBJECT 19 TO PUBLIC; GRANT pg_read_all_data TO plain_role"
+    )
+    bench = workbench(database, DATABASE_URL=as_role(database, role))
+    with pytest.raises(
+        BackupFailed, match=r"plain_role may not read 2 large objects \(17, \.\.\.\)"
+    ) as caught:
+        bench.back_up()
+    typed = caught.value.next_step.partition("as a superuser: ")[2].partition(";")[0]
+    subprocess.run(
+        [str(database.server.bin / "psql"), "--no-psqlrc", "--set=ON_ERROR_STOP=1"],
+        input=typed + "\n",
+        env={**os.environ, **database.environment()},
+        text=True,
+        check=True,
+    )
+    bench.back_up()
+    listed = subprocess.run(
+        [str(database.server.bin / "pg_restore"), "--list", str(next(bench.folder.glob("*.dump")))],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert listed.count(" BLOB - ") == 3
+
+
 def test_a_role_that_may_not_read_everything(role: str, database: Database, workbench: Bench) -> None:
     database.execute(
         "CREATE TABLE t (a int); CREATE SCHEMA s; CREATE TABLE s.u (a int); GRANT SELECT ON s.u TO public"

@@ -160,6 +160,21 @@ def not_dumped(session: Session) -> tuple[str, ...]:
     return tuple(f"{kind} {name}" for kind, name in session.query(_HIDDEN))
 
 
+# What pg_read_all_data does not cover.
+_UNREADABLE_LARGE_OBJECTS = """
+SELECT count(*), min(oid::bigint) FROM pg_largeobject_metadata
+ WHERE current_setting('lo_compat_privileges') = 'off' AND NOT pg_has_role(lomowner, 'USAGE')
+   AND NOT EXISTS (SELECT FROM aclexplode(lomacl) WHERE privilege_type = 'SELECT'
+                                                   AND (grantee = 0 OR pg_has_role(grantee, 'USAGE')))
+"""
+
+
+def unreadable_large_objects(session: Session) -> tuple[int, int | None]:
+    """Return how many large objects the role may not read, and the lowest of their oids."""
+    number, first = session.query(_UNREADABLE_LARGE_OBJECTS)[0]
+    return number, first
+
+
 def identity(session: Session) -> tuple[str, int | None]:
     """Return the cluster's system identifier and timeline; ``("", None)`` if the role may not read them.
 

@@ -305,6 +305,13 @@ def _check_readable(session: Session, found: list[Relation]) -> None:
             f"Role {user} may not read {_some(unreadable)}, so a backup would be incomplete.",
             next_step=pg_dump.grant(user),
         )
+    number, first = exported_snapshot.unreadable_large_objects(session)
+    if number:
+        raise BackupFailed(
+            f"Role {user} may not read {number} large object{'s' if number > 1 else ''} ({first}"
+            f"{', ...' if number > 1 else ''}), so a backup would not be whole.",
+            next_step=pg_dump.grant_large_objects(user),
+        )
     hidden = [relation.shown for relation in found if relation.hides_rows]
     if hidden:
         raise BackupFailed(

@@ -21,7 +21,7 @@ from migrator.config.settings import Settings
 from migrator.errors import BackupFailed
 from migrator.postgres import connection_limit
 from migrator.postgres.errors import child_refused, no_room
-from migrator.postgres.session import Session, dead_client_values, quote_identifier
+from migrator.postgres.session import Session, dead_client_values, quote_identifier, quote_literal
 from migrator.runtime import subprocesses
 from migrator.runtime.progress import Progress
 
@@ -98,7 +98,7 @@ class Dump:
                 _raise_disk_error(finished, part)
             if _LOCKED in finished.stderr and finished.seconds >= LOCK_WAIT:
                 raise locked_out(self._locked(found))
-            raise _failed(self._database, finished, self._how.jobs)
+            raise _failed(self._database, finished, self._how.jobs, self._control.facts.user)
         return bounds
 
     def _progress(self, found: list[Relation], part: Part) -> DumpProgress:
@@ -193,7 +193,7 @@ def _raise_disk_error(finished: subprocesses.Finished, part: DirectoryPart) -> N
             raise OSError(number, os.strerror(number), str(part.temporary))
 
 
-def _failed(database: str, finished: subprocesses.Finished, jobs: int) -> BackupFailed:
+def _failed(database: str, finished: subprocesses.Finished, jobs: int, user: str) -> BackupFailed:
     words = clients.last_words(finished)
     next_step = "fix what pg_dump reports, and run again"
     if no_room("", finished.stderr):
@@ -203,7 +203,7 @@ def _failed(database: str, finished: subprocesses.Finished, jobs: int) -> Backup
             "(default_pool_size), or set MIGRATOR_DIRECT_URL to an address that goes around it"
         )
     if "permission denied" in words:
-        next_step = grant("the role")
+        next_step = grant(user)
     return BackupFailed(f"pg_dump of {database} failed: {words}", next_step=next_step)
 
 
@@ -214,6 +214,15 @@ def locked_out(table: str) -> BackupFailed:
         next_step="run again after that session: SELECT pid, query FROM pg_stat_activity JOIN pg_locks USING "
         "(pid) WHERE mode = 'AccessExclusiveLock'; or a prepared transaction holds it (SELECT gid "
         "FROM pg_prepared_xacts), and ROLLBACK PREPARED ends it",
+    )
+
+
+def grant_large_objects(user: str) -> str:
+    """Say how a role gets to read large objects, which pg_read_all_data does not give."""
+    grants = f"SELECT format('GRANT SELECT ON LARGE OBJECT %s TO %I', oid, {quote_literal(user).strip()})"
+    return (
+        f"in psql, as a superuser: {grants} FROM pg_largeobject_metadata \\gexec; or back up as a superuser, or set "
+        "MIGRATOR_BACKUP=off to go without a backup"
     )
 
 
