@@ -141,6 +141,8 @@ raw.rollback()
 raw.autocommit = True
 op.execute('{DOUBLE}')
 raw.autocommit = False"""
+ADDRESS = "os.environ['DATABASE_URL']"
+ON_A_CURSOR = f"import os\nown = {{}}\nown.cursor().execute('{DOUBLE}')\nown.commit()\nown.close()"
 UNUSUAL = {
     "autocommit of psycopg2": (DRIVERS["psycopg2"], BY_THE_DRIVER),
     "autocommit of psycopg": (DRIVERS["psycopg"], BY_THE_DRIVER),
@@ -151,6 +153,24 @@ UNUSUAL = {
         f"    other.exec_driver_sql('{DOUBLE}')",
     ),
     "a procedure that commits": (AUTOCOMMIT, "op.execute('CALL p()')"),
+    "a raw connection of the engine": (
+        DRIVERS["psycopg2"],
+        ON_A_CURSOR.format("op.get_bind().engine.raw_connection()"),
+    ),
+    "psycopg2's own": (
+        DRIVERS["psycopg2"],
+        f"import psycopg2\n{ON_A_CURSOR.format(f'psycopg2.connect({ADDRESS})')}",
+    ),
+    "psycopg's own": (
+        DRIVERS["psycopg"],
+        f"import psycopg\n{ON_A_CURSOR.format(f'psycopg.connect({ADDRESS})')}",
+    ),
+    "psql": (
+        DRIVERS["psycopg2"],
+        f"import os, subprocess\nfrom urllib.parse import unquote, urlsplit\nurl = urlsplit({ADDRESS})\n"
+        f"subprocess.run(['psql', '-c', '{DOUBLE}'], check=True, env=dict(os.environ, PGHOST=url.hostname,"
+        " PGPORT=str(url.port), PGUSER=url.username, PGPASSWORD=unquote(url.password), PGDATABASE=url.path[1:]))",
+    ),
 }
 
 

@@ -127,6 +127,7 @@ class Application:
                 self.steps.heartbeat,
                 self.watch,
                 watch_others(self.steps.is_elsewhere, self.steps.commits_elsewhere),
+                self.steps.aside.watching(),
                 self.interruption.calling(self.cancel),
             ):
                 self.attempts.run(_Pass(self))

@@ -12,6 +12,7 @@ from typing import Any
 
 from migrator.ledger.writer import Bookkeeper
 from migrator.outcome import Finding, RevisionResult, Severity
+from migrator.pipeline.apply.aside import Aside
 from migrator.pipeline.apply.connection import MigrationConnection
 from migrator.pipeline.apply.failure import sqlstate
 from migrator.pipeline.apply.metrics.measurement import Measured
@@ -89,6 +90,7 @@ class Steps:
         self._table = VersionTable()
         self._upgrade = True
         self._inside = False  # a revision's own function runs
+        self.aside = Aside(lambda: self._inside)
         self._unrepeatable = ""  # the first of its statements that must not run twice
         self._wrote = False  # such a statement has run in its transaction
         self._asked = False  # a statement that commits by itself is running, and must not run twice
@@ -153,6 +155,8 @@ class Steps:
                 raise
             finally:
                 self._inside = False
+                if what := self.aside.what():
+                    self.commits_elsewhere(what)
                 self._take_back()
             self._check()
             now = self._look()
@@ -174,6 +178,7 @@ class Steps:
         # Only now: in autocommit, our own queries would count as a committed part of it.
         self.running, self._began = revision, time.monotonic()
         self._unrepeatable, self._wrote, self._asked, self._noted = "", False, False, False
+        self.aside.begins()
         self.progress.draw(number - 1, what)
         self.heartbeat.begins(f"{number} of {self._total}: {what}")
 
@@ -252,7 +257,7 @@ class Steps:
         return self._inside and self._connection is not None and not self._connection.is_on(connection)
 
     def commits_elsewhere(self, statement: str) -> None:
-        """Note that the running revision commits on its own connection, which no rollback of ours undoes."""
+        """Note that the running revision commits, or may, past our connection, which no rollback of ours undoes."""
         self._unrepeatable = self._unrepeatable or statement
         self._note(self._session)
         self.committed()
