@@ -202,7 +202,7 @@ class MigrationService:
         from migrator.project import History
 
         history = History(self.project, self.settings.target, read_only=read_only)
-        self.logs.install()  # the imports of a revision file may have set up their own logging
+        self._take_back()  # the imports of a revision file may have set up their own logging and signals
         return history
 
     def freeze(self, *, check: bool = False) -> Frozen:

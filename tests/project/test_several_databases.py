@@ -57,7 +57,9 @@ def revision(id: str, down: str | None, *, two: str = "") -> str:
     )
 
 
-def write(project: Project, one: Database, two: Database, *, env: str = TEMPLATE, name: str = "app") -> Path:
+def write(
+    project: Project, one: Database, two: Database, *, env: str = TEMPLATE, name: str = "app", reads: str = ""
+) -> Path:
     """Write the project with the addresses of both databases in its ini, as the template wants them."""
     urls = [item.url.replace("postgresql:", "postgresql+psycopg2:").replace("%", "%%") for item in (one, two)]
     ini = (
@@ -68,7 +70,7 @@ def write(project: Project, one: Database, two: Database, *, env: str = TEMPLATE
         {
             "alembic.ini": ini,
             "migrations/env.py": env,
-            "migrations/versions/r1.py": revision("r1", None),
+            "migrations/versions/r1.py": reads + revision("r1", None),
             "migrations/versions/r2.py": revision("r2", "r1"),
         },
         name=name,
@@ -105,16 +107,20 @@ def _pair(server: Server) -> Iterator[Pair]:
         server.drop_database(item.name)
 
 
-@pytest.mark.parametrize("first", ["one", "two"])
+SETS = "import os\nos.environ['SHOP'] = 'set'\n"
+READS = "import os\nassert os.environ['SHOP'] == 'set'\n"
+
+
+@pytest.mark.parametrize(("first", "reads"), [("one", ""), ("two", ""), ("one", READS)])
 def test_all_end_where_plain_alembic_ends(
-    first: str, project: Project, run_migrator: Runner, pair: Pair, plain: Pair, tmp_path: Path
+    first: str, reads: str, project: Project, run_migrator: Runner, pair: Pair, plain: Pair, tmp_path: Path
 ) -> None:
-    theirs = write(project, plain.one, plain.two, name="theirs")
+    theirs = write(project, plain.one, plain.two, env=SETS + TEMPLATE, name="theirs", reads=reads)
     running = plain_alembic.start("upgrade", "head", cwd=theirs, database=plain.one, env={})
     said, _ = running.communicate(timeout=180)
     assert running.returncode == 0, said
 
-    folder = write(project, pair.one, pair.two)
+    folder = write(project, pair.one, pair.two, env=SETS + TEMPLATE, reads=reads)
     target = getattr(pair, first)
     env = {"MIGRATOR_BACKUP": "always", "MIGRATOR_BACKUP_URL": f"file://{tmp_path}/backups"}
     result = run_migrator("--format", "json", cwd=folder, database=target, env=env)
@@ -136,6 +142,7 @@ def test_all_end_where_plain_alembic_ends(
     back = run_migrator("downgrade", "-1", cwd=folder, database=target, env=env)
     assert back.code == 0, back
     assert pair.at() == [[("r1",)], [("r1",)]], back
+    assert not list(folder.glob("*.sql")), "as its offline mode writes them"
 
 
 def upgrade(run: Runner, folder: Path, pair: Pair, *words: str, **env: str) -> Result:

@@ -42,7 +42,7 @@ Wanted = Expectations | None
 def load(this: Run) -> tuple[History, Wanted]:
     """Read the revision files and ``verify.toml``, without the database."""
     history = History(this.project, this.settings.required_target, read_only=this.request.kind == "verify")
-    this.logs.install()  # the imports of a revision file may have set up their own logging
+    this.take_back()  # the imports of a revision file may have set up their own logging and signals
     this.record.heads = history.heads
     return history, read(history.location / "verify.toml")
 

@@ -13,7 +13,7 @@ from migrator.postgres.queries import LEDGER
 from migrator.project import loading
 from migrator.project.alembic_sql import operators_of_the_server
 from migrator.project.bootstrap import ground
-from migrator.project.config import ProjectOptions, import_alembic, make_config
+from migrator.project.config import ProjectOptions, import_alembic, make_config, tell_address
 
 _ALEMBIC_HELP = "migrator alembic --help"
 
@@ -52,7 +52,11 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
             name=parsed.name if parsed.name != "alembic" else options.name,
         )
         config = make_config(chosen, Path.cwd(), parsed)
-        env_file = Path(ScriptDirectory.from_config(config).env_py_location)
+        env_file = loading.find_env(config)
+        tell_address(
+            config, env_file, target, chosen.export
+        )  # a script_location may be in the application's package
+        ScriptDirectory.from_config(config)  # puts its folders on the path
         with (
             loading.command_line("alembic", words),
             ground(config, env_file, target, chosen) as prepared,

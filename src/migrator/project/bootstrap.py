@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +63,6 @@ def refuse_other_locations(before: tuple[str | None, ...], config: Config, boots
         )
 
 
-def prepares(env_file: Path, options: ProjectOptions) -> bool:
-    """Tell whether a step comes before ``env.py``: the project's bootstrap, or Flask's context."""
-    return bool(options.bootstrap) or _read_flask_variables(env_file)
-
-
 def shapes_history(name: str) -> bool:
     """Tell whether the bootstrap also sets the folders of the revisions, as far as its source shows.
 
@@ -77,15 +71,11 @@ def shapes_history(name: str) -> bool:
     """
     if not name:
         return False
-    places: list[str] | None = [*sys.path, str(Path.cwd())]
-    spec = None
-    for part in name.partition(":")[0].split("."):
-        spec = importlib.machinery.PathFinder.find_spec(part, places)
-        if spec is None:
-            return False
-        places = list(spec.submodule_search_locations or ())
+    spec = loading.find_module(name.partition(":")[0])
+    if spec is None:
+        return False
     try:
-        text = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
+        text = Path(spec.origin or "").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
     return bool(_SHAPES.search(text))
@@ -180,8 +170,6 @@ def _named(name: str) -> Iterator[None]:
 
 # -- Flask -------------------------------------------------------------------------------------------------
 
-_IMPORTS = re.compile(r"^[ \t]*(?:from|import)[ \t]+(\w+)", re.MULTILINE)
-
 _APPLICATIONS: dict[str, Any] = {}
 """The application of FLASK_APP, created once: many applications cannot be created twice in one process."""
 
@@ -201,23 +189,6 @@ def _read_flask_variables(env_file: Path) -> bool:
         with contextlib.redirect_stdout(sys.stderr):
             importlib.import_module("flask.cli").load_dotenv()
     return bool(os.environ.get("FLASK_APP", "").strip())
-
-
-def revisions_import_flask_application(env_file: Path, folders: Iterable[str | Path]) -> bool:
-    """Tell whether revisions in ``folders`` import from the application, which may need its own context to
-    load.
-
-    A failed import cannot be retried in the context: it would define things twice.
-    """
-    if not _read_flask_variables(env_file):
-        return False
-    place = os.environ["FLASK_APP"].strip().partition(":")[0]
-    # As Flask reads it: a file's path, or a module's name.
-    name = Path(place).stem if place.endswith(".py") or "/" in place else place.partition(".")[0]
-    own = {name} | {item.stem for item in Path.cwd().iterdir() if item.suffix == ".py" or item.is_dir()}
-    files = (file for folder in folders for file in Path(folder).rglob("*.py"))
-    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
-    return any(own.intersection(_IMPORTS.findall(text)) for text in texts)
 
 
 @contextlib.contextmanager

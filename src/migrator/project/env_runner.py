@@ -11,6 +11,8 @@ from migrator.config.database_url import Target
 from migrator.project.alembic_sql import operators_of_the_server
 from migrator.project.bootstrap import ground, locations, refuse_other_locations
 from migrator.project.config import ProjectOptions, parse_command
+from migrator.project.env_source import can_run_twice
+from migrator.project.layout import migrates_several
 from migrator.project.transactions import configure_in
 
 if TYPE_CHECKING:
@@ -77,22 +79,50 @@ def run_env(
             script.run_env()
 
 
-def load_env(config: Config, script: ScriptDirectory) -> None:
-    """Load ``env.py`` for its imports, in Alembic's offline mode: nothing is run or printed."""
+def load_env(config: Config, script: ScriptDirectory, read: Callable[[], None]) -> BaseException | None:
+    """Load ``env.py`` in Alembic's offline mode, and call ``read`` where it calls ``context.run_migrations``.
+
+    That is where Alembic imports the revisions.  Nothing is run or printed.  Returns what ``env.py`` raised.
+    """
     import io
 
+    from alembic.operations import Operations
     from alembic.runtime.environment import EnvironmentContext
 
+    place = Path(script.env_py_location)
     environment = EnvironmentContext(config, script, as_sql=True, destination_rev="head")
     configure = environment.configure
 
     def configure_silently(*arguments: Any, **options: Any) -> None:
+        if not (arguments or options.get("connection") or options.get("url")):  # nobody has said where it is
+            options["dialect_name"] = options.get("dialect_name") or "postgresql"
         configure(*arguments, **{**options, "output_buffer": io.StringIO()})
 
+    def read_here(**_: Any) -> None:
+        with Operations.context(environment.get_context()):
+            read()
+        if not can_run_twice(place):
+            raise _Enough  # an import that fails is forgotten, so that the module is imported again
+
+    def enough() -> bool:
+        raise _Enough
+
     environment.configure = configure_silently  # type: ignore[method-assign]
-    environment.run_migrations = lambda **_: None  # type: ignore[method-assign]
-    with environment:
-        script.run_env()
+    environment.run_migrations = read_here  # type: ignore[method-assign]
+    if migrates_several(place):  # it would write a file for each database
+        environment.is_offline_mode = enough  # type: ignore[method-assign]
+    try:
+        with environment:
+            script.run_env()
+    except _Enough:
+        pass
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - an env.py may raise anything
+        return error
+    return None
+
+
+class _Enough(BaseException):
+    """Ends an ``env.py`` that has done what it was loaded for."""
 
 
 def _environment(config: Config, script: ScriptDirectory, destination: str, hook: Hook) -> EnvironmentContext:

@@ -16,6 +16,11 @@ class _NotKnown(Exception):
     """Only running the file gives the value."""
 
 
+def can_run_twice(place: Path) -> bool:
+    """Tell whether an ``env.py`` can run twice: an import runs a module's code only once."""
+    return "run_migrations" in place.read_text(encoding="utf-8", errors="replace")
+
+
 def runs_once(place: Path) -> bool:
     """Tell whether an ``env.py`` certainly runs its migrations once, on one version table.
 

@@ -10,8 +10,13 @@ from migrator.errors import HistoryError
 from migrator.project.loading import remedy
 
 
-def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
-    """Name the file that cannot be imported, the parent that is missing, or the revisions in a cycle."""
+def unreadable(
+    error: BaseException, said: Sequence[str], before: BaseException | None = None
+) -> HistoryError:
+    """Name the file that cannot be imported, the parent that is missing, or the revisions in a cycle.
+
+    ``before`` is what ``env.py`` raised, which was loaded first.
+    """
     from alembic.script.revision import CycleDetected
 
     if isinstance(error, CycleDetected):
@@ -36,11 +41,16 @@ def unreadable(error: BaseException, said: Sequence[str]) -> HistoryError:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if "versions" in Path(frame.filename).parts] or list(frames)
         place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
-    reason = " ".join(str(error).split())
+    first = f" Before that, env.py failed: {in_words(before)}." if before is not None else ""
     return HistoryError(
-        f"A revision file does not import: {place}: {type(error).__name__}: {reason}.",
+        f"A revision file does not import: {place}: {in_words(error)}.{first}",
         next_step=remedy(error, f"fix {place.split(',')[0]}, or add its imports to the image"),
     )
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error's class and text on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def in_a_file(error: BaseException) -> bool:

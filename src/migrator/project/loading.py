@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 log = logging.getLogger("migrator")
 
 _READ_ONLY = "-c default_transaction_read_only=on"
 _READ_ONLY_TRANSACTION = "25006"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
+
+
+def find_module(name: str) -> importlib.machinery.ModuleSpec | None:
+    """Find a module without importing anything, for its packages may import the application."""
+    places: list[str] | None = [*sys.path, str(Path.cwd())]
+    spec = None
+    for part in name.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(part, places)
+        if spec is None:
+            return None
+        places = list(spec.submodule_search_locations or ())
+    return spec
+
+
+def find_env(config: Config) -> Path:
+    """Return where ``env.py`` is: Alembic imports the package that a ``script_location`` names, and nothing is here."""
+    # Alembic before 1.16 reads an ini alone.
+    read = getattr(config, "get_alembic_option", config.get_main_option)
+    location = str(read("script_location") or "")
+    package, colon, folder = location.partition(":")
+    if not colon or os.path.isabs(location):
+        return Path(location, "env.py")
+    spec = find_module(package)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(*places[:1], folder, "env.py")
 
 
 @contextlib.contextmanager

@@ -4,48 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import re
-import sys
 import traceback
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from migrator.config.database_url import Target
-from migrator.errors import HistoryError, MigratorError
+from migrator.errors import HistoryError
 from migrator.postgres import connection_limit
 from migrator.postgres.version_table import VersionTable
-from migrator.project.bootstrap import ground, prepares, revisions_import_flask_application, shapes_history
 from migrator.project.config import (
     ProjectOptions,
     alembic_words,
     import_alembic,
     make_config,
     sibling_tables,
-    tell_address,
 )
 from migrator.project.downgrade_sql import OfflineDowngrade, offline_downgrade
-from migrator.project.env_runner import Around, Command, Hook, load_env, run_env
-from migrator.project.env_source import runs_once, version_table
+from migrator.project.env_runner import Around, Command, Hook, run_env
+from migrator.project.env_source import can_run_twice, runs_once, version_table
 from migrator.project.functions import is_one_way, runnable, without_function
 from migrator.project.kept_downgrade import KeptDowngrade
 from migrator.project.layout import migrates_several
-from migrator.project.load_errors import in_a_file, unreadable
 from migrator.project.loading import command_line, reading_only
 from migrator.project.manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
 from migrator.project.manifest import load as load_manifest
-from migrator.runtime import stdio
-
-if TYPE_CHECKING:
-    from alembic.script import ScriptDirectory
-
-
-log = logging.getLogger("migrator")
+from migrator.project.reading import read_graph
 
 
 @dataclass(frozen=True)
@@ -104,7 +92,7 @@ class History:
         import_alembic()
         self.config = make_config(options, folder or Path.cwd())
         with self._loading("upgrade", "head"):
-            self.script = self._read(bootstrapped=shapes_history(options.bootstrap))
+            self.script = read_graph(self.config, self._target, options)
 
     @contextlib.contextmanager
     def _loading(self, kind: str, destination: str) -> Iterator[None]:
@@ -118,75 +106,6 @@ class History:
             yield
 
     # -- reading ---------------------------------------------------------------------------------------
-
-    def _read(self, *, bootstrapped: bool) -> ScriptDirectory:
-        from alembic.script import ScriptDirectory
-        from alembic.util import CommandError
-
-        env_file: Path | None = None
-        # Output of a revision file's import is not an answer of ours: it goes to the logs.
-        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("always")
-            try:
-                script = ScriptDirectory.from_config(self.config)
-                # A revision file may import the application's settings, which read the address just once.
-                env_file = Path(script.env_py_location)
-                tell_address(self.config, env_file, self._target, self._options.export)
-                if not bootstrapped:
-                    bootstrapped = revisions_import_flask_application(env_file, script._version_locations)
-                script = self._bootstrapped(env_file) if bootstrapped else _loaded(script)
-                heads = script.get_heads()
-            except MigratorError:
-                raise
-            except CommandError as error:
-                raise HistoryError(f"The history cannot be read: {error}.", next_step=_GRAPH_STEP) from error
-            except (Exception, SystemExit) as error:  # a revision file may call sys.exit
-                if env_file and not bootstrapped and prepares(env_file, self._options):
-                    return self._read(bootstrapped=True)  # the imports of revision files may need preparation
-                after_env = self._after_env(env_file) if env_file and in_a_file(error) else None
-                if after_env is None:
-                    raise unreadable(error, [str(item.message) for item in caught]) from error
-                script = after_env
-                heads = script.get_heads()
-        for message in (str(item.message) for item in caught):
-            if "is present more than once" in message:
-                raise HistoryError(
-                    f"The history is ambiguous: {message}.",
-                    next_step="give one of the two files a new id, or delete the copy",
-                )
-        if not heads and self._options.bootstrap and not bootstrapped:
-            return self._read(bootstrapped=True)
-        if not heads:
-            places = ", ".join(str(place) for place in script._version_locations)
-            raise HistoryError(
-                f"There is no revision in {places}.",
-                next_step="check the mount; `migrator revision -m ...` creates the first revision",
-            )
-        return script
-
-    def _after_env(self, env_file: Path) -> ScriptDirectory | None:
-        """Read the revisions as Alembic does, after ``env.py`` has done its imports; None if that fails too."""
-        from alembic.script import ScriptDirectory
-
-        with stdio.kept(), ground(self.config, env_file, self._target, self._options) as config:
-            script = ScriptDirectory.from_config(config)
-            try:
-                with reading_only():
-                    load_env(config, script)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - its imports may have been enough
-                log.debug("env.py was loaded for its imports and failed: %s", error)
-            try:
-                return _loaded(script)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - the first error is the one to report
-                log.debug("the revisions cannot be imported after env.py either: %s", error)
-        return None
-
-    def _bootstrapped(self, env_file: Path) -> ScriptDirectory:
-        """Read the revisions as ``env.py`` runs: fully prepared, from the bootstrap's folders."""
-        from alembic.script import ScriptDirectory
-
-        with stdio.kept(), ground(self.config, env_file, self._target, self._options) as config:
-            return _loaded(ScriptDirectory.from_config(config))
 
     @property
     def location(self) -> Path:
@@ -303,10 +222,8 @@ class History:
 
     @functools.cached_property
     def can_be_asked(self) -> bool:
-        """Tell whether ``env.py`` can run twice: an import runs a module's code only once."""
-        return "run_migrations" in Path(self.script.env_py_location).read_text(
-            encoding="utf-8", errors="replace"
-        )
+        """Tell whether ``env.py`` can run twice."""
+        return can_run_twice(Path(self.script.env_py_location))
 
     @functools.cached_property
     def runs_once(self) -> bool:
@@ -525,15 +442,6 @@ def _raised_by_alembic(error: BaseException) -> bool:
 
 
 _NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
-
-_GRAPH_STEP = "fix the revision files; `alembic branches` and `alembic history` show the graph"
-
-
-def _loaded(script: ScriptDirectory) -> ScriptDirectory:
-    """Import all revisions, and build the whole graph, depends_on too."""
-    script.get_heads()
-    script.revision_map._real_heads  # noqa: B018 - a property that does it
-    return script
 
 
 def _rows_after(steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:

@@ -19,7 +19,7 @@ from migrator.errors import SettingsError
 from migrator.postgres.session import quote_literal
 from migrator.postgres.version_table import VersionTable
 from migrator.project.config import ProjectOptions, import_alembic, make_config
-from migrator.project.loading import reading_only
+from migrator.project.loading import find_env, reading_only
 from migrator.runtime import stdio
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def env_file(options: ProjectOptions, folder: Path) -> Path:
     before.
     """
     import_alembic()
-    from alembic.script import ScriptDirectory
-
-    return Path(ScriptDirectory.from_config(make_config(options, folder)).env_py_location)
+    return find_env(make_config(options, folder))
 
 
 @dataclass(frozen=True)
