@@ -175,6 +175,14 @@ def test_what_runs_saw_counts_where_env_py_cannot_be_asked(
     assert "only one.alembic_version, two.alembic_version was checked" in result.stderr
 
 
+def test_without_any_tenant_no_version_table_is_named(database: Database, project: Project, run: Run) -> None:
+    database.execute("CREATE TABLE tenants (name text)")
+    folder = project(SHAPES["version_table_schema"], revisions=[A1])
+    result = run("check", cwd=folder)
+    assert result.code == ExitCode.PENDING, result
+    assert "no version table was checked" in result.stderr
+
+
 def test_a_run_that_waits_for_another_asks_env_py_itself(
     database: Database, project: Project, run: Run, start_migrator: Callable[..., Running]
 ) -> None:

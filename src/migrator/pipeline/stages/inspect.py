@@ -251,10 +251,11 @@ def inspect(
     if read_only and where.doubt:
         if table is None and where.others:
             raise refusal(where.others)
+        checked = tuple(map(str, where.visits or ((table,) if table else ())))
         log.warning(
             "env.py could not report its version tables (%s): %s",
             where.doubt,
-            f"only {_some(tuple(map(str, where.visits or (table,))))} was checked",
+            f"only {_some(checked)} was checked" if checked else "no version table was checked",
         )
     _refuse_copies(table, current)
     if table is not None:
