@@ -144,7 +144,7 @@ def test_a_role_that_may_not_create_databases(app_database: Database, workbench:
     with pytest.raises(RestoreFailed, match="may not create databases") as caught:
         bench.restore(to=app_database.name + "_look")
     assert 'ALTER ROLE "app_role" CREATEDB' in caught.value.next_step
-    by_hand = caught.value.next_step.partition("as it is: ")[2]
+    by_hand = caught.value.next_step.partition("in place: ")[2]
     assert by_hand == pg_restore.by_hand(backup, app_database.name)
     app_database.execute("SET ROLE app_role; DELETE FROM t; CREATE TABLE newer (a int)")
     done = subprocess.run(

@@ -32,6 +32,9 @@ CREATE FUNCTION good(i int) RETURNS boolean LANGUAGE sql STABLE
   AS 'SELECT EXISTS (SELECT FROM public.other WHERE id = i)';
 CREATE FUNCTION good_too(i int) RETURNS boolean LANGUAGE sql STABLE SET search_path = public
   AS 'SELECT EXISTS (SELECT FROM other WHERE id = i) AND known(i)';
+CREATE TYPE kind AS ENUM ('a');
+CREATE FUNCTION good_four(i int) RETURNS boolean LANGUAGE plpgsql STABLE
+  AS 'DECLARE k public.kind; BEGIN k := ''a''::public.kind; RETURN k::text = ''a''; END';
 CREATE FUNCTION good_three(i int) RETURNS boolean LANGUAGE plpgsql STABLE
   AS 'BEGIN /* FROM other */ RETURN EXISTS (WITH other AS (SELECT i) SELECT FROM other, public.other o -- JOIN other
   ); END';
@@ -47,6 +50,30 @@ BROKEN = {
     "index public.x": "CREATE TABLE a (t text); INSERT INTO a VALUES ('A'); CREATE INDEX x ON a (outer_one(t))",
     "materialized view public.m": "CREATE VIEW v AS SELECT id, known(id) FROM other;"
     " CREATE MATERIALIZED VIEW m AS SELECT * FROM v",
+    "check three of public.a": "CREATE TYPE mood AS ENUM ('glad'); CREATE FUNCTION feels(t text) RETURNS boolean"
+    " LANGUAGE plpgsql AS 'BEGIN RETURN t::mood IS NOT NULL; END';"
+    " CREATE TABLE a (t text CONSTRAINT three CHECK (feels(t))); INSERT INTO a VALUES ('glad')",
+    "check four of public.a": "CREATE DOMAIN short AS text; CREATE FUNCTION fits(t text) RETURNS boolean"
+    " LANGUAGE plpgsql AS 'DECLARE s short; BEGIN s := t; RETURN true; END';"
+    " CREATE TABLE a (t text CONSTRAINT four CHECK (fits(t))); INSERT INTO a VALUES ('a')",
+    "partition key of public.a": "CREATE FUNCTION part(t text) RETURNS text LANGUAGE plpgsql IMMUTABLE"
+    " AS 'BEGIN RETURN low(t); END'; CREATE TABLE a (t text) PARTITION BY LIST (part(t));"
+    " CREATE TABLE a1 PARTITION OF a FOR VALUES IN ('a'); INSERT INTO a VALUES ('A')",
+    "index public.by_class": "CREATE FUNCTION compare(text, text) RETURNS int LANGUAGE plpgsql IMMUTABLE"
+    " AS 'BEGIN RETURN bttextcmp(low($1), low($2)); END'; CREATE OPERATOR CLASS lowered FOR TYPE text USING btree"
+    " AS OPERATOR 1 <, OPERATOR 3 =, FUNCTION 1 compare(text, text); CREATE TABLE a (t text);"
+    " INSERT INTO a VALUES ('a'), ('b'); CREATE INDEX by_class ON a (t lowered)",
+    "index public.by_place": "CREATE EXTENSION cube; CREATE EXTENSION earthdistance;"
+    " CREATE TABLE a (x float8, y float8); INSERT INTO a VALUES (1, 2);"
+    " CREATE INDEX by_place ON a USING gist (ll_to_earth(x, y))",
+    "index public.by_word": "CREATE EXTENSION unaccent; CREATE FUNCTION plain(t text) RETURNS text LANGUAGE plpgsql"
+    " IMMUTABLE AS 'BEGIN RETURN public.unaccent(''unaccent'', t); END'; CREATE TABLE a (t text);"
+    " INSERT INTO a VALUES ('a'); CREATE INDEX by_word ON a (plain(t))",
+    "range type public.span": "CREATE FUNCTION apart(float8, float8) RETURNS float8 LANGUAGE plpgsql IMMUTABLE"
+    " AS 'BEGIN RETURN least_of($1 - $2); END'; CREATE FUNCTION least_of(f float8) RETURNS float8 LANGUAGE sql"
+    " IMMUTABLE AS 'SELECT f'; CREATE TYPE span AS RANGE (subtype = float8, subtype_diff = apart);"
+    " CREATE TABLE a (s span); INSERT INTO a SELECT span(g, g + 1) FROM generate_series(1, 500) g;"
+    " CREATE INDEX by_span ON a USING gist (s)",
 }
 
 
@@ -72,7 +99,10 @@ def test_what_needs_none_is_not_named(database: Database, workbench: Bench) -> N
     database.execute(
         BODIES + "CREATE TABLE a (id int CHECK (id > 0), d bool DEFAULT known(1)); INSERT INTO a VALUES (1);"
         " CREATE VIEW v AS SELECT known(id) FROM a;"
-        " CREATE MATERIALIZED VIEW m AS SELECT good(id), good_too(id), good_three(id) FROM a"
+        " CREATE EXTENSION cube; CREATE EXTENSION earthdistance; CREATE FUNCTION place(float8, float8) RETURNS earth"
+        " LANGUAGE sql IMMUTABLE SET search_path = public AS 'SELECT ll_to_earth($1, $2)';"
+        " CREATE INDEX by_place ON a USING gist (place(id, id));"
+        " CREATE MATERIALIZED VIEW m AS SELECT good(id), good_too(id), good_three(id), good_four(id) FROM a"
     )
     bench = workbench(database)
     backup = bench.back_up()

@@ -9,7 +9,7 @@ Nothing is called here: the server analyses bodies in SQL, and those in PL/pgSQL
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from migrator.postgres.session import QueryFailed, Session
@@ -17,24 +17,38 @@ from migrator.postgres.session import QueryFailed, Session
 # Where a restore evaluates expressions, and the functions that each calls: directly, by an operator, by a
 # view.
 _CALLED = """
-WITH RECURSIVE root(name, classid, objid) AS (
+WITH RECURSIVE extensions(objid) AS (
+  SELECT objid FROM pg_depend WHERE deptype = 'e' AND classid IN ('pg_class'::regclass, 'pg_type'::regclass)
+), root(name, classid, objid) AS (
   SELECT format('check %I of %s', conname, CASE WHEN conrelid <> 0 THEN format('%I.%I', n.nspname, c.relname)
                                                 ELSE format_type(contypid, NULL) END), 'pg_constraint'::regclass, k.oid
     FROM pg_constraint k LEFT JOIN pg_class c ON c.oid = conrelid LEFT JOIN pg_namespace n ON n.oid = c.relnamespace
-   WHERE contype = 'c'
+   WHERE contype = 'c' AND conrelid NOT IN (TABLE extensions) AND contypid NOT IN (TABLE extensions)
   UNION ALL
   SELECT format('generated column %I of %I.%I', attname, nspname, relname), 'pg_attrdef'::regclass, d.oid
     FROM pg_attrdef d JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum JOIN pg_class c ON c.oid = adrelid
          JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE attgenerated <> ''
+   WHERE attgenerated <> '' AND c.oid NOT IN (TABLE extensions)
   UNION ALL
   SELECT format('index %I.%I', nspname, relname), 'pg_class'::regclass, c.oid
     FROM pg_index JOIN pg_class c ON c.oid = indexrelid JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE indexprs IS NOT NULL OR indpred IS NOT NULL
+   WHERE (indexprs IS NOT NULL OR indpred IS NOT NULL) AND indrelid NOT IN (TABLE extensions)
+  UNION ALL
+  SELECT format('index %I.%I', nspname, relname), 'pg_proc'::regclass, amproc::oid
+    FROM pg_index JOIN pg_class c ON c.oid = indexrelid JOIN pg_namespace n ON n.oid = relnamespace,
+         unnest(indclass) AS k (class) JOIN pg_opclass o ON o.oid = k.class JOIN pg_amproc ON amprocfamily = opcfamily
+   WHERE opcnamespace <> 'pg_catalog'::regnamespace AND indrelid NOT IN (TABLE extensions)
+  UNION ALL
+  SELECT format('partition key of %I.%I', nspname, relname), 'pg_class'::regclass, c.oid
+    FROM pg_partitioned_table JOIN pg_class c ON c.oid = partrelid JOIN pg_namespace n ON n.oid = relnamespace
+   WHERE partexprs IS NOT NULL AND c.oid NOT IN (TABLE extensions)
+  UNION ALL
+  SELECT 'range type ' || format_type(rngtypid, NULL), 'pg_type'::regclass, rngtypid
+    FROM pg_range WHERE rngtypid NOT IN (TABLE extensions)
   UNION ALL
   SELECT format('materialized view %I.%I', nspname, relname), 'pg_rewrite'::regclass, r.oid
     FROM pg_rewrite r JOIN pg_class c ON c.oid = ev_class JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE relkind = 'm' AND relispopulated
+   WHERE relkind = 'm' AND relispopulated AND c.oid NOT IN (TABLE extensions)
 ), needs(name, classid, objid) AS (
   SELECT name, classid::oid, objid FROM root
   UNION
@@ -49,17 +63,24 @@ SELECT DISTINCT name, objid::bigint FROM needs WHERE classid = 'pg_proc'::regcla
 """
 _FUNCTIONS = """
 SELECT p.oid::bigint, p.oid::regprocedure::text, proname::text, lanname::text, coalesce(prosrc, ''),
-       EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%')
+       EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%'),
+       (SELECT extname::text FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+         WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')
   FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace JOIN pg_language l ON l.oid = prolang
- WHERE nspname <> 'information_schema' AND nspname !~ '^pg_' AND lanname IN ('sql', 'plpgsql')
-   AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid
-                                             AND d.deptype = 'e')
+ WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'
 """
-_RELATIONS = """
-SELECT DISTINCT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
- WHERE relkind IN ('r', 'p', 'v', 'm', 'f') AND nspname <> 'information_schema' AND nspname !~ '^pg_'
-   AND NOT EXISTS (SELECT FROM pg_class o JOIN pg_namespace s ON s.oid = o.relnamespace
-                    WHERE o.relname = c.relname AND s.nspname = 'pg_catalog')
+_NAMES = """
+WITH mine AS (SELECT oid FROM pg_namespace WHERE nspname <> 'information_schema' AND nspname !~ '^pg_')
+SELECT 'relation', relname::text FROM pg_class c WHERE relnamespace IN (TABLE mine)
+   AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+   AND NOT EXISTS (SELECT FROM pg_class o WHERE o.relname = c.relname AND relnamespace = 'pg_catalog'::regnamespace)
+UNION
+SELECT 'type', typname::text FROM pg_type t WHERE typnamespace IN (TABLE mine) AND typcategory <> 'A'
+   AND NOT EXISTS (SELECT FROM pg_type o WHERE o.typname = t.typname AND typnamespace = 'pg_catalog'::regnamespace)
+UNION
+SELECT 'text search dictionary', dictname::text FROM pg_ts_dict WHERE dictnamespace IN (TABLE mine)
+UNION
+SELECT 'text search configuration', cfgname::text FROM pg_ts_config WHERE cfgnamespace IN (TABLE mine)
 """
 _EXTENSIONS = "SELECT extname::text FROM pg_extension WHERE extname = 'pg_cron'"
 _BOUND = (
@@ -77,6 +98,14 @@ class _Function:
     language: str
     source: str
     has_path: bool
+    extension: str | None
+
+    @property
+    def remedy(self) -> str:
+        """Return what gives it a search_path, and is dumped: changes of an extension's functions are not."""
+        if self.extension:
+            return f"extension {self.extension} owns it; call it by your own function, with SET search_path"
+        return f"ALTER FUNCTION {self.shown} SET search_path = ..."
 
 
 def find(session: Session) -> list[str]:
@@ -85,29 +114,31 @@ def find(session: Session) -> list[str]:
     It runs in a transaction of the session.
     """
     functions = {
-        oid: _Function(oid, shown, name, language, _COMMENT.sub(" ", source), has_path)
-        for oid, shown, name, language, source, has_path in session.query(_FUNCTIONS)
+        oid: _Function(oid, shown, name, language, _COMMENT.sub(" ", source), has_path, extension)
+        for oid, shown, name, language, source, has_path, extension in session.query(_FUNCTIONS)
     }
     called = session.query(_CALLED) if functions else []
     found = {name: "" for name, _ in called}
     by_name: dict[str, list[_Function]] = {}
     for function in functions.values():
         by_name.setdefault(function.name, []).append(function)
-    relations = {row[0] for row in session.query(_RELATIONS)} if functions else set()
+    names: dict[str, set[str]] = {}
+    for kind, name in session.query(_NAMES) if functions else ():
+        names.setdefault(kind, set()).add(name)
+    relations = names.get("relation", set())
     missing: dict[int, str] = {}
     for name, oid in called:
         for function in _reached(functions, by_name, oid):
             if function.oid not in missing:
-                missing[function.oid] = _missing(session, function, relations, by_name)
+                missing[function.oid] = _missing(session, function, names, by_name)
             calls = f"{name} calls {function.shown}, which"
             if found[name]:
                 break
             if missing[function.oid]:
-                found[name] = (
-                    f"{calls} needs a search_path ({missing[function.oid]}): "
-                    f"ALTER FUNCTION {function.shown} SET search_path = ..."
-                )
-            elif not name.startswith(("index", "materialized")) and (read := _read(function, relations)):
+                found[name] = f"{calls} needs a search_path ({missing[function.oid]}): {function.remedy}"
+            elif not name.startswith(("index", "materialized", "range")) and (
+                read := _read(function, relations)
+            ):
                 found[name] = (
                     f"{calls} reads {read[0]}, whose rows may be restored later: use a trigger instead"
                 )
@@ -126,24 +157,32 @@ def _reached(
             continue
         seen.add(function.oid)
         yield function
-        if function.has_path:
+        if function.has_path or function.language not in _READABLE:
             continue
         for word in set(re.findall(r"\w+", function.source)):
             waiting += [other.oid for other in by_name.get(word, ())]
 
 
 def _missing(
-    session: Session, function: _Function, relations: Iterable[str], functions: Mapping[str, object]
+    session: Session,
+    function: _Function,
+    names: Mapping[str, Collection[str]],
+    functions: Mapping[str, object],
 ) -> str:
-    """Return the names that a function does not find under our own search_path, which is as empty as that of
-    a restore.
-    """
-    if function.has_path:
+    """Return what a function does not find with migrator's search_path, which is as empty as in a restore."""
+    if function.has_path or function.language not in _READABLE:
         return ""
+    if said := _analysed(session, function):  # of PL/pgSQL: the types of its variables
+        return said
     if function.language == "sql":
-        return _analysed(session, function)
-    if bare := [name for name in _read(function, relations) if "." not in name]:
+        return ""
+    if bare := [name for name in _read(function, names.get("relation", ())) if "." not in name]:
         return f'relation "{bare[0]}"'
+    for pattern, kinds in _MENTIONS:
+        for match in pattern.finditer(function.source):
+            for kind in kinds:
+                if match[1].lower() in names.get(kind, ()):
+                    return f'{kind} "{match[1].lower()}"'
     for match in re.finditer(r"(?<![\w.\"])(\w+)\s*\(", function.source):
         if match[1].lower() in functions and not session.value(_BUILT_IN, [match[1].lower()]):
             return f"function {match[1]}"
@@ -161,6 +200,15 @@ def _read(function: _Function, relations: Iterable[str]) -> list[str]:
     return found
 
 
+_MENTIONS = (
+    (re.compile(r"::\s*(\w+)(?![\w.])"), ("type",)),
+    (re.compile(r"\bcast\s*\([^()]*\bas\s+(\w+)\s*[)\[]", re.IGNORECASE), ("type",)),
+    (re.compile(r"'(\w+)'\s*::\s*regclass", re.IGNORECASE), ("relation",)),
+    (re.compile(r"\b(?:next|curr|set)val\s*\(\s*'(\w+)'", re.IGNORECASE), ("relation",)),
+    (re.compile(r"'(\w+)'"), ("text search dictionary", "text search configuration")),
+)
+"""Where a body in PL/pgSQL names, without a schema, what is no table and no function."""
+_READABLE = ("sql", "plpgsql")
 _NAMED = re.compile(
     r"\b(?:from|join|into|update)\s+(?:only\s+)?((?:\w+|\"[^\"]+\")\.)?(\w+|\"[^\"]+\")", re.IGNORECASE
 )
@@ -173,7 +221,8 @@ def _analysed(session: Session, function: _Function) -> str:
     session.query("SAVEPOINT analysed")
     try:
         session.query("SET LOCAL check_function_bodies = on")
-        session.query("SELECT fmgr_sql_validator(%s::bigint::oid)", [function.oid])
+        validator = "fmgr_sql_validator" if function.language == "sql" else "plpgsql_validator"
+        session.query(f"SELECT {validator}(%s::bigint::oid)", [function.oid])
     except QueryFailed as error:
         if error.lost:
             raise
