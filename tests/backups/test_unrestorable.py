@@ -11,6 +11,7 @@ import pytest
 
 from migrator.backups import clients, description
 from migrator.backups.verification import fingerprint
+from migrator.errors import RestoreFailed
 from migrator.runtime.subprocesses import Finished
 from tests.support import installations
 from tests.support.servers import Database, Server
@@ -135,6 +136,60 @@ def test_bookkeeping_fails_no_backup(
         backup = workbench(database, MIGRATOR_BACKUP_VERIFY="read").back_up()
     assert backup.verified == "read"
     assert "no_such_thing" in caplog.text
+
+
+ONLY_SUPERUSERS = {
+    "extension pg_stat_statements": "CREATE EXTENSION pg_stat_statements",
+    "publication every": "CREATE PUBLICATION every FOR ALL TABLES",
+    "publication whole": "CREATE PUBLICATION whole FOR TABLES IN SCHEMA public",
+    "server files": "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER files FOREIGN DATA WRAPPER w",
+    "function public.absolute(integer)": "CREATE FUNCTION absolute(int) RETURNS int LANGUAGE internal AS 'int4abs'",
+    "function public.tight(integer)": "CREATE FUNCTION tight(int) RETURNS int LANGUAGE sql LEAKPROOF AS 'SELECT $1'",
+    "operator class own": "CREATE OPERATOR CLASS own FOR TYPE int USING btree AS OPERATOR 1 <,"
+    " FUNCTION 1 btint4cmp(int, int)",
+    "default privileges of role postgres": "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC",
+    "objects of role postgres": "CREATE TABLE theirs (a int); GRANT SELECT ON theirs TO maker_role",
+}
+
+
+@pytest.mark.parametrize("named", ONLY_SUPERUSERS)
+def test_what_only_a_superuser_restores_is_named(
+    named: str, database: Database, workbench: Bench, server: Server
+) -> None:
+    """By a role that may create databases; a superuser is told nothing, and restores it."""
+    server.create_role("maker_role", "LOGIN CREATEDB")
+    try:
+        server.psql(f"ALTER DATABASE {database.name} OWNER TO maker_role")
+        database.execute(ONLY_SUPERUSERS[named])
+        backup = workbench(database, DATABASE_URL=server.url(database.name, "maker_role")).back_up()
+        assert f"may not create these again: {named}" in backup.proofs[0].why
+        with pytest.raises(RestoreFailed) as caught:
+            workbench(database, DATABASE_URL=server.url(database.name, "maker_role")).restore()
+        assert "superuser" in caught.value.next_step or "role that may act for it" in caught.value.next_step
+        assert workbench(database).back_up().proofs[0].why == ""
+        workbench(database).restore(backup.id, to=f"{database.name}_look")
+        server.drop_database(f"{database.name}_look")
+    finally:
+        server.psql(f"ALTER DATABASE {database.name} OWNER TO postgres")
+        database.execute("DROP OWNED BY maker_role")
+        server.psql("DROP ROLE maker_role")
+
+
+def test_an_extensions_tables_and_its_version_are_named(database: Database, workbench: Bench) -> None:
+    """Which pg_dump leaves out: rows of a table that belongs to one, and that it is not of the newest version."""
+    database.execute(
+        "CREATE EXTENSION hstore VERSION '1.4'; CREATE TABLE lost AS SELECT 1 AS a; CREATE TABLE none (a int);"
+        " ALTER EXTENSION hstore ADD TABLE lost; ALTER EXTENSION hstore ADD TABLE none; ANALYZE lost"
+    )
+    why = workbench(database).back_up().proofs[0].why
+    assert "extension hstore is 1.4, and a restore installs the default of its server, which is 1." in why
+    assert "the rows of public.lost are not in it" in why
+    assert "public.none" not in why
+    for typed in ("ALTER EXTENSION hstore UPDATE", "ALTER EXTENSION hstore DROP TABLE public.lost"):
+        assert typed in why
+        database.execute(typed)
+    backup = workbench(database).back_up()
+    assert (backup.proofs[0].why, backup.tables["public.lost"].rows) == ("", 1)
 
 
 def test_why_a_worker_died() -> None:

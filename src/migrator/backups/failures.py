@@ -12,7 +12,7 @@ _OF_A_ROLE = re.compile(
     r"Command was: (ALTER .* OWNER TO|GRANT|REVOKE|ALTER DEFAULT PRIVILEGES|SET SESSION AUTH|CREATE EVENT TRIGGER)"
 )
 
-_OF_RIGHTS = re.compile(r"permission denied|[Mm]ust be (superuser|owner|member|able)|[Oo]nly superusers")
+_OF_RIGHTS = re.compile(r"permission denied|[Mm]ust be (superuser|owner|member|able)|[Oo]nly superuser")
 AS_SUPERUSER = "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL)"
 
 

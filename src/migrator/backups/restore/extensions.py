@@ -47,7 +47,7 @@ BEGIN
 END $migrator$;
 """
 _ENTRY = re.compile(
-    r"\d+; \d+ \d+ (TABLE DATA|TABLE|SEQUENCE SET|SEQUENCE|SCHEMA -|ACL|COMMENT|SECURITY LABEL) (.*)"
+    r"\d+; \d+ \d+ (TABLE DATA|TABLE|SEQUENCE SET|SEQUENCE|SCHEMA -|ACL|DEFAULT ACL|COMMENT|SECURITY LABEL) (.*)"
 )
 _ROWS = {"TABLE DATA": "TABLE", "SEQUENCE SET": "SEQUENCE"}
 
@@ -92,7 +92,7 @@ def look(session: Session, entries: Iterable[str]) -> Staying:
         kind, rest = match.groups()
         if kind == "SCHEMA -":
             return rest not in schemas
-        if kind in ("ACL", "COMMENT", "SECURITY LABEL"):
+        if kind in ("ACL", "DEFAULT ACL", "COMMENT", "SECURITY LABEL"):
             # For objects of others that the restore did not create; an extension's comment belongs to its
             # owner.
             return " EXTENSION " not in f" {rest}" and rest.endswith(acting_for)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from migrator.backups.verification import superuser_only
 from migrator.postgres.session import QueryFailed, Session
 
 # Where a restore evaluates expressions, and the functions that each calls: directly, by an operator, by a
@@ -83,6 +84,22 @@ UNION
 SELECT 'text search configuration', cfgname::text FROM pg_ts_config WHERE cfgnamespace IN (TABLE mine)
 """
 _EXTENSIONS = "SELECT extname::text FROM pg_extension WHERE extname = 'pg_cron'"
+# pg_dump has the rows of an extension's tables only where the extension says so, and no extension's version.
+_OF_EXTENSIONS = """
+SELECT format('the rows of %I.%I are not in it, because the table belongs to extension %I (ALTER EXTENSION %I DROP '
+              'TABLE %I.%I, if its rows are yours)', nspname, relname, extname, extname, nspname, relname)
+  FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid JOIN pg_class c ON c.oid = d.objid
+  JOIN pg_namespace n ON n.oid = relnamespace
+ WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+   AND relkind = 'r' AND c.oid <> ALL (coalesce(extconfig, '{}'))
+   AND (reltuples > 0 OR pg_stat_get_live_tuples(c.oid) > 0)
+UNION ALL
+SELECT format('extension %I is %s, and a restore installs the default of its server, which is %s here (ALTER EXTENSION '
+              '%I UPDATE)', name, installed_version, default_version, name)
+  FROM pg_available_extensions
+ WHERE installed_version <> default_version AND EXISTS (SELECT FROM pg_extension WHERE extname <> 'plpgsql')
+ORDER BY 1
+"""
 _BOUND = (
     "extension {name} works in only one database: a restore leaves it and its jobs out, and pg_restore "
     "by hand stops there"
@@ -143,7 +160,8 @@ def find(session: Session) -> list[str]:
                     f"{calls} reads {read[0]}, whose rows may be restored later: use a trigger instead"
                 )
     bound = [_BOUND.format(name=row[0]) for row in session.query(_EXTENSIONS)]
-    return [text for text in (*found.values(), *bound) if text]
+    of_extensions = [row[0] for row in session.query(_OF_EXTENSIONS)]
+    return [text for text in (*found.values(), *bound, *of_extensions, *superuser_only.find(session)) if text]
 
 
 def _reached(
