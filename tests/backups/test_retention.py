@@ -22,7 +22,7 @@ from migrator.config.database_url import parse
 from migrator.config.value_parsers import keep
 from migrator.errors import BackupFailed, SettingsError
 from migrator.ledger import table as ledger
-from migrator.ledger.queries import read_needed_backups
+from migrator.ledger.needed_backups import read_needed_backups
 from migrator.postgres.session import connect
 from migrator.postgres.version_table import VersionTable
 from tests.support.buckets import Bucket
@@ -277,13 +277,13 @@ def test_what_the_ledger_needs(database: Database) -> None:
             f" {'NULL' if code is None else code})"
         )
     with connect(parse(database.url), APPLICATION, 60) as session:
-        assert read_needed_backups(session) == {"backup-changed", "backup-failed", "backup-killed"}
+        assert read_needed_backups(session, "") == {"backup-changed", "backup-failed", "backup-killed"}
         session.query("CREATE SCHEMA other")
         session.query(
             f"CREATE TABLE other.{ledger.NAME} AS SELECT * FROM public.{ledger.NAME} WHERE run_id = 'old'"
         )
         needed = {"backup-changed", "backup-failed", "backup-killed", "backup-old"}
-        assert read_needed_backups(session) == needed
+        assert read_needed_backups(session, "") == needed
 
 
 def test_a_ledger_that_cannot_be_read_keeps_everything(database: Database, workbench: Bench) -> None:

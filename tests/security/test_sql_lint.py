@@ -21,6 +21,7 @@ ON_THEIRS = {
     "pipeline/apply/metrics/observer.py": ("_BEFORE", "_SIZE"),  # on a session of ours
     "postgres/search_path.py": ("_FIND", "FIND", "LIST", "beside"),
     "ledger/sql.py": (),
+    "ledger/indexes.py": (),
     "ledger/permissions.py": (),
     "postgres/attached_code.py": ("_OF_OTHERS", "_PLAIN", "_TABLE"),  # on a session of ours
     "postgres/session.py": None,

@@ -18,9 +18,9 @@ from migrator.backups.manifest import Backup, human_size
 from migrator.backups.storage.interface import BadDump, Store
 from migrator.backups.storage.open import open_store
 from migrator.config.settings import Settings
-from migrator.errors import AccessDenied, BackupFailed, SettingsError
-from migrator.ledger import queries
-from migrator.postgres.session import QueryFailed, Session
+from migrator.errors import BackupFailed, SettingsError
+from migrator.ledger.needed_backups import read_needed_backups
+from migrator.postgres.session import Session
 
 LOGGER = logging.getLogger("migrator.backup")
 BAD_DAYS = 30
@@ -167,16 +167,7 @@ def prune(session: Session, settings: Settings, *, dry_run: bool = False) -> Pru
             ["prune does not know which backups to keep"],
             next_step="migrator prune --dry-run --keep last=5,daily=7,weekly=4; or set MIGRATOR_BACKUP_KEEP",
         )
-    try:
-        needed = queries.read_needed_backups(session)
-    except (QueryFailed, AccessDenied) as error:
-        if isinstance(error, QueryFailed) and error.lost:
-            raise
-        raise BackupFailed(
-            "The ledger cannot be read, so it is not known which backups it needs: "
-            f"{str(error).rstrip('.')}.",
-            next_step="grant the role SELECT on migrator_ledger, and prune again",
-        ) from error
+    needed = read_needed_backups(session, settings.role)
     store = open_store(settings.backup_url, settings)
     database = session.facts.database
     identifier, _ = exported_snapshot.identity(session)

@@ -48,6 +48,13 @@ class Hole:
         }[self.kind]
 
 
+OWNER = (
+    "SELECT CAST(pg_catalog.pg_get_userbyid(relowner) AS pg_catalog.text) FROM pg_catalog.pg_class"
+    " WHERE oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass(%s) AS pg_catalog.oid)"
+    " AND pg_catalog.pg_has_role(relowner, 'MEMBER')"
+)
+"""The owner of a table (the parameter), where the login can become it."""
+
 NOT_OURS = Hole("columns", "", "", False, (), "")
 """A table of this name that is not a ledger; reading it shows that."""
 

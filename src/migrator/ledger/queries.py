@@ -9,8 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from migrator.errors import AccessDenied
+from migrator.ledger import indexes
 from migrator.ledger import sql as questions
-from migrator.ledger.permissions import NOT_OURS, holes, question, refusal
+from migrator.ledger.permissions import NOT_OURS, Hole, holes, question, refusal
 from migrator.ledger.table import NAME, UNDONE, beside, owner_of
 from migrator.postgres.search_path import FIRST_OF_OTHERS
 from migrator.postgres.session import QueryFailed, Session, as_typed
@@ -123,13 +124,23 @@ class Standing:
 
 
 def query_ledger(
-    session: Session, ledger: VersionTable, sql: str, parameters: tuple[Any, ...] | dict[str, Any]
+    session: Session,
+    ledger: VersionTable,
+    sql: str,
+    parameters: tuple[Any, ...] | dict[str, Any],
+    *,
+    indexed: bool = False,
 ) -> list[tuple[Any, ...]]:
     """Query the ledger, as its owner if the login itself may not; raises QueryFailed.
 
     If row security would hide some of its rows, and run someone's expressions, that is an error.
+    ``indexed`` is for a query by index. Without statistics the planner prefers to read and sort all rows.
+    It also compiles for seconds what takes a millisecond.
     """
-    sql = "SET LOCAL row_security = off;" + sql.format(table=ledger.quoted.replace("%", "%%"))
+    settings = "SET LOCAL row_security = off; SET LOCAL jit = off;"
+    for name in ("seqscan", "bitmapscan", "sort") if indexed else ():
+        settings += f" SET LOCAL enable_{name} = off;"
+    sql = settings + sql.format(table=ledger.quoted.replace("%", "%%"))
     try:
         return session.query(sql, parameters)
     except QueryFailed as error:
@@ -142,12 +153,41 @@ def query_ledger(
         return session.query(sql, parameters)
 
 
-def _trusted(session: Session, version_table: VersionTable, role: str) -> VersionTable:
-    """Return the ledger's name; raises :class:`AccessDenied` if an untrusted role can write it."""
-    ledger = beside(version_table, session)
-    found = holes(session.value(question(ledger, version_table, role=role)))
-    if found:
-        raise refusal(ledger, found)
+@dataclass(frozen=True)
+class Ledger:
+    """A ledger: its table, the other roles that can write it, and whether it has all its indexes."""
+
+    session: Session
+    table: VersionTable
+    holes: tuple[Hole, ...]
+    indexed: bool
+
+    def ask(
+        self, asked: questions.Shapes | str, version_table: VersionTable, *more: Any
+    ) -> list[tuple[Any, ...]]:
+        """Query the rows of a version table, by index if the ledger has them; raises QueryFailed."""
+        sql = asked if isinstance(asked, str) else asked.of(self.indexed)
+        names = (version_table.name,) * (sql.count("%s") - len(more))
+        return query_ledger(self.session, self.table, sql, (*names, *more), indexed=self.indexed)
+
+
+def examine(
+    session: Session, table: VersionTable, version_table: VersionTable | None, role: str, *, limits: str = ""
+) -> Ledger:
+    """Return what the catalogs say of a ledger, see :func:`.permissions.question`.
+
+    ``limits`` are statements to run first, in the same message. Raises QueryFailed.
+    """
+    sql = f"{limits}SELECT ({question(table, version_table, role=role)}), ({indexes.question(table)})"
+    answer, indexed = session.query(sql)[0]
+    return Ledger(session, table, holes(answer), bool(indexed))
+
+
+def _trusted(session: Session, version_table: VersionTable, role: str) -> Ledger:
+    """Return the ledger; raises :class:`AccessDenied` if an untrusted role can write it."""
+    ledger = examine(session, beside(version_table, session), version_table, role)
+    if ledger.holes:
+        raise refusal(ledger.table, ledger.holes)
     return ledger
 
 
@@ -159,11 +199,10 @@ def read_standing(session: Session, version_table: VersionTable | None, role: st
     """
     if version_table is None:
         return Standing()
-    parameters = (version_table.name,)
     try:
         ledger = _trusted(session, version_table, role)
-        rows = query_ledger(session, ledger, questions.STANDING, parameters)
-        last = query_ledger(session, ledger, questions.LAST_RUN, parameters)
+        rows = ledger.ask(questions.STANDING, version_table)
+        last = ledger.ask(questions.LAST_RUN, version_table)
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise
@@ -180,8 +219,7 @@ def read_visited(session: Session, version_table: VersionTable | None, role: str
     if version_table is None:
         return ()
     try:
-        ledger = _trusted(session, version_table, role)
-        rows = query_ledger(session, ledger, questions.VISITED, (version_table.name,))
+        rows = _trusted(session, version_table, role).ask(questions.VISITED, version_table)
     except AccessDenied as error:
         if not isinstance(error.__cause__, QueryFailed):
             raise
@@ -215,19 +253,6 @@ def led_here(session: Session, version_table: VersionTable | None, role: str) ->
     return bool(rows) and _last_run(rows[0]).code == 0
 
 
-def read_needed_backups(session: Session) -> frozenset[str]:
-    """Return the ids of the backups that all ledgers of the database need for a way back.
-
-    Ledgers that others can write count too: they can only name backups to keep. Raises QueryFailed if
-    one cannot be read: then the answer is not known.
-    """
-    return frozenset(
-        row[0]
-        for table in _ledgers(session)
-        for row in query_ledger(session, table, questions.NEEDED_BACKUPS, ())
-    )
-
-
 def read_last_snapshot(session: Session, role: str) -> LastSnapshot | None:
     """Return the newest schema snapshot in any ledger of the database; None if there is none.
 
@@ -235,7 +260,7 @@ def read_last_snapshot(session: Session, role: str) -> LastSnapshot | None:
     QueryFailed if none can be read: then the answer is not known.
     """
     found, denied = [], None
-    for table in _ledgers(session):
+    for table in ledgers(session):
         try:
             if holes(session.value(question(table, None, role=role))):
                 log.info("the ledger %s cannot tell whether the schema drifted: others can write it", table)
@@ -252,7 +277,8 @@ def read_last_snapshot(session: Session, role: str) -> LastSnapshot | None:
     return max(found, key=lambda left: left.at, default=None)
 
 
-def _ledgers(session: Session) -> list[VersionTable]:
+def ledgers(session: Session) -> list[VersionTable]:
+    """Return all ledgers of the database, also those of other roles."""
     rows = session.query(
         "SELECT CAST(n.nspname AS pg_catalog.text) FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n"  # noqa: S608 - a number
         " ON n.oid OPERATOR(pg_catalog.=) c.relnamespace WHERE c.relname OPERATOR(pg_catalog.=) %s"
@@ -277,8 +303,7 @@ def read_failed(session: Session, version_table: VersionTable | None, role: str)
     if version_table is None:
         return None
     try:
-        ledger = _trusted(session, version_table, role)
-        rows = query_ledger(session, ledger, questions.FAILED, (version_table.name,))
+        rows = _trusted(session, version_table, role).ask(questions.FAILED, version_table)
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise
@@ -297,8 +322,7 @@ def read_partial(session: Session, version_table: VersionTable | None, role: str
     if version_table is None:
         return ()
     try:
-        ledger = _trusted(session, version_table, role)
-        rows = query_ledger(session, ledger, questions.PARTIAL, (version_table.name,))
+        rows = _trusted(session, version_table, role).ask(questions.PARTIAL, version_table)
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise
@@ -323,12 +347,11 @@ def read_ways_back(session: Session, version_table: VersionTable, role: str) -> 
     This is code that will run. The version table's owner vouches for nothing here: the same role may
     have made both tables.
     """
-    ledger = beside(version_table, session)
     try:
-        found = holes(session.value(question(ledger, None, role=role)))
-        if found:
-            raise refusal(ledger, found)
-        rows = query_ledger(session, ledger, questions.WAYS_BACK, (version_table.name,))
+        ledger = examine(session, beside(version_table, session), None, role)
+        if ledger.holes:
+            raise refusal(ledger.table, ledger.holes)
+        rows = ledger.ask(questions.WAYS_BACK, version_table)
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise
@@ -356,15 +379,13 @@ def read_rows(session: Session, version_table: VersionTable, limit: int, role: s
     """Return the newest rows unchanged, newest first, without the SQL to revert."""
     ledger = _trusted(session, version_table, role)
     try:
-        return [
-            row[0] for row in query_ledger(session, ledger, questions.NEWEST, (version_table.name, limit))
-        ]
+        return [row[0] for row in ledger.ask(questions.NEWEST, version_table, limit)]
     except QueryFailed as error:
         if error.sqlstate == "42501":
             user = session.facts.user
             raise AccessDenied(
-                f"{user} may not read the ledger {ledger}.",
-                next_step=f"GRANT SELECT ON {ledger.typed} TO {as_typed(user)}",
+                f"{user} may not read the ledger {ledger.table}.",
+                next_step=f"GRANT SELECT ON {ledger.table.typed} TO {as_typed(user)}",
             ) from None
         if error.lost or error.sqlstate != "42P01":
             raise

@@ -12,7 +12,7 @@ from migrator.errors import HistoryError
 from migrator.ledger import queries
 from migrator.ledger import table as ledger
 from migrator.ledger.checksums import Edit, find_edits
-from migrator.ledger.permissions import holes, question
+from migrator.ledger.sql import VERSION_TABLES
 from migrator.ledger.table import Author
 from migrator.ledger.writer import about
 from migrator.outcome import ExitCode
@@ -88,10 +88,11 @@ def note_restore(
     """
     for (schema,) in session.query(_LEDGERS, (ledger.NAME,)):
         place = VersionTable(ledger.NAME, schema)
-        if holes(session.value(question(place, None, role=role))):
+        found = queries.examine(session, place, None, role)
+        if found.holes:
             log.warning("the ledger %s does not record the restore: others can write it", place)
             continue
-        tables = session.query(f"SELECT DISTINCT version_table FROM {place.quoted}")  # noqa: S608 - quoted
+        tables = session.query(VERSION_TABLES.of(found.indexed).format(table=place.quoted))
         for (name,) in tables:
             table = VersionTable(name, schema)
             row = author.row(

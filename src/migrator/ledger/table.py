@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from migrator.ledger.permissions import holes, question, refusal, revocations
+from migrator.ledger import indexes
+from migrator.ledger.permissions import OWNER, holes, question, refusal, revocations
 from migrator.postgres.queries import LEDGER
 from migrator.postgres.session import QueryFailed, Session, quote_identifier, quote_literal
 from migrator.postgres.version_table import VersionTable
@@ -171,6 +172,8 @@ def create(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
     """
     ask(_CREATE.format(table=ledger.quoted))
     ask(f"CREATE INDEX ON {ledger.quoted} (id)")
+    for _, statement in indexes.statements(ledger):
+        ask(statement)
     close_to_others(ledger, ask)
 
 
@@ -380,7 +383,7 @@ def _number(session: Session, ledger: VersionTable, reader: str) -> None:
         with session.as_role(reader):
             if not session.value(_UNNUMBERED.format(table=ledger.quoted)):
                 return
-        with session.as_role(session.value(_OWNER, (ledger.quoted,)) or ""):
+        with session.as_role(session.value(OWNER, (ledger.quoted,)) or ""):
             session.query(_NUMBER.format(table=ledger.quoted))
     except QueryFailed as error:
         if error.lost:
@@ -402,15 +405,8 @@ def _give_to_owner_of(session: Session, version_table: VersionTable, ledger: Ver
 
 def owner_to_be(session: Session, table: VersionTable) -> str:
     """Return the table's owner, if it is another role that the login can become; else an empty string."""
-    another = f"{_OWNER} AND pg_catalog.pg_get_userbyid(relowner) OPERATOR(pg_catalog.<>) session_user"
+    another = f"{OWNER} AND pg_catalog.pg_get_userbyid(relowner) OPERATOR(pg_catalog.<>) session_user"
     return session.value(another, (table.quoted,)) or ""
-
-
-_OWNER = (
-    "SELECT CAST(pg_catalog.pg_get_userbyid(relowner) AS pg_catalog.text) FROM pg_catalog.pg_class"
-    " WHERE oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass(%s) AS pg_catalog.oid)"
-    " AND pg_catalog.pg_has_role(relowner, 'MEMBER')"
-)
 
 
 def owner_of(session: Session, ledger: VersionTable, *, unless_may: Sequence[str]) -> str:
@@ -418,4 +414,4 @@ def owner_of(session: Session, ledger: VersionTable, *, unless_may: Sequence[str
     string.
     """
     may = " AND ".join("pg_catalog.has_table_privilege(oid, %s)" for _ in unless_may)
-    return session.value(f"{_OWNER} AND NOT ({may})", (ledger.quoted, *unless_may)) or ""
+    return session.value(f"{OWNER} AND NOT ({may})", (ledger.quoted, *unless_may)) or ""

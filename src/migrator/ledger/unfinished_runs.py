@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from migrator.ledger import indexes
 from migrator.ledger.queries import query_ledger
-from migrator.ledger.table import beside
+from migrator.ledger.table import NEWEST_FIRST, beside
 from migrator.postgres.session import QueryFailed, Session
 from migrator.postgres.version_table import VersionTable
 from migrator.project import Plan
@@ -25,10 +26,31 @@ _MEANWHILE = "event NOT IN ('run', 'schema', 'accepted')"
 # none.
 _ENDED_BADLY = f"""
 ONLY {{table}} l
-LEFT JOIN ONLY {{table}} r ON r.run_id = l.run_id AND r.version_table = l.version_table AND r.event = 'run'
+LEFT JOIN LATERAL (
+    SELECT code, xmin FROM ONLY {{table}}
+    WHERE run_id = l.run_id AND version_table = l.version_table AND coalesce(event, '') = 'run' OFFSET 0) r ON true
 WHERE l.version_table = %(name)s AND l.{_MEANWHILE} AND (r.code IS NULL OR r.code >= 40)
   AND NOT EXISTS (SELECT 1 FROM ONLY {{table}} e WHERE e.run_id = l.run_id AND e.version_table = l.version_table
                   AND e.number < l.number AND e.{_MEANWHILE})
+  {{earliest l}}
+"""  # noqa: S608 - constants only
+# A ledger with indexes is read from this row on. The rest of each query excludes the earlier rows too.
+_EARLIEST = "AND {place} >= coalesce(({since}), -9223372036854775808)"
+_PLACES = {"l": indexes.PLACE.replace("(id,", "(l.id,"), "g": "g.id"}
+"""By alias. A run that ended well, whose row has no number, does not count: then a new backup is made."""
+# The runs that matter began after the newest row about the revision. If there is none, they began with
+# the run in which its parent was first applied, or later.
+_SINCE_IT_LANDED = f"""
+SELECT coalesce(
+    (SELECT s.id FROM ONLY {{table}} s WHERE s.version_table = %(name)s AND s.revision = %(revision)s
+        AND s.event <> 'accepted' ORDER BY {NEWEST_FIRST} LIMIT 1),
+    (SELECT min(b.id) FROM ONLY {{table}} b WHERE b.version_table = %(name)s AND b.run_id = (
+        SELECT p.run_id FROM ONLY {{table}} p WHERE p.version_table = %(name)s AND p.revision = %(parent)s
+         ORDER BY p.id, p.at, p.number LIMIT 1)))
+"""  # noqa: S608 - constants only
+_SINCE_ONE_ENDED_WELL = f"""
+SELECT g.id FROM ONLY {{table}} g WHERE g.version_table = %(name)s AND g.event = 'run' AND g.code = 0
+   AND age(g.xmin) > age(%(next)s::text::xid) ORDER BY {NEWEST_FIRST} LIMIT 1
 """  # noqa: S608 - constants only
 # Whether a row was written after that one; if a restore wrote them all at once, only their clock can
 # tell.
@@ -60,7 +82,7 @@ SELECT 1 FROM {_ENDED_BADLY}
   AND coalesce(age(l.xmin) > age(%(unseen)s::text::xid), true)
   AND NOT EXISTS (SELECT 1 FROM ONLY {{table}} g
                   WHERE g.version_table = l.version_table AND g.event = 'run' AND g.code = 0
-                    AND {_LATER.format("g")} AND age(g.xmin) > age(%(next)s::text::xid))
+                    AND {_LATER.format("g")} AND age(g.xmin) > age(%(next)s::text::xid) {{earliest g}})
 LIMIT 1
 """  # noqa: S608 - constants only
 _UNREADABLE = ("42P01", "42501")  # not there, not allowed
@@ -85,8 +107,10 @@ def read_built(session: Session, table: VersionTable | None, plan: Plan) -> tupl
     """
     if not plan.revisions:
         return ()
-    wanted = {"kind": plan.kind, "revision": plan.revisions[0].revision}
-    found = [Built(Index(*row[:5]), *row[5:]) for row in _read(session, table, _BUILT, wanted)]
+    first = plan.revisions[0]
+    wanted = {"kind": plan.kind, "revision": first.revision, "parent": next(iter(first.parents), None)}
+    rows = _read(session, table, _BUILT, _SINCE_IT_LANDED, wanted)
+    found = [Built(Index(*row[:5]), *row[5:]) for row in rows]
     return tuple(sorted(found, key=lambda built: built.at))
 
 
@@ -100,17 +124,25 @@ def made_over(
     """
     snapshot = {"next": next_xid, "unseen": next_xid if unseen_xid is None else unseen_xid}
     narrow = {name: None if xid is None else xid % 2**32 for name, xid in snapshot.items()}
-    return bool(_read(session, table, _MADE_OVER, narrow))
+    return bool(_read(session, table, _MADE_OVER, _SINCE_ONE_ENDED_WELL, narrow))
 
 
 def _read(
-    session: Session, table: VersionTable | None, sql: str, wanted: dict[str, Any]
+    session: Session, table: VersionTable | None, sql: str, since: str, wanted: dict[str, Any]
 ) -> list[tuple[Any, ...]]:
-    """Query the ledger; one that does not exist, or cannot be read, gives no rows."""
+    """Query the ledger; one that does not exist, or cannot be read, gives no rows.
+
+    ``since`` is the query for the first row to read, if the ledger has its indexes.
+    """
     if table is None:
         return []
+    ledger = beside(table, session)
     try:
-        return query_ledger(session, beside(table, session), sql, {"name": table.name, **wanted})
+        indexed = bool(session.value(indexes.question(ledger)))
+        for row, place in _PLACES.items():
+            bound = _EARLIEST.replace("{place}", place).replace("{since}", since) if indexed else ""
+            sql = sql.replace(f"{{earliest {row}}}", bound)
+        return query_ledger(session, ledger, sql, {"name": table.name, **wanted}, indexed=indexed)
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise

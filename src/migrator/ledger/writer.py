@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from migrator.errors import AccessDenied
-from migrator.ledger import permissions
+from migrator.ledger import indexes, permissions
 from migrator.ledger import sql as questions
 from migrator.ledger import table as ledger
 from migrator.ledger.table import Author
@@ -129,7 +129,8 @@ class Bookkeeper:
             _refuse_unless(
                 connection, _MAY_WRITE, self._ledger, "write", "GRANT SELECT, INSERT ON {ledger} TO {role}"
             )
-            names = questions.STANDING_NAMES.format(
+            indexed = bool(connection.ask(indexes.question(self._ledger)))
+            names = questions.STANDING_NAMES.of(indexed).format(
                 table=self._ledger.quoted, version_table=quote_literal(table.name)
             )
             self._standing = set(json.loads(connection.ask(names) or "[]"))
@@ -457,3 +458,4 @@ def close(
     ledger.append(session, table, [*left, row])
     if schema:
         ledger.prune(session, table, keep)
+    indexes.complete(session, ledger.beside(table, session))
