@@ -138,7 +138,7 @@ def test_an_empty_versions_folder_is_no_success(
     folder = project()
     with unchanged(database):
         result = run_migrator(cwd=folder, database=database)
-    refusal(result, BAD, str(folder / "migrations" / "versions"), "no revision", "mounted")
+    refusal(result, BAD, str(folder / "migrations" / "versions"), "no revision", "check the mount")
 
 
 def test_a_script_location_that_is_not_there(
@@ -337,7 +337,12 @@ def test_an_env_that_connects_to_another_database_changes_neither(
     with unchanged(database), unchanged(other):
         result = run_migrator(cwd=folder, database=database)
     refusal(
-        result, ExitCode.BAD_SETTINGS, other.name, database.name, "another database", "MIGRATOR_URL_VARIABLE"
+        result,
+        ExitCode.BAD_SETTINGS,
+        other.name,
+        database.name,
+        "not to the one that",
+        "MIGRATOR_URL_VARIABLE",
     )
     database.server.drop_database(other.name)
 
