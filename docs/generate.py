@@ -27,7 +27,7 @@ CHART = DOCS.parent / "k8s" / "chart" / "generate.py"
 def settings_table() -> str:
     """Return every setting: its variable, flag, key in ``[tool.migrator]``, default and meaning."""
     rows = [["variable", "flag", "key", "default", "meaning"]]
-    for item in settings.options():
+    for item in settings.OPTIONS:
         variable, flag = settings.variable_name(item), settings.flag_name(item)
         secret = item.secret
         rows.append(

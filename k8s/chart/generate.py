@@ -253,7 +253,7 @@ def _one(value: Value) -> dict[str, Any]:
 def settings_schema() -> dict[str, Any]:
     """Return the schema of `settings`: each variable that is no secret, with what it can be."""
     properties = {}
-    for item in settings.options():
+    for item in settings.OPTIONS:
         name = settings.variable_name(item)
         if not item.secret and name not in NOT_IN_SETTINGS:
             properties[name] = {**_setting(item.read), "description": item.help}

@@ -40,6 +40,12 @@ from migrator.outcome import ExitCode, Finding
 UNCHANGED = "The database was not changed."
 
 
+def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """Name the first of many, and say how many more there are."""
+    more = f"{between.strip(', ')} and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
+
+
 class MigratorError(Exception):
     """A failure that a person can act on.
 
@@ -49,13 +55,11 @@ class MigratorError(Exception):
 
     code: ClassVar[ExitCode] = ExitCode.INTERNAL
 
+    def __init_subclass__(cls, code: ExitCode | None = None) -> None:
+        cls.code = code or cls.code
+
     def __init__(
-        self,
-        message: str,
-        *,
-        next_step: str = "",
-        state: str = UNCHANGED,
-        findings: Sequence[Finding] = (),
+        self, message: str, *, next_step: str = "", state: str = UNCHANGED, findings: Sequence[Finding] = ()
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -67,10 +71,8 @@ class MigratorError(Exception):
         return f"{self.message} {self.state}".strip()
 
 
-class SettingsError(MigratorError):
+class SettingsError(MigratorError, code=ExitCode.BAD_SETTINGS):
     """Settings or arguments are wrong; ``problems`` lists all of them."""
-
-    code = ExitCode.BAD_SETTINGS
 
     def __init__(self, problems: Sequence[str], *, next_step: str = "") -> None:
         self.problems = tuple(problems)
@@ -83,127 +85,89 @@ class SettingsError(MigratorError):
         )
 
 
-class Unreachable(MigratorError):
+class Unreachable(MigratorError, code=ExitCode.UNREACHABLE):
     """No Postgres answered within the wait."""
 
-    code = ExitCode.UNREACHABLE
 
-
-class LockBusy(MigratorError):
+class LockBusy(MigratorError, code=ExitCode.LOCK_BUSY):
     """Another run held the lock until the lock wait ended."""
 
-    code = ExitCode.LOCK_BUSY
 
-
-class Blocked(MigratorError):
+class Blocked(MigratorError, code=ExitCode.BLOCKED):
     """A statement could not get its lock within ``lock_timeout``."""
 
-    code = ExitCode.BLOCKED
 
-
-class Interrupted(MigratorError):
+class Interrupted(MigratorError, code=ExitCode.INTERRUPTED):
     """SIGTERM, SIGINT or SIGHUP arrived, and everything was rolled back."""
 
-    code = ExitCode.INTERRUPTED
 
-
-class NotCurrent(MigratorError):
+class NotCurrent(MigratorError, code=ExitCode.NOT_CURRENT):
     """The database did not reach this image's heads within the wait."""
 
-    code = ExitCode.NOT_CURRENT
 
-
-class AccessDenied(MigratorError):
+class AccessDenied(MigratorError, code=ExitCode.ACCESS_DENIED):
     """Postgres answers and refuses the login: credentials, privileges, TLS, or no such database."""
-
-    code = ExitCode.ACCESS_DENIED
 
 
 class NoSuchDatabase(AccessDenied):
     """Postgres answers, and the database does not exist."""
 
 
-class HistoryError(MigratorError):
+class HistoryError(MigratorError, code=ExitCode.BAD_HISTORY):
     """The revision files do not form one valid graph."""
 
-    code = ExitCode.BAD_HISTORY
 
-
-class DatabaseAhead(MigratorError):
+class DatabaseAhead(MigratorError, code=ExitCode.DATABASE_AHEAD):
     """The database is at a revision that these files do not know."""
 
-    code = ExitCode.DATABASE_AHEAD
 
-
-class Unversioned(MigratorError):
+class Unversioned(MigratorError, code=ExitCode.UNVERSIONED):
     """There are tables but no version table."""
 
-    code = ExitCode.UNVERSIONED
 
-
-class Tampered(MigratorError):
+class Tampered(MigratorError, code=ExitCode.TAMPERED):
     """The file of an applied revision was edited."""
 
-    code = ExitCode.TAMPERED
 
-
-class Unsafe(MigratorError):
+class Unsafe(MigratorError, code=ExitCode.UNSAFE):
     """The guard refused."""
 
-    code = ExitCode.UNSAFE
 
-
-class BackupFailed(MigratorError):
+class BackupFailed(MigratorError, code=ExitCode.BACKUP_FAILED):
     """There is no verified backup, so nothing was applied."""
-
-    code = ExitCode.BACKUP_FAILED
 
 
 class NoSuchBackup(BackupFailed):
     """There is no backup of that name, or no backup at all; no work was started."""
 
 
-class Drifted(MigratorError):
+class Drifted(MigratorError, code=ExitCode.DRIFTED):
     """The live schema differs from the schema that the last run left."""
 
-    code = ExitCode.DRIFTED
 
-
-class RolledBack(MigratorError):
+class RolledBack(MigratorError, code=ExitCode.ROLLED_BACK):
     """A revision failed and everything was rolled back."""
 
-    code = ExitCode.ROLLED_BACK
 
-
-class Partial(MigratorError):
+class Partial(MigratorError, code=ExitCode.PARTIAL):
     """A revision failed after something had been committed."""
 
-    code = ExitCode.PARTIAL
 
-
-class VerifyFailed(MigratorError):
+class VerifyFailed(MigratorError, code=ExitCode.VERIFY_FAILED):
     """The database is at the target revision, but a check failed."""
 
-    code = ExitCode.VERIFY_FAILED
 
-
-class WasRestored(MigratorError):
+class WasRestored(MigratorError, code=ExitCode.RESTORED):
     """Apply or verify failed, and the database was restored from the backup."""
 
-    code = ExitCode.RESTORED
 
-
-class RestoreFailed(MigratorError):
+class RestoreFailed(MigratorError, code=ExitCode.RESTORE_FAILED):
     """A backup could not be restored."""
-
-    code = ExitCode.RESTORE_FAILED
 
 
 class DamagedBackup(RestoreFailed):
     """The stored backup differs from the one that was written."""
 
 
-class Internal(MigratorError):
+class Internal(MigratorError, code=ExitCode.INTERNAL):
     """A defect in migrator."""
-
-    code = ExitCode.INTERNAL

@@ -13,8 +13,7 @@ from migrator.errors import MigratorError, NoSuchDatabase, SettingsError
 from migrator.pipeline.record import Record, new_run_id
 from migrator.postgres.errors import PATIENCE
 from migrator.project import ProjectOptions
-from migrator.runtime import lazy_logging
-from migrator.runtime.logs import Logs, redact
+from migrator.runtime.logs import Logs, get_logger, redact, wake
 from migrator.runtime.signals import Interruption
 
 # Methods import the rest themselves: an up-to-date check pays for nothing else.
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from migrator.project import History, Revision
     from migrator.project.freeze import Frozen
 
-log = lazy_logging.get_logger("migrator")
+log = get_logger("migrator")
 
 
 class State(NamedTuple):
@@ -120,7 +119,7 @@ class MigrationService:
             outcome = glance(self.settings, self.project, destination, self.run_id, self.interruption)
             if outcome is not None:
                 return outcome
-        lazy_logging.wake()
+        wake()
         first = self._run_one(kind, destination, yes=yes)
         if int(first.code) or not self._migrates_several():
             return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,9 +16,11 @@ import pytest
 
 from migrator.backups import clients, pg_restore
 from migrator.backups.dump.backup import _children_name
+from migrator.backups.exported_snapshot import savepoint
 from migrator.backups.verification.verify_new import Proving
+from migrator.config.database_url import parse
 from migrator.pipeline.stages.backup import decide
-from migrator.postgres.session import Session
+from migrator.postgres.session import Refused, Session, connect
 from migrator.runtime import subprocesses
 from tests.support import PLANTED, leaks
 from tests.support.servers import Database, Server, normalise
@@ -40,6 +43,20 @@ Bench = Callable[..., Workbench]
 )
 def test_decide(mode: str, pending: bool, empty: bool, reason: str) -> None:
     assert decide(mode, pending, empty) == reason
+
+
+def test_a_savepoint_undoes_its_block_though_one_within_it_was_undone(database: Database) -> None:
+    with connect(parse(database.url), "test", 10) as session:
+        session.query("CREATE TEMP TABLE kept (n int); BEGIN")
+        with contextlib.suppress(Refused), savepoint(session):
+            session.query("INSERT INTO kept VALUES (1)")
+            with contextlib.suppress(Refused), savepoint(session):
+                session.query("SELECT 1 / 0")
+            session.query("INSERT INTO kept SELECT 1 / 0")
+        with savepoint(session):
+            session.query("INSERT INTO kept VALUES (2)")
+        session.query("COMMIT")
+        assert session.query("SELECT n FROM kept") == [(2,)]
 
 
 def test_a_backup_of_everything(

@@ -16,10 +16,10 @@ import pytest
 
 from migrator.backups import exported_snapshot
 from migrator.backups.dump import pg_dump
+from migrator.backups.dump.backup import preflight
 from migrator.backups.storage import parts
 from migrator.backups.verification import fingerprint
 from migrator.errors import BackupFailed
-from migrator.pipeline.stages.backup import preflight
 from migrator.postgres.session import QueryFailed, connect
 from tests.support import leaks
 from tests.support.proxy import Proxy

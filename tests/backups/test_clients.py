@@ -9,7 +9,7 @@ import pytest
 
 from migrator import __version__
 from migrator.backups import clients
-from migrator.backups.clients import Client
+from migrator.backups.clients import Client, Login
 from migrator.config.database_url import parse
 from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, RestoreFailed
@@ -120,7 +120,7 @@ def test_the_environment_is_the_connection_and_little_else(monkeypatch: pytest.M
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
     monkeypatch.setenv("PGSSLCERTMODE", "disable")
     target = parse("host=h port=1 user=u dbname=d password='p%@:/ '")
-    found = clients.environment(target, "us", 5)
+    found = Login(target, "us", 5).environment()
     given = {name: value for name, value in found.items() if name.startswith("PG")}
     assert given == {
         "PGHOST": "h",
@@ -138,7 +138,7 @@ def test_the_environment_is_the_connection_and_little_else(monkeypatch: pytest.M
 
 def test_no_password_in_the_arguments_and_any_name_fits() -> None:
     target = parse(f"host=h dbname=d password='{PLANTED}' keepalives_idle=60 tcp_user_timeout=9")
-    argument = clients.connection_argument(target, "it's=a \\ name")
+    argument = Login(target, "us", 5).to("it's=a \\ name").argument
     assert PLANTED not in argument
     assert "keepalives_idle='60'" in argument
     assert "tcp_user_timeout='9'" in argument

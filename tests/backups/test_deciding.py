@@ -17,7 +17,7 @@ from migrator.backups.restore.write_detection import Incomplete
 from migrator.config.settings import Settings, load
 from migrator.errors import BackupFailed, SettingsError
 from migrator.outcome import ExitCode
-from migrator.schema.patterns import parse
+from migrator.schema.names import parse_patterns
 from tests.support import installations
 from tests.support.outcomes import done, refusal, unchanged
 from tests.support.projects import bring_to, linear_history
@@ -233,7 +233,7 @@ def test_patterns(text: str, names: list[str]) -> None:
             [("public", "audit_log"), ("logs", "a"), ("logs", "B"), ('odd "s', "t, u")]
         )
     ]
-    patterns = parse(text)
+    patterns = parse_patterns(text)
     found = [
         f"{table.schema}.{table.name}"
         for table in tables

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from migrator.backups.dump import pg_dump
-from migrator.backups.storage import directory, local
+from migrator.backups.storage import files, local
 from migrator.backups.storage.local import FolderStore
 from migrator.backups.storage.open import open_store
 from migrator.backups.storage.parts import DirectoryPart
@@ -210,7 +210,7 @@ def test_a_worker_that_gets_no_lock_costs_a_second_dump_and_no_backup(
 
     def run(dump: pg_dump.Dump, *arguments: Any) -> Any:
         finished = real(dump, *arguments)
-        seen.append(dump._how.dump_format)
+        seen.append(dump.how.dump_format)
         if len(seen) > 1:
             return finished
         words = 'pg_dump: error: could not obtain lock on relation "public.t"\n'
@@ -237,7 +237,7 @@ def test_killed_at_any_moment(number: int, fresh: Database, workbench: Bench) ->
         codes.add(kill_after(start(bench, "back_up", **PARALLEL), number, 0.04 * step))
         nobody_is_left(bench)
         for backup in open_store(bench.settings.backup_url).backups():
-            assert directory.checksum(Path(backup.place)) == (backup.sha256, backup.size_bytes)
+            assert files.folder_checksum(Path(backup.place)) == (backup.sha256, backup.size_bytes)
         if number == signal.SIGTERM:
             assert not [name for name in bench.files() if name.endswith(".part")]
     whole = bench.back_up()
@@ -256,7 +256,7 @@ def test_a_server_that_goes_away_midway(private_server: Callable[..., Server], w
     def crash() -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if any(directory.size_of(path) > 100_000 for path in bench.folder.glob("*.dir.part")):
+            if any(files.size_of(path) > 100_000 for path in bench.folder.glob("*.dir.part")):
                 break
             time.sleep(0.002)
         server.stop("immediate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 import time
@@ -41,7 +42,9 @@ def test_restored_and_compared(each_database: Database, workbench: Bench, shape:
     assert (everything.rows, bool(everything.rows_hash)) == (501, True)
     assert backup.sequences["public.counter"].before == (10, True)
     assert backup.large_objects.startswith("1 ")
-    assert from_json((bench.folder / f"{backup.id}.json").read_text(), place=backup.place) == backup
+    assert from_json((bench.folder / f"{backup.id}.json").read_text()) == dataclasses.replace(
+        backup, place=""
+    )
     assert bench.databases() == {each_database.name}
     assert bench.sessions() == []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from migrator.backups import sql_script
-from migrator.backups.failures import RestoreStopped
+from migrator.backups import psql
+from migrator.backups.clients import RestoreStopped
 
 BLOBS = "-- Data for Name: 1..2; Type: BLOBS; Schema: -; Owner: me\n"
 
@@ -18,7 +18,7 @@ def through(script: str) -> tuple[str, list[str]]:
         seen.append(line.decode())
         return line
 
-    left = b"".join(sql_script.statements((f"{line}\n".encode() for line in script.split("\n")[:-1]), change))
+    left = b"".join(psql.statements((f"{line}\n".encode() for line in script.split("\n")[:-1]), change))
     return left.decode(), seen
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from migrator.backups import databases, pg_restore
-from migrator.backups.failures import WouldLose
+from migrator.backups.clients import Login, WouldLose
 from migrator.backups.restore import restore as module
 from migrator.backups.restore import write_detection
 from migrator.backups.restore.tables import restore_tables
@@ -203,12 +202,11 @@ def test_rows_that_did_not_come_back_are_noticed(
     bench.back_up()
     real = module.pg_restore.restore_into
 
-    def lose(client: Any, path: Path, connection: str, *more: Any, **options: Any) -> None:
-        real(client, path, connection, *more, **options)
-        name = re.search(r"dbname='([^']*)'", connection)
-        assert name is not None
-        database.server.psql("DELETE FROM t WHERE a = 1", dbname=name[1])
-        database.server.psql("DROP TABLE u; CREATE TABLE w (a int)", dbname=name[1])
+    def lose(client: Any, path: Path, login: Login, *more: Any, **options: Any) -> None:
+        real(client, path, login, *more, **options)
+        name = login.target.database
+        database.server.psql("DELETE FROM t WHERE a = 1", dbname=name)
+        database.server.psql("DROP TABLE u; CREATE TABLE w (a int)", dbname=name)
 
     monkeypatch.setattr(module.pg_restore, "restore_into", lose)
     with pytest.raises(RestoreFailed) as caught:

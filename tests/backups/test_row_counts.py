@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from migrator.backups.verification.row_counts import Rows
+from migrator.backups.verification.reader import Rows
 from tests.support.servers import Database, Server
 
 from .conftest import LARGE, RICH, Workbench

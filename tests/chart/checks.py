@@ -139,6 +139,6 @@ def check_settings(container: dict[str, Any]) -> None:
         del environment[name]
     assert "MIGRATOR_DATABASE_URL_FILE" in files
     environment["MIGRATOR_DATABASE_URL"] = "postgresql://shop:secret@postgres/shop"
-    known = {settings.variable_name(item) for item in settings.options()}
+    known = {settings.variable_name(item) for item in settings.OPTIONS}
     assert {name for name in environment if name.startswith("MIGRATOR_")} <= known
     settings.load({}, environment, CHART)

@@ -76,7 +76,7 @@ def test_every_setting_that_is_no_secret_can_be_set() -> None:
     module = generator()
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     taken = set(schema["properties"]["settings"]["properties"])
-    options = settings.options()
+    options = settings.OPTIONS
     assert (
         taken
         == {settings.variable_name(item) for item in options if not item.secret} - module.NOT_IN_SETTINGS

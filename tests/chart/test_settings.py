@@ -64,5 +64,5 @@ def test_a_password_is_refused_in_every_text(name: str, helm: Helm) -> None:
 
 
 def test_the_numbers_are_those_of_all_readers_but_choices_and_truth_values() -> None:
-    without = {settings.variable_name(item) for item in settings.options() if not item.secret} & set(SCHEMA)
+    without = {settings.variable_name(item) for item in settings.OPTIONS if not item.secret} & set(SCHEMA)
     assert without - set(NUMBERS) == {name for name in SCHEMA if "enum" in SCHEMA[name]}

@@ -15,9 +15,7 @@ from migrator.outcome import ExitCode
 from tests.support.outcomes import done, refusal
 from tests.support.runner import Runner
 
-FLAGS = {
-    item.name: flag for item in settings.options() if (flag := settings.flag_name(item)) and flag != "-c"
-}
+FLAGS = {item.name: flag for item in settings.OPTIONS if (flag := settings.flag_name(item)) and flag != "-c"}
 OURS = [name for name in COMMANDS if name not in PASSED_ON]
 
 TYPES = {

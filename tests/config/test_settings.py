@@ -12,11 +12,11 @@ import pytest
 from migrator.config.database_url import Target
 from migrator.config.settings import (
     ADDRESS_VARIABLES,
+    OPTIONS,
     SECRET_VARIABLES,
     Settings,
     flag_name,
     load,
-    options,
     table,
     variable_name,
 )
@@ -61,7 +61,7 @@ def test_the_defaults() -> None:
     assert (found.statement_timeout, found.backup, found.backup_url) == (None, "auto", "file:///backups")
     assert (found.on_failure, found.log_format, found.log_level) == ("stop", "auto", "info")
     assert found.termination_log == "/dev/termination-log"
-    for item in options():
+    for item in OPTIONS:
         if item.shown:
             assert item.read(item.shown) == item.default
 
@@ -320,7 +320,7 @@ def test_no_way_of_printing_settings_shows_a_secret() -> None:
 
 def test_the_table_has_a_row_for_every_setting() -> None:
     rows = {row["name"]: row for row in table(loaded({"MIGRATOR_LOCK_TIMEOUT": "none"}, backup="off"))}
-    assert set(rows) == {item.name for item in options()}
+    assert set(rows) == {item.name for item in OPTIONS}
     assert rows["lock_timeout"]["value"] == "none"
     assert rows["backup"] == {
         "name": "backup",
@@ -337,12 +337,12 @@ def test_the_table_has_a_row_for_every_setting() -> None:
 
 
 def test_what_is_secret_has_no_flag_and_names_are_unique() -> None:
-    for item in options():
+    for item in OPTIONS:
         assert not (item.secret and flag_name(item))
     for name in (variable_name, flag_name):
-        names = [name(item) for item in options() if name(item)]
+        names = [name(item) for item in OPTIONS if name(item)]
         assert len(names) == len(set(names))
-    assert set(Settings._fields) >= {item.name for item in options()}
+    assert set(Settings._fields) >= {item.name for item in OPTIONS}
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_every_command_is_documented_with_its_help() -> None:
 
 @each_page
 def test_every_variable_named_is_a_setting(page: Path) -> None:
-    known = {settings.variable_name(item) for item in settings.options()} | OTHER_VARIABLES
+    known = {settings.variable_name(item) for item in settings.OPTIONS} | OTHER_VARIABLES
     known |= {f"{name}_FILE" for name in settings.SECRET_VARIABLES}
     named = set(re.findall(r"\bMIGRATOR_[A-Z_]*[A-Z]\b", page.read_text(encoding="utf-8")))
     assert named <= known
@@ -127,7 +127,7 @@ def test_every_variable_named_is_a_setting(page: Path) -> None:
 
 def test_every_setting_is_documented() -> None:
     page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
-    missing = [item.name for item in settings.options() if f"`{settings.variable_name(item)}`" not in page]
+    missing = [item.name for item in settings.OPTIONS if f"`{settings.variable_name(item)}`" not in page]
     missing += [
         name for name in (*settings.ADDRESS_VARIABLES, *settings.SECRET_VARIABLES) if name not in page
     ]
@@ -353,7 +353,7 @@ def test_toml_parses(page: Path) -> None:
         if "tables" in document:
             assert expectations.parse(block).tables
         for key in document.get("tool", {}).get("migrator", {}):
-            assert key.replace("-", "_") in {item.name for item in settings.options()}
+            assert key.replace("-", "_") in {item.name for item in settings.OPTIONS}
 
 
 @each_page

@@ -86,6 +86,13 @@ def test_each_error_has_its_own_code_and_stands_in_the_drawn_tree() -> None:
         assert re.search(rf"{error.__name__} +{int(error.code)} +{error.code.name}\n", errors.__doc__ or "")
 
 
+def test_of_many_the_first_are_named_and_the_rest_are_counted() -> None:
+    assert errors.some(["a"]) == "a"
+    assert errors.some(("a", "b"), 2) == "a, b"
+    assert errors.some(list("abcdefg")) == "a, b, c, d, e and 2 more"
+    assert errors.some(list("abcd"), 2, "; ") == "a; b; and 2 more"
+
+
 def test_a_success_in_every_form(
     database: Database, project: Project, run_migrator: Runner, tmp_path: Path
 ) -> None:

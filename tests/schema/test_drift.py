@@ -16,8 +16,7 @@ from migrator.config.database_url import parse as parse_address
 from migrator.outcome import ExitCode
 from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
 from migrator.postgres.session import connect
-from migrator.schema.difference import differences
-from migrator.schema.snapshot import Snapshot, Unreadable, take, unpack
+from migrator.schema.snapshot import Snapshot, Unreadable, differences, take, unpack
 from tests.support import plain_alembic
 from tests.support.env_text import env
 from tests.support.outcomes import done, refusal, unchanged

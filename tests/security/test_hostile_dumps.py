@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator.backups import sql_script
-from migrator.backups.failures import RestoreStopped
+from migrator.backups import psql
+from migrator.backups.clients import RestoreStopped
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
 from tests.support.servers import Database
@@ -75,10 +75,10 @@ def old_client(folder: Path, bin: Path, order: Path) -> Path:
     ],
 )
 def test_only_the_protection_itself_passes(line: str) -> None:
-    kept = b"".join(sql_script.statements([b"\\restrict abc\n", b"\\unrestrict abc\n"], bytes))
+    kept = b"".join(psql.statements([b"\\restrict abc\n", b"\\unrestrict abc\n"], bytes))
     assert kept == b"\\restrict abc\n\\unrestrict abc\n"
     with pytest.raises(RestoreStopped):
-        b"".join(sql_script.statements([f"{line}\n".encode()], bytes))
+        b"".join(psql.statements([f"{line}\n".encode()], bytes))
 
 
 def test_a_backslash_in_a_quotation_is_data() -> None:
@@ -88,4 +88,4 @@ def test_a_backslash_in_a_quotation_is_data() -> None:
         b"\\! id\n",
         b"\\.\n",
     ]
-    assert b"".join(sql_script.statements(lines, bytes)) == b"".join(lines)
+    assert b"".join(psql.statements(lines, bytes)) == b"".join(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from migrator.backups import databases
-from migrator.backups.failures import WouldLose
+from migrator.backups.clients import Login, WouldLose
 from migrator.backups.restore import write_detection
 from migrator.backups.restore.tables import restore_tables
 from migrator.errors import RestoreFailed
@@ -31,7 +31,7 @@ def test_a_table_that_was_renamed_meanwhile_is_not_taken_for_locked(hostile: Hos
     hostile.execute("LOCK TABLE t", commit=False)
 
     def hold() -> None:
-        with write_detection.nobody_writes(target, APPLICATION, 60, backup, frozenset):
+        with write_detection.nobody_writes(Login(target, APPLICATION, 60), backup, frozenset):
             pass
 
     with working(hold) as result:

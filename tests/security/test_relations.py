@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from migrator.backups import exported_snapshot, pg_restore
+from migrator.backups.clients import Login
 from migrator.backups.restore.restore import restore
 from migrator.backups.verification import fingerprint, scratch_database, trust
 from migrator.backups.verification.scratch_database import Place
@@ -157,7 +158,7 @@ def test_the_canary_tells_what_a_query_runs(hostile: Hostile) -> None:
 def taken(hostile: Hostile) -> fingerprint.Contents:
     """Hash the rows of all tables in a snapshot."""
     target = settings_of(hostile.database, Path("/tmp")).required_target
-    with exported_snapshot.exported(target, APPLICATION, 60) as (session, _):
+    with exported_snapshot.exported(Login(target, APPLICATION, 60)) as (session, _):
         return fingerprint.take(session, exported_snapshot.relations(session), rows=True, lenient=True)
 
 
@@ -328,8 +329,8 @@ def test_nobody_else_can_connect_to_a_copy_before_it_is_whole(
         asked = f"SELECT has_database_privilege('{hostile.role}', '{name}', 'CONNECT')"
         return bool(server.psql(asked)[0][0])
 
-    with scratch_database.made(Place(target, False, APPLICATION, 60), backup, "run1") as (_, copy):
-        assert not may_connect(copy.database)
+    with scratch_database.made(Place(target, APPLICATION, 60, False), backup, "run1") as (_, copy):
+        assert not may_connect(copy.target.database)
 
     seen = []
     fill = pg_restore.restore_into

@@ -15,11 +15,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrator import __version__
+from migrator.backups.manifest import Backup
 from migrator.config.database_url import ENVIRONMENT_NAMES, Target
 from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, RestoreFailed
+from migrator.postgres import connection_limit
 from migrator.postgres.errors import ConnectFailed, Refusal
-from migrator.runtime import image_tags, resource_errors, subprocesses
+from migrator.postgres.session import Session
+from migrator.runtime import resource_errors, subprocesses
 from migrator.runtime.logs import redact
 
 # Versioned folders come before PATH: Debian's wrapper in Perl there has its own choice.
@@ -60,13 +64,16 @@ class Client:
 
     @property
     def pg_dump(self) -> Path:
-        """Return the program that dumps."""
         return self.folder / "pg_dump"
 
     @property
     def pg_restore(self) -> Path:
-        """Return the program that reads archives."""
         return self.folder / "pg_restore"
+
+    def psql(self, login: Login) -> list[str | Path]:
+        """Return the arguments of a psql that reads a script and ends at the first error."""
+        options = ("--no-psqlrc", "--quiet", "--no-password", "--set=ON_ERROR_STOP=1")
+        return [self.folder / "psql", *options, login.argument]
 
 
 def parse_version(text: str) -> tuple[str, int] | None:
@@ -115,12 +122,7 @@ def _version_of(program: Path) -> tuple[tuple[str, int] | None, str]:
     """Return a program's version and major, or None and the reason for a missing report, if it exists."""
     chunks: list[bytes] = []
     try:
-        finished = subprocesses.run(
-            [program, "--version"],
-            environment=subprocesses.base_environment(),
-            on_output=chunks.append,
-            timeout=_VERSION_TIMEOUT,
-        )
+        finished = subprocesses.run([program, "--version"], on_output=chunks.append, timeout=_VERSION_TIMEOUT)
     except OSError as error:
         return None, resource_errors.cannot_start(error) if os.path.lexists(program) else ""
     except subprocesses.TimedOut as error:
@@ -188,9 +190,20 @@ def _remedy(settings: Settings, clients: Sequence[Client], major: int) -> str:
     if not clients and _stopped(settings):
         return "fix that and run again"
     return (
-        f"use (or build on) {image_tags.with_client(major)}, the image with the PostgreSQL {major} "
+        f"use (or build on) {image_with_client(major)}, the image with the PostgreSQL {major} "
         f"client, install postgresql-client-{major}, or set MIGRATOR_PG_BIN to a folder that has it"
     )
+
+
+def full_image() -> str:
+    """Return the full image of this version."""
+    version = os.environ.get("MIGRATOR_IMAGE_VERSION") or __version__
+    return f"migrator:{version.replace('+', '-')}"  # a tag has no plus
+
+
+def image_with_client(major: int) -> str:
+    """Return the image of this version that has the client programs of a PostgreSQL major."""
+    return f"{full_image()}-pg{major}"
 
 
 def remedy(error: Exception) -> str:
@@ -203,36 +216,56 @@ def remedy(error: Exception) -> str:
     )
 
 
-def environment(target: Target, application_name: str, connect_timeout: float) -> dict[str, str]:
-    """Return a client's environment: the connection, password included, is passed only here.
+@dataclass(frozen=True)
+class Login:
+    """How a database is reached, by our sessions and by PostgreSQL's programs; ``timeout`` is in seconds."""
 
-    libpq's own variables are passed on too, because our own connections use them as well.
-    """
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith("PG") and name not in _NOT_INHERITED and not name.endswith("_FILE")
-    }
-    return {
-        **subprocesses.base_environment(),
-        "PGCONNECT_TIMEOUT": str(max(2, math.ceil(connect_timeout))),
-        **inherited,
-        **{name: value for name, value in target.environment().items() if name not in _NOT_INHERITED},
-        "PGAPPNAME": application_name,
-    }
+    target: Target
+    application_name: str
+    timeout: float
 
+    def to(self, database: str) -> Login:
+        """Return the same for another database of the server."""
+        return Login(self.target.with_database(database), self.application_name, self.timeout)
 
-def connection_argument(target: Target, database: str) -> str:
-    """Return ``--dbname=...`` with the database's name, which may hold any character, and no secret.
+    def connect(self) -> Session:
+        """Open a session, which waits for room; raises ConnectFailed."""
+        return connection_limit.connect(self.target, self.application_name, self.timeout)
 
-    It is a connection string, because a bare name with ``=`` would be read as one. It has keepalives,
-    so that a lost server is noticed.
-    """
-    parameters = dict(_KEEPALIVES)
-    parameters |= {key: value for key, value in target.parameters if key in _IN_ARGUMENTS}
-    parameters["dbname"] = database
-    pairs = (f"{key}={_conninfo_quote(value)}" for key, value in parameters.items())
-    return "--dbname=" + " ".join(pairs)
+    def environment(self, *options: str) -> dict[str, str]:
+        """Return a client's environment: the connection, password included, is passed only here.
+
+        libpq's own variables are passed on too, because our own connections use them as well.  ``options`` are added to
+        PGOPTIONS.
+        """
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith("PG") and name not in _NOT_INHERITED and not name.endswith("_FILE")
+        }
+        given = {
+            **subprocesses.base_environment(),
+            "PGCONNECT_TIMEOUT": str(max(2, math.ceil(self.timeout))),
+            **inherited,
+            **{
+                name: value for name, value in self.target.environment().items() if name not in _NOT_INHERITED
+            },
+            "PGAPPNAME": self.application_name,
+        }
+        every = " ".join(filter(None, (given.get("PGOPTIONS", ""), *options)))
+        return {**given, "PGOPTIONS": every} if every else given
+
+    @property
+    def argument(self) -> str:
+        """Return ``--dbname=...`` with the database's name, which may hold any character, and no secret.
+
+        It is a connection string, because a bare name with ``=`` would be read as one. It has keepalives,
+        so that a lost server is noticed.
+        """
+        parameters = dict(_KEEPALIVES)
+        parameters |= {key: value for key, value in self.target.parameters if key in _IN_ARGUMENTS}
+        parameters["dbname"] = self.target.database
+        return "--dbname=" + " ".join(f"{key}={_conninfo_quote(value)}" for key, value in parameters.items())
 
 
 def _conninfo_quote(value: str) -> str:
@@ -257,3 +290,35 @@ def last_words(finished: subprocesses.Finished) -> str:
     if not text:
         text = f"signal {-finished.status}" if finished.status < 0 else f"exit status {finished.status}"
     return redact(text)
+
+
+_OF_A_ROLE = re.compile(
+    r"Command was: (ALTER .* OWNER TO|GRANT|REVOKE|ALTER DEFAULT PRIVILEGES|SET SESSION AUTH|CREATE EVENT TRIGGER)"
+)
+
+
+_OF_RIGHTS = re.compile(r"permission denied|[Mm]ust be (superuser|owner|member|able)|[Oo]nly superuser")
+AS_SUPERUSER = "restore as a superuser (a superuser's name in MIGRATOR_DATABASE_URL)"
+
+
+class WouldLose(Exception):
+    """Others have written since the backup, or may have; the message says which."""
+
+
+def failed(backup: Backup, message: str, next_step: str) -> RestoreFailed:
+    """Return the error of a restore that has changed nothing."""
+    state = f"The database was not changed; the backup is {backup.place}."
+    return RestoreFailed(message, next_step=next_step, state=state)
+
+
+class RestoreStopped(Exception):
+    """pg_restore failed; ``said`` is its last words.
+
+    ``of_a_role``: whether an owner or a grant was the cause. ``of_rights``: whether the role may not do it.
+    """
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.said = redact(" ".join(said.split()))[:800]
+        self.of_a_role = bool(_OF_A_ROLE.search(self.said))
+        self.of_rights = bool(_OF_RIGHTS.search(self.said))

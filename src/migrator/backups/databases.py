@@ -12,12 +12,12 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from migrator.backups.failures import WouldLose
+from migrator.backups.clients import WouldLose
 from migrator.backups.manifest import Properties
 from migrator.config.database_url import Target
 from migrator.postgres import connection_limit
@@ -25,12 +25,15 @@ from migrator.postgres.session import (
     ConnectFailed,
     QueryFailed,
     Refusal,
+    Refused,
     Session,
     connect,
+    no_timeouts,
     quote_identifier,
     quote_literal,
 )
 from migrator.runtime.deadlines import PROBE
+from migrator.runtime.subprocesses import uninterrupted
 
 if TYPE_CHECKING:
     from migrator.backups.restore.write_detection import Holder
@@ -86,10 +89,8 @@ def maintenance(
                 raise  # every caller must land in the same database, because locks are kept per database
             failure = error
             continue
-        session.query("SET statement_timeout = 0")
+        session.query(no_timeouts(session.facts.major))
         session.query("SET lock_timeout = '10s'")
-        if session.facts.major >= 14:
-            session.query("SET idle_session_timeout = 0")
         return session
     assert failure is not None  # noqa: S101 - one of two names was tried
     raise failure
@@ -106,7 +107,6 @@ def shorten(name: str, suffix: str) -> str:
 
 
 def exists(session: Session, name: str) -> bool:
-    """Tell whether a database of this name exists."""
     return bool(session.value("SELECT count(*) FROM pg_database WHERE datname = %s", [name]))
 
 
@@ -175,6 +175,17 @@ def _drop_by_force(session: Session, name: str) -> bool:
 def _drop(session: Session, name: str, how: str = "") -> None:
     # The server does not time its COMMIT.
     session.query(f"DROP DATABASE IF EXISTS {quote_identifier(name)}{how}", timeout=DROP_PATIENCE + PROBE)
+
+
+def drop_surely(session: Session, again: Callable[[], Session], what: str, name: str) -> None:
+    """Drop a database, over a new session where this one is gone; if it fails, the log has the SQL for it."""
+    with uninterrupted():
+        try:
+            with again() if session.closed else contextlib.nullcontext(session) as one:
+                drop(one, name)
+        except (QueryFailed, ConnectFailed) as error:
+            sql = f"DROP DATABASE {quote_identifier(name)};"
+            LOGGER.error("%s %s could not be dropped (%s): %s", what, name, error.text, sql)
 
 
 def mark(session: Session, name: str, original: str) -> None:
@@ -326,9 +337,7 @@ def terminate(session: Session, database: str, *, spare: int = 0) -> list[Left]:
     for pid, user, name in others_in(session, database, spare=spare):
         try:
             session.terminate(pid)
-        except QueryFailed as error:
-            if error.lost:
-                raise
+        except Refused as error:
             left.append(Left(pid, user, name, error.text))
     return left
 
@@ -394,10 +403,7 @@ def prepared(helper: Session, database: str) -> list[str]:
 
 
 def _try_swap(
-    session: Session,
-    helper: Session,
-    renames: Sequence[tuple[str, str]],
-    holder: Holder | None,
+    session: Session, helper: Session, renames: Sequence[tuple[str, str]], holder: Holder | None
 ) -> tuple[QueryFailed | None, list[Left]]:
     failures: list[QueryFailed] = []
 

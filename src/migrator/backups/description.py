@@ -13,6 +13,7 @@ from migrator.backups.manifest import Backup, human_size, summary
 from migrator.postgres.session import quote_identifier
 
 _PROVIDERS = {"c": ("libc", ""), "i": ("icu", "--icu-locale"), "b": ("builtin", "--builtin-locale")}
+_VERBS = {"read": "read whole", "restore": "restored and compared", "checksum": "unchanged (checksum only)"}
 Layout = Callable[[Sequence[Mapping[str, str]]], str]
 
 
@@ -72,12 +73,7 @@ def proofs(backup: Backup) -> list[str]:
     for proof in backup.proofs:
         where = f" on PostgreSQL {proof.server_version}" if proof.server_version else ""
         why = f" ({proof.why})" if proof.why else ""
-        verb = {
-            "read": "read whole",
-            "restore": "restored and compared",
-            "checksum": "unchanged (checksum only)",
-        }.get(proof.how, proof.how)
-        verb = verb if proof.ok else f"NOT {verb}"
+        verb = _VERBS.get(proof.how, proof.how) if proof.ok else f"NOT {_VERBS.get(proof.how, proof.how)}"
         told.append(f"{proof.at[:19]} {verb}{where} in {proof.seconds:.1f} s{why}")
     return told
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from migrator.backups import pg_restore
-from migrator.backups.clients import Client
-from migrator.backups.failures import failed
+from migrator.backups.clients import Client, failed
 from migrator.backups.manifest import Backup
-from migrator.backups.storage import temporary
-from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.backups.storage import files
+from migrator.postgres.queries import IN_USER_SCHEMA, of_no_extension
+from migrator.postgres.session import Refused, Session, quote_identifier
 
 _ENTRY = re.compile(r"\d+; \d+ \d+ EVENT TRIGGER - (.*) \S+$")
 _LISTED = re.compile(rb"^\d+; \d+ \d+ (?:(?:COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)
@@ -23,12 +23,10 @@ _DENIED = "42501"
 # A role with the right gets the error that there is no such function. The right is checked first, and no
 # transaction id is taken.
 _TRY = "CREATE EVENT TRIGGER migrator_probe ON ddl_command_start EXECUTE FUNCTION pg_catalog.migrator_none()"
-_DROPPED_WITH_THE_REST = """
+_DROPPED_WITH_THE_REST = f"""
 SELECT evtname::text FROM pg_event_trigger JOIN pg_proc p ON p.oid = evtfoid JOIN pg_namespace n ON n.oid = pronamespace
-WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
-  AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')
-ORDER BY 1
-"""
+WHERE {IN_USER_SCHEMA} AND {of_no_extension("pg_proc", "p")} ORDER BY 1
+"""  # noqa: S608 - constants only
 
 
 @contextlib.contextmanager
@@ -46,7 +44,7 @@ def apart(
     if not alone and kept == listed:
         yield (), ()
         return
-    with temporary.in_memory(_LISTED.sub(b"", kept)) as others, temporary.in_memory(alone) as last:
+    with files.in_memory(_LISTED.sub(b"", kept)) as others, files.in_memory(alone) as last:
         yield (f"--use-list={others}",), (f"--use-list={last}",) if alone else ()
 
 
@@ -88,8 +86,6 @@ def refuse(session: Session, backup: Backup, contents: Iterable[str]) -> None:
 def _may_make(session: Session) -> bool:
     try:
         session.query(_TRY)
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused as error:
         return error.sqlstate != _DENIED
     return True

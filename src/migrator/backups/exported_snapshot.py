@@ -14,19 +14,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+from migrator.backups.clients import Login
 from migrator.backups.manifest import Properties
-from migrator.config.database_url import Target
-from migrator.postgres import connection_limit
-from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.postgres.queries import IN_USER_SCHEMA, of_no_extension
+from migrator.postgres.session import Refused, Session, no_timeouts, quote_identifier
+from migrator.runtime.threads import Result, background
+from migrator.schema.names import Pattern
 
 LOGGER = logging.getLogger("migrator.backup")
-Result = TypeVar("Result")
 LOCK_WAIT = 60.0
 """Seconds to wait for a table that another session has locked; pg_dump gets the same limit."""
 _LOCK_SLICE = 1000  # milliseconds: a signal is handled between two waits, not within one
@@ -35,17 +36,15 @@ _LOCK_NOT_AVAILABLE = "55P03"
 
 # No pg_relation_size here and below: it waits for a session that has the table locked. Ordinary tables
 # that pg_dump would dump: none of the system, of other sessions, or of an extension.
-_TABLES = """
-SELECT c.oid::bigint, n.nspname::text, c.relname::text, c.relkind::text, c.reltuples::bigint,
-       row_security_active(c.oid),
+_TABLES = f"""
+SELECT c.oid::bigint, n.nspname::text, c.relname::text, c.relkind::text,
+       CASE WHEN c.relkind = 'r' AND c.reltuples >= 0 THEN c.reltuples::bigint END, row_security_active(c.oid),
        has_table_privilege(c.oid, 'SELECT') AND has_schema_privilege(n.oid, 'USAGE')
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind IN ('r', 'p', 'S') AND c.relpersistence <> 't'
-   AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
-   AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
-                                             AND d.deptype = 'e')
+   AND {IN_USER_SCHEMA} AND {of_no_extension("pg_class", "c")}
  ORDER BY 2, 3
-"""
+"""  # noqa: S608 - constants only
 
 
 class LockedOut(Exception):
@@ -70,12 +69,10 @@ class Relation:
 
     @property
     def qualified(self) -> str:
-        """Return the quoted name, with its schema."""
         return f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
 
     @functools.cached_property
     def shown(self) -> str:
-        """Return the name for people and for the manifest."""
         return shown(self.schema, self.name)
 
 
@@ -100,18 +97,14 @@ class Sizes:
 
 def relations(session: Session) -> list[Relation]:
     """Return the tables and sequences that a dump of this database would hold."""
-    return [
-        Relation(
-            oid=row[0],
-            schema=row[1],
-            name=row[2],
-            kind=row[3],
-            estimated_rows=row[4] if row[4] >= 0 and row[3] == "r" else None,
-            hides_rows=row[5],
-            readable=row[6],
-        )
-        for row in session.query(_TABLES)
-    ]
+    return [Relation(*row) for row in session.query(_TABLES)]
+
+
+_TABLE_SIZES = f"""
+SELECT c.oid::bigint, (c.relpages + coalesce(t.relpages, 0))::bigint * current_setting('block_size')::int
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_class t ON t.oid = c.reltoastrelid
+ WHERE c.relkind = 'r' AND {IN_USER_SCHEMA}
+"""  # noqa: S608 - constants only
 
 
 def sizes(session: Session) -> Sizes:
@@ -121,11 +114,7 @@ def sizes(session: Session) -> Sizes:
         " (SELECT coalesce(sum(relpages), 0)::bigint * current_setting('block_size')::int"
         "    FROM pg_class WHERE relkind = 'i')"
     )[0]
-    tables = session.query(
-        "SELECT c.oid::bigint, (c.relpages + coalesce(t.relpages, 0))::bigint * current_setting('block_size')::int"
-        " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_class t ON t.oid = c.reltoastrelid"
-        " WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'"
-    )
+    tables = session.query(_TABLE_SIZES)
     return Sizes(whole, max(0, whole - indexes - _EMPTY_DATABASE), dict(tables))
 
 
@@ -184,9 +173,7 @@ def identity(session: Session) -> tuple[str, int | None]:
         row = session.query(
             "SELECT system_identifier::text, timeline_id FROM pg_control_system(), pg_control_checkpoint()"
         )[0]
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused:
         return "", None
     return row[0], row[1]
 
@@ -236,16 +223,13 @@ def properties(session: Session) -> Properties:
 
 
 @contextlib.contextmanager
-def exported(target: Target, application_name: str, timeout: float) -> Iterator[tuple[Session, str]]:
+def exported(login: Login) -> Iterator[tuple[Session, str]]:
     """Open a session with a transaction that holds a snapshot, and yield both; closed on leaving.
 
     The database's own timeouts are switched off in it: it is idle while pg_dump works.
     """
-    with connection_limit.connect(target, application_name, timeout) as session:
-        names = ["statement_timeout", "idle_in_transaction_session_timeout"]
-        names += ["transaction_timeout"] if session.facts.major >= 17 else []
-        for name in names:
-            session.query(f"SET {name} = 0")
+    with login.connect() as session:
+        session.query(no_timeouts(session.facts.major))
         session.query(f"SET lock_timeout = {_LOCK_SLICE}")
         session.query("SET row_security = off")  # an error, and no missing rows
         session.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -289,18 +273,28 @@ def replaced(session: Session, read: Sequence[Relation]) -> list[Relation]:
 
 def by_oid(session: Session, sql: str, relations: Mapping[int, Relation]) -> list[tuple[Any, ...]]:
     """Query relations by their oids, all at once; one by one if one of them is locked; raises LockedOut."""
-    session.query("SAVEPOINT all_relations")
     try:
-        rows = session.query(sql, [list(relations)])
-    except QueryFailed as error:
-        if error.lost or error.sqlstate != _LOCK_NOT_AVAILABLE:
+        with savepoint(session):
+            return session.query(sql, [list(relations)])
+    except Refused as error:
+        if error.sqlstate != _LOCK_NOT_AVAILABLE:
             raise
-        session.query("ROLLBACK TO SAVEPOINT all_relations")
-        rows = []
-        for oid, item in relations.items():
-            rows += when_free(session, item.shown, functools.partial(session.query, sql, [[oid]]))
-    session.query("RELEASE SAVEPOINT all_relations")
+    rows = []
+    for oid, item in relations.items():
+        rows += when_free(session, item.shown, functools.partial(session.query, sql, [[oid]]))
     return rows
+
+
+@contextlib.contextmanager
+def savepoint(session: Session) -> Iterator[None]:
+    """Let the transaction go on where the server refuses a statement of the block."""
+    session.query("SAVEPOINT migrator")
+    try:
+        yield
+    except Refused:
+        session.query("ROLLBACK TO SAVEPOINT migrator; RELEASE SAVEPOINT migrator")
+        raise
+    session.query("RELEASE SAVEPOINT migrator")
 
 
 def when_free(session: Session, name: str, work: Callable[[], Result]) -> Result:
@@ -311,42 +305,30 @@ def when_free(session: Session, name: str, work: Callable[[], Result]) -> Result
     """
     deadline = time.monotonic() + LOCK_WAIT
     while True:
-        session.query("SAVEPOINT one_table")
         try:
-            found = work()
-        except QueryFailed as error:
-            if error.lost:
-                raise
-            session.query("ROLLBACK TO SAVEPOINT one_table")
+            with savepoint(session):
+                return work()
+        except Refused as error:
             if error.sqlstate != _LOCK_NOT_AVAILABLE:
                 raise
             if time.monotonic() > deadline:
                 raise LockedOut(name) from error
-            continue
-        session.query("RELEASE SAVEPOINT one_table")
-        return found
 
 
 def leniently(session: Session, what: str, work: Callable[[], Result], otherwise: Result) -> Result:
     """Do optional work of the backup, within a savepoint; a failure is a warning."""
-    session.query("SAVEPOINT leniently")
     try:
-        found = work()
-    except QueryFailed as error:
-        if error.lost:
-            raise
-        session.query("ROLLBACK TO SAVEPOINT leniently")
+        with savepoint(session):
+            return work()
+    except Refused as error:
         LOGGER.warning("%s is not known: %s", what, error.text)
         return otherwise
-    session.query("RELEASE SAVEPOINT leniently")
-    return found
 
 
 class Nowhere:
     """The destination of rows that are only counted."""
 
     def write(self, data: bytes) -> int:
-        """Drop a row."""
         return len(data)
 
 
@@ -366,25 +348,44 @@ def interruptibly(session: Session, work: Callable[[], Result]) -> Result:
 
     psycopg2 waits inside libpq, where no handler runs; so it waits in another thread.
     """
-    results: list[Result] = []
-    failures: list[QueryFailed] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except QueryFailed as error:
-            failures.append(error)
-
-    worker = threading.Thread(target=run, name="contents", daemon=True)
-    worker.start()
+    worker = background("contents", work)
     try:
-        while worker.is_alive():
-            worker.join(0.2)
+        futures.wait([worker])
     except BaseException:
-        while worker.is_alive():
+        while not worker.done():
             session.cancel()
-            worker.join(0.2)
+            futures.wait([worker], 0.2)
         raise
-    if failures:
-        raise failures[0]
-    return results[0]
+    return worker.result()
+
+
+# A partitioned table holds no rows itself: its partitions hold them.
+_BELOW = """
+WITH RECURSIVE below AS (
+  SELECT inhrelid FROM pg_inherits JOIN pg_class p ON p.oid = inhparent
+   WHERE p.relkind = 'p' AND inhparent = ANY(%s::oid[])
+  UNION
+  SELECT i.inhrelid FROM pg_inherits i JOIN below b ON i.inhparent = b.inhrelid
+) SELECT inhrelid::bigint FROM below
+"""
+
+
+def find(session: Session, patterns: Sequence[Pattern], found: Sequence[Relation]) -> list[Relation]:
+    """Return the tables with rows to exclude: those that patterns name, and their partitions."""
+    tables = {relation.oid: relation for relation in found if relation.kind in "rp"}
+    named = {
+        oid
+        for oid, table in tables.items()
+        if any(item.matches(table.schema, table.name) for item in patterns)
+    }
+    if any(tables[oid].kind == "p" for oid in named):
+        named |= {row[0] for row in session.query(_BELOW, [sorted(named)])} & tables.keys()
+    return [table for oid, table in tables.items() if oid in named and table.kind == "r"]
+
+
+def unmatched(patterns: Sequence[Pattern], found: Sequence[Relation]) -> list[str]:
+    """Return the patterns that match no table: misspelt, or for a dropped table."""
+    tables = [relation for relation in found if relation.kind in "rp"]
+    return [
+        item.text for item in patterns if not any(item.matches(table.schema, table.name) for table in tables)
+    ]

@@ -154,7 +154,6 @@ class Backup:
 
     @property
     def server_major(self) -> int:
-        """Return the major version of the server that was dumped."""
         return _leading_number(self.server_version)
 
     @property
@@ -196,7 +195,7 @@ def _leading_number(version: str) -> int:
     return int(digits[0]) if digits else 0
 
 
-def from_json(text: str, *, place: str = "") -> Backup:
+def from_json(text: str) -> Backup:
     """Read a manifest; raises :class:`BadManifest`."""
     try:
         document = json.loads(text)
@@ -214,7 +213,7 @@ def from_json(text: str, *, place: str = "") -> Backup:
         values["properties"] = Properties(**_known(Properties, document["properties"]))
         values["tables"] = {name: Table(**_known(Table, facts)) for name, facts in document["tables"].items()}
         values.update(_optional(document))
-        backup = Backup(**{**values, "place": place})
+        backup = Backup(**{**values, "place": ""})
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise BadManifest(f"a key is missing in it: {error}") from None
     wrong = [

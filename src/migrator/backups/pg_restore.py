@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from migrator.backups.clients import Client, last_words
-from migrator.backups.failures import RestoreStopped
+from migrator.backups.clients import Client, Login, RestoreStopped, last_words
 from migrator.backups.manifest import Backup
-from migrator.backups.sql_script import lines, statements, without_oddities
-from migrator.backups.storage import directory, safe_open, temporary
+from migrator.backups.psql import lines, statements, without_oddities
+from migrator.backups.storage import files
 from migrator.backups.storage.interface import checksum, file_chunks
 from migrator.config.settings import Settings
 from migrator.errors import DamagedBackup, RestoreFailed, SettingsError
@@ -58,24 +57,12 @@ ENCODING = re.compile(rb"^SET client_encoding = '(\w+)';", re.MULTILINE)
 _NOT_FOR_PSQL = re.compile(rb"^SET transaction_timeout = 0;\n", re.MULTILINE)
 
 
-NAMES = (
-    "TimeZone",
-    "DateStyle",
-    "IntervalStyle",
-    "array_nulls",
-    "bytea_output",
-    "default_text_search_config",
-    "extra_float_digits",
-    "lc_monetary",
-    "lc_numeric",
-    "lc_time",
-    "quote_all_identifiers",
-    "standard_conforming_strings",
-    "timezone_abbreviations",
-    "transform_null_equals",
-    "xmlbinary",
-    "xmloption",
-)
+_SETTINGS = """
+    TimeZone DateStyle IntervalStyle array_nulls bytea_output default_text_search_config extra_float_digits lc_monetary
+    lc_numeric lc_time quote_all_identifiers standard_conforming_strings timezone_abbreviations
+    transform_null_equals xmlbinary xmloption
+"""
+NAMES = tuple(_SETTINGS.split())
 """The settings for filling a copy, see session_settings.py."""
 SCRIPTS_OWN = ("standard_conforming_strings", "xmloption")
 """The settings that pg_restore's script sets for itself."""
@@ -83,7 +70,7 @@ SCRIPTS_OWN = ("standard_conforming_strings", "xmloption")
 
 def checksum_of(path: Path) -> tuple[str, int]:
     """Return the sha256 and the size of an archive, a file or a folder; raises OSError."""
-    return directory.checksum(path) if path.is_dir() else checksum(file_chunks(path))
+    return files.folder_checksum(path) if path.is_dir() else checksum(file_chunks(path))
 
 
 @contextlib.contextmanager
@@ -98,14 +85,14 @@ def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
     if not backup.encrypted_to and place.is_absolute():
         try:
             found = checksum_of(place)
-        except safe_open.NotRegular as error:
+        except files.NotRegular as error:
             raise _damaged(backup, f"{Path(error.filename).name}: {error.strerror}") from error
         _demand(backup, found, (backup.sha256, backup.size_bytes))
         yield place
         return
     try:
-        folder = temporary.folder(backup.size_bytes, backup.id)
-    except temporary.NoRoom as error:
+        folder = files.folder(backup.size_bytes, backup.id)
+    except files.NoRoom as error:
         raise RestoreFailed(str(error), next_step=error.next_step) from error
     with tempfile.TemporaryFile(prefix="migrator-", dir=folder) as file:
         for chunk in plain_chunks(store, backup, settings):
@@ -159,7 +146,6 @@ class Chunks(Protocol):
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
         """Yield them; raises OSError."""
-        ...
 
 
 class Tally:
@@ -198,9 +184,9 @@ def _damaged(backup: Backup, why: str) -> DamagedBackup:
     )
 
 
-def format_option(path: Path) -> str:
-    """Return the option for pg_restore with the format to read."""
-    return "--format=directory" if path.is_dir() else "--format=custom"
+def archive(path: Path) -> tuple[str, Path]:
+    """Return pg_restore's arguments for what it reads: the format, and the file or folder."""
+    return f"--format={'directory' if path.is_dir() else 'custom'}", path
 
 
 def read_whole(
@@ -215,12 +201,10 @@ def read_whole(
     arguments: list[str | Path] = [client.pg_restore, *written]
     feed: Iterable[bytes] | None = None
     if isinstance(source, Path):
-        arguments += [format_option(source), source]
+        arguments += archive(source)
     else:
         arguments, feed = [*arguments, "--format=custom"], source
-    return subprocesses.run(
-        arguments, environment=subprocesses.base_environment(), feed=feed, on_output=on_data
-    )
+    return subprocesses.run(arguments, feed=feed, on_output=on_data)
 
 
 def codec_of(client: Client, path: Path) -> str:
@@ -228,19 +212,21 @@ def codec_of(client: Client, path: Path) -> str:
 
     With an empty list of entries, pg_restore writes only the settings that come first.
     """
-    with temporary.in_memory(b"") as nothing:
+    with files.in_memory(b"") as nothing:
         found = ENCODING.search(script(client, path, f"--use-list={nothing}"))
     return codec(found[1].decode()) if found else "utf-8"
+
+
+def contents(client: Client, path: Path) -> list[str]:
+    """Return the lines of an archive's table of contents; raises :class:`RestoreStopped`."""
+    return script(client, path, "--list").decode(codec_of(client, path), "surrogateescape").split("\n")
 
 
 def script(client: Client, path: Path, *options: str) -> bytes:
     """Return pg_restore's work as SQL; raises :class:`RestoreStopped`."""
     chunks: list[bytes] = []
-    finished = subprocesses.run(
-        [client.pg_restore, *options, "--file=-", path],
-        environment=subprocesses.base_environment(),
-        on_output=chunks.append,
-    )
+    arguments: list[str | Path] = [client.pg_restore, *options, "--file=-", *archive(path)]
+    finished = subprocesses.run(arguments, on_output=chunks.append)
     if finished.status != 0:
         raise RestoreStopped(last_words(finished))
     return b"".join(chunks)
@@ -249,26 +235,27 @@ def script(client: Client, path: Path, *options: str) -> bytes:
 def restore_into(
     client: Client,
     path: Path,
-    connection: str,
-    environment: Mapping[str, str],
+    login: Login,
     server_major: int,
     *,
     jobs: int = 1,
     options: Sequence[str] = (),
+    pgoptions: str = "",
     before_post_data: Callable[[], None] | None = None,
 ) -> None:
     """Restore an archive (a file or a folder) into an empty database; raises :class:`RestoreStopped`.
 
-    It ends at the first error. ``options`` are further options of pg_restore. With
-    ``before_post_data``, which is called before indexes and views, each section has its own sessions.
+    It ends at the first error.  ``options`` are further ones of pg_restore, ``pgoptions`` those of its sessions.
+    With ``before_post_data``, which is called ahead of indexes and views, each section has sessions of its own.
     """
+    environment = login.environment(pgoptions)
     before = script(client, path, "--section=pre-data", *options)
     plain = without_oddities(before)
     data, post_data = ("--section=data",), ("--section=post-data",)
     sections: list[tuple[str, ...]] = [("--section=pre-data",), data, post_data] if before_post_data else [()]
     if plain != before:
         checked = b"".join(statements(lines([_NOT_FOR_PSQL.sub(b"", plain, count=1)]), bytes))
-        _run_psql(client, checked, connection, environment)
+        _run_psql(client, checked, login, environment)
         sections = [data, post_data]
     tolerant = client.major >= 17 > server_major
     if not tolerant:
@@ -279,15 +266,8 @@ def restore_into(
     for section in sections:
         if section == post_data and before_post_data:
             before_post_data()
-        arguments: list[str | Path] = [
-            client.pg_restore,
-            *options,
-            *section,
-            "--no-password",
-            connection,
-            path,
-        ]
-        _run_pg_restore(arguments, environment, tolerant=tolerant)
+        run: list[str | Path] = [client.pg_restore, *options, *section, "--no-password", login.argument, path]
+        _run_pg_restore(run, environment, tolerant=tolerant)
 
 
 def _run_pg_restore(arguments: list[str | Path], environment: Mapping[str, str], *, tolerant: bool) -> None:
@@ -314,25 +294,17 @@ def _run_pg_restore(arguments: list[str | Path], environment: Mapping[str, str],
         raise RestoreStopped(last_words(finished))
 
 
-def _run_psql(client: Client, sql: bytes, connection: str, environment: Mapping[str, str]) -> None:
-    program = client.folder / "psql"
-    arguments: list[str | Path] = [
-        program,
-        "--no-psqlrc",
-        "--quiet",
-        "--no-password",
-        "--set=ON_ERROR_STOP=1",
-        connection,
-    ]
+def _run_psql(client: Client, sql: bytes, login: Login, environment: Mapping[str, str]) -> None:
     try:
         finished = connection_limit.run(
-            lambda: subprocesses.run(arguments, environment=environment, feed=[sql])
+            lambda: subprocesses.run(client.psql(login), environment=environment, feed=[sql])
         )
     except FileNotFoundError as error:
+        problem = (
+            f"there is no psql beside {client.pg_restore}, which an archive with pg_attver options needs"
+        )
         raise SettingsError(
-            [
-                f"there is no psql beside {client.pg_restore}, and this archive needs it: it has pg_attver options"
-            ],
+            [problem],
             next_step="install the whole PostgreSQL client, or set MIGRATOR_PG_BIN to a folder that has it",
         ) from error
     if finished.status != 0:
@@ -353,10 +325,7 @@ def by_hand(backup: Backup, database: str, *options: str, clean: bool = True) ->
     if as_another:
         if feeds:  # it is read twice
             first, place, feeds = " | ".join(feeds) + " > COPY.dump && ", "COPY.dump", []
-        feeds = [
-            shlex.join(("pg_restore", "--list", place)),
-            shlex.join(("grep", "-vE", _EVENT_TRIGGER)),
-        ]
+        feeds = [shlex.join(("pg_restore", "--list", place)), shlex.join(("grep", "-vE", _EVENT_TRIGGER))]
         reading += ["--use-list=/dev/stdin"]
     source = [place] if as_another or not feeds else []
     into = f"--dbname={_dbname(database)}"

@@ -76,22 +76,13 @@ class Pruned:
             "policy": self.policy,
             "dry_run": self.dry_run,
             "removed": [
-                {
-                    "id": backup.id,
-                    "created": backup.created_at,
-                    "size": backup.stored[1],
-                    "place": backup.place,
-                }
-                for backup in self.removed
+                {"id": item.id, "created": item.created_at, "size": item.stored[1], "place": item.place}
+                for item in self.removed
             ],
             "kept": [
-                {
-                    "id": verdict.backup.id,
-                    "created": verdict.backup.created_at,
-                    "reasons": list(verdict.reasons),
-                }
-                for verdict in self.verdicts
-                if verdict.reasons
+                {"id": item.backup.id, "created": item.backup.created_at, "reasons": list(item.reasons)}
+                for item in self.verdicts
+                if item.reasons
             ],
             "removed_bad": [
                 {"id": bad.id, "at": bad.at, "why": bad.why, "place": bad.place} for bad in self.bad

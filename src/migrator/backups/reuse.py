@@ -14,9 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from migrator.backups import exported_snapshot, pg_restore
-from migrator.backups.dump import exclusions
 from migrator.backups.manifest import Backup
-from migrator.backups.storage import directory
+from migrator.backups.storage import files
 from migrator.backups.storage.interface import Store, checksum
 from migrator.backups.storage.open import open_store
 from migrator.config.settings import Settings
@@ -24,7 +23,7 @@ from migrator.errors import MigratorError
 from migrator.ledger.unfinished_runs import made_over
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
-from migrator.schema.patterns import parse
+from migrator.schema.names import parse_patterns
 
 LOGGER = logging.getLogger("migrator.backup")
 
@@ -49,9 +48,9 @@ def find(
     if not recent:
         return None
     identity = (*exported_snapshot.identity(session), session.facts.database_oid)
-    patterns = parse(settings.backup_exclude_table_data)
+    patterns = parse_patterns(settings.backup_exclude_table_data)
     found = exported_snapshot.relations(session) if patterns else []
-    left_out = {table.shown for table in exclusions.find(session, patterns, found)}
+    left_out = {table.shown for table in exported_snapshot.find(session, patterns, found)}
     for backup in recent:
         why = _unfit(backup, revisions, identity, left_out, settings.backup_verify)
         if (
@@ -110,7 +109,7 @@ def _gone(store: Store, backup: Backup) -> str:
             )
             found = checksum(store.chunks(backup))
         else:
-            size = directory.size_of(place) if place.is_dir() else place.stat().st_size
+            size = files.size_of(place) if place.is_dir() else place.stat().st_size
             if size != backup.stored[1]:
                 return f"it has {size} bytes, not {backup.stored[1]}"
             found = pg_restore.checksum_of(place)

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from migrator.backups import pg_restore
-from migrator.backups.clients import Client
-from migrator.backups.failures import RestoreStopped, failed
+from migrator.backups.clients import Client, RestoreStopped, failed
 from migrator.backups.manifest import Backup
 from migrator.backups.pg_restore import NAMES, SCRIPTS_OWN
-from migrator.backups.storage import temporary
-from migrator.postgres.session import QueryFailed, Session, quote_identifier, quote_literal
+from migrator.backups.storage import files
+from migrator.postgres.session import Refused, Session, quote_identifier, quote_literal
 
 _NULLS = "array_nulls"
 _OWN = """
@@ -62,7 +61,7 @@ def of_database(client: Client, path: Path, login: str) -> dict[str, str]:
     wanted = [line for line in listed.splitlines() if b" DATABASE PROPERTIES - " in line]
     if not wanted:
         return {}
-    with temporary.in_memory(b"\n".join(wanted) + b"\n") as listing:
+    with files.in_memory(b"\n".join(wanted) + b"\n") as listing:
         sql = pg_restore.script(client, path, "--create", f"--use-list={listing}")
     found: dict[str, str] = {}
     for role, name, text in _SET.findall(sql.decode("utf-8", "replace")):
@@ -85,11 +84,6 @@ class Filling:
     before_post_data: Callable[[], None] | None = None
     refused: tuple[str, ...] = ()
 
-    def environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return a client's environment with the options."""
-        options = " ".join(filter(None, (given.get("PGOPTIONS", ""), self.options)))
-        return {**given, **({"PGOPTIONS": options} if options else {})}
-
     @property
     def notes(self) -> list[str]:
         """Warn about settings that the copy lacks."""
@@ -111,9 +105,7 @@ def for_copy(
         try:
             with session.as_role("none"):
                 session.query(f"{whom} {quote_identifier(name)} TO {quote_literal(value)}")
-        except QueryFailed as error:
-            if error.lost:
-                raise
+        except Refused:
             return True
         return False
 
@@ -177,9 +169,7 @@ def for_script(session: Session, backup: Backup, client: Client, path: Path) -> 
             continue
         try:
             session.query("SELECT set_config(%s, %s, true)", [name, value])  # for this statement alone
-        except QueryFailed as error:
-            if error.lost:
-                raise
+        except Refused:
             refused.append(name)
         else:
             lines += f"SET {quote_identifier(name)} TO {quote_literal(value)};\n"

@@ -105,9 +105,7 @@ ARGUMENTS: Mapping[str, Sequence[Argument]] = {
         ),
         _switch("--dry-run", "show which backups would be removed, and why the others stay"),
     ],
-    "ledger": [
-        _argument("--limit", type=int, default=20, metavar="N", help="how many rows to show [20]"),
-    ],
+    "ledger": [_argument("--limit", type=int, default=20, metavar="N", help="how many rows to show [20]")],
     "repair": [
         _argument("--accept", nargs="+", metavar="REVISION", help="ids of revisions whose file was edited"),
         _switch("--accept-schema", "accept the schema as it is now as the expected schema"),

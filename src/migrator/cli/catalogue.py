@@ -102,11 +102,7 @@ COMMANDS: Mapping[str, Command] = {
         _WAIT + "destination edited allow_ahead version_table",
     ),
     "current": Command(
-        "look",
-        "show the revision that the database is at",
-        "",
-        "migrator current",
-        _WAIT + "version_table",
+        "look", "show the revision that the database is at", "", "migrator current", _WAIT + "version_table"
     ),
     "ledger": Command(
         "look",
@@ -163,12 +159,7 @@ COMMANDS: Mapping[str, Command] = {
         "migrator prune --dry-run --keep last=5,daily=7,weekly=4,monthly=6",
         _PLACE,
     ),
-    "history": Command(
-        "history",
-        "list the revisions in this image, newest first",
-        "",
-        "migrator history",
-    ),
+    "history": Command("history", "list the revisions in this image, newest first", "", "migrator history"),
     "heads": Command("history", "list the heads of the history", "", "migrator heads"),
     "show": Command("history", "show one revision", "REVISION", "migrator show head"),
     "revision": Command(
@@ -190,12 +181,7 @@ COMMANDS: Mapping[str, Command] = {
         "migrator freeze --check",
         "version_table bootstrap url_variable",
     ),
-    "settings": Command(
-        "project",
-        "show every setting, its value and its source",
-        "",
-        "migrator settings",
-    ),
+    "settings": Command("project", "show every setting, its value and its source", "", "migrator settings"),
     "completion": Command(
         "project",
         "print a shell completion script",

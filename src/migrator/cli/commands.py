@@ -1,4 +1,4 @@
-"""The commands: one short function each, from parsed arguments to an answer."""
+"""The commands: one short function each, from parsed arguments to an answer. catalogue.py says what they do."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from migrator.errors import HistoryError, MigratorError
 from migrator.outcome import Outcome
 from migrator.pipeline.record import new_run_id
 from migrator.project import ProjectOptions
-from migrator.runtime import lazy_logging, report
-from migrator.runtime.logs import Logs
+from migrator.runtime import report
+from migrator.runtime.logs import Logs, get_logger
 from migrator.runtime.report import Answer
 from migrator.runtime.signals import Interruption
 from migrator.service import MigrationService
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HANDLERS", "make_service", "new_run_id"]
 
-log = lazy_logging.get_logger("migrator")
+log = get_logger("migrator")
 
 
 def make_service(
@@ -39,22 +39,18 @@ def make_service(
 
 
 def upgrade(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Bring the database to a revision, MIGRATOR_DESTINATION by default."""
     return _finish(service, service.upgrade(getattr(arguments, "revision", "")))
 
 
 def downgrade(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Go back to a revision."""
     return _finish(service, service.downgrade(arguments.revision, yes=arguments.yes))
 
 
 def stamp(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Set the version rows."""
     return _finish(service, service.stamp(arguments.revision))
 
 
 def verify(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Check the schema."""
     return _finish(service, service.verify())
 
 
@@ -70,34 +66,29 @@ def tell(service: MigrationService, outcome: Outcome) -> Answer:
     """
     settings = service.settings
     if settings.report_file:
-        report.write_file(outcome, settings.report_file)
-    report.write_termination_message(outcome, settings.termination_log)
+        report.write_text(report.document(outcome), settings.report_file)
+    report.write_termination_line(report.sentence(outcome), settings.termination_log)
     report.say(outcome, service.logs)
     return formatters.of_outcome(outcome)
 
 
 def current(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Show where the database is."""
     return formatters.of_current(service.current(), service.history().heads)
 
 
 def history(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """List the revisions."""
     return formatters.of_history(service.history())
 
 
 def heads(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """List the heads."""
     return formatters.of_revisions(service.history().find("heads"))
 
 
 def show(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Show one revision."""
     return formatters.of_show(service.history().find(arguments.revision))
 
 
 def freeze(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Write the manifest, or check that it is current."""
     from migrator.pipeline.fast_path.up_to_date import why_not
 
     frozen = service.freeze(check=arguments.check)
@@ -105,7 +96,6 @@ def freeze(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Report pending revisions, also by the exit code."""
     from migrator.ledger.checksums import judge
 
     for one in service.all():
@@ -117,7 +107,6 @@ def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def status(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Show the whole state."""
     state = service.state()
     database = service.settings.required_target.database
     mine = [row for row in _backups(service) if row["database"] == database and row["verified"]]
@@ -133,19 +122,13 @@ def _backups(service: MigrationService) -> list[dict[str, Any]]:
 
 
 def wait(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Wait for Postgres."""
     session, attempts = service.wait()
     with session:
-        data = {
-            "target": str(session.target),
-            "server_version": session.facts.version,
-            "attempts": attempts,
-        }
+        data = {"target": str(session.target), "server_version": session.facts.version, "attempts": attempts}
     return Answer(data, f"{data['target']} answers (PostgreSQL {data['server_version']}).")
 
 
 def wait_for_current(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Wait until nothing is pending."""
     found = service.wait_for_current()
     text = (
         f"{service.settings.required_target.database} is at {', '.join(found) or 'base'}: nothing is pending."
@@ -154,14 +137,12 @@ def wait_for_current(service: MigrationService, arguments: argparse.Namespace) -
 
 
 def sidecar(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Run the pipeline, then stay and serve."""
     from migrator.sidecar.stay import stay
 
     return stay(service, arguments)
 
 
 def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Make a backup."""
     from migrator.backups.manifest import summary
 
     made = summary(service.backup(arguments.backup_name))
@@ -169,24 +150,20 @@ def backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def verify_backup(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Verify a backup again."""
     return formatters.of_backup(service.verify_backup(arguments.backup_id, arguments.how or ""), proven=True)
 
 
 def backups(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """List the backups, or show one."""
     if arguments.backups_action:
         return formatters.of_backup(service.show_backup(arguments.backup_id or "latest"))
     return formatters.of_backups(service.backups())
 
 
 def prune(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Remove old backups."""
     return formatters.of_pruned(service.prune(dry_run=arguments.dry_run))
 
 
 def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Restore a backup."""
     restored = service.restore(
         arguments.backup_id,
         to=arguments.to,
@@ -200,34 +177,28 @@ def restore(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def ledger(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Show the ledger."""
     return formatters.of_ledger(service.ledger(max(1, arguments.limit)))
 
 
 def repair(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Accept edited files, or the schema as it is."""
     if arguments.accept_schema:
         return formatters.of_accepted_schema(service.accept_schema())
     return formatters.of_repair(service.repair(arguments.accept))
 
 
 def settings(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Show the settings."""
     return formatters.of_settings(service.settings)
 
 
 def alembic(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Run Alembic's own command line with this target and without migrator's stages."""
     return _hand_over(service, list(arguments.arguments))
 
 
 def revision(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Write a revision file, as Alembic does."""
     return _hand_over(service, ["revision", *arguments.arguments])
 
 
 def merge(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    """Write a revision that joins heads, as Alembic does."""
     return _hand_over(service, ["merge", *arguments.arguments])
 
 
@@ -256,33 +227,10 @@ def _hand_over(service: MigrationService, words: list[str]) -> Answer:
     return Answer({}, "")
 
 
+_ALL = (
+    upgrade, downgrade, stamp, verify, current, history, heads, show, freeze, check, status, wait, wait_for_current,
+    sidecar, backup, verify_backup, backups, prune, restore, ledger, repair, settings, revision, merge, alembic,
+)  # fmt: skip
 HANDLERS: Mapping[str, Callable[[MigrationService, argparse.Namespace], Answer]] = {
-    handler.__name__.replace("_", "-"): handler
-    for handler in (
-        upgrade,
-        downgrade,
-        stamp,
-        verify,
-        current,
-        history,
-        heads,
-        show,
-        freeze,
-        check,
-        status,
-        wait,
-        wait_for_current,
-        sidecar,
-        backup,
-        verify_backup,
-        backups,
-        prune,
-        restore,
-        ledger,
-        repair,
-        settings,
-        revision,
-        merge,
-        alembic,
-    )
+    handler.__name__.replace("_", "-"): handler for handler in _ALL
 }

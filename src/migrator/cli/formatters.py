@@ -187,14 +187,8 @@ def of_restored(restored: Restored) -> Answer:
 
     data = {
         "backup": summary(restored.backup),
-        "database": restored.database,
-        "kept": restored.kept,
-        "dropped": restored.dropped,
-        "safety": restored.safety,
-        "schema": restored.schema,
-        "tables": restored.tables,
-        "counted": restored.counted,
-        "rows": restored.rows,
+        **{name: getattr(restored, name) for name in ("database", "kept", "dropped", "safety", "schema")},
+        **{name: getattr(restored, name) for name in ("tables", "counted", "rows")},
         "seconds": round(restored.seconds, 3),
         "notes": list(restored.notes),
         "next_step": restored.next_step,

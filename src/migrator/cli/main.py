@@ -18,7 +18,7 @@ gc.set_threshold(50_000, *gc.get_threshold()[1:])
 from migrator.config import settings  # noqa: E402
 from migrator.errors import Interrupted, MigratorError, Partial  # noqa: E402
 from migrator.outcome import ExitCode  # noqa: E402
-from migrator.runtime import lazy_logging, logs, report, stdio  # noqa: E402
+from migrator.runtime import logs, report, stdio  # noqa: E402
 from migrator.runtime.escaping import json_text  # noqa: E402
 from migrator.runtime.signals import Interrupt, Interruption  # noqa: E402
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from migrator.runtime.report import Answer
 
-log = lazy_logging.get_logger("migrator")
+log = logs.get_logger("migrator")
 
 NO_TARGET = frozenset(
     {
@@ -144,7 +144,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
 
         _write(completion.script(arguments.shell), wanted=True)
         return int(ExitCode.OK)
-    flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
+    flags = {item.name: getattr(arguments, item.name, None) for item in settings.OPTIONS}
     flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
     loaded = settings.load(
         {name: value for name, value in flags.items() if value is not None},
@@ -164,7 +164,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     if command == "alembic":  # a script with wrong characters is worse than no script
         getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="strict")
     if command != "upgrade":  # which alone has a fast path, and it logs nothing
-        lazy_logging.wake()
+        logs.wake()
     for warning in loaded.warnings:
         log.warning("%s", warning)
     if command in REPORTED:
@@ -234,10 +234,7 @@ def _write(text: str, *, wanted: bool) -> None:
     print(text, end="\n" if text else "", flush=True)
     lost = getattr(sys.stdout, "lost", None)
     if lost is not None and (wanted or not isinstance(lost, BrokenPipeError)):
-        log.warning(
-            "the answer was not fully written to stdout: %s",
-            getattr(lost, "strerror", None) or lost,
-        )
+        log.warning("the answer was not fully written to stdout: %s", getattr(lost, "strerror", None) or lost)
 
 
 def _say(error: MigratorError, *, as_json: bool) -> int:
@@ -265,7 +262,7 @@ def _say(error: MigratorError, *, as_json: bool) -> int:
 
 def _ensure_logging() -> None:
     """Set up logging for a failure before the settings are known."""
-    lazy_logging.wake()
+    logs.wake()
     import logging
 
     if not logging.getLogger().handlers:

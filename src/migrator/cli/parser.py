@@ -15,9 +15,7 @@ from migrator.config.sources import did_you_mean
 from migrator.config.value_parsers import type_name
 from migrator.errors import SettingsError
 
-_SWITCHES = frozenset(
-    settings.flag_name(item) for item in settings.options() if isinstance(item.default, bool)
-)
+_SWITCHES = frozenset(settings.flag_name(item) for item in settings.OPTIONS if isinstance(item.default, bool))
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,7 +109,7 @@ def _shown(word: str) -> str:
 
 def _nearest(flag: str, known: Iterable[str]) -> str:
     name = flag.lstrip("-").replace("-", "_")
-    for item in settings.options():
+    for item in settings.OPTIONS:
         if settings.flag_name(item) is None and item.name == name:
             return f": set {settings.variable_name(item)}; other users can read arguments"
     return did_you_mean(flag, known)
@@ -173,7 +171,7 @@ def _add_common(parser: Parser, name: str = "") -> None:
     parser.option(parser, "--format", help="format of the answer on stdout [text]", **format_)
     chosen = parser.add_argument_group("settings that matter here (each is also a variable, MIGRATOR_...)")
     rest = parser.add_argument_group("other settings")
-    for item in settings.options():
+    for item in settings.OPTIONS:
         flag = settings.flag_name(item)
         if flag is None or item.name == "config":
             continue

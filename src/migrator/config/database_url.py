@@ -27,40 +27,17 @@ _RAW_PASSWORD = r"^(?P<userinfo>.*)@" + _TAIL
 
 # Connection parameters that libpq reads from the environment, by their name in a connection string.
 # https://www.postgresql.org/docs/current/libpq-envars.html
+_PLAIN = """
+    host hostaddr port user password passfile service options sslmode sslcert sslkey sslcertmode sslrootcert sslcrl
+    sslcrldir sslsni sslnegotiation sslcompression ssl_min_protocol_version ssl_max_protocol_version channel_binding
+    require_auth requirepeer gssencmode gssdelegation gsslib krbsrvname target_session_attrs load_balance_hosts
+    client_encoding
+"""
 ENVIRONMENT_NAMES: Mapping[str, str] = {
-    "host": "PGHOST",
-    "hostaddr": "PGHOSTADDR",
-    "port": "PGPORT",
     "dbname": "PGDATABASE",
-    "user": "PGUSER",
-    "password": "PGPASSWORD",
-    "passfile": "PGPASSFILE",
-    "service": "PGSERVICE",
-    "options": "PGOPTIONS",
     "application_name": "PGAPPNAME",
-    "sslmode": "PGSSLMODE",
-    "sslcert": "PGSSLCERT",
-    "sslkey": "PGSSLKEY",
-    "sslcertmode": "PGSSLCERTMODE",
-    "sslrootcert": "PGSSLROOTCERT",
-    "sslcrl": "PGSSLCRL",
-    "sslcrldir": "PGSSLCRLDIR",
-    "sslsni": "PGSSLSNI",
-    "sslnegotiation": "PGSSLNEGOTIATION",
-    "sslcompression": "PGSSLCOMPRESSION",
-    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
-    "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
-    "channel_binding": "PGCHANNELBINDING",
-    "require_auth": "PGREQUIREAUTH",
-    "requirepeer": "PGREQUIREPEER",
-    "gssencmode": "PGGSSENCMODE",
-    "gssdelegation": "PGGSSDELEGATION",
-    "gsslib": "PGGSSLIB",
-    "krbsrvname": "PGKRBSRVNAME",
     "connect_timeout": "PGCONNECT_TIMEOUT",
-    "target_session_attrs": "PGTARGETSESSIONATTRS",
-    "load_balance_hosts": "PGLOADBALANCEHOSTS",
-    "client_encoding": "PGCLIENTENCODING",
+    **{name: f"PG{name.replace('_', '').upper()}" for name in _PLAIN.split()},
 }
 
 # Parameters of asyncpg's connect() and of SQLAlchemy's dialect for it. Those that both libpq and asyncpg
@@ -136,7 +113,6 @@ class Target(NamedTuple):
         return tuple(sorted(found - {""}))
 
     def with_database(self, database: str) -> Target:
-        """Return the same server and role with another database."""
         return self._replace(database=database)
 
     def fresh(self) -> Target:

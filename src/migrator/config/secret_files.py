@@ -45,12 +45,7 @@ class SecretFiles:
     """The files of one target: its address or password (``place``), and ``others`` that libpq reads itself."""
 
     def __init__(
-        self,
-        target: Target,
-        name: str,
-        place: str,
-        others: tuple[str, ...],
-        variables: Mapping[str, str],
+        self, target: Target, name: str, place: str, others: tuple[str, ...], variables: Mapping[str, str]
     ) -> None:
         self._target = target._replace(source=self)
         self._name, self._place = name, place

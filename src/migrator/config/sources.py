@@ -21,7 +21,11 @@ SECRET_VARIABLES = (*ADDRESSES, "AWS_ACCESS_KEY_ID", *PASSWORD_VARIABLES)
 
 
 class Option(NamedTuple):
-    """The declaration of a setting; ``name`` is the field's name, ``default`` its value if it is not set."""
+    """The declaration of a setting; ``name`` is the field's name, ``default`` its value if it is not set.
+
+    ``help`` is one line. ``flag`` is derived from the name if it is ``""``; None means no flag. ``shown`` is the
+    default as people write it.
+    """
 
     default: Any
     read: Callable[[str], Any]
@@ -34,7 +38,6 @@ class Option(NamedTuple):
 
 
 def variable_name(item: Option) -> str:
-    """Return the environment variable of a setting."""
     return item.variable or f"MIGRATOR_{item.name.upper()}"
 
 
@@ -44,7 +47,6 @@ def flag_name(item: Option) -> str | None:
 
 
 def default_text(item: Option) -> str:
-    """Return a setting's default as people write it."""
     return item.shown or ("" if item.default in ("", None) else str(item.default).lower())
 
 

@@ -20,11 +20,10 @@ from migrator.ledger.queries import LastSnapshot, read_last_snapshot
 from migrator.ledger.table import Author
 from migrator.outcome import Finding, Severity
 from migrator.pipeline.stages.lock import holder
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.session import QueryFailed, Refused, Session
 from migrator.postgres.version_table import VersionTable
-from migrator.schema.difference import Difference, differences
-from migrator.schema.patterns import Pattern, parse, split
-from migrator.schema.snapshot import Item, Snapshot, Unreadable, take, unpack
+from migrator.schema.names import Pattern, parse_patterns, split_formatted
+from migrator.schema.snapshot import Difference, Item, Snapshot, Unreadable, differences, take, unpack
 
 log = logging.getLogger("migrator")
 
@@ -79,14 +78,12 @@ def compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
         return Drift(unknown="MIGRATOR_DRIFT=off", switched_off=True)
     try:
         return _compare(session, settings, alone=alone)
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused as error:
         return Drift(unknown=f"it could not be read: {error.text.rstrip('.')}")
 
 
 def _compare(session: Session, settings: Settings, *, alone: bool) -> Drift:
-    ignored = parse(settings.drift_ignore)
+    ignored = parse_patterns(settings.drift_ignore)
     last = read_last_snapshot(session, settings.role)
     if last is None:
         return Drift(unknown=f"no run has left a snapshot yet; `{_ACCEPT}` takes one")
@@ -124,7 +121,7 @@ def _at(rows: tuple[str, ...] | None) -> str:
 
 
 def _is_ignored(item: Item, patterns: Sequence[Pattern]) -> bool:
-    names = [split(name) for name in {item.relation, item.name} if name]
+    names = [split_formatted(name) for name in {item.relation, item.name} if name]
     return any(pattern.matches(*name) for pattern in patterns for name in names)
 
 

@@ -21,7 +21,14 @@ from migrator.config.database_url import Target
 from migrator.errors import AccessDenied, MigratorError
 from migrator.pipeline.context import Run
 from migrator.pipeline.stages.lock import lock_if_free
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier, quote_literal
+from migrator.postgres.session import (
+    ConnectFailed,
+    QueryFailed,
+    Refused,
+    Session,
+    quote_identifier,
+    quote_literal,
+)
 from migrator.runtime.subprocesses import uninterrupted
 
 log = logging.getLogger("migrator")
@@ -160,8 +167,8 @@ def _close_the_door(session: Session, run_id: str) -> None:
                 next_step=f"REVOKE CONNECT ON DATABASE {database} FROM ..., as the role that granted it",
             )
         session.query("COMMIT")
-    except QueryFailed as error:
-        if error.lost or error.sqlstate != "42501":
+    except Refused as error:
+        if error.sqlstate != "42501":
             raise
         _roll_back(session)
         raise AccessDenied(

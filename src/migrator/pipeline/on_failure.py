@@ -238,7 +238,7 @@ def _no_way_back(this: Run, history: History, before: tuple[str, ...], rows: tup
 
 def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> MigratorError:
     """Restore this run's backup, and return the error that says how that went."""
-    from migrator.backups.failures import WouldLose
+    from migrator.backups.clients import WouldLose
     from migrator.backups.restore.restore import Wishes, restore
     from migrator.backups.restore.write_detection import Incomplete
 

@@ -14,13 +14,13 @@ from migrator.config.database_url import Target
 from migrator.errors import MigratorError
 from migrator.outcome import ExitCode, Finding, Outcome, RevisionResult, StageResult, Status
 from migrator.postgres.version_table import VersionTable
-from migrator.runtime import lazy_logging
+from migrator.runtime.logs import get_logger
 
 if TYPE_CHECKING:
     from migrator.ledger.table import Author
     from migrator.project import Plan
 
-log = lazy_logging.get_logger("migrator")
+log = get_logger("migrator")
 
 
 def new_run_id() -> str:

@@ -17,7 +17,7 @@ from migrator.pipeline.drift import snapshot_if_moved
 from migrator.pipeline.stages.inspect import Inspection
 from migrator.pipeline.stages.invalid_indexes import built
 from migrator.pipeline.stages.lock import lock_if_free
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refused, Session
 from migrator.project import History
 from migrator.runtime.signals import Interrupt
 
@@ -56,9 +56,7 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
                 way_back=this.record.way_back,
             )
         )
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused as error:
         log.info("the ledger does not record the start of this run: %s", error.text)
 
 

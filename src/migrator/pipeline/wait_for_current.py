@@ -35,7 +35,6 @@ def wait_for_current(
     application_name: str,
     *,
     take_back: Callable[[], None],
-    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[str, ...]:
     """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout``
     seconds.
@@ -47,7 +46,7 @@ def wait_for_current(
     for revisions that this image does not know, and any connection error.
     """
     deadline = time.monotonic() + settings.wait_timeout
-    wanted = _Wanted(frozen, load, settings, deadline, take_back, sleep)
+    wanted = _Wanted(frozen, load, settings, deadline, take_back)
     while True:
         rest = settings._replace(wait_timeout=wanted.left)
         session, _ = wait(settings.required_target, rest, application_name)
@@ -70,10 +69,9 @@ class _Wanted:
         settings: Settings,
         deadline: float,
         take_back: Callable[[], None],
-        sleep: Callable[[float], None],
     ) -> None:
         self._frozen, self._load, self._take_back = frozen, load, take_back
-        self._settings, self._deadline, self._sleep = settings, deadline, sleep
+        self._settings, self._deadline = settings, deadline
         self._said: tuple[str, float] = ("", 0.0)
 
     @functools.cached_property
@@ -110,7 +108,7 @@ class _Wanted:
                 log.info(
                     "waiting for %s (%.0f s left): at %s, %d pending", session.target, self.left, at, pending
                 )
-            self._sleep(min(self.left, random.uniform(0.3, 1.0)))  # noqa: S311 - jitter, no secret
+            time.sleep(min(self.left, random.uniform(0.3, 1.0)))  # noqa: S311 - jitter, no secret
 
     def _look(self, session: Session, ask: Ask | None) -> tuple[VersionTable | None, tuple[str, ...], bool]:
         """Return the version table with the most pending revisions, its rows, and whether these are certainly

@@ -105,8 +105,7 @@ def inspect(
     with this.record.stage("inspect") as details:
         found = seen or _look(this, session, history, settled=settled, locked=locked)
         details.update(
-            current=found.current,
-            pending=[revision.revision for revision in found.plan.revisions],
+            current=found.current, pending=[revision.revision for revision in found.plan.revisions]
         )
         if not nothing_to_do(
             this, found

@@ -47,7 +47,7 @@ class ConnectFailed(Exception):
 
 
 class QueryFailed(Exception):
-    """A statement failed; ``sqlstate`` is empty if the connection itself was lost (``lost``)."""
+    """A statement failed: it was :class:`Refused`, or the connection was ``lost`` (``sqlstate`` may be empty then)."""
 
     def __init__(self, text: str, sqlstate: str = "", *, lost: bool = False) -> None:
         super().__init__(text)
@@ -56,31 +56,19 @@ class QueryFailed(Exception):
         self.lost = lost
 
 
+class Refused(QueryFailed):
+    """The server refused a statement, and the connection is there."""
+
+
 # libpq's own messages about TLS, a credential or a parameter, always in English here: fe-connect.c,
 # fe-auth.c and fe-secure-openssl.c of PostgreSQL 13 to 18.
-_CLIENT_SIDE_DENIALS = (
-    "certificate",
-    "does not support SSL",
-    "no password supplied",
-    "authentication method",
-    "authentication failed",
-    "channel binding",
-    "private key file",
-    "invalid sslmode value",
-    "invalid connection option",
-    "invalid port number",
-    "invalid integer value",
-    "invalid channel_binding value",
-    "definition of service",
-    "service file",
-    "could not open certificate",
-    "tlsv1 alert",
-    "SSL error: ",
-    "invalid URI",
-    "sslnegotiation",
-    "does not support GSSAPI",
+_CLIENT_SIDE_DENIALS = re.compile(
+    r"certificate|does not support SSL|no password supplied|authentication method|authentication failed"
+    r"|channel binding|private key file|invalid sslmode value|invalid connection option"
+    r"|invalid port number|invalid integer value|invalid channel_binding value|definition of service"
+    r"|service file|tlsv1 alert|SSL error: |invalid URI|sslnegotiation|does not support GSSAPI"
+    r"|invalid \S+ value: |could not match \d+ "
 )
-_INVALID_VALUE = r"invalid \S+ value: |could not match \d+ "
 _DENIED_CLASSES = ("28",)
 _OF_POOLERS = ("08", "XX000", "58000")
 _DENIED_CODES = frozenset(
@@ -113,7 +101,7 @@ def classify(sqlstate: str, text: str) -> Refusal:
     if sqlstate:
         denied = sqlstate.startswith(_DENIED_CLASSES) or sqlstate in _DENIED_CODES
         return Refusal.DENIED if denied else Refusal.TRANSIENT
-    if any(phrase in text for phrase in _CLIENT_SIDE_DENIALS) or re.search(_INVALID_VALUE, text):
+    if _CLIENT_SIDE_DENIALS.search(text):
         return Refusal.DENIED
     return Refusal.TRANSIENT
 

@@ -24,11 +24,12 @@ from migrator.postgres import search_path
 from migrator.postgres.errors import ConnectFailed as ConnectFailed
 from migrator.postgres.errors import QueryFailed as QueryFailed
 from migrator.postgres.errors import Refusal as Refusal
+from migrator.postgres.errors import Refused as Refused
 from migrator.postgres.errors import classify as classify
-from migrator.runtime import lazy_logging
 from migrator.runtime.deadlines import DEADLINES, PATIENCE, PROBE, PROBES, TELL, Wait, shut_down
+from migrator.runtime.logs import get_logger
 
-log = lazy_logging.get_logger("migrator")
+log = get_logger("migrator")
 
 # Its stubs know no open-ended keyword arguments; libpq's parameters are open-ended.
 _open: Callable[..., psycopg2.extensions.connection] = psycopg2.connect
@@ -61,7 +62,6 @@ class ServerFacts(NamedTuple):
 
     @property
     def major(self) -> int:
-        """Return the server's major version, such as 17."""
         return self.version_number // 10000
 
 
@@ -149,7 +149,7 @@ class Session:
                 text = message_of(error)
                 if wait.cut:
                     text = f"no answer for {time.monotonic() - wait.began:.0f} s"
-                raise QueryFailed(text, error.pgcode or "", lost=lost) from error
+                raise (QueryFailed if lost else Refused)(text, error.pgcode or "", lost=lost) from error
             finally:
                 self._wait = None
 
@@ -225,7 +225,6 @@ class Session:
     def value(
         self, sql: str, parameters: Sequence[Any] | None = None, *, timeout: float | None = None
     ) -> Any:
-        """Return the first column of the first row, or None."""
         rows = self.query(sql, parameters, timeout=timeout)
         return rows[0][0] if rows else None
 
@@ -327,12 +326,10 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is known to be gone."""
         return bool(self._connection.closed)
 
     @property
     def pid(self) -> int:
-        """Return the server process's id of this session."""
         return self.facts.pid
 
     def close(self) -> None:
@@ -424,9 +421,9 @@ def no_timeouts(server_major: int) -> str:
     return "; ".join(f"SET {name} = 0" for name in names)
 
 
-def _insist(cursor: Any, sql: str, attempts: int = 3) -> None:
+def _insist(cursor: Any, sql: str) -> None:
     """Execute a statement that sets a timeout, which may itself be only a millisecond."""
-    for left in reversed(range(attempts)):
+    for left in reversed(range(3)):
         try:
             cursor.execute(sql)
             return
@@ -664,7 +661,6 @@ def quote_literal(text: str) -> str:
 
 
 def quote_identifier(name: str) -> str:
-    """Quote a name for SQL text."""
     return '"' + name.replace('"', '""') + '"'
 
 

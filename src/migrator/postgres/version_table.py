@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from migrator.errors import AccessDenied, SettingsError
+from migrator.postgres.queries import IN_USER_SCHEMA
 from migrator.postgres.session import QueryFailed, Session, as_typed, quote_identifier
-
-_SYSTEM = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
 
 _VERSION_TABLES = f"""
 SELECT n.nspname::text, c.relname::text
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
-WHERE c.relkind = 'r' AND NOT row_security_active(c.oid) AND {_SYSTEM}
+WHERE c.relkind = 'r' AND NOT row_security_active(c.oid) AND {IN_USER_SCHEMA}
   AND format_type(a.atttypid, NULL) IN ('character varying', 'text')
 ORDER BY n.nspname <> %s, n.nspname, c.relname
 """  # noqa: S608 - constants only
@@ -37,7 +36,6 @@ class VersionTable(NamedTuple):
 
     @property
     def quoted(self) -> str:
-        """Return the name for SQL text."""
         name = quote_identifier(self.name)
         return f"{quote_identifier(self.schema)}.{name}" if self.schema else name
 
@@ -212,7 +210,6 @@ class _Rows:
         self.values: list[str] = []
 
     def write(self, data: bytes) -> int:
-        """Take a row."""
         if data != b"\n":
             self.values.append(data.decode()[1:-2].replace('""', '"'))
         return len(data)

@@ -35,5 +35,4 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 
 
 def visible_json(text: str) -> str:
-    """Return JSON with terminal controls escaped."""
     return _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -14,8 +14,7 @@ from typing import Any, TextIO
 from pythonjsonlogger import json
 
 from migrator.runtime.escaping import visible, visible_json, visible_lines
-from migrator.runtime.log_lines import begin_line, origin
-from migrator.runtime.redaction import redact, silence
+from migrator.runtime.redaction import begin_line, origin, redact, silence
 
 
 class _Handler(logging.StreamHandler[TextIO]):

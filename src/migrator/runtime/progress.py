@@ -6,7 +6,6 @@ import logging
 import shutil
 import threading
 import time
-from types import TracebackType
 from typing import TextIO
 
 from migrator.runtime.escaping import visible
@@ -14,6 +13,7 @@ from migrator.runtime.escaping import visible
 log = logging.getLogger("migrator.apply")
 
 _WIDTH = 24
+_EVERY = 15.0  # seconds
 
 
 class Progress:
@@ -55,7 +55,6 @@ class Progress:
                 self._shown = False
 
     def close(self) -> None:
-        """Remove the bar for good."""
         self.clear()
         self._enabled = False
 
@@ -75,10 +74,9 @@ class Progress:
 
 
 class Heartbeat:
-    """Logs every ``interval`` seconds which revision is still running."""
+    """Logs every 15 seconds which revision is still running."""
 
-    def __init__(self, interval: float = 15.0) -> None:
-        self._interval = interval
+    def __init__(self) -> None:
         self._stop = threading.Event()
         self._doing: tuple[str, float] | None = None
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -91,13 +89,11 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._interval):
+        while not self._stop.wait(_EVERY):
             doing = self._doing
             if doing:
                 seconds = time.monotonic() - doing[1]

@@ -1,4 +1,4 @@
-"""Redaction: mask the known secrets in all output.
+"""Redaction: mask the known secrets in all output. Write a line of the log without importing ``logging``.
 
 It replaces the secrets themselves, in all forms: each character raw, percent-encoded, or escaped like
 in JSON, repr() and HTML. It does not guess: a pattern for passwords in general leaks the rest of a
@@ -15,8 +15,11 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, TextIO, cast
+
+from migrator.runtime.escaping import json_text
 
 MASK = "***"
 _SHORT = 6
@@ -38,7 +41,6 @@ class Redactor:
         self._literals = tuple(literal.replace("+", " ") for literal in literals)
 
     def __call__(self, text: str) -> str:
-        """Return ``text`` with every secret masked."""
         secrets = self._secrets
         return _pattern(secrets).sub(MASK, text) if secrets and self._may_hold_one(text) else text
 
@@ -148,7 +150,6 @@ class RedactingStream:
         """Why some output was not written; None if all was written."""
 
     def write(self, text: str) -> int:
-        """Write ``text`` with its secrets masked."""
         if getattr(silence, "on", False):
             return len(text)
         try:
@@ -160,14 +161,12 @@ class RedactingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Write out the buffer."""
         try:
             self._stream.flush()
         except _UNWRITABLE as error:
             self.lost = self.lost or error
 
     def close(self) -> None:
-        """Write out the buffer."""
         self.flush()
 
     @property
@@ -180,7 +179,6 @@ class RedactingStream:
         return self.buffer
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write each of ``lines``."""
         for line in lines:
             self.write(line)
 
@@ -217,3 +215,20 @@ def protect_streams() -> None:
         stream = getattr(sys, name)
         if not isinstance(stream, RedactingStream):
             setattr(sys, name, RedactingStream(stream))
+
+
+def origin(created: float, level: str, logger: str) -> dict[str, str]:
+    """Return the last keys of a line; ``created`` is in seconds since 1970."""
+    time = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
+    return {"time": time, "level": level.lower(), "logger": logger}
+
+
+def json_line(message: str, extra: Mapping[str, Any], created: float, level: str, logger: str) -> str:
+    """Return one JSON object without secrets: the message, its extra keys, and its origin."""
+    return redact(json_text({"message": message, **extra, **origin(created, level, logger)}))
+
+
+def begin_line(stream: TextIO) -> None:
+    """End the line of a print without a line end."""
+    if getattr(stream, "in_line", False) and not stream.isatty():
+        stream.write("\n")

@@ -7,11 +7,10 @@ import os
 from typing import Any, NamedTuple
 
 from migrator.outcome import ExitCode, Outcome
-from migrator.runtime import lazy_logging
 from migrator.runtime.escaping import json_text, visible, visible_lines
-from migrator.runtime.logs import Logs, redact
+from migrator.runtime.logs import Logs, get_logger, redact
 
-log = lazy_logging.get_logger("migrator")
+log = get_logger("migrator")
 
 TERMINATION_LIMIT = 4096
 """Bytes that Kubernetes keeps of a termination message.
@@ -28,7 +27,6 @@ class Answer(NamedTuple):
     code: int = ExitCode.OK
 
     def render(self, output_format: str) -> str:
-        """Return the answer as ``text`` or ``json``."""
         if output_format == "json":
             data = self.data() if callable(self.data) else self.data
             return json_text(data, indent=2)
@@ -57,13 +55,7 @@ def say(outcome: Outcome, logs: Logs) -> None:
 
 
 def document(outcome: Outcome) -> str:
-    """Return the outcome as one JSON document."""
     return redact(json_text(outcome.as_dict(), indent=2))
-
-
-def write_file(outcome: Outcome, place: str) -> None:
-    """Write the JSON outcome to a file."""
-    write_text(document(outcome), place)
 
 
 def forget(place: str) -> None:
@@ -90,13 +82,8 @@ def write_text(text: str, place: str) -> None:
             files.remove(place)
 
 
-def write_termination_message(outcome: Outcome, place: str) -> None:
-    """Write the one-line outcome to Kubernetes' file for it, if that file exists."""
-    write_termination_line(sentence(outcome), place)
-
-
 def write_termination_line(line: str, place: str) -> None:
-    """Write one line, cut to the size that Kubernetes keeps."""
+    """Write one line to Kubernetes' file for it, if that file exists, cut to the size that Kubernetes keeps."""
     if not place or not os.path.exists(place):
         return
     from migrator.runtime import files

@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from migrator.runtime import lazy_logging
 from migrator.runtime.deadlines import DEADLINES
+from migrator.runtime.logs import get_logger
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
     from migrator.outcome import Outcome
 
-log = lazy_logging.get_logger("migrator")
+log = get_logger("migrator")
 
 ASKING = 2.5
 """For so many seconds after a signal, queries are still made; then each is cancelled (deadlines.TELL)."""

@@ -80,7 +80,7 @@ def base_environment() -> dict[str, str]:
 def run(
     arguments: Sequence[str | Path],
     *,
-    environment: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
     feed: Iterable[bytes] | None = None,
     on_output: Callable[[bytes], object] | None = None,
     on_stderr: Callable[[bytes], object] | None = None,
@@ -91,6 +91,7 @@ def run(
 ) -> Finished:
     """Run a program to its end, and pass its stdout in chunks to ``on_output`` (discarded if None).
 
+    ``environment`` is :func:`base_environment` unless it is given.
     ``feed`` yields the content of its stdin, no faster than the program reads. A program that ends, or
     closes its stdin, before it has read everything is no error; the unread rest stays in ``feed``.
     ``on_stderr`` gets the chunks of stderr; the end of stderr is always kept. ``on_start`` gets the
@@ -113,7 +114,8 @@ def run(
     child: subprocess.Popen[bytes] | None = None
     try:
         with uninterrupted():
-            child = _start(arguments, environment, stderr, discard=on_output is None, fed=feed is not None)
+            given = base_environment() if environment is None else environment
+            child = _start(arguments, given, stderr, discard=on_output is None, fed=feed is not None)
             _running.add(child.pid)
         if on_start is not None:
             on_start(child.pid)

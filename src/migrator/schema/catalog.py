@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from migrator.postgres.queries import INVALID_INDEXES
+from migrator.postgres.queries import IN_USER_SCHEMA, INVALID_INDEXES, of_no_extension
 from migrator.postgres.session import Session, quote_identifier
 from migrator.schema.names import ForeignKey, canonical_type
 
@@ -73,15 +73,15 @@ class Table:
     primary_key: tuple[str, ...] | None = None
 
 
-_NAMED_INDEXES = """
+_NAMED_INDEXES = f"""
 SELECT n.nspname::text, c.relname::text, t.relname::text, i.indisunique, c.oid::bigint
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_class t ON t.oid = i.indrelid
 JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE i.indisvalid AND c.relkind = 'i' AND c.relname = ANY(%s)
-  AND n.nspname NOT LIKE 'pg\\_%%' AND n.nspname <> 'information_schema'
+  AND {IN_USER_SCHEMA}
   AND NOT EXISTS (SELECT 1 FROM pg_constraint k WHERE k.conindid = c.oid)
 ORDER BY 1, 2
-"""
+"""  # noqa: S608 - constants only
 
 
 def invalid_indexes(session: Session) -> tuple[Index, ...]:
@@ -114,7 +114,7 @@ def constraints_not_valid(session: Session) -> tuple[Constraint, ...]:
 
 
 def not_valid_constraints(session: Session) -> frozenset[str]:
-    """Return the constraints that are NOT VALID as ``schema.table.constraint``."""
+    """Return them as ``schema.table.constraint``."""
     return frozenset(str(constraint) for constraint in constraints_not_valid(session))
 
 
@@ -165,13 +165,7 @@ def user_tables(session: Session) -> tuple[str, ...]:
     return tuple(str(row[0]) for row in rows)
 
 
-def database_size(session: Session) -> int:
-    """Return the database's size in bytes."""
-    return int(session.value("SELECT pg_database_size(current_database())"))
-
-
-# Postgres reserves the prefix pg_ for its own schemas: pg_catalog, pg_toast, pg_temp_3 and so on.
-_NOT_VALID = """
+_NOT_VALID = f"""
 SELECT n.nspname, coalesce(r.relname, t.typname), c.conname,
        CASE WHEN c.conrelid = 0 THEN 'DOMAIN' ELSE 'TABLE' END
   FROM pg_constraint c
@@ -179,7 +173,7 @@ SELECT n.nspname, coalesce(r.relname, t.typname), c.conname,
   LEFT JOIN pg_class r ON r.oid = c.conrelid
   LEFT JOIN pg_type t ON t.oid = c.contypid
  WHERE NOT c.convalidated
-   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND {IN_USER_SCHEMA}
    AND coalesce((to_jsonb(c) ->> 'conenforced')::boolean, true)
    AND NOT EXISTS (SELECT FROM pg_constraint p WHERE p.oid = c.conparentid AND NOT p.convalidated)
    AND NOT EXISTS (
@@ -187,40 +181,35 @@ SELECT n.nspname, coalesce(r.relname, t.typname), c.conname,
          JOIN pg_constraint p ON p.conrelid = h.inhparent AND p.conname = c.conname AND p.contype = c.contype
         WHERE h.inhrelid = c.conrelid AND NOT c.conislocal AND NOT p.convalidated)
  ORDER BY 1, 2, 3
-"""
-_USER_TABLES = """
+"""  # noqa: S608 - constants only
+_USER_TABLES = f"""
 SELECT n.nspname || '.' || c.relname
   FROM pg_class c
   JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind IN ('r', 'p', 'f')
-   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-   AND NOT EXISTS (
-       SELECT FROM pg_depend d
-        WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
-          AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e')
+   AND {IN_USER_SCHEMA} AND {of_no_extension("pg_class", "c")}
  ORDER BY 1
-"""
+"""  # noqa: S608 - constants only
+_WANTED = """  FROM unnest(%s::text[], %s::text[]) AS w (nspname, relname)
+  JOIN pg_namespace n ON n.nspname = w.nspname
+  JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = w.relname"""
 # Tables, partitioned tables, foreign tables, views and materialised views: relations with columns.
-_COLUMNS = """
+_COLUMNS = f"""
 SELECT n.nspname, r.relname, a.attname, format_type(a.atttypid, a.atttypmod), quote_ident(tn.nspname),
        a.attnotnull
-  FROM unnest(%s::text[], %s::text[]) AS w (nspname, relname)
-  JOIN pg_namespace n ON n.nspname = w.nspname
-  JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = w.relname
+{_WANTED}
    AND r.relkind IN ('r', 'p', 'f', 'v', 'm')
   LEFT JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
   LEFT JOIN pg_type t ON t.oid = a.atttypid
   LEFT JOIN pg_namespace tn ON tn.oid = t.typnamespace
 """
-_INDEXES = """
+_INDEXES = f"""
 SELECT n.nspname, r.relname, i.relname, x.indisvalid
-  FROM unnest(%s::text[], %s::text[]) AS w (nspname, relname)
-  JOIN pg_namespace n ON n.nspname = w.nspname
-  JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = w.relname
+{_WANTED}
   JOIN pg_index x ON x.indrelid = r.oid
   JOIN pg_class i ON i.oid = x.indexrelid
 """
-_KEYS = """
+_KEYS = f"""
 SELECT n.nspname, r.relname, c.contype::text,
        (SELECT array_agg(a.attname::text ORDER BY k.position)
           FROM unnest(c.conkey) WITH ORDINALITY AS k (attnum, position)
@@ -229,10 +218,8 @@ SELECT n.nspname, r.relname, c.contype::text,
        (SELECT array_agg(a.attname::text ORDER BY k.position)
           FROM unnest(c.confkey) WITH ORDINALITY AS k (attnum, position)
           JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.attnum)
-  FROM unnest(%s::text[], %s::text[]) AS w (nspname, relname)
-  JOIN pg_namespace n ON n.nspname = w.nspname
-  JOIN pg_class r ON r.relnamespace = n.oid AND r.relname = w.relname
+{_WANTED}
   JOIN pg_constraint c ON c.conrelid = r.oid AND c.contype IN ('f', 'p')
   LEFT JOIN pg_class f ON f.oid = c.confrelid
   LEFT JOIN pg_namespace fn ON fn.oid = f.relnamespace
-"""
+"""  # noqa: S608 - constants only

@@ -1,4 +1,4 @@
-"""Names of relations, columns and types as people write them; pure."""
+"""Names of relations, columns and types as people write them, and patterns of tables' names; pure."""
 
 from __future__ import annotations
 
@@ -9,34 +9,24 @@ _PART = re.compile(r'\s*(?:"((?:[^"\0]|"")+)"|([^\s".,()\0]+))\s*')
 
 # https://www.postgresql.org/docs/current/datatype.html, table 8.1; {} is where the modifier stands.
 _ALIASES = {
-    "int": "integer",
-    "int4": "integer",
-    "serial": "integer",
-    "serial4": "integer",
-    "int8": "bigint",
-    "bigserial": "bigint",
-    "serial8": "bigint",
-    "int2": "smallint",
-    "smallserial": "smallint",
-    "serial2": "smallint",
-    "bool": "boolean",
-    "decimal": "numeric{}",
-    "dec": "numeric{}",
-    "float4": "real",
-    "float8": "double precision",
-    "float": "double precision",
-    "varchar": "character varying{}",
-    "char varying": "character varying{}",
-    "char": "character{}",
-    "varbit": "bit varying{}",
-    "timestamp": "timestamp{} without time zone",
-    "timestamp without time zone": "timestamp{} without time zone",
-    "timestamptz": "timestamp{} with time zone",
-    "timestamp with time zone": "timestamp{} with time zone",
-    "time": "time{} without time zone",
-    "time without time zone": "time{} without time zone",
-    "timetz": "time{} with time zone",
-    "time with time zone": "time{} with time zone",
+    alias: name
+    for name, aliases in {
+        "integer": "int, int4, serial, serial4",
+        "bigint": "int8, bigserial, serial8",
+        "smallint": "int2, smallserial, serial2",
+        "boolean": "bool",
+        "numeric{}": "decimal, dec",
+        "real": "float4",
+        "double precision": "float8, float",
+        "character varying{}": "varchar, char varying",
+        "character{}": "char",
+        "bit varying{}": "varbit",
+        "timestamp{} without time zone": "timestamp, timestamp without time zone",
+        "timestamp{} with time zone": "timestamptz, timestamp with time zone",
+        "time{} without time zone": "time, time without time zone",
+        "time{} with time zone": "timetz, time with time zone",
+    }.items()
+    for alias in aliases.split(", ")
 }
 SERIALS = frozenset({"serial", "serial4", "bigserial", "serial8", "smallserial", "serial2"})
 
@@ -142,3 +132,59 @@ def _with_modifier(name: str, modifier: str) -> str:
         modifier += ",0"
     shown = f"({modifier})" if modifier else ""
     return pattern.format(shown) if "{}" in pattern else pattern + shown
+
+
+_PATTERN_PART = r'"(?:[^"]|"")+"|[^\s",.]+'
+_PATTERN = re.compile(rf"({_PATTERN_PART})(?:\.({_PATTERN_PART}))?")
+_QUALIFIED = re.compile(r'("(?:[^"]|"")+"|[^".(]+)\.("(?:[^"]|"")+"|[^"(]+)')
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A table's name with ``*`` and ``?``, in one schema or in any; ``text`` is as it was written."""
+
+    text: str
+    schema: re.Pattern[str] | None
+    table: re.Pattern[str]
+
+    def matches(self, schema: str, name: str) -> bool:
+        """Tell whether the pattern matches this name in this schema, both without quotes."""
+        return (self.schema is None or bool(self.schema.fullmatch(schema))) and bool(
+            self.table.fullmatch(name)
+        )
+
+
+def parse_patterns(text: str) -> tuple[Pattern, ...]:
+    """Read ``audit_log, logs.*, "Odd".t``; raises ValueError.
+
+    As in psql, unquoted text is lower case, and only there ``*`` and ``?`` are wildcards.
+    """
+    found: list[Pattern] = []
+    rest = text.strip()
+    while rest:
+        match = _PATTERN.match(rest)
+        tail = rest[match.end() :].lstrip() if match else ""
+        if match is None or (tail and not tail.startswith(",")):
+            raise ValueError(f'{text!r} is not a list of tables such as audit_log, logs.*, "Odd name"')
+        first, second = match[1], match[2]
+        schema = _expression(first) if second else None
+        found.append(Pattern(match[0], schema, _expression(second or first)))
+        rest = tail[1:].lstrip()
+    return tuple(found)
+
+
+def _expression(part: str) -> re.Pattern[str]:
+    if part.startswith('"'):
+        return re.compile(re.escape(_bare(part)))
+    shapes = {"*": ".*", "?": "."}
+    return re.compile("".join(shapes.get(char, re.escape(char)) for char in part.lower()), re.DOTALL)
+
+
+def split_formatted(name: str) -> tuple[str, str]:
+    """Split ``schema.name``, as written by ``format('%I.%I')``; a name without a schema is a schema itself."""
+    match = _QUALIFIED.match(name)
+    return (_bare(match[1]), _bare(match[2])) if match else (_bare(name), "")
+
+
+def _bare(part: str) -> str:
+    return part[1:-1].replace('""', '"') if part.startswith('"') else part

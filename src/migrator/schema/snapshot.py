@@ -1,4 +1,4 @@
-"""A snapshot of the live schema, in a form in which two of them can be compared.
+"""A snapshot of the live schema, in a form in which two of them can be compared, and their differences.
 
 One statement reads it, on a session of ours with a search_path that prints every name with its schema.
 The server writes one sorted JSON text. Two texts are compared first, and split only if they differ.
@@ -19,13 +19,14 @@ import functools
 import json
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from migrator.postgres.queries import LEDGER
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.queries import IN_USER_SCHEMA, LEDGER
+from migrator.postgres.session import Refused, Session
 from migrator.postgres.version_table import read_all
+from migrator.schema.names import split_formatted
 
 
 class Item(NamedTuple):
@@ -134,8 +135,8 @@ def take(session: Session, beside: str) -> Snapshot:
     for _ in range(_ATTEMPTS - 1):
         try:
             return _take(session, beside)
-        except QueryFailed as error:
-            if error.lost or error.sqlstate not in _PASSING:
+        except Refused as error:
+            if error.sqlstate not in _PASSING:
                 raise
             time.sleep(0.2)
     return _take(session, beside)
@@ -176,7 +177,7 @@ WITH owned AS (
 ),
 mine AS (
   SELECT oid, nspname FROM pg_namespace n
-   WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'
+   WHERE {IN_USER_SCHEMA}
      AND (oid, 'pg_namespace'::regclass) NOT IN (SELECT objid, classid FROM owned)
 ),
 relations AS (
@@ -278,3 +279,73 @@ SELECT '[' || coalesce(string_agg(line, ',' ORDER BY line COLLATE "C"), '') || '
                  coalesce(relation, ''), coalesce(name, ''), coalesce(attributes, ''), coalesce(definition, ''))::text
           FROM ({_QUERY}) AS found (kind, relation, name, attributes, definition)) AS lines (line)
 """  # noqa: S608 - constants only
+
+
+class Difference(NamedTuple):
+    """One difference: it is gone (``after`` is None), is new (``before`` is None), or has changed."""
+
+    before: Item | None
+    after: Item | None
+
+    @property
+    def item(self) -> Item:
+        """Return the item of the difference."""
+        if self.after is not None:
+            return self.after
+        if self.before is None:
+            raise ValueError("a difference between nothing and nothing")
+        return self.before
+
+    @property
+    def sentence(self) -> str:
+        attributes = self.item.attributes
+        if self.after is None:
+            return "it is gone" + (f"; it was {attributes}" if attributes else "")
+        if self.before is None:
+            return "it was not there" + (f"; it is {attributes}" if attributes else "")
+        if self.before.attributes != attributes:
+            return f"it is {attributes or 'plain'} and was {self.before.attributes or 'plain'}"
+        return "its definition changed"
+
+
+def differences(before: Snapshot, after: Snapshot) -> tuple[Difference, ...]:
+    """Compare two snapshots; parts of a table that is gone, or new, are not listed.
+
+    Definitions are compared only if both are from the same database and major version: otherwise
+    Postgres may print the same definition differently. Schemas of another application are ignored.
+    """
+    if before.text == after.text:
+        return ()
+    exact = before.place == after.place and None not in before.place and before.major == after.major
+    hidden = before.hidden | after.hidden
+    old, new = (
+        {item.key: item for item in snapshot.items if not hidden or schema_of(item) not in hidden}
+        for snapshot in (before, after)
+    )
+    gone = [item for key, item in old.items() if key not in new]
+    came = [item for key, item in new.items() if key not in old]
+    changed = [
+        Difference(item, new[key])
+        for key, item in old.items()
+        if key in new and _differ(item, new[key], exact)
+    ]
+    found = [
+        *(Difference(item, None) for item in _whole(gone)),
+        *changed,
+        *(Difference(None, item) for item in _whole(came)),
+    ]
+    return tuple(found)
+
+
+def schema_of(item: Item) -> str:
+    """Return the schema of an item, or its own name for a schema; empty for an extension."""
+    return "" if item.kind == "extension" else split_formatted(item.relation or item.name)[0]
+
+
+def _differ(one: Item, other: Item, exact: bool) -> bool:
+    return one.attributes != other.attributes or (exact and one.definition != other.definition)
+
+
+def _whole(items: Sequence[Item]) -> list[Item]:
+    relations = {item.relation for item in items if item.is_relation}
+    return [item for item in items if item.is_relation or item.relation not in relations]

@@ -39,7 +39,6 @@ class Check:
 
     @property
     def reached(self) -> bool:
-        """Whether the database answered."""
         return self.code not in NO_ANSWER
 
 
@@ -94,7 +93,6 @@ class Board:
         self.now = Snapshot()
 
     def ran(self, report: Mapping[str, Any]) -> None:
-        """Record how the run ended."""
         with self._lock:
             self.now = replace(self.now, report=report, ended_at=time.time())
 

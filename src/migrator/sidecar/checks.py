@@ -8,6 +8,7 @@ they change again.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import threading
 import time
@@ -19,14 +20,13 @@ from migrator.config.settings import Settings
 from migrator.errors import AccessDenied, SettingsError
 from migrator.outcome import ExitCode
 from migrator.postgres import tls_hints
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, connect
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Refused, connect
 from migrator.postgres.version_table import VersionTable, place_of, read_rows
-from migrator.runtime import lazy_logging
 from migrator.runtime.subprocesses import TimedOut
 from migrator.sidecar.board import RETRIED, Board, Check, Verification
 from migrator.sidecar.children import Kin, Told, exit_code
 
-log = lazy_logging.get_logger("migrator.sidecar")
+log = logging.getLogger("migrator.sidecar")
 
 JUDGING = 60.0
 """Seconds for a judgement of unknown rows."""
@@ -133,14 +133,13 @@ class Checker:
                 begin = f"BEGIN READ ONLY; SET LOCAL statement_timeout = {int(timeout * 1000)}"
                 session.query(begin, timeout=timeout + 1)
                 if place_of(session, self._table) is None:
-                    raise QueryFailed("there is no version table", "42P01")
+                    raise Refused("there is no version table", "42P01")
                 return read_rows(session, self._table)
             finally:
                 if not session.closed:
                     session.query("ROLLBACK", timeout=timeout)
 
     def _ask(self) -> _Judgement:
-        """Let ``migrator check`` judge."""
         try:
             told = self._kin.look("check", self._settings.connect_timeout, JUDGING)
         except (TimedOut, OSError) as error:

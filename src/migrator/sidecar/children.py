@@ -34,7 +34,7 @@ class Told:
 
 def given_flags(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the settings of the command line, as :func:`migrator.config.settings.load` takes them."""
-    flags = {item.name: getattr(arguments, item.name, None) for item in settings.options()}
+    flags = {item.name: getattr(arguments, item.name, None) for item in settings.OPTIONS}
     flags["config"] = os.pathsep.join(getattr(arguments, "config", None) or []) or None
     return {name: value for name, value in flags.items() if value is not None}
 
@@ -74,11 +74,7 @@ class Kin:
                 _terminate(pid)
 
     def _run(
-        self,
-        words: Sequence[str],
-        environment: Mapping[str, str],
-        stderr: int | None,
-        timeout: float | None,
+        self, words: Sequence[str], environment: Mapping[str, str], stderr: int | None, timeout: float | None
     ) -> Told:
         answer, pids = bytearray(), []
 
@@ -121,7 +117,7 @@ def _options(arguments: argparse.Namespace) -> list[str]:
         words.append(f"--name={arguments.section}")
     for value in (*(getattr(arguments, "x_before", None) or ()), *(getattr(arguments, "x", None) or ())):
         words += ["-x", value]
-    for item in settings.options():
+    for item in settings.OPTIONS:
         value = getattr(arguments, item.name, None)
         if value is not None and item.name != "config":
             words.append(f"{settings.flag_name(item)}={value}")

@@ -6,7 +6,8 @@ Names and units follow https://prometheus.io/docs/practices/naming/.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -32,7 +33,6 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
 
     def text(self) -> tuple[str, bytes]:
-        """Return the content type, and all metrics."""
         return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
@@ -42,11 +42,8 @@ class Metrics(Collector):
         yield InfoMetricFamily(
             "migrator", "What runs.", value={"version": __version__, "image_version": image}
         )
-        yield _gauge(
-            "ready",
-            "Whether a backend with this image's revisions may work: 1 or 0.",
-            self._board.readiness().ready,
-        )
+        text = "Whether a backend with this image's revisions may work: 1 or 0."
+        yield _gauge("ready", text, self._board.readiness().ready)
         yield from _run(now)
         yield from _check(now)
         yield from _verification(now)
@@ -56,8 +53,13 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"migrator_{name}", text, value=float(value))
 
 
-def _labelled(name: str, text: str, labels: tuple[str, ...]) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"migrator_{name}", text, labels=labels)
+def _labelled(
+    name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple[str, ...], float]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"migrator_{name}", text, labels=labels)
+    for labelled, value in values.items():
+        family.add_metric(labelled, value)
+    return family
 
 
 def _run(now: Snapshot) -> Iterator[Metric]:
@@ -70,19 +72,13 @@ def _run(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("last_run_timestamp_seconds", "When the run ended, since 1970.", now.ended_at)
     yield _gauge("last_run_duration_seconds", "How long the run took.", report["seconds"])
     yield _gauge("last_run_revisions", "How many revisions the run applied.", len(report["revisions"]))
-    stages = _labelled("last_run_stage_duration_seconds", "How long each stage took.", ("stage",))
-    seconds: dict[str, float] = {}
+    seconds: Counter[tuple[str, ...]] = Counter()
     for stage in report["stages"]:  # a stage may run twice
-        seconds[stage["stage"]] = seconds.get(stage["stage"], 0.0) + stage["seconds"]
-    for name, value in seconds.items():
-        stages.add_metric((name,), value)
-    yield stages
+        seconds[(stage["stage"],)] += stage["seconds"]
+    yield _labelled("last_run_stage_duration_seconds", "How long each stage took.", ("stage",), seconds)
     if report["backup"]:
-        yield _gauge(
-            "last_run_backup_size_bytes",
-            "The size of the backup that the run made or reused.",
-            report["backup"]["size"],
-        )
+        size, text = report["backup"]["size"], "The size of the backup that the run made or reused."
+        yield _gauge("last_run_backup_size_bytes", text, size)
 
 
 def _check(now: Snapshot) -> Iterator[Metric]:
@@ -92,11 +88,8 @@ def _check(now: Snapshot) -> Iterator[Metric]:
     if check is None:
         return
     yield _gauge("database_up", "Whether the database answered the last check: 1 or 0.", check.reached)
-    yield _gauge(
-        "database_at_heads",
-        "Whether the last check found the database at this image's heads, or compatible: 1 or 0.",
-        check.ready,
-    )
+    text = "Whether the last check found the database at this image's heads, or compatible: 1 or 0."
+    yield _gauge("database_at_heads", text, check.ready)
     if check.pending is not None:
         yield _gauge("pending_revisions", "How many of this image's revisions are pending.", check.pending)
     yield _gauge("last_check_timestamp_seconds", "When the last check ended, since 1970.", check.at)
@@ -110,18 +103,11 @@ def _verification(now: Snapshot) -> Iterator[Metric]:
     verification = now.verification
     if verification is None:
         return
-    report = verification.report
-    yield _gauge(
-        "verify_success", "Whether the last verification found no error: 1 or 0.", report["code"] == 0
-    )
+    report, text = verification.report, "Whether the last verification found no error: 1 or 0."
+    yield _gauge("verify_success", text, report["code"] == 0)
     yield _gauge("last_verify_timestamp_seconds", "When the last verification ended.", verification.at)
-    findings = _labelled(
-        "verify_findings", "The number of findings of the last verification.", ("rule", "severity")
+    counts: Counter[tuple[str, ...]] = Counter(
+        (str(item["rule"]), str(item["severity"])) for item in report["findings"]
     )
-    counts: dict[tuple[str, str], int] = {}
-    for item in report["findings"]:
-        key = (str(item["rule"]), str(item["severity"]))
-        counts[key] = counts.get(key, 0) + 1
-    for key, count in counts.items():
-        findings.add_metric(key, count)
-    yield findings
+    labels = ("rule", "severity")
+    yield _labelled("verify_findings", "The number of findings of the last verification.", labels, counts)

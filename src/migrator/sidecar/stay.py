@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, NoReturn
 
 from migrator.config import settings
 from migrator.errors import Internal, Interrupted
-from migrator.runtime import lazy_logging, report
+from migrator.runtime import report
 from migrator.runtime.logs import redact
 from migrator.runtime.report import Answer
 from migrator.runtime.signals import Interrupt
+from migrator.runtime.threads import background
 from migrator.service import MigrationService
 from migrator.sidecar import web
 from migrator.sidecar.board import Board
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 _FOR_THE_RUN = 0.5
 """Seconds that a sidecar may take to end after a signal, beyond those of the run, which has its own limit."""
 
-log = lazy_logging.get_logger("migrator.sidecar")
+log = logging.getLogger("migrator.sidecar")
 
 
 def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
@@ -78,29 +81,21 @@ class Run:
 
     def __init__(self, kin: Kin, revision: str) -> None:
         self._kin, self._revision = kin, revision
-        self._ended: list[Told] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="run", daemon=True)
+        self._ended: Future[Told] | None = None
 
     def end(self) -> Told:
         """Start it, unless it is started, and return how it ended."""
-        if self._thread.ident is None:
-            self._thread.start()
-        self._over.wait()
-        if not self._ended or (self._ended[0].status == 0 and "after" not in self._ended[0].document):
+        if self._ended is None:
+            self._ended = background("run", lambda: self._kin.upgrade(self._revision))
+        told = self._ended.result()
+        if told.status == 0 and "after" not in told.document:
             raise Internal("The run of the sidecar did not report how it ended.")
-        return self._ended[0]
+        return told
 
     def stop(self) -> Told | None:
         """Pass SIGTERM on and return how it ended, after any time; None if it was not started."""
         self._kin.end()
-        return self.end() if self._thread.ident is not None else None
-
-    def _work(self) -> None:
-        try:
-            self._ended.append(self._kin.upgrade(self._revision))
-        finally:
-            self._over.set()
+        return self.end() if self._ended is not None else None
 
 
 def _failed(told: Told, mine: settings.Settings) -> Answer:

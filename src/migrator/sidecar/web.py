@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import ipaddress
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from migrator.errors import SettingsError
-from migrator.runtime import lazy_logging
 from migrator.runtime.escaping import json_text
 from migrator.runtime.logs import redact
 from migrator.sidecar.board import Board
@@ -22,7 +22,7 @@ from migrator.sidecar.board import Board
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
-log = lazy_logging.get_logger("migrator.sidecar")
+log = logging.getLogger("migrator.sidecar")
 
 _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -68,7 +68,6 @@ class Application:
         }
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer one request."""
         page, more = self._answer(environ), []
         if page.status.startswith("405"):
             more.append(("Allow", "GET, HEAD"))
@@ -127,8 +126,6 @@ def _is_here(host: str) -> bool:
 @contextlib.contextmanager
 def serving(application: Application, listen: str) -> Iterator[threading.Thread]:
     """Serve within the block, in the yielded thread; raises :class:`SettingsError` if that is not possible."""
-    import logging
-
     import waitress
 
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it would warn for each two requests at once

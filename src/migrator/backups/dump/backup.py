@@ -23,8 +23,8 @@ from typing import Any
 
 import migrator
 from migrator.backups import clients, exported_snapshot
-from migrator.backups.clients import Client
-from migrator.backups.dump import disk_space, exclusions, format, globals, pg_dump
+from migrator.backups.clients import Client, Login
+from migrator.backups.dump import disk_space, format, globals, pg_dump
 from migrator.backups.dump.format import DIRECTORY, Method
 from migrator.backups.dump.pg_dump import Dump, OneWorkerOnly
 from migrator.backups.exported_snapshot import LockedOut, Relation, Sizes
@@ -36,10 +36,10 @@ from migrator.backups.storage.parts import DirectoryPart
 from migrator.backups.verification import verdict, verify_new
 from migrator.backups.verification.verify_new import Proving
 from migrator.config.settings import Settings
-from migrator.errors import BackupFailed, MigratorError
+from migrator.errors import BackupFailed, MigratorError, some
 from migrator.postgres import connection_limit
 from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Session
-from migrator.schema.patterns import parse
+from migrator.schema.names import parse_patterns
 
 LOGGER = logging.getLogger("migrator.backup")
 _GOODBYE = 10.0  # seconds for the server to notice that pg_dump has gone
@@ -58,11 +58,6 @@ class Prepared:
     not_dumped: tuple[str, ...]
 
 
-def check_client(session: Session, settings: Settings) -> Client:
-    """Find a pg_dump that is new enough for the server; raises :class:`BackupFailed`."""
-    return clients.for_dump(settings, session.facts.version, session.facts.major)
-
-
 def preflight(session: Session, settings: Settings) -> Prepared:
     """Check whether a backup is possible: a client, a place with free space, the right to read everything.
 
@@ -70,7 +65,7 @@ def preflight(session: Session, settings: Settings) -> Prepared:
     """
     database = session.facts.database
     with failing("The backup cannot be prepared"):
-        client = check_client(session, settings)
+        client = clients.for_dump(settings, session.facts.version, session.facts.major)
         connection_limit.refuse_too_few(session, 3, "A backup")
         found = exported_snapshot.relations(session)
         _check_readable(session, found)
@@ -97,7 +92,7 @@ def preflight(session: Session, settings: Settings) -> Prepared:
             LOGGER.warning(
                 "the backup is incomplete, because role %s is not a superuser: it excludes %s",
                 session.facts.user,
-                _some(list(hidden)),
+                some(hidden),
             )
         return Prepared(
             client, store, sizes, how, tuple(excluded), exported_snapshot.oddities(session), hidden
@@ -106,16 +101,16 @@ def preflight(session: Session, settings: Settings) -> Prepared:
 
 def _excluded(session: Session, settings: Settings, found: list[Relation]) -> list[Relation]:
     """Return the tables with excluded rows, and log them."""
-    patterns = parse(settings.backup_exclude_table_data)
+    patterns = parse_patterns(settings.backup_exclude_table_data)
     if not patterns:
         return []
-    for text in exclusions.unmatched(patterns, found):
+    for text in exported_snapshot.unmatched(patterns, found):
         LOGGER.warning("MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA: table %s does not exist", text)
-    excluded = exclusions.find(session, patterns, found)
+    excluded = exported_snapshot.find(session, patterns, found)
     if excluded:
         LOGGER.warning(
             "the backup is incomplete: it excludes the rows of %s (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)",
-            _some([table.shown for table in excluded]),
+            some([table.shown for table in excluded]),
         )
     return excluded
 
@@ -137,13 +132,11 @@ def back_up(
     started = time.monotonic()
     database = session.facts.database
     about = {"name": name, "run_id": run_id, "revisions": tuple(revisions)}
-    work = _Work(session, settings, ready, _children_name(application_name))
-    LOGGER.info(
-        "backing up %s (%s) to %s ...",
-        database,
-        format.describe(ready.how, ready.sizes.database),
-        ready.store,
-    )
+    target = session.target.with_database(database)
+    login = Login(target, _children_name(application_name), settings.connect_timeout)
+    work = _Work(session, settings, ready, login)
+    how = format.describe(ready.how, ready.sizes.database)
+    LOGGER.info("backing up %s (%s) to %s ...", database, how, ready.store)
     with failing(f"The backup of {database} failed", ready.store, ready.sizes):
         try:
             backup = work.make(ready.how, started, about)
@@ -155,42 +148,29 @@ def back_up(
             with contextlib.suppress(QueryFailed):  # the session itself is gone
                 work.wait_until_gone()
             raise
-    LOGGER.info(
-        "backed up %s: %s in %.1f s, %s, as %s",
-        database,
-        human_size(backup.size_bytes),
-        backup.seconds,
-        "restored and compared" if backup.verified == verify_new.RESTORE else "read back whole",
-        backup.id,
-    )
+    size = human_size(backup.size_bytes)
+    proof = "restored and compared" if backup.verified == verify_new.RESTORE else "read back whole"
+    LOGGER.info("backed up %s: %s in %.1f s, %s, as %s", database, size, backup.seconds, proof, backup.id)
     return backup
 
 
+@dataclass(frozen=True)
 class _Work:
-    """One backup, from the dump to the manifest."""
+    """One backup, from the dump to the manifest; ``login`` is that of pg_dump and of the snapshot."""
 
-    def __init__(self, session: Session, settings: Settings, ready: Prepared, children_name: str) -> None:
-        self._session = session
-        self._settings = settings
-        self._ready = ready
-        self._children_name = children_name
+    session: Session
+    settings: Settings
+    ready: Prepared
+    login: Login
 
     def make(self, how: Method, started: float, about: dict[str, Any]) -> Backup:
         """Dump, verify, publish; ``started`` is the start of the whole work (monotonic, seconds)."""
-        session, ready = self._session, self._ready
+        session, settings, ready, login = self.session, self.settings, self.ready, self.login
         moment = datetime.now(UTC)
         backup_id = new_id(session.facts.database, moment)
         with _new_part(ready.store, how, backup_id, ready.sizes.data) as part:
-            dump = Dump(
-                session,
-                self._settings,
-                ready.client,
-                how,
-                ready.sizes,
-                ready.excluded,
-                application_name=self._children_name,
-            )
-            proving = Proving(session, self._settings, ready.client, about["run_id"], self._children_name)
+            dump = Dump(session, settings, ready.client, login, how, ready.sizes, ready.excluded)
+            proving = Proving(session, settings, ready.client, about["run_id"], login.application_name)
             left_out = tuple(table.shown for table in ready.excluded)
             with proving.reading(part) as sink:
                 bounds = dump.write(
@@ -199,7 +179,9 @@ class _Work:
                     in_snapshot=lambda inside, found: proving.in_snapshot(inside, found, left_out),
                     meanwhile=proving.meanwhile,
                 )
-            globals_sql, globals_note = self._globals()
+            globals_sql, globals_note = globals.read(session, ready.client, login)
+            if globals_note:
+                LOGGER.info("beside the backup: %s", globals_note)
             self.wait_until_gone()
             part.sync()
             backup = Backup(
@@ -228,26 +210,16 @@ class _Work:
             verdict.refuse(ready.store, backup, unproven)
         return backup
 
-    def _globals(self) -> tuple[bytes, str]:
-        session = self._session
-        target = session.target.with_database(session.facts.database)
-        text, note = globals.read(
-            session, self._ready.client, target, self._children_name, self._settings.connect_timeout
-        )
-        if note:
-            LOGGER.info("beside the backup: %s", note)
-        return text, note
-
     def wait_until_gone(self) -> None:
         """Wait until the server has ended pg_dump's and the snapshot's session, because they hold locks until
         then.
         """
         deadline = time.monotonic() + _GOODBYE
         while time.monotonic() < deadline:
-            left = self._session.value(
+            left = self.session.value(
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
                 " AND application_name = %s AND pid <> pg_backend_pid()",
-                [self._children_name],
+                [self.login.application_name],
             )
             if not left:
                 return
@@ -302,7 +274,7 @@ def _check_readable(session: Session, found: list[Relation]) -> None:
     unreadable = [relation.shown for relation in found if not relation.readable]
     if unreadable:
         raise BackupFailed(
-            f"Role {user} may not read {_some(unreadable)}, so a backup would be incomplete.",
+            f"Role {user} may not read {some(unreadable)}, so a backup would be incomplete.",
             next_step=pg_dump.grant(user),
         )
     number, first = exported_snapshot.unreadable_large_objects(session)
@@ -315,16 +287,10 @@ def _check_readable(session: Session, found: list[Relation]) -> None:
     hidden = [relation.shown for relation in found if relation.hides_rows]
     if hidden:
         raise BackupFailed(
-            f"Row-level security hides rows of {_some(hidden)} from role {user}, so a backup would be "
-            "incomplete.",
+            f"Row-level security hides rows of {some(hidden)} from role {user}, so a backup would be incomplete.",
             next_step=f'as a superuser: ALTER ROLE "{user}" BYPASSRLS; or back up as the tables\' owner, or set '
             "MIGRATOR_BACKUP=off",
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 @contextlib.contextmanager

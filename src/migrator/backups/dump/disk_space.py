@@ -17,7 +17,7 @@ from migrator.backups.exported_snapshot import Sizes
 from migrator.backups.manifest import human_size
 from migrator.backups.storage.interface import Store
 from migrator.errors import BackupFailed
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.session import Refused, Session
 
 LOGGER = logging.getLogger("migrator.backup")
 
@@ -35,13 +35,8 @@ def check(store: Store, database: str, sizes: Sizes, compression: str = "") -> N
             next_step="free space there, mount a bigger volume, or set MIGRATOR_BACKUP_URL to another folder",
         )
     if free < sizes.data // 2:
-        LOGGER.warning(
-            "%s has %s free, and %s holds %s of data: the backup fits only if that compresses well",
-            store,
-            human_size(free),
-            database,
-            human_size(sizes.data),
-        )
+        text = "%s has %s free, and %s holds %s of data: the backup fits only if that compresses well"
+        LOGGER.warning(text, store, human_size(free), database, human_size(sizes.data))
 
 
 def expected(store: Store, database: str, sizes: Sizes, compression: str = "") -> tuple[int, str]:
@@ -88,9 +83,7 @@ def _data_folder(session: Session) -> Path | None:
             "SELECT coalesce(inet_server_addr() << '127.0.0.0/8' OR inet_server_addr() = '::1', true),"
             " current_setting('data_directory')"
         )[0]
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused:
         return None  # only pg_read_all_settings may know the folder
     folder = Path(place)
     try:

@@ -39,7 +39,6 @@ class Method:
 
     @property
     def single(self) -> Method:
-        """Return the same with one file and one worker."""
         return Method(CUSTOM, 1, self.compression)
 
 
@@ -65,7 +64,6 @@ def choose(settings: Settings, client: Client, *, folder: bool, table_bytes: Ite
 
 
 def _jobs(sizes: list[int]) -> int:
-    """Return how many workers tables of these sizes are worth."""
     total = sum(sizes)
     if total < PARALLEL_FROM or max(sizes) > _BIGGEST_SHARE * total:
         return 1
@@ -106,15 +104,12 @@ def supports(client: Client, method: str) -> bool:
         return False
     probe = ["--format=custom", f"--compress={method}", "--dbname=host=/nonexistent"]
     try:
-        done = subprocesses.run(
-            [client.pg_dump, *probe], environment=subprocesses.base_environment(), timeout=_PROBE_TIMEOUT
-        )
+        done = subprocesses.run([client.pg_dump, *probe], timeout=_PROBE_TIMEOUT)
     except (OSError, subprocesses.TimedOut):
         return False
     return "connection to server" in done.stderr
 
 
 def describe(method: Method, size: int) -> str:
-    """Return in a few words how a dump is written."""
     workers = f", {method.jobs} workers" if method.jobs > 1 else ""
     return f"{human_size(size)}, {method.dump_format} format{workers}, {method.compression}"

@@ -7,16 +7,13 @@ read.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from migrator.backups import clients
-from migrator.backups.clients import Client
-from migrator.config.database_url import Target
-from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.backups.clients import Client, Login
+from migrator.postgres.session import Refused, Session, quote_identifier
 from migrator.runtime import subprocesses
 
-LOGGER = logging.getLogger("migrator.backup")
 ENDING = ".globals.sql"
 _TIMEOUT = 120.0
 _MOST_BYTES = 64 * 1024 * 1024
@@ -38,27 +35,23 @@ class _TooMuch(Exception):
     """More roles than any cluster has."""
 
 
-def read(
-    session: Session, client: Client, target: Target, application_name: str, timeout: float
-) -> tuple[bytes, str]:
+def read(session: Session, client: Client, login: Login) -> tuple[bytes, str]:
     """Return SQL that creates the roles and tablespaces, and a note for the manifest if something is missing.
 
     If the role may not read them, return nothing (``b""``) and the reason: the backup itself is still
     good. Raises QueryFailed if the connection was lost.
     """
-    text, why = _dumpall(client, target, application_name, timeout)
+    text, why = _dumpall(client, login)
     if text:
         return text, ""
     try:
         text = _by_query(session)
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused as error:
         return b"", f"roles and tablespaces are not saved beside it: {why}; {error.text}"
     return text, f"only roles are saved, without settings and tablespaces: {why}"
 
 
-def _dumpall(client: Client, target: Target, application_name: str, timeout: float) -> tuple[bytes, str]:
+def _dumpall(client: Client, login: Login) -> tuple[bytes, str]:
     program = client.folder / "pg_dumpall"
     if not program.exists():
         return b"", f"there is no pg_dumpall in {client.folder}"
@@ -69,19 +62,14 @@ def _dumpall(client: Client, target: Target, application_name: str, timeout: flo
         if sum(map(len, chunks)) > _MOST_BYTES:
             raise _TooMuch
 
-    database = target.database
+    database = login.target.database
     arguments: list[str | Path] = [program, "--globals-only", "--no-role-passwords", "--no-password"]
     # A name with = in it would be read as a connection string; without one it connects to "postgres",
     # then "template1".
     if "=" not in database and "://" not in database:
         arguments.append(f"--database={database}")
     try:
-        done = subprocesses.run(
-            arguments,
-            environment=clients.environment(target, application_name, timeout),
-            on_output=take,
-            timeout=_TIMEOUT,
-        )
+        done = subprocesses.run(arguments, environment=login.environment(), on_output=take, timeout=_TIMEOUT)
     except (OSError, subprocesses.TimedOut, _TooMuch) as error:
         return b"", f"pg_dumpall: {error or 'too much output'}"
     if done.status != 0:

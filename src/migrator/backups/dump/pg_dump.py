@@ -7,10 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from migrator.backups import clients, exported_snapshot
-from migrator.backups.clients import Client
+from migrator.backups.clients import Client, Login
 from migrator.backups.dump import format, progress
 from migrator.backups.dump.format import Method
 from migrator.backups.dump.progress import DumpProgress
@@ -21,7 +21,7 @@ from migrator.config.settings import Settings
 from migrator.errors import BackupFailed
 from migrator.postgres import connection_limit
 from migrator.postgres.errors import child_refused, no_room
-from migrator.postgres.session import Session, dead_client_values, quote_identifier, quote_literal
+from migrator.postgres.session import Session, dead_client_values, quote_literal
 from migrator.runtime import subprocesses
 from migrator.runtime.progress import Progress
 
@@ -41,30 +41,17 @@ class OneWorkerOnly(Exception):
     """A further worker got no lock, because a session waits for an ACCESS EXCLUSIVE one, or no connection."""
 
 
+@dataclass(frozen=True)
 class Dump:
-    """One pg_dump, from its snapshot to its exit status."""
+    """One pg_dump, from its snapshot to its exit status; ``control`` is a session in the database beside it."""
 
-    def __init__(
-        self,
-        session: Session,
-        settings: Settings,
-        client: Client,
-        how: Method,
-        sizes: Sizes,
-        excluded: Collection[Relation] = (),
-        *,
-        application_name: str,
-    ) -> None:
-        self._control = session
-        self._settings = settings
-        self._client = client
-        self._how = how
-        self._sizes = sizes
-        self._excluded = excluded
-        self._database = session.facts.database
-        self._target = session.target.with_database(self._database)
-        self._application_name = application_name
-        self._timeout = settings.connect_timeout
+    control: Session
+    settings: Settings
+    client: Client
+    login: Login
+    how: Method
+    sizes: Sizes
+    excluded: Collection[Relation]
 
     def write(
         self,
@@ -81,8 +68,7 @@ class Dump:
         before pg_dump starts; ``meanwhile`` with that session, after the start. Raises
         :class:`OneWorkerOnly`, :class:`LockedOut`, :class:`BackupFailed`, OSError.
         """
-        holder = exported_snapshot.exported(self._target, self._application_name, self._timeout)
-        with holder as (session, snapshot_id):
+        with exported_snapshot.exported(self.login) as (session, snapshot_id):
             bounds = exported_snapshot.bounds(session)
             found = exported_snapshot.relations(session)
             in_snapshot(session, found)
@@ -90,26 +76,28 @@ class Dump:
             encoding = str(session.value("SHOW server_encoding"))
             finished = self._run(snapshot_id, encoding, part, sink, told, lambda _: meanwhile(session))
         if finished.status != 0:
-            if self._how.jobs > 1 and _WORKER_LOCKED_OUT in finished.stderr:
+            if self.how.jobs > 1 and _WORKER_LOCKED_OUT in finished.stderr:
                 raise OneWorkerOnly("another session waits for a table lock")
-            if self._how.jobs > 1 and child_refused(finished.stderr):
+            if self.how.jobs > 1 and child_refused(finished.stderr):
                 raise OneWorkerOnly("the server has no free connection for a further worker of pg_dump")
             if isinstance(part, DirectoryPart):
                 _raise_disk_error(finished, part)
             if _LOCKED in finished.stderr and finished.seconds >= LOCK_WAIT:
                 raise locked_out(self._locked(found))
-            raise _failed(self._database, finished, self._how.jobs, self._control.facts.user)
+            raise _failed(self.login.target.database, finished, self.how.jobs, self.control.facts.user)
         return bounds
 
     def _progress(self, found: list[Relation], part: Part) -> DumpProgress:
-        left_out = {table.oid for table in self._excluded}
+        left_out = {table.oid for table in self.excluded}
         tables = [item for item in found if item.kind == "r" and item.oid not in left_out]
-        bar = Progress(100, sys.stderr, enabled=self._settings.log_format != "json", percent=True)
-        return DumpProgress(self._database, tables, self._sizes, lambda: part.size, bar, jobs=self._how.jobs)
+        bar = Progress(100, sys.stderr, enabled=self.settings.log_format != "json", percent=True)
+        return DumpProgress(
+            self.login.target.database, tables, self.sizes, lambda: part.size, bar, jobs=self.how.jobs
+        )
 
     def _locked(self, found: list[Relation]) -> str:
         """Name the tables that another session has locked."""
-        held = {row[0] for row in self._control.query(_HELD)}
+        held = {row[0] for row in self.control.query(_HELD)}
         names = [item.shown for item in found if item.oid in held]
         return ", ".join(names[:5]) or "a table"
 
@@ -119,12 +107,8 @@ class Dump:
 
         A pooler may refuse settings at the start of a session.
         """
-        given = dict(clients.environment(self._target, self._application_name, self._timeout))
-        if not self._control.pooled:
-            values = dead_client_values(self._control.facts.major)
-            options = [f"-c {name}={value}" for name, value in values.items()]
-            given["PGOPTIONS"] = " ".join([*filter(None, [given.get("PGOPTIONS", "")]), *options])
-        return given
+        values = {} if self.control.pooled else dead_client_values(self.control.facts.major)
+        return self.login.environment(*(f"-c {name}={value}" for name, value in values.items()))
 
     def _run(
         self,
@@ -140,17 +124,18 @@ class Dump:
         def dump() -> subprocesses.Finished:
             finished = subprocesses.run(
                 [
-                    self._client.pg_dump,
-                    f"--format={self._how.dump_format}",
-                    *([f"--file={folder}", f"--jobs={self._how.jobs}"] if folder else []),
-                    format.compress_option(self._client, self._how.compression),
+                    self.client.pg_dump,
+                    f"--format={self.how.dump_format}",
+                    *([f"--file={folder}", f"--jobs={self.how.jobs}"] if folder else []),
+                    format.compress_option(self.client, self.how.compression),
                     f"--encoding={encoding}",  # not the setting of ALTER DATABASE, which may lack a character
                     "--verbose",
                     "--no-password",
                     f"--lock-wait-timeout={LOCK_WAIT * 1000:.0f}",
                     f"--snapshot={snapshot_id}",
-                    *(f"--exclude-table-data={_exactly(table)}" for table in self._excluded),
-                    clients.connection_argument(self._target, self._database),
+                    # As a pattern it matches only this table: no character is special in quotes.
+                    *(f"--exclude-table-data={table.qualified}" for table in self.excluded),
+                    self.login.argument,
                 ],
                 environment=self._environment(),
                 on_start=on_start,
@@ -159,31 +144,21 @@ class Dump:
                 # pg_dump itself waits for ever on a cut network that acknowledges everything.
                 pulse=lambda: self._pulse(told),
             )
-            return _without_chatter(finished)
+            # Without the lines of --verbose, so that the last words are about the error.
+            return replace(finished, stderr=_CHATTER.sub("", finished.stderr))
 
         try:
-            return dump() if self._how.jobs > 1 else connection_limit.run(dump)
+            return dump() if self.how.jobs > 1 else connection_limit.run(dump)
         finally:
             told.close()
 
     def _pulse(self, told: DumpProgress) -> None:
-        if self._control.facts.major >= progress.VIEW_SINCE:
-            told.on_server(
-                [(row[0], row[1]) for row in self._control.query(progress.VIEW, [self._application_name])]
-            )
+        if self.control.facts.major >= progress.VIEW_SINCE:
+            rows = self.control.query(progress.VIEW, [self.login.application_name])
+            told.on_server([(oid, sent) for oid, sent in rows])
         else:
-            self._control.query("SELECT 1")
+            self.control.query("SELECT 1")
         told.tell()
-
-
-def _exactly(table: Relation) -> str:
-    """Return a table's name as a pattern that matches only this table: no character is special in quotes."""
-    return f"{quote_identifier(table.schema)}.{quote_identifier(table.name)}"
-
-
-def _without_chatter(finished: subprocesses.Finished) -> subprocesses.Finished:
-    """Remove the lines of ``--verbose``, so that the last words are about the error."""
-    return replace(finished, stderr=_CHATTER.sub("", finished.stderr))
 
 
 def _raise_disk_error(finished: subprocesses.Finished, part: DirectoryPart) -> None:
@@ -208,7 +183,6 @@ def _failed(database: str, finished: subprocesses.Finished, jobs: int, user: str
 
 
 def locked_out(table: str) -> BackupFailed:
-    """Return the error for a table that stayed locked."""
     return BackupFailed(
         f"Another session kept {table} locked for {LOCK_WAIT:.0f} s, so it could not be backed up.",
         next_step="run again after that session: SELECT pid, query FROM pg_stat_activity JOIN pg_locks USING "

@@ -65,7 +65,6 @@ class DumpProgress:
         self._done = 0
 
     def on_stderr(self, chunk: bytes) -> None:
-        """Take a report of pg_dump."""
         *lines, self._line = (self._line + chunk).split(b"\n")
         self._line = self._line[-8192:]
         for line in lines:
@@ -96,7 +95,6 @@ class DumpProgress:
             self._done += max(self._sizes[table], self._inside.pop(table, 0))
 
     def close(self) -> None:
-        """Remove the bar."""
         self._bar.close()
 
     @property
@@ -121,13 +119,9 @@ class DumpProgress:
             return
         self._told = now
         self._bar.clear()
+        whole, now_at = human_size(self._total), f", {table}{more}" if table else ""
+        done, written = f"{self.percent} % of {whole}{now_at}", human_size(self._written())
+        seconds = now - self._began
         LOGGER.info(
-            "backing up %s: %d %% of %s%s, %s, %s written after %.0f s",
-            self._database,
-            self.percent,
-            human_size(self._total),
-            f", {table}{more}" if table else "",
-            speed,
-            human_size(self._written()),
-            now - self._began,
+            "backing up %s: %s, %s, %s written after %.0f s", self._database, done, speed, written, seconds
         )

@@ -24,19 +24,17 @@ from migrator.backups import (
     pg_restore,
     psql,
     session_settings,
-    sql_script,
 )
-from migrator.backups.clients import Client
-from migrator.backups.failures import AS_SUPERUSER, RestoreStopped, WouldLose, failed
+from migrator.backups.clients import AS_SUPERUSER, Client, Login, RestoreStopped, WouldLose, failed
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restore import extensions, write_detection
 from migrator.backups.restore.result import Compared
-from migrator.backups.storage import temporary
-from migrator.config.database_url import Target
+from migrator.backups.storage import files
 from migrator.config.settings import Settings
 from migrator.errors import RestoreFailed
 from migrator.ledger.table import literal
-from migrator.postgres import connection_limit, writable
+from migrator.postgres import writable
+from migrator.postgres.queries import IN_USER_SCHEMA, of_no_extension
 from migrator.postgres.session import ConnectFailed, QueryFailed, Session
 from migrator.runtime import subprocesses
 from migrator.runtime.signals import Interrupt
@@ -60,14 +58,13 @@ BEGIN
   -- What is in other schemas goes with them; in public, one by one, for the schema may be another's.
   FOR statement IN
     SELECT format('DROP SCHEMA %I CASCADE', nspname) FROM pg_namespace n
-    WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'public')
-      AND NOT ({extensions.STAYS})
+    WHERE {IN_USER_SCHEMA} AND nspname <> 'public' AND NOT ({extensions.STAYS})
     UNION ALL
     SELECT format('DROP %s IF EXISTS %s CASCADE', upper(replace(o.type, ' object', '')), o.identity)
     FROM pg_depend d, pg_identify_object(d.classid, d.objid, 0) o, pg_namespace n
     WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = n.oid AND d.deptype = 'n' AND d.objsubid = 0
       AND (n.nspname = 'public' OR {extensions.STAYS})
-      AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+      AND {IN_USER_SCHEMA}
       AND o.type IN ('table', 'view', 'materialized view', 'sequence', 'foreign table', 'composite type', 'type',
                      'function', 'procedure', 'aggregate', 'collation', 'conversion', 'operator', 'operator class',
                      'operator family', 'statistics object', 'text search parser', 'text search dictionary',
@@ -80,8 +77,7 @@ BEGIN
     SELECT format('DROP PUBLICATION IF EXISTS %I', pubname) FROM pg_publication
     UNION ALL
     SELECT format('DROP SERVER IF EXISTS %I CASCADE', srvname) FROM pg_foreign_server s
-    WHERE NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_foreign_server'::regclass AND d.objid = s.oid
-                                                AND d.deptype = 'e')
+    WHERE {of_no_extension("pg_foreign_server", "s")}
   LOOP
     EXECUTE replace(statement, 'DROP COMPOSITE TYPE', 'DROP TYPE');
   END LOOP;
@@ -158,16 +154,15 @@ END $migrator$;
 class Job:
     """The backup, the target database, and the run of a restore."""
 
-    target: Target
+    login: Login
     settings: Settings
     backup: Backup
     path: Path
     run_id: str
-    application_name: str
 
-    def connect(self) -> Session:
-        """Open a session in the database."""
-        return connection_limit.connect(self.target, self.application_name, self.settings.connect_timeout)
+    @property
+    def database(self) -> str:
+        return self.login.target.database
 
 
 def replace(
@@ -180,12 +175,12 @@ def replace(
     restored. Raises RestoreFailed, BackupFailed, or WouldLose.
     """
     backup = job.backup
-    with job.connect() as session:
+    with job.login.connect() as session:
         writable.demand(session)
         major = session.facts.major
         client = clients.for_restore(job.settings, major, backup.client_major)
         try:
-            listed = contents(client, job.path)
+            listed = pg_restore.contents(client, job.path)
             script = session_settings.for_script(session, backup, client, job.path)
         except RestoreStopped as stopped:
             raise _stopped(job, stopped) from stopped
@@ -243,7 +238,7 @@ def _run(
     script: session_settings.Script,
 ) -> None:
     """Empty the database and restore into it, in one transaction."""
-    known = sql_script.for_server(major)
+    known = psql.for_server(major)
     first = (
         script.first,
         _END_OTHERS.format(ours=literal(f"%{job.run_id}%")),
@@ -253,9 +248,8 @@ def _run(
     with chosen(client, job.path, staying.wanted) as listed:
         psql.run(
             client,
-            clients.connection_argument(job.target, job.target.database),
-            clients.environment(job.target, job.application_name, job.settings.connect_timeout),
-            [*archive_format(job.path), "--no-subscriptions", f"--use-list={listed}", job.path],
+            job.login,
+            ["--no-subscriptions", f"--use-list={listed}", *pg_restore.archive(job.path)],
             first="\n".join(first),
             last=comparison(job.backup.tables),
             change=lambda line: script.change(known(line)),
@@ -270,7 +264,7 @@ def fate(job: Job, ended: psql.Ended) -> str:
     number, pid = ended.transaction
     deadline = time.monotonic() + _PATIENCE
     try:
-        with job.connect() as session:
+        with job.login.connect() as session:
             while True:
                 found = str(session.value("SELECT txid_status(%s)", [number]))
                 if found != "in progress":
@@ -303,7 +297,7 @@ def _stopped(job: Job, stopped: RestoreStopped) -> Exception:
 def _end_who_holds(job: Job) -> str:
     """Return how to end the lock holders in the database that the role may not end itself."""
     found: list[str] = []
-    with contextlib.suppress(QueryFailed, ConnectFailed), job.connect() as session:
+    with contextlib.suppress(QueryFailed, ConnectFailed), job.login.connect() as session:
         found += databases.prepared(session, session.facts.database)
         found += [
             f"as a superuser: SELECT pg_terminate_backend({pid}), which ends a session of {user} ({name or 'unnamed'})"
@@ -332,46 +326,27 @@ def _back_up(job: Job, session: Session) -> str:
         job.settings._replace(backup_exclude_table_data=""),  # no other copy has the rows that go
         run_id=job.run_id,
         revisions=(),
-        application_name=job.application_name,
+        application_name=job.login.application_name,
         name=f"before-restore-{job.run_id}",
     )
     return made.id
 
 
-def archive_format(path: Path) -> list[str]:
-    """Return pg_restore's format option for a path."""
-    return [f"--format={'directory' if path.is_dir() else 'custom'}"]
-
-
 @contextlib.contextmanager
 def chosen(client: Client, path: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Yield a file that lists the wanted entries of an archive, for ``pg_restore --use-list``."""
-    lines = [line for line in contents(client, path) if wanted(line)]
+    lines = [line for line in pg_restore.contents(client, path) if wanted(line)]
     lines.sort(key=event_triggers.is_one)
-    with temporary.in_memory(
-        "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
-    ) as listed:
+    with files.in_memory("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")) as listed:
         yield listed
-
-
-def contents(client: Client, path: Path) -> list[str]:
-    """Return the lines of an archive's table of contents; raises RestoreStopped."""
-    listed = bytearray()
-    finished = subprocesses.run(
-        [client.pg_restore, "--list", *archive_format(path), path],
-        environment=subprocesses.base_environment(),
-        on_output=listed.extend,
-    )
-    if finished.status != 0:
-        raise RestoreStopped(clients.last_words(finished))
-    return listed.decode(pg_restore.codec_of(client, path), "surrogateescape").split("\n")
 
 
 def subscriptions(client: Client, path: Path) -> list[str]:
     """Return a note about subscriptions in an archive. They are not restored: two databases cannot follow one
     slot.
     """
-    found = [match[1] for line in contents(client, path) if (match := _SUBSCRIPTION.match(line))]
+    listed = pg_restore.contents(client, path)
+    found = [match[1] for line in listed if (match := _SUBSCRIPTION.match(line))]
     if not found:
         return []
     return [
@@ -390,7 +365,7 @@ def comparison(tables: Mapping[str, Table]) -> str:
 
 def _notes(job: Job, staying: extensions.Staying) -> list[str]:
     """Return notes about the objects that a restore in place leaves unchanged."""
-    with job.connect() as session:
+    with job.login.connect() as session:
         session.query("ANALYZE")
         installed = session.value(
             "SELECT string_agg(extname::text, ', ' ORDER BY extname) FROM pg_extension WHERE extname <> 'plpgsql'"

@@ -17,7 +17,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from migrator.backups import (
@@ -28,9 +27,8 @@ from migrator.backups import (
     pg_restore,
     session_settings,
 )
-from migrator.backups.clients import Client
-from migrator.backups.failures import AS_SUPERUSER, RestoreStopped, failed
-from migrator.backups.manifest import Backup, human_size
+from migrator.backups.clients import AS_SUPERUSER, Client, Login, RestoreStopped, failed
+from migrator.backups.manifest import human_size
 from migrator.backups.restore import in_place, write_detection
 from migrator.backups.restore.result import (
     Compared,
@@ -124,7 +122,8 @@ def restore(
     if backup.target != str(session_target):
         LOGGER.warning("%s was taken from %s, and this is %s", backup.id, backup.target, session_target)
     with failing(backup), pg_restore.opened(store, backup, settings) as path:
-        work = _Restore(session_target, settings, backup, path, run_id, application_name, wishes)
+        login = Login(session_target, application_name, settings.connect_timeout)
+        work = _Restore(in_place.Job(login, settings, backup, path, run_id), wishes)
         with work.sessions():
             done = work.beside(to) if to is not None else work.in_place()
     restored = dataclasses.replace(done, seconds=round(time.monotonic() - started, 3))
@@ -135,24 +134,10 @@ def restore(
 class _Restore:
     """One restore, with its sessions in the maintenance database."""
 
-    def __init__(
-        self,
-        target: Target,
-        settings: Settings,
-        backup: Backup,
-        path: Path,
-        run_id: str,
-        application_name: str,
-        wishes: Wishes,
-    ) -> None:
-        self._target = target
-        self._settings = settings
-        self._backup = backup
-        self._path = path
-        self._run_id = run_id
-        self._application_name = application_name
-        self._wishes = wishes
-        missing = write_detection.missing(backup)
+    def __init__(self, job: in_place.Job, wishes: Wishes) -> None:
+        self._job, self._wishes = job, wishes
+        self._settings, self._backup, self._path = job.settings, job.backup, job.path
+        missing = write_detection.missing(job.backup)
         self._missing = [f"This backup is incomplete: {missing}."] if missing else []
         self._notes: list[str] = []
         self._filling = session_settings.Filling()
@@ -168,19 +153,19 @@ class _Restore:
             writable.demand(session)
             connection_limit.refuse_too_few(session, 4, "A restore")
             self._keep_others_out()
-            for name in databases.marked(session, self._target.database):
+            for name in databases.marked(session, self._job.database):
                 LOGGER.info("dropping %s, which an interrupted restore left", name)
                 databases.drop(session, name)
             yield
 
     def _keep_others_out(self) -> None:
         """Take a lock that ends with our session; wait a little for that of a run that was just killed."""
-        key = f"migrator restore {self._target.database}"
+        key = f"migrator restore {self._job.database}"
         deadline = time.monotonic() + _LOCK_PATIENCE
         while not self._session.value("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [key]):
             if time.monotonic() > deadline:
                 raise LockBusy(
-                    f"Another restore of {self._target.database} is running on this server.",
+                    f"Another restore of {self._job.database} is running on this server.",
                     next_step="wait for it, then run again",
                 )
             time.sleep(0.1)
@@ -194,21 +179,21 @@ class _Restore:
         self._refuse_without_createdb()
         with self._scratch(name) as compared:
             notes = self._finish(name)
-            databases.unmark(self._session, name, self._target.database)
+            databases.unmark(self._session, name, self._job.database)
         return self._restored(name, compared, notes, beside=True)
 
     def in_place(self) -> Restored:
         """Put the backup in the database's place: by a swap, or in place if the role may not create a
         database.
         """
-        database = self._target.database
+        database = self._job.database
         replaced = databases.exists(self._session, database)
         if not self._may_create() and replaced:
             compared, safety, notes = self._from_within()
             return self._restored(database, compared, notes, safety=safety)
         self._refuse_without_createdb()
-        scratch = databases.shorten(database, f"_restore_{self._run_id}")
-        kept = databases.shorten(database, f"_before_{self._run_id}")
+        scratch = databases.shorten(database, f"_restore_{self._job.run_id}")
+        kept = databases.shorten(database, f"_before_{self._job.run_id}")
         if replaced and databases.exists(self._session, kept):
             raise failed(self._backup, f"There is a database {kept} already.", "rename or drop it")
         with self._nobody_writes(replaced) as holder, self._scratch(scratch) as compared:
@@ -249,15 +234,12 @@ class _Restore:
         LOGGER.info(
             "role %s may not create databases: %s is restored in place, in one transaction",
             self._session.facts.user,
-            self._target.database,
+            self._job.database,
         )
-        job = in_place.Job(
-            self._target, self._settings, self._backup, self._path, self._run_id, self._application_name
-        )
-        compared, safety, notes = in_place.replace(job, self._wishes.own, self._wishes.swapped)
+        compared, safety, notes = in_place.replace(self._job, self._wishes.own, self._wishes.swapped)
         try:
             if self._wishes.before_swap is not None:
-                with self._inside(self._target.database) as session:
+                with self._inside(self._job.database) as session:
                     self._wishes.before_swap(session)
             self._drop_expired()
         except (QueryFailed, ConnectFailed) as error:
@@ -270,21 +252,14 @@ class _Restore:
             self._drop_expired()
             yield None
             return
-        holding = write_detection.nobody_writes(
-            self._target,
-            self._application_name,
-            self._settings.connect_timeout,
-            self._backup,
-            self._wishes.own,
-        )
-        with holding as holder:
+        with write_detection.nobody_writes(self._job.login, self._backup, self._wishes.own) as holder:
             self._drop_expired()  # not before: it takes transaction ids, which would look like those of others
             yield holder
 
     def _drop_old(self, kept: str, compared: Compared) -> bool:
         """Drop the replaced database after the new one answers under its name; return whether it was dropped."""
         try:
-            with self._inside(self._target.database) as session:
+            with self._inside(self._job.database) as session:
                 found = [item for item in exported_snapshot.relations(session) if item.kind != "S"]
             if len(found) != compared.tables:
                 LOGGER.error("%s is kept: the new database does not show its tables", kept)
@@ -299,7 +274,7 @@ class _Restore:
         keep = self._settings.keep_old
         if keep is None:
             return
-        for name in databases.expired(self._session, self._target.database, keep):
+        for name in databases.expired(self._session, self._job.database, keep):
             LOGGER.info("dropping %s, which an earlier restore replaced (MIGRATOR_KEEP_OLD)", name)
             try:
                 databases.drop(self._session, name)
@@ -307,9 +282,7 @@ class _Restore:
                 LOGGER.warning("%s could not be dropped: %s", name, error.text)
 
     def _inside(self, name: str) -> Session:
-        return connection_limit.connect(
-            self._target.with_database(name), self._application_name, self._settings.connect_timeout
-        )
+        return self._job.login.to(name).connect()
 
     @contextlib.contextmanager
     def _scratch(self, name: str) -> Iterator[Compared]:
@@ -323,40 +296,22 @@ class _Restore:
             with uninterrupted():
                 databases.create(self._session, name, self._backup.properties)
                 created = True
-            databases.mark(self._session, name, self._target.database)
+            databases.mark(self._session, name, self._job.database)
             with databases.without_event_triggers(self._session, name):
                 compared = self._fill_and_compare(name)
             session_settings.reset(self._session, name)
-            databases.copy_privileges(self._session, self._target.database, name)
+            databases.copy_privileges(self._session, self._job.database, name)
             yield compared
         except BaseException:
             if created:
-                self._drop(name)
+                what = "the half-restored database"
+                databases.drop_surely(self._session, lambda: self._connect(patient=False), what, name)
             raise
 
-    def _drop(self, name: str) -> None:
-        with uninterrupted():
-            try:
-                if self._session.closed:
-                    with self._connect(patient=False) as session:
-                        databases.drop(session, name)
-                else:
-                    databases.drop(self._session, name)
-            except (QueryFailed, ConnectFailed) as error:
-                LOGGER.error(
-                    "the half-restored database %s could not be dropped (%s): DROP DATABASE %s;",
-                    name,
-                    error.text,
-                    quote_identifier(name),
-                )
-
     def _connect(self, *, patient: bool = True) -> Session:
+        login, database = self._job.login, self._job.database
         return databases.maintenance(
-            self._target,
-            self._application_name,
-            self._settings.connect_timeout,
-            not_in=self._target.database,
-            patient=patient,
+            login.target, login.application_name, login.timeout, not_in=database, patient=patient
         )
 
     def _may_create(self) -> bool:
@@ -373,7 +328,7 @@ class _Restore:
                 backup,
                 f"Role {session.facts.user} may not create databases, and a restore needs a new database.",
                 f"as a superuser: ALTER ROLE {user} CREATEDB; or restore by hand in place: "
-                + pg_restore.by_hand(backup, self._target.database),
+                + pg_restore.by_hand(backup, self._job.database),
             )
         if not session.value("SELECT count(*) FROM pg_roles WHERE rolname = %s", [backup.properties.owner]):
             owner = quote_identifier(backup.properties.owner)
@@ -391,7 +346,7 @@ class _Restore:
         with self._told(), event_triggers.apart(client, self._path, _BOUND) as (others, alone):
             self._notes = in_place.subscriptions(client, self._path)
             if _BOUND.search(pg_restore.script(client, self._path, "--list")):
-                self._notes.append(_BOUND_NOTE.format(name=self._target.database, place=backup.place))
+                self._notes.append(_BOUND_NOTE.format(name=self._job.database, place=backup.place))
             with self._inside(name) as inside:
                 self._filling = session_settings.for_copy(
                     self._session, inside, self._dumped_under(), client, self._path
@@ -406,15 +361,12 @@ class _Restore:
         return compared
 
     def _pg_restore(self, client: Client, name: str, options: tuple[str, ...]) -> None:
-        connect_timeout = self._settings.connect_timeout
         pg_restore.restore_into(
             client,
             self._path,
-            clients.connection_argument(self._target, name),
-            self._filling.environment(
-                clients.environment(self._target, self._application_name, connect_timeout)
-            ),
+            self._job.login.to(name),
             self._session.facts.major,
+            pgoptions=self._filling.options,
             jobs=jobs(self._settings),
             options=("--no-subscriptions", *options),
             before_post_data=self._filling.before_post_data,
@@ -441,7 +393,7 @@ class _Restore:
 
     def _dumped_under(self) -> Mapping[str, str]:
         """Return the settings of the dump; those that an older manifest lacks come from the original."""
-        known, original = self._backup.spelling, self._target.database
+        known, original = self._backup.spelling, self._job.database
         if known.keys() >= set(pg_restore.NAMES) or not databases.exists(self._session, original):
             return known
         with self._inside(original) as session:
@@ -449,7 +401,7 @@ class _Restore:
 
     def _finish(self, name: str) -> list[str]:
         """Copy the database-wide settings; return notes on those that could not be copied."""
-        original = self._target.database
+        original = self._job.database
         if databases.exists(self._session, original):
             notes = databases.copy_settings(self._session, original, name)
         else:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from migrator.backups import clients, databases, exported_snapshot
+from migrator.backups.clients import failed
 from migrator.backups.exported_snapshot import LockedOut, Relation
-from migrator.backups.failures import failed
 from migrator.backups.manifest import Backup
 from migrator.errors import MigratorError, RestoreFailed
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier
+from migrator.postgres.session import ConnectFailed, QueryFailed, Refused, Session, quote_identifier
 
 LOGGER = logging.getLogger("migrator.restore")
 
@@ -51,7 +51,6 @@ class Restored:
 
     @property
     def message(self) -> str:
-        """Return the result in one sentence."""
         place = (
             f"schema {self.schema} of database {self.database}"
             if self.schema
@@ -118,9 +117,7 @@ def _analyze(session: Session, relation: Relation) -> None:
     """Collect the planner's statistics; a function in an index may fail here, and the copy is still good."""
     try:
         session.query(f"ANALYZE {relation.qualified}")
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused as error:
         LOGGER.warning("%s has no statistics yet, because ANALYZE failed: %s", relation.shown, error.text)
 
 

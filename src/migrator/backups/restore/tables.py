@@ -15,16 +15,16 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 
-from migrator.backups import clients, pg_restore, psql, session_settings, sql_script
-from migrator.backups.failures import RestoreStopped, failed
+from migrator.backups import clients, pg_restore, psql, session_settings
+from migrator.backups.clients import Login, RestoreStopped, failed
 from migrator.backups.manifest import Backup, Table
 from migrator.backups.restore import in_place
-from migrator.backups.restore.in_place import Job, archive_format, chosen, comparison
+from migrator.backups.restore.in_place import Job, chosen, comparison
 from migrator.backups.restore.result import Restored, failing, warn_unproven
 from migrator.backups.storage.open import open_store
 from migrator.config.database_url import Target
 from migrator.config.settings import Settings
-from migrator.errors import RestoreFailed, SettingsError
+from migrator.errors import RestoreFailed, SettingsError, some
 from migrator.postgres import writable
 from migrator.postgres.session import quote_identifier, quote_literal
 from migrator.runtime import subprocesses
@@ -127,7 +127,7 @@ def restore_tables(
     schema = schema or f"restored_{run_id.lower().replace('-', '_')}"
     names = _names(backup, wanted)
     with failing(backup), pg_restore.opened(store, backup, settings) as path:
-        job = Job(target, settings, backup, path, run_id, application_name)
+        job = Job(Login(target, application_name, settings.connect_timeout), settings, backup, path, run_id)
         notes = _restore(job, names, schema, committed)
     counts = [backup.tables[name.shown].rows for name in names]
     counted = [rows for rows in counts if rows is not None]
@@ -154,7 +154,7 @@ def _names(backup: Backup, wanted: Sequence[str]) -> list[_Name]:
         fits = fits or [shown for shown in backup.tables if shown.endswith(f".{text}")]
         if len(fits) != 1:
             near = fits or [shown for shown in backup.tables if _bare(text) in _spellings(shown)]
-            which = f"it could be {' or '.join(near)}" if near else "it has " + _some(list(backup.tables))
+            which = f"it could be {' or '.join(near)}" if near else "it has " + some(list(backup.tables), 10)
             how = f"name it with its schema and its quotes: --table {shlex.quote(near[0])}" if near else ""
             raise failed(
                 backup, f"{backup.id} has no single table {text}: {which}.", how or "name it with its schema"
@@ -177,13 +177,9 @@ def _spellings(shown: str) -> tuple[str, str]:
     return _bare(name.name), _bare(f"{name.schema}.{name.name}")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[[], None]) -> list[str]:
     backup, quoted = job.backup, quote_identifier(schema)
-    with job.connect() as session:
+    with job.login.connect() as session:
         writable.demand(session)
         major = session.facts.major
         client = clients.for_restore(job.settings, major, backup.client_major)
@@ -208,15 +204,8 @@ def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[
         with chosen(client, job.path, _wanted(backup, names)) as listed:
             psql.run(
                 client,
-                clients.connection_argument(job.target, job.target.database),
-                clients.environment(job.target, job.application_name, job.settings.connect_timeout),
-                [
-                    *archive_format(job.path),
-                    "--no-owner",
-                    "--no-privileges",
-                    f"--use-list={listed}",
-                    job.path,
-                ],
+                job.login,
+                ["--no-owner", "--no-privileges", f"--use-list={listed}", *pg_restore.archive(job.path)],
                 first=first,
                 last=comparison(expected),
                 change=change,
@@ -244,7 +233,7 @@ def _not_restored(job: Job, schema: str, stopped: RestoreStopped) -> RestoreFail
         job.backup,
         f"The tables were not restored into schema {schema}: {stopped.said}",
         f"fix the cause, or restore the whole backup beside: `migrator restore {job.backup.id} --to "
-        f"{job.target.database}_look`",
+        f"{job.database}_look`",
     )
 
 
@@ -263,12 +252,12 @@ def _without_rows(backup: Backup, names: Sequence[_Name]) -> list[str]:
     empty = [name.shown for name in names if name.shown in backup.excluded_table_data]
     if not empty:
         return []
-    return [f"This backup does not have the rows of {_some(empty)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."]
+    return [f"This backup does not have the rows of {some(empty, 10)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)."]
 
 
 def _partitioned(job: Job, schema: str) -> list[str]:
     """Return which of the tables hold no rows themselves."""
-    with job.connect() as session:
+    with job.login.connect() as session:
         found = session.query(
             "SELECT c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
             " WHERE n.nspname = %s AND c.relkind = 'p'",
@@ -281,7 +270,7 @@ def _renaming(names: Sequence[_Name], schema: str, server_major: int, codec: str
     """Return the function that replaces the tables' own schema; it raises RestoreStopped for text that
     reaches others.
     """
-    known = sql_script.for_server(server_major)
+    known = psql.for_server(server_major)
     places = [
         (name.pattern(codec), _encoded(f"{schema}.{quote_identifier(name.name)}", codec)) for name in names
     ]

@@ -15,18 +15,16 @@ come back. https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from migrator.backups import exported_snapshot
-from migrator.backups.failures import WouldLose
+from migrator.backups.clients import Login, WouldLose
 from migrator.backups.manifest import Backup
-from migrator.config.database_url import Target
-from migrator.postgres import connection_limit
-from migrator.postgres.session import QueryFailed, Session
+from migrator.errors import some
+from migrator.postgres.session import QueryFailed, Session, no_timeouts
 
 _PATIENCE = 15  # seconds for current writers to end
-_NO_TIMEOUTS = ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout")
 
 # Every version of a row has the id of the transaction that wrote it, so these sums change with any of
 # them. Temporary tables and an ANALYZE are no loss. Only superusers may read pg_largeobject: they lock
@@ -69,16 +67,11 @@ class Incomplete(WouldLose):
 
 def missing(backup: Backup) -> str:
     """Return the content that a backup lacks; an empty string for a complete one."""
-    rows = f"the rows of {_some(backup.excluded_table_data)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)"
-    hidden = f"{_some(backup.not_dumped)} (hidden from the role that made it, which was not a superuser)"
+    rows = f"the rows of {some(backup.excluded_table_data, 10)} (MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA)"
+    hidden = f"{some(backup.not_dumped, 10)} (hidden from the role that made it, which was not a superuser)"
     told = [rows] if backup.excluded_table_data else []
     told += [hidden] if backup.not_dumped else []
     return f"it lacks {' and '.join(told)}" if told else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
 
 
 def refuse_losses(session: Session, backup: Backup, own: frozenset[int]) -> int:
@@ -138,21 +131,13 @@ def _made(session: Session) -> int:
 
 
 @contextlib.contextmanager
-def nobody_writes(
-    target: Target,
-    application_name: str,
-    timeout: float,
-    backup: Backup,
-    own: Callable[[], frozenset[int]],
-) -> Iterator[Holder]:
+def nobody_writes(login: Login, backup: Backup, own: Callable[[], frozenset[int]]) -> Iterator[Holder]:
     """Keep everybody from writing within the block, after a check that nobody has since the backup.
 
     Raises :class:`WouldLose`.
     """
-    with connection_limit.connect(target, application_name, timeout) as session:
-        for name in _NO_TIMEOUTS:
-            with contextlib.suppress(QueryFailed):  # PostgreSQL before 17 has no transaction_timeout
-                session.query(f"SET {name} = 0")
+    with login.connect() as session:
+        session.query(no_timeouts(session.facts.major))
         session.query(f"SET lock_timeout = '{_PATIENCE}s'")
         refuse_another_server(session, backup)
         session.query("BEGIN")

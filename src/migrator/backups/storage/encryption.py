@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from migrator.backups import clients
 from migrator.backups.storage.interface import SEALED, WritablePart
 from migrator.errors import SettingsError
-from migrator.runtime import image_tags
+from migrator.runtime.threads import Conveyor, Gone, background
 
 _QUEUED = 4
 _GOODBYE = 10.0  # seconds
@@ -31,54 +31,6 @@ _POLL = 0.1  # seconds between two looks whether the other side is still there
 
 class CannotOpen(Exception):
     """Encrypted content cannot be decrypted; the message says why."""
-
-
-class _Gone(OSError):
-    """The other end is not there any more."""
-
-
-class _Conveyor:
-    """Chunks from one thread to another, a few at a time; a file-like object for readers of bytes."""
-
-    def __init__(self) -> None:
-        self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED)
-        self._rest = memoryview(b"")
-        self._ended = False
-        self.abandoned = threading.Event()
-
-    def put(self, chunk: bytes | None) -> None:
-        """Pass a chunk on (None: the end), waiting for room; raises if the reader is gone."""
-        while not self.abandoned.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(chunk, timeout=_POLL)
-                return
-        raise _Gone("nobody reads this any more")
-
-    def get(self) -> bytes | None:
-        """Take a chunk, waiting for one; None at the end."""
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._queue.get(timeout=_POLL)
-            if self.abandoned.is_set():
-                raise _Gone("nobody writes this any more")
-
-    def read(self, size: int = -1) -> bytes:
-        """Return at most ``size`` bytes, none at the end."""
-        while not self._rest and not self._ended:
-            chunk = self.get()
-            self._ended = chunk is None
-            self._rest = memoryview(chunk or b"")
-        taken = bytes(self._rest[: size if size >= 0 else None])
-        self._rest = self._rest[len(taken) :]
-        return taken
-
-    def write(self, chunk: bytes) -> int:
-        """Pass a chunk on."""
-        self.put(bytes(chunk))
-        return len(chunk)
-
-    def flush(self) -> None:
-        """Do nothing: the chunks are on their way."""
 
 
 class SealedPart:
@@ -90,7 +42,7 @@ class SealedPart:
         self.size = 0
         self.encrypted_to = recipients
         self._hash = hashlib.sha256()
-        self._plain = _Conveyor()
+        self._plain = Conveyor(_QUEUED)
         self._failure: BaseException | None = None
         self._synced = False
         keys = read_recipients(recipients)
@@ -110,7 +62,7 @@ class SealedPart:
             def write(self, chunk: bytes) -> int:
                 try:
                     if part._plain.abandoned.is_set():
-                        raise _Gone("given up")
+                        raise Gone("given up")
                     part.inner.write(chunk)
                 except BaseException as error:
                     part._failure = error
@@ -131,36 +83,30 @@ class SealedPart:
         self.inner.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._plain.abandoned.set()
         self._thread.join(_POLL * 4)
-        self.inner.__exit__(kind, error, trace)
+        self.inner.__exit__(*error)
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of the content before encryption."""
         return self._hash.hexdigest()
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of the stored, encrypted content."""
         return self.inner.stored
 
     def write(self, chunk: bytes) -> None:
-        """Append to it; raises OSError."""
         try:
             self._plain.put(chunk)
-        except _Gone:
+        except Gone:
             self._fail()
         self._hash.update(chunk)
         self.size += len(chunk)
 
     def sync(self) -> None:
-        """Encrypt to the end, then store all of it; raises OSError."""
         if not self._synced:
-            with contextlib.suppress(_Gone):
+            with contextlib.suppress(Gone):
                 self._plain.put(None)
             while self._thread.is_alive():
                 self._thread.join(_POLL)
@@ -177,15 +123,12 @@ class SealedPart:
 
     @property
     def tag(self) -> str:
-        """Return the store's own name for the content that was read back."""
         return self.inner.tag
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the stored, encrypted content, read back; raises OSError."""
         return self.inner.chunks()
 
     def local(self) -> AbstractContextManager[Path]:
-        """Yield a path on this machine with the stored, encrypted content; raises OSError."""
         return self.inner.local()
 
 
@@ -214,9 +157,7 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
     :class:`CannotOpen`, :class:`SettingsError` for the file, and errors of ``chunks``.
     """
     keys = read_identities(identity)
-    source, plain = _Conveyor(), _Conveyor()
-    unread: list[BaseException] = []
-    unopened: list[BaseException] = []
+    source, plain = Conveyor(_QUEUED), Conveyor(_QUEUED)
 
     def feed() -> None:
         try:
@@ -224,39 +165,36 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
                 if chunk:
                     source.put(chunk)
             source.put(None)
-        except _Gone:
+        except Gone:
             return  # the decryption has failed, or the reader is gone
-        except BaseException as error:  # noqa: BLE001 - raised in the reading thread
-            unread.append(error)
+        except BaseException:
             source.abandoned.set()
+            raise
 
     def decrypt() -> None:
         import pyrage
 
         try:
             pyrage.decrypt_io(source, plain, keys)
-        except BaseException as error:  # noqa: BLE001 - raised in the reading thread
-            unopened.append(error)
         finally:
             source.abandoned.set()
-            with contextlib.suppress(_Gone):
+            with contextlib.suppress(Gone):
                 plain.put(None)
 
-    threads = [threading.Thread(target=work, name="decryption", daemon=True) for work in (feed, decrypt)]
-    for thread in threads:
-        thread.start()
+    fed, decrypted = (background("decryption", work) for work in (feed, decrypt))
     try:
         while (chunk := plain.get()) is not None:
             yield chunk
-        if unread:
-            raise unread[0]
-        if unopened:
-            raise _cannot_open(unopened[0])
+        error = decrypted.exception()
+        futures.wait([fed], _GOODBYE)
+        if fed.done() and (unread := fed.exception()):
+            raise unread
+        if error:
+            raise _cannot_open(error)
     finally:
         source.abandoned.set()
         plain.abandoned.set()
-        for thread in threads:  # the next reader of ``chunks`` must be the only one
-            thread.join(_GOODBYE)
+        futures.wait([fed, decrypted], _GOODBYE)  # the next reader of ``chunks`` must be the only one
 
 
 def _cannot_open(error: BaseException) -> CannotOpen:
@@ -312,6 +250,6 @@ def _library() -> Any:
         import pyrage
     except ImportError as error:
         problem = "MIGRATOR_BACKUP_RECIPIENTS: encryption needs pyrage, which is not installed"
-        remedy = f"use {image_tags.full()}, the full image, or pip install 'migrator[encryption]'"
+        remedy = f"use {clients.full_image()}, the full image, or pip install 'migrator[encryption]'"
         raise SettingsError([problem], next_step=remedy) from error
     return pyrage

@@ -11,15 +11,14 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from migrator.backups.manifest import PROVEN, Backup, BadManifest, from_json
-from migrator.backups.storage import safe_open
+from migrator.backups.storage import files
 from migrator.errors import BackupFailed, NoSuchBackup
 
 LATEST = "latest"
@@ -41,46 +40,35 @@ class Part(Protocol):
     @property
     def size(self) -> int:
         """Return how many bytes were written so far."""
-        ...
 
     def __enter__(self) -> Self:
         """Return it."""
-        ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove the content, unless it was added."""
-        ...
 
     @property
     def sha256(self) -> str:
         """Return the checksum of the plain content."""
-        ...
 
     @property
     def stored(self) -> tuple[str, int]:
         """Return the checksum and the size of the stored content; known after :meth:`sync`."""
-        ...
 
     @property
     def tag(self) -> str:
         """Return the store's own name (ETag) for the content that :meth:`chunks` has read; empty if it has
         none.
         """
-        ...
 
     def sync(self) -> None:
         """Store all of it, ready to be read back; raises OSError."""
-        ...
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the stored content, read back; raises OSError."""
-        ...
 
     def local(self) -> AbstractContextManager[Path]:
         """Yield a path on this machine with the stored content; raises OSError."""
-        ...
 
 
 class WritablePart(Part, Protocol):
@@ -88,7 +76,6 @@ class WritablePart(Part, Protocol):
 
     def write(self, chunk: bytes) -> None:
         """Append to it; raises OSError."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,50 +96,36 @@ class Store(Protocol):
 
     def prepare(self) -> None:
         """Prepare it and test a write; raises BackupFailed."""
-        ...
 
     def free_bytes(self) -> int | None:
         """Return how many bytes may still be written; None if there is no limit."""
-        ...
 
     def cannot_write(self, error: OSError, needed: str = "") -> BackupFailed:
         """Return why a backup cannot be written here, and the fix."""
-        ...
 
     def backups(self, database: str = "") -> list[Backup]:
         """Return the backups (of one database), the newest first; raises BackupFailed."""
-        ...
 
     def get(self, wanted: str, database: str) -> Backup:
         """Return a backup by id, by name, or ``latest`` of a database; raises NoSuchBackup, BackupFailed."""
-        ...
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
         """Yield a backup's bytes as they are stored; raises OSError."""
-        ...
 
     def tag(self, backup: Backup) -> str:
         """Return the store's current name (ETag) for a backup's content, or an empty text; raises OSError."""
-        ...
-
-    def local(self, backup: Backup) -> AbstractContextManager[Path]:
-        """Yield a path on this machine with a backup's stored content; raises OSError."""
-        ...
 
     def remove_stale(self, database: str) -> None:
         """Remove the leftovers of dead runs without a manifest."""
-        ...
 
     def remove(self, found: Backup | BadDump) -> None:
         """Remove a backup and all files beside it, its manifest first; raises OSError.
 
         A file that another run has removed meanwhile is not a failure.
         """
-        ...
 
     def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
         """Begin a dump of about ``expected`` bytes (0: unknown); raises OSError."""
-        ...
 
     def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
         """Turn a verified dump into a backup: its manifest is written last; raises OSError, and leaves
@@ -160,29 +133,21 @@ class Store(Protocol):
 
         ``beside`` are small files that belong to it, by ending (``.globals.sql``).
         """
-        ...
 
     def note(self, backup: Backup) -> None:
         """Replace a backup's manifest in one step, with newer facts; raises OSError.
 
         If another run has removed it meanwhile, it stays removed.
         """
-        ...
-
-    def beside(self, backup: Backup, ending: str) -> bytes | None:
-        """Return a small file that belongs to a backup, as stored, or None; raises OSError."""
-        ...
 
     def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
         """Rename a dump that failed verification, and return its place; raises OSError.
 
         From the first moment it is not a backup, and a part outlives its block.
         """
-        ...
 
     def bad(self, database: str = "") -> list[BadDump]:
         """Return the dumps that failed verification (of one database); raises BackupFailed."""
-        ...
 
 
 def pick(store: Store, wanted: str, database: str) -> Backup:
@@ -208,7 +173,6 @@ def read_manifest(text: str, stem: str) -> Backup:
 
 
 def newest_first(found: Iterable[Backup]) -> list[Backup]:
-    """Sort backups in the order of a list."""
     return sorted(found, key=lambda backup: (backup.created_at, backup.id), reverse=True)
 
 
@@ -220,10 +184,9 @@ def dump_name(backup_id: str, encrypted_to: Sequence[str]) -> str:
 def manifest_content(backup: Backup) -> bytes:
     """Return the content of a manifest file; raises :class:`BackupFailed` if it is too large to be read back."""
     content = backup.to_json().encode()
-    if len(content) > safe_open.SMALL:
+    if len(content) > files.SMALL:
         raise BackupFailed(
-            f"The manifest of {backup.id} would have {len(content)} bytes, more than the limit of "
-            f"{safe_open.SMALL}.",
+            f"The manifest of {backup.id} would have {len(content)} bytes, more than the limit of {files.SMALL}.",
             next_step="back up with pg_dump itself, and set MIGRATOR_BACKUP=off",
         )
     return content
@@ -271,19 +234,17 @@ def slug(database: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]", "_", database).lstrip(".")[:40] or "_"
 
 
-def checksum(chunks: Iterable[bytes], on_chunk: Callable[[int], object] | None = None) -> tuple[str, int]:
+def checksum(chunks: Iterable[bytes]) -> tuple[str, int]:
     """Return the sha256 and the size of a store's chunks; raises OSError."""
     digest, size = hashlib.sha256(), 0
     for chunk in chunks:
         digest.update(chunk)
         size += len(chunk)
-        if on_chunk is not None:
-            on_chunk(size)
     return digest.hexdigest(), size
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:
     """Yield a regular file's bytes, read from the disk; raises OSError."""
-    with safe_open.opened(path) as file:
+    with files.opened(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk

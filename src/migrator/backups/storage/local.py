@@ -23,28 +23,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from migrator.backups.manifest import Backup, BadManifest
-from migrator.backups.storage import encryption, safe_open
-from migrator.backups.storage.directory import DIRECTORY
-from migrator.backups.storage.interface import (
-    BAD,
-    BAD_MANIFEST,
-    LATEST,
-    MANIFEST,
-    SEALED,
-    BadDump,
-    Part,
-    WritablePart,
-    bad_manifest,
-    dump_name,
-    file_chunks,
-    manifest_content,
-    newest_first,
-    of_database,
-    pick,
-    read_bad,
-    read_manifest,
-    slug,
-)
+from migrator.backups.storage import encryption, files, interface
+from migrator.backups.storage.files import DIRECTORY
 from migrator.backups.storage.parts import PART, DirectoryPart, FilePart, sync_folder
 from migrator.errors import BackupFailed
 from migrator.runtime.resource_errors import lack
@@ -71,21 +51,14 @@ class FolderStore:
         return str(self.folder)
 
     def dump_path(self, backup_id: str) -> Path:
-        """Return the path for the dump of a new backup."""
-        return self.folder / dump_name(backup_id, self.recipients)
+        return self.folder / interface.dump_name(backup_id, self.recipients)
 
     def chunks(self, backup: Backup) -> Iterator[bytes]:
-        """Yield a backup's stored bytes, read from the disk; raises OSError."""
-        return file_chunks(Path(backup.place))
+        return interface.file_chunks(Path(backup.place))
 
     def tag(self, backup: Backup) -> str:
         """Return an empty name: a folder has no name for a file's content except its checksum."""
         return ""
-
-    @contextlib.contextmanager
-    def local(self, backup: Backup) -> Iterator[Path]:
-        """Yield a path with a backup's stored content: here, the file itself."""
-        yield Path(backup.place)
 
     def prepare(self) -> None:
         """Create the folder if needed, and test that files can be created in it; raises
@@ -108,7 +81,6 @@ class FolderStore:
             )
 
     def cannot_write(self, error: OSError, needed: str = "") -> BackupFailed:
-        """Return why a backup cannot be written here, and the fix."""
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             space = f"; {needed}" if needed else ""
@@ -131,7 +103,6 @@ class FolderStore:
         )
 
     def free_bytes(self) -> int:
-        """Return how many bytes this process may still write."""
         facts = os.statvfs(self.folder)
         return facts.f_bavail * facts.f_frsize
 
@@ -144,8 +115,8 @@ class FolderStore:
     def backups(self, database: str = "") -> list[Backup]:
         """Return the backups (of one database), the newest first; a manifest that cannot be read is logged."""
         found = []
-        for path in self._manifests(MANIFEST):
-            if path.name.endswith(BAD_MANIFEST):
+        for path in self._manifests(interface.MANIFEST):
+            if path.name.endswith(interface.BAD_MANIFEST):
                 continue
             try:
                 backup = self._read(path)
@@ -156,7 +127,7 @@ class FolderStore:
                 continue
             if not database or backup.database == database:
                 found.append(backup)
-        return newest_first(found)
+        return interface.newest_first(found)
 
     def _manifests(self, ending: str) -> list[Path]:
         try:
@@ -165,14 +136,13 @@ class FolderStore:
             raise BackupFailed(f"The backups in {self.folder} cannot be listed: {error.strerror}.") from error
 
     def get(self, wanted: str, database: str) -> Backup:
-        """Return a backup by id, by ``--name``, or ``latest`` of a database; raises :class:`BackupFailed`."""
-        path = self.folder / f"{wanted}{MANIFEST}"
-        if wanted != LATEST and path.parent == self.folder and path.is_file():
+        path = self.folder / f"{wanted}{interface.MANIFEST}"
+        if wanted != interface.LATEST and path.parent == self.folder and path.is_file():
             try:
                 return self._read(path)
             except (BadManifest, FileNotFoundError) as error:
                 raise BackupFailed(f"The manifest {path} cannot be used: {error}.") from error
-        return pick(self, wanted, database)
+        return interface.pick(self, wanted, database)
 
     def _names(self, ending: str) -> list[Path]:
         """Return the files with an ending, none if the folder is missing; raises OSError.
@@ -188,17 +158,17 @@ class FolderStore:
     def _read(self, path: Path) -> Backup:
         """Read a manifest; raises BadManifest, or FileNotFoundError if it no longer exists."""
         try:
-            text = safe_open.small(path).decode()
+            text = files.small(path).decode()
         except FileNotFoundError:
             raise
         except OSError as error:
             raise BadManifest(error.strerror or str(error)) from error
         except UnicodeDecodeError as error:
             raise BadManifest(str(error)) from error
-        backup = read_manifest(text, path.name.removesuffix(MANIFEST))
+        backup = interface.read_manifest(text, path.name.removesuffix(interface.MANIFEST))
         in_folder = backup.dump_format == "directory"
         dump = self.folder / (
-            f"{backup.id}{DIRECTORY}" if in_folder else dump_name(backup.id, backup.encrypted_to)
+            f"{backup.id}{DIRECTORY}" if in_folder else interface.dump_name(backup.id, backup.encrypted_to)
         )
         if not (dump.is_dir() if in_folder else dump.is_file()):
             if not path.exists():
@@ -212,7 +182,7 @@ class FolderStore:
         Those of this database at once, because this run holds its run lock. Those of others only when
         they are old, because not every network file system carries locks from host to host.
         """
-        ours = re.compile(re.escape(slug(database)) + r"-\d{8}T\d{6}Z-[0-9a-f]{6}\.[a-z.]+\.part")
+        ours = re.compile(re.escape(interface.slug(database)) + r"-\d{8}T\d{6}Z-[0-9a-f]{6}\.[a-z.]+\.part")
         for path in self._names(PART):
             try:
                 if path.name.startswith(_PROBE):  # only its creation mattered, by any run
@@ -234,7 +204,8 @@ class FolderStore:
         """
         found = _UNPUBLISHED.fullmatch(path.name)
         if found is None or any(
-            (self.folder / f"{found['id']}{end}").exists() for end in (MANIFEST, BAD_MANIFEST)
+            (self.folder / f"{found['id']}{end}").exists()
+            for end in (interface.MANIFEST, interface.BAD_MANIFEST)
         ):
             return
         for published in self._names(""):
@@ -242,54 +213,52 @@ class FolderStore:
                 _delete(published)
                 LOGGER.info("removed %s, which an interrupted run left without a manifest", published)
 
-    def remove(self, found: Backup | BadDump) -> None:
+    def remove(self, found: Backup | interface.BadDump) -> None:
         """Remove a backup, its manifest first, so that it is no backup from the first moment; raises OSError."""
-        for ending in (MANIFEST, BAD_MANIFEST):
+        for ending in (interface.MANIFEST, interface.BAD_MANIFEST):
             (self.folder / f"{found.id}{ending}").unlink(missing_ok=True)
         for path in self._names(""):
             if path.name.startswith(f"{found.id}."):
                 _delete(path)
         sync_folder(self.folder)
 
-    def mark_bad(self, found: Part | Backup, why: str, database: str = "") -> str:
+    def mark_bad(self, found: interface.Part | Backup, why: str, database: str = "") -> str:
         """Rename a dump that failed verification to ``ID.dump.bad``; return its place. Raises OSError.
 
         The manifest is removed first and in one step: at no moment does a manifest name a bad dump.
         """
-        manifest = self.folder / f"{found.id}{BAD_MANIFEST}"
+        manifest = self.folder / f"{found.id}{interface.BAD_MANIFEST}"
         with uninterrupted():
             if isinstance(found, Backup):
                 database = database or found.database
-                (self.folder / f"{found.id}{MANIFEST}").rename(manifest)
+                (self.folder / f"{found.id}{interface.MANIFEST}").rename(manifest)
             with FilePart(manifest, found.id) as text:
-                text.write(bad_manifest(found, why, database).encode())
+                text.write(interface.bad_manifest(found, why, database).encode())
                 text.sync()
                 if isinstance(found, Backup):
                     place = Path(found.place)
-                    bad = place.with_name(place.name + BAD)
+                    bad = place.with_name(place.name + interface.BAD)
                     place.rename(bad)
                 else:
                     part = _inner(found)
-                    bad = part.path.with_name(part.path.name + BAD)
+                    bad = part.path.with_name(part.path.name + interface.BAD)
                     part.publish(bad)
                 text.publish()
         return str(bad)
 
-    def bad(self, database: str = "") -> list[BadDump]:
-        """Return the dumps that failed verification (of one database); raises :class:`BackupFailed`."""
+    def bad(self, database: str = "") -> list[interface.BadDump]:
         found = []
-        for path in self._manifests(BAD_MANIFEST):
-            stem = path.name.removesuffix(BAD_MANIFEST)
-            dumps = [item for item in self._names(BAD) if item.name.startswith(f"{stem}.")]
+        for path in self._manifests(interface.BAD_MANIFEST):
+            stem = path.name.removesuffix(interface.BAD_MANIFEST)
+            dumps = [item for item in self._names(interface.BAD) if item.name.startswith(f"{stem}.")]
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                text = safe_open.small(path).decode()
-                bad = read_bad(text, stem, str(dumps[0] if dumps else path))
-                if bad is not None and of_database(bad, database):
+                text = files.small(path).decode()
+                bad = interface.read_bad(text, stem, str(dumps[0] if dumps else path))
+                if bad is not None and interface.of_database(bad, database):
                     found.append(bad)
         return found
 
-    def new_dump(self, backup_id: str, expected: int = 0) -> WritablePart:
-        """Open the file that a dump is written to; raises OSError."""
+    def new_dump(self, backup_id: str, expected: int = 0) -> interface.WritablePart:
         part = FilePart(self.dump_path(backup_id), backup_id)
         return encryption.sealed(part, self.recipients) if self.recipients else part
 
@@ -297,7 +266,7 @@ class FolderStore:
         """Make the folder that a dump in directory format is written to; raises OSError."""
         return DirectoryPart(self.folder / f"{backup_id}{DIRECTORY}", backup_id)
 
-    def add(self, part: Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
+    def add(self, part: interface.Part, backup: Backup, beside: Mapping[str, bytes] | None = None) -> Backup:
         """Give a verified dump its name, then write its manifest: from here on it is a backup.
 
         Raises OSError, and leaves nothing then.
@@ -309,8 +278,10 @@ class FolderStore:
                 for ending, content in encryption.seal_all(beside or {}, self.recipients).items()
             ]
             files.append(inner)
-            content = manifest_content(backup)
-            files.append(stack.enter_context(self._small(f"{backup.id}{MANIFEST}", backup.id, content)))
+            content = interface.manifest_content(backup)
+            files.append(
+                stack.enter_context(self._small(f"{backup.id}{interface.MANIFEST}", backup.id, content))
+            )
             with uninterrupted():
                 try:
                     for file in files:
@@ -332,19 +303,13 @@ class FolderStore:
         return part
 
     def note(self, backup: Backup) -> None:
-        """Replace a backup's manifest in one step; raises OSError."""
-        name = f"{backup.id}{MANIFEST}"
-        with self._small(name, backup.id, manifest_content(backup)) as manifest, uninterrupted():
+        name = f"{backup.id}{interface.MANIFEST}"
+        with self._small(name, backup.id, interface.manifest_content(backup)) as manifest, uninterrupted():
             if (self.folder / name).exists():
                 manifest.publish()
 
-    def beside(self, backup: Backup, ending: str) -> bytes | None:
-        """Return a small file that belongs to a backup, as stored; raises OSError."""
-        path = self.folder / f"{backup.id}{ending}{SEALED if backup.encrypted_to else ''}"
-        return safe_open.small(path) if path.exists() else None
 
-
-def _inner(part: Part) -> FilePart | DirectoryPart:
+def _inner(part: interface.Part) -> FilePart | DirectoryPart:
     if isinstance(part, encryption.SealedPart):
         part = part.inner
     assert isinstance(part, FilePart | DirectoryPart)  # noqa: S101 - one that new_dump made

@@ -10,10 +10,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from migrator.backups.storage import directory
+from migrator.backups.storage import files
 from migrator.backups.storage.interface import file_chunks
 from migrator.runtime.subprocesses import uninterrupted
 
@@ -51,7 +50,6 @@ class LocalPart:
         self._made = True
 
     def _remove(self) -> None:
-        """Remove it."""
         self.temporary.unlink(missing_ok=True)
 
     def _discard(self) -> None:
@@ -64,15 +62,12 @@ class LocalPart:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with uninterrupted():
             self._discard()
 
     @contextlib.contextmanager
     def local(self) -> Iterator[Path]:
-        """Yield the path of the content."""
         yield self.temporary
 
     def publish(self, path: Path | None = None) -> None:
@@ -92,16 +87,13 @@ class FilePart(LocalPart):
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of the plain content."""
         return self._hash.hexdigest()
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of the stored content, here the plain content."""
         return self.sha256, self.size
 
     def write(self, chunk: bytes) -> None:
-        """Append to the file; raises OSError."""
         view = memoryview(chunk)
         while view:
             view = view[os.write(self._descriptor, view) :]
@@ -113,7 +105,6 @@ class FilePart(LocalPart):
         _sync_file(self._descriptor)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the content, read back from the disk; raises OSError."""
         return file_chunks(self.temporary)
 
 
@@ -132,24 +123,21 @@ class DirectoryPart(LocalPart):
 
     @property
     def size(self) -> int:
-        """Return how many bytes were written so far."""
-        return self._found[1] if self._found else directory.size_of(self.temporary)
+        return self._found[1] if self._found else files.size_of(self.temporary)
 
     @property
     def sha256(self) -> str:
-        """Return the checksum of pg_dump's output; known after :meth:`sync`."""
         return self.stored[0]
 
     @property
     def stored(self) -> tuple[str, int]:
-        """Return the checksum and the size of the stored content, here the plain content."""
         assert self._found is not None  # noqa: S101 - sync comes first
         return self._found
 
     def sync(self) -> None:
         """Hash pg_dump's output, and sync it to the disk, readable only for its owner; raises OSError."""
-        self._found = directory.checksum(self.temporary)
-        for path in directory.files(self.temporary):
+        self._found = files.folder_checksum(self.temporary)
+        for path in files.names(self.temporary):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fchmod(descriptor, 0o600)
@@ -159,8 +147,7 @@ class DirectoryPart(LocalPart):
         os.fsync(self._descriptor)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the stored content, file after file; raises OSError."""
-        for path in directory.files(self.temporary):
+        for path in files.names(self.temporary):
             yield from file_chunks(path)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from migrator.backups.manifest import Backup, BadManifest
-from migrator.backups.storage import encryption, s3_stale, safe_open
+from migrator.backups.storage import encryption, files, s3_stale
 from migrator.backups.storage.interface import (
     BAD,
     BAD_MANIFEST,
@@ -165,8 +165,8 @@ class S3Store:
         found = bytearray()
         for chunk in self.read(name):
             found += chunk
-            if len(found) > safe_open.SMALL:
-                raise TooBig(str(self), f"{name} has more than {safe_open.SMALL} bytes", "remove it")
+            if len(found) > files.SMALL:
+                raise TooBig(str(self), f"{name} has more than {files.SMALL} bytes", "remove it")
         return bytes(found)
 
     def listed(self, start: str = "") -> dict[str, Mapping[str, Any]]:

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from migrator.backups import clients
 from migrator.errors import SettingsError
-from migrator.runtime import image_tags
 from migrator.runtime.logs import redact
 
 CONNECT_TIMEOUT = 10.0
@@ -144,7 +144,7 @@ def _library() -> Iterator[None]:
         yield
     except ImportError as error:
         problem = "MIGRATOR_BACKUP_URL: a bucket needs boto3, which is not installed"
-        raise SettingsError([problem], next_step=_REMEDY.format(image_tags.full())) from error
+        raise SettingsError([problem], next_step=_REMEDY.format(clients.full_image())) from error
 
 
 @contextlib.contextmanager

@@ -17,10 +17,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from migrator.backups.storage import temporary
+from migrator.backups.storage import files
 from migrator.backups.storage.s3_client import S3Failure
 
 if TYPE_CHECKING:
@@ -117,9 +116,7 @@ class S3Part:
     def __enter__(self) -> S3Part:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._giving_up.set()
         if self.kept:
             return
@@ -275,8 +272,8 @@ class S3Part:
 def downloaded(store: S3Store, name: str, size: int) -> Iterator[Path]:
     """Yield a private file with the stored content; removed on leaving. Raises OSError."""
     try:
-        folder = temporary.folder(size, name)
-    except temporary.NoRoom as error:
+        folder = files.folder(size, name)
+    except files.NoRoom as error:
         raise S3Failure(str(store), str(error), error.next_step) from error
     with tempfile.NamedTemporaryFile(prefix="migrator-", suffix=f"-{name}", dir=folder) as file:
         for chunk in store.read(name):

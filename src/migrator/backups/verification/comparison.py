@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from migrator.backups.manifest import Backup, Sequence
-from migrator.backups.sql_script import without_oddities
+from migrator.backups.psql import without_oddities
 from migrator.backups.verification.fingerprint import Contents, Value
 
 _HEADER = re.compile(r"^--\n-- Name: (.*); Type: (.*?); Schema: (.*?); Owner: (.*)\n--\n", re.MULTILINE)
@@ -47,6 +47,10 @@ class Compared:
     rows: int
     wrong: tuple[str, ...]
     unknown: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counted = f"{self.counted} of them with all their {self.rows} rows counted"
+        return f"{self.tables} tables, {counted}, {self.hashed} hashed"
 
 
 def contents(backup: Backup, found: Contents, *, same_major: bool = True) -> Compared:

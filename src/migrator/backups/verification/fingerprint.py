@@ -25,9 +25,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from migrator.backups import exported_snapshot
-from migrator.backups.exported_snapshot import Relation, Result
+from migrator.backups.exported_snapshot import Relation
 from migrator.backups.manifest import Table
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.queries import IN_USER_SCHEMA
+from migrator.postgres.session import Refused, Session
+from migrator.runtime.threads import Result
 
 LOGGER = logging.getLogger("migrator.backup")
 Value = tuple[int, bool]
@@ -66,10 +68,10 @@ SELECT count(*)::text || ' ' || coalesce(sum(hashtextextended(
 # Objects that pg_dump omits are omitted: those of the system, of an extension, and dependent ones (a
 # partition's clone of a foreign key or trigger, an invalid index). Named NOT NULL constraints (PostgreSQL
 # 18) belong to the column.
-_SCHEMA = """
+_SCHEMA = f"""
 WITH mine AS (
   SELECT oid, nspname FROM pg_namespace n
-   WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'
+   WHERE {IN_USER_SCHEMA}
 ),
 owned AS (SELECT classid, objid FROM pg_depend WHERE deptype = 'e'),
 relations AS (
@@ -123,7 +125,7 @@ UNION ALL
 SELECT concat_ws(' ', 'schema', quote_ident(nspname)) FROM mine WHERE nspname <> 'public'
 UNION ALL
 SELECT concat_ws(' ', 'extension', quote_ident(extname)) FROM pg_extension
-"""
+"""  # noqa: S608 - constants only
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,8 @@ def take(
             measured = exported_snapshot.when_free(
                 session, relation.shown, functools.partial(measure, session, relation)
             )
-        except QueryFailed as error:
-            if error.lost or not lenient:
+        except Refused as error:
+            if not lenient:
                 raise
             LOGGER.warning("the rows of %s were not hashed: %s", relation.shown, error.text)
         else:
@@ -217,7 +219,6 @@ class _Hashing:
     total = 0
 
     def write(self, data: bytes) -> int:
-        """Add a row."""
         digest = hashlib.blake2b(data, digest_size=8, usedforsecurity=False).digest()
         self.total = (self.total + int.from_bytes(digest, "big")) % 2**64
         return len(data)
@@ -260,16 +261,13 @@ def large_objects(session: Session) -> str:
     """Return the number of large objects and one hash over them, ``""`` if one is too big; raises
     QueryFailed.
     """
-    session.query("SAVEPOINT large_objects")
     try:
-        found: str = exported_snapshot.interruptibly(session, lambda: session.value(_LARGE_OBJECTS))
-    except QueryFailed as error:
+        with exported_snapshot.savepoint(session):
+            return str(exported_snapshot.interruptibly(session, lambda: session.value(_LARGE_OBJECTS)))
+    except Refused as error:
         if error.sqlstate not in _TOO_BIG:
             raise
-        found = ""
-        session.query("ROLLBACK TO SAVEPOINT large_objects")
-    session.query("RELEASE SAVEPOINT large_objects")
-    return found
+        return ""
 
 
 def schema(session: Session) -> tuple[str, ...]:

@@ -14,17 +14,10 @@ import re
 from collections.abc import Iterator
 
 from migrator.backups import databases
+from migrator.backups.clients import Login
 from migrator.backups.manifest import Backup, Properties
-from migrator.config.database_url import Target
 from migrator.errors import BackupFailed
-from migrator.postgres.session import (
-    ConnectFailed,
-    QueryFailed,
-    ServerFacts,
-    Session,
-    quote_identifier,
-    quote_literal,
-)
+from migrator.postgres.session import QueryFailed, ServerFacts, Session, quote_identifier, quote_literal
 from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.backup")
@@ -34,15 +27,12 @@ _RUN = r"_verify_\d{8}T\d{6}Z-[0-9a-f]{6}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Place(Login):
     """The server for scratch databases; ``elsewhere`` if it is not the original's."""
 
-    target: Target
     elsewhere: bool
-    application_name: str
-    timeout: float
 
-    def connect(self, *, patient: bool = True) -> Session:
+    def beside(self, *, patient: bool = True) -> Session:
         """Open a session in the maintenance database; raises ConnectFailed."""
         return databases.maintenance(self.target, self.application_name, self.timeout, patient=patient)
 
@@ -52,7 +42,7 @@ def check(place: Place) -> ServerFacts:
 
     Raises :class:`BackupFailed`, ConnectFailed, QueryFailed.
     """
-    with place.connect() as session:
+    with place.beside() as session:
         if session.facts.in_recovery:
             raise _standby(place)
         may_create, user = session.query(
@@ -118,13 +108,13 @@ def _key(name: str) -> str:
 
 
 @contextlib.contextmanager
-def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, Target]]:
-    """Create an empty database like the backed-up one; yield a session beside it and its address; drop it.
+def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, Login]]:
+    """Create an empty database like the backed-up one; yield a session beside it and the login for it; drop it.
 
     Raises QueryFailed, ConnectFailed.
     """
     name = databases.shorten(backup.database, f"_verify_{run_id}")
-    with place.connect() as session:
+    with place.beside() as session:
         clear(session, backup.database)
         session.query(_TRY, [_key(name)])
         created = False
@@ -134,10 +124,11 @@ def made(place: Place, backup: Backup, run_id: str) -> Iterator[tuple[Session, T
                 created = True
                 text = quote_literal(_MARK + backup.database)  # no parameter: the name may hold a %
                 session.query(f"COMMENT ON DATABASE {quote_identifier(name)} IS {text}")
-            yield session, place.target.with_database(name)
+            yield session, place.to(name)
         finally:
             if created:
-                _drop(place, session, name)
+                what = "the scratch database"
+                databases.drop_surely(session, lambda: place.beside(patient=False), what, name)
 
 
 def _like(session: Session, place: Place, properties: Properties) -> Properties:
@@ -155,20 +146,3 @@ def _like(session: Session, place: Place, properties: Properties) -> Properties:
     return (
         properties if needed and needed[0][0] else dataclasses.replace(properties, owner=session.facts.user)
     )
-
-
-def _drop(place: Place, session: Session, name: str) -> None:
-    with uninterrupted():
-        try:
-            if session.closed:
-                with place.connect(patient=False) as other:
-                    databases.drop(other, name)
-            else:
-                databases.drop(session, name)
-        except (QueryFailed, ConnectFailed) as error:
-            LOGGER.error(
-                "the scratch database %s could not be dropped (%s): DROP DATABASE %s;",
-                name,
-                error.text,
-                quote_identifier(name),
-            )

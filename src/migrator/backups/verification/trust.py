@@ -14,6 +14,7 @@ from pathlib import Path
 from migrator.backups import exported_snapshot, pg_restore
 from migrator.backups.clients import Client
 from migrator.config.settings import Settings
+from migrator.errors import some
 from migrator.postgres.session import Session
 
 NEXT_STEP = (
@@ -71,8 +72,7 @@ def objection(settings: Settings, session: Session, system_identifier: str, owne
     others = sorted(name for name in owners if not trusted.get(name, not missing))
     if not others:
         return ""
-    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
     return (
-        f"Verification by restore would run code of {', '.join(others[:5])}{more} (checks, indexes, "
+        f"Verification by restore would run code of {some(others)} (checks, indexes, "
         f"views) as {session.facts.user}, who is a superuser or may create roles."
     )

@@ -12,8 +12,9 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from migrator.backups.exported_snapshot import savepoint
 from migrator.backups.verification import superuser_only
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.session import Refused, Session
 
 # Where a restore evaluates expressions, and the functions that each calls: directly, by an operator, by a
 # view.
@@ -236,16 +237,12 @@ _BUILT_IN = (
 
 
 def _analysed(session: Session, function: _Function) -> str:
-    session.query("SAVEPOINT analysed")
+    validator = "fmgr_sql_validator" if function.language == "sql" else "plpgsql_validator"
     try:
-        session.query("SET LOCAL check_function_bodies = on")
-        validator = "fmgr_sql_validator" if function.language == "sql" else "plpgsql_validator"
-        session.query(f"SELECT {validator}(%s::bigint::oid)", [function.oid])
-    except QueryFailed as error:
-        if error.lost:
-            raise
-        session.query("ROLLBACK TO SAVEPOINT analysed")
+        with savepoint(session):
+            session.query("SET LOCAL check_function_bodies = on")
+            session.query(f"SELECT {validator}(%s::bigint::oid)", [function.oid])
+    except Refused as error:
         said = error.text.partition(" HINT:")[0]
         return said if (error.sqlstate or "").startswith("42") and error.sqlstate != "42501" else ""
-    session.query("RELEASE SAVEPOINT analysed")
     return ""

@@ -50,7 +50,6 @@ class CannotRestore(Unproven):
         super().__init__(why, "fix what pg_restore reports")
 
     def of(self, backup: Backup) -> str:
-        """Return this about a backup, in one sentence."""
         return f"{backup.id} could not be restored here: {self}"
 
 

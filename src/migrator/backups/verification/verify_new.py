@@ -29,22 +29,19 @@ from migrator.backups import (
     pg_restore,
     session_settings,
 )
-from migrator.backups.clients import Client
+from migrator.backups.clients import Client, Login, RestoreStopped
 from migrator.backups.exported_snapshot import LockedOut, Relation
-from migrator.backups.failures import RestoreStopped
 from migrator.backups.manifest import Backup, Proof, Table
 from migrator.backups.storage.interface import Part, Store, WritablePart
 from migrator.backups.storage.parts import DirectoryPart
 from migrator.backups.verification import comparison, fingerprint, scratch_database, trust, unrestorable
-from migrator.backups.verification.comparison import Compared
 from migrator.backups.verification.fingerprint import Contents
-from migrator.backups.verification.reader import Reader
-from migrator.backups.verification.row_counts import Held, Rows
+from migrator.backups.verification.reader import Held, Reader, Rows
 from migrator.backups.verification.scratch_database import Place
 from migrator.backups.verification.verdict import CannotRestore, Failed, Unproven, demand_parsed, judging
 from migrator.config.database_url import Target, parse
 from migrator.config.settings import Settings
-from migrator.errors import BackupFailed, SettingsError
+from migrator.errors import BackupFailed, SettingsError, some
 from migrator.postgres import connection_limit
 from migrator.postgres.session import QueryFailed, ServerFacts, Session
 from migrator.runtime import subprocesses
@@ -62,7 +59,7 @@ def place_of(settings: Settings, target: Target | None, application_name: str) -
     """Return the place of scratch databases: the target's server unless another is set."""
     elsewhere = bool(settings.verify_url)
     where = parse(settings.verify_url) if elsewhere else target or settings.required_target
-    return Place(where, elsewhere, application_name, settings.connect_timeout)
+    return Place(where, application_name, settings.connect_timeout, elsewhere)
 
 
 def preflight(session: Session, settings: Settings) -> None:
@@ -74,7 +71,7 @@ def preflight(session: Session, settings: Settings) -> None:
     place = place_of(settings, session.target, name)
     if settings.backup_verify != RESTORE:
         if not place.elsewhere and scratch_database.left_over(session, session.facts.database):
-            with place.connect() as other:
+            with place.beside() as other:
                 scratch_database.clear(other, session.facts.database)
         return
     if settings.backup_recipients and not settings.backup_identity_file:
@@ -85,7 +82,7 @@ def preflight(session: Session, settings: Settings) -> None:
             "restore` on a machine with the private key; or set MIGRATOR_BACKUP_IDENTITY_FILE to it",
         )
     check_client(settings, scratch_database.check(place))
-    with place.connect() as other:
+    with place.beside() as other:
         objection = trust.objection(
             settings, other, exported_snapshot.identity(session)[0], trust.owners_in(session)
         )
@@ -104,21 +101,21 @@ def check_client(settings: Settings, server: ServerFacts) -> None:
     )
 
 
+@dataclasses.dataclass
 class Proving:
     """The verification of one backup, from the dumped snapshot to the comparison."""
 
-    def __init__(self, session: Session, settings: Settings, client: Client, run_id: str, name: str) -> None:
-        self._session = session
-        self._settings = settings
-        self._client = client
-        self._run_id = run_id
-        self._name = name
-        self._found: Sequence[Relation] = ()
-        self._original: Contents | None = None
-        self._unrestorable: tuple[str, ...] = ()
-        self._reading: subprocesses.Finished | None = None
-        self._rows = Rows()
-        self._settings_facts: dict[str, Any] = {}
+    session: Session
+    settings: Settings
+    client: Client
+    run_id: str
+    name: str
+    _found: Sequence[Relation] = ()
+    _original: Contents | None = None
+    _unrestorable: tuple[str, ...] = ()
+    _reading: subprocesses.Finished | None = None
+    _rows: Rows = dataclasses.field(default_factory=Rows)
+    _settings_facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def reading(self, part: WritablePart | DirectoryPart) -> Iterator[Callable[[bytes], object] | None]:
@@ -132,7 +129,7 @@ class Proving:
         if not part.encrypted_to:
             yield part.write
             return
-        with Reader(self._client, self._rows.write) as reader:
+        with Reader(self.client, self._rows.write) as reader:
 
             def write(chunk: bytes) -> None:
                 part.write(chunk)
@@ -150,7 +147,7 @@ class Proving:
         ``found`` are its tables and sequences.
         """
         self._found = found
-        rows = self._settings.backup_verify == RESTORE
+        rows = self.settings.backup_verify == RESTORE
         if rows:
             LOGGER.info(
                 "hashing the rows of %s, to compare them with a restored copy", session.facts.database
@@ -185,9 +182,9 @@ class Proving:
         original = self._original
         assert original is not None  # noqa: S101 - in_snapshot came first
         try:
-            after = fingerprint.sequences_now(self._session, self._found)
+            after = fingerprint.sequences_now(self.session, self._found)
         except (LockedOut, QueryFailed) as error:
-            if self._session.closed:
+            if self.session.closed:
                 raise
             LOGGER.warning("the position of the sequences after the dump is not known: %s", error)
             after = {}
@@ -216,18 +213,18 @@ class Proving:
         try:
             proven = self._read(part)
             backup = dataclasses.replace(backup, tables=self._counted(backup.tables)).proven(proven)
-            if self._settings.backup_verify == RESTORE:
+            if self.settings.backup_verify == RESTORE:
                 started, how = time.monotonic(), RESTORE
-                with judging(), _archive_of(part, backup, self._settings) as path:
-                    place = place_of(self._settings, self._session.target, self._name)
+                with judging(), _archive_of(part, backup, self.settings) as path:
+                    place = place_of(self.settings, self.session.target, self.name)
                     backup = backup.proven(
-                        restored(place, self._settings, backup, path, self._run_id, self._original)
+                        restored(place, self.settings, backup, path, self.run_id, self._original)
                     )
         except (Unproven, SettingsError) as failure:
             unproven = (
                 failure if isinstance(failure, Unproven) else Unproven(failure.message, failure.next_step)
             )
-            return backup.unproven(failed_proof(how, self._run_id, started, str(unproven))), unproven
+            return backup.unproven(failed_proof(how, self.run_id, started, str(unproven))), unproven
         except Failed as failure:
             kept = store.mark_bad(part, str(failure), backup.database)
             raise BackupFailed(
@@ -238,7 +235,7 @@ class Proving:
 
     def _read(self, part: Part) -> Proof:
         started = time.monotonic()
-        found, parsed = _read_back(self._client, part, self._rows)
+        found, parsed = _read_back(self.client, part, self._rows)
         if found != part.stored:
             raise Failed(
                 f"The backup was written as {part.stored[1]} bytes with sha256 {part.stored[0][:12]}, "
@@ -249,7 +246,7 @@ class Proving:
         finished = self._reading or parsed
         if finished is not None:
             demand_parsed(finished)
-        return proof(READ, self._run_id, started, why="; ".join(self._unrestorable))
+        return proof(READ, self.run_id, started, why="; ".join(self._unrestorable))
 
     def _counted(self, tables: Mapping[str, Table]) -> dict[str, Table]:
         """Return the tables with the row counts of the archive, unless they were counted otherwise."""
@@ -319,15 +316,15 @@ def restored(
     :class:`Unproven`, and the errors that :func:`judging` separates.
     """
     started = time.monotonic()
-    with scratch_database.made(place, backup, run_id) as (session, target):
+    with scratch_database.made(place, backup, run_id) as (session, copy):
         server = session.facts
         check_client(settings, server)
-        LOGGER.info("restoring %s into %s, to compare it", backup.id, target.database)
+        LOGGER.info("restoring %s into %s, to compare it", backup.id, copy.target.database)
         client = clients.for_restore(settings, server.major, backup.client_major)
         _refuse_code_of_others(settings, session, backup, client, path)
         written = _schema_in(client, path, place)
-        refused = _fill(place, client, path, session, target, backup, written)
-        with connection_limit.connect(target, place.application_name, place.timeout) as inside:
+        refused = _fill(place, client, path, session, copy, backup, written)
+        with copy.connect() as inside:
             inside.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             found = dataclasses.replace(
                 fingerprint.take(
@@ -341,32 +338,19 @@ def restored(
         if same_major and original is not None and original.schema and original.schema != found.schema:
             wrong += comparison.difference(original, found)
         by_name = not (same_major and client.major == backup.client_major)
-        dumped = _schema_of(client, place, target, pg_restore.ENCODING.search(written))
+        dumped = _schema_of(client, place, copy, pg_restore.ENCODING.search(written))
         wrong += comparison.schemas(written, dumped, by_name=by_name)
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        told = f"The restored copy of {backup.id} differs from the original: {'; '.join(wrong[:8])}{more}."
+        told = f"The restored copy of {backup.id} differs from the original: {some(wrong, 8, '; ')}."
         if refused:
             raise Unproven(f"{told} The server refused settings of the original: {', '.join(refused)}.")
         raise Failed(told, next_step=_NOT_THE_DISK)
-    _tell(backup, compared, time.monotonic() - started)
+    LOGGER.info("%s was restored and compared in %.1f s: %s", backup.id, time.monotonic() - started, compared)
     why = "; ".join(
         (*compared.unknown, *(["definitions (only by name, because the majors differ)"] if by_name else []))
     )
     return proof(
         RESTORE, run_id, started, server_version=server.version, why=f"not compared: {why}" if why else ""
-    )
-
-
-def _tell(backup: Backup, compared: Compared, seconds: float) -> None:
-    LOGGER.info(
-        "%s was restored and compared in %.1f s: %d tables, %d of them with all their %d rows counted, %d hashed",
-        backup.id,
-        seconds,
-        compared.tables,
-        compared.counted,
-        compared.rows,
-        compared.hashed,
     )
 
 
@@ -396,25 +380,24 @@ def _refuse_code_of_others(
 
 
 def _fill(
-    place: Place, client: Client, path: Path, session: Session, target: Target, backup: Backup, written: bytes
+    place: Place, client: Client, path: Path, session: Session, copy: Login, backup: Backup, written: bytes
 ) -> tuple[str, ...]:
     """Fill the copy under the dump's settings; return the names of those that the server refused."""
     told = _CONFORMING.search(written)  # an older manifest has none
     wanted = {"standard_conforming_strings": told[1].decode()} if told else {}
-    with connection_limit.connect(target, place.application_name, place.timeout) as inside:
+    with copy.connect() as inside:
         filling = session_settings.for_copy(session, inside, wanted | dict(backup.spelling), client, path)
     if why := session_settings.misread(backup, filling.refused, written):
         raise Unproven(why, session_settings.NEXT_STEP)
-    environment = clients.environment(place.target, place.application_name, place.timeout)
     try:
         with event_triggers.apart(client, path) as (listed, _):
             pg_restore.restore_into(
                 client,
                 path,
-                clients.connection_argument(place.target, target.database),
-                filling.environment(environment),
+                copy,
                 session.facts.major,
                 options=(*_options(place), *listed),
+                pgoptions=filling.options,
                 before_post_data=filling.before_post_data,
             )
     except RestoreStopped as stopped:
@@ -430,7 +413,7 @@ def _schema_in(client: Client, path: Path, place: Place) -> bytes:
         raise Unproven(f"The backup's schema cannot be listed: {stopped.said}.") from stopped
 
 
-def _schema_of(client: Client, place: Place, target: Target, encoding: re.Match[bytes] | None) -> bytes:
+def _schema_of(client: Client, place: Place, copy: Login, encoding: re.Match[bytes] | None) -> bytes:
     """Return the copy's schema as pg_dump writes it, in the archive's encoding."""
     chunks: list[bytes] = []
     finished = connection_limit.run(
@@ -441,9 +424,9 @@ def _schema_of(client: Client, place: Place, target: Target, encoding: re.Match[
                 "--no-password",
                 *([f"--encoding={encoding[1].decode()}"] if encoding else []),
                 *_options(place),
-                clients.connection_argument(place.target, target.database),
+                copy.argument,
             ],
-            environment=clients.environment(place.target, place.application_name, place.timeout),
+            environment=copy.environment(),
             on_output=chunks.append,
         )
     )

@@ -30,13 +30,13 @@ from migrator.postgres.session import (
 from migrator.postgres.version_table import VersionTable
 from migrator.project import layout
 from migrator.project.manifest import FILE_NAME, Manifest, NoManifest, load, problems, rows_at
-from migrator.runtime import lazy_logging
+from migrator.runtime.logs import get_logger
 from migrator.runtime.signals import Interrupt, Interruption
 
 if TYPE_CHECKING:
     from migrator.project import ProjectOptions
 
-log = lazy_logging.get_logger("migrator")
+log = get_logger("migrator")
 
 _LONGEST = 1.0
 """Seconds for the connection. The pipeline waits for Postgres anyway, so this may take little of its time."""
@@ -60,11 +60,7 @@ class _Found(NamedTuple):
 
 
 def glance(
-    settings: Settings,
-    project: ProjectOptions,
-    destination: str,
-    run_id: str,
-    interruption: Interruption,
+    settings: Settings, project: ProjectOptions, destination: str, run_id: str, interruption: Interruption
 ) -> Outcome | None:
     """Return the outcome of an upgrade that is up to date; None if only the pipeline can tell."""
     record = Record("upgrade", settings.target, run_id)

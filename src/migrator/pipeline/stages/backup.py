@@ -61,9 +61,9 @@ def check_client(session: Session, settings: Settings) -> None:
     If a recent backup may be reused, another machine makes the backups, and no pg_dump is needed here.
     """
     if settings.backup_max_age is None:
-        from migrator.backups.dump import backup as dump
+        from migrator.backups import clients
 
-        dump.check_client(session, settings)
+        clients.for_dump(settings, session.facts.version, session.facts.major)
 
 
 def tidy_up(session: Session, settings: Settings) -> Finding | None:
@@ -84,13 +84,6 @@ def tidy_up(session: Session, settings: Settings) -> Finding | None:
     LOGGER.warning("old backups were not removed: %s", why)
     sentence = f"old backups were not removed: {why}"
     return Finding("backups-not-pruned", Severity.WARNING, settings.backup_url, sentence, "migrator prune")
-
-
-def preflight(session: Session, settings: Settings) -> None:
-    """Check, before anything starts, whether a backup is possible; raises :class:`BackupFailed`."""
-    from migrator.backups.dump import backup as dump
-
-    dump.preflight(session, settings)
 
 
 def reusable(

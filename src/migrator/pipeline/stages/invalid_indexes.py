@@ -19,7 +19,7 @@ from pathlib import Path
 
 from migrator.ledger.unfinished_runs import Built, read_built
 from migrator.outcome import Finding, Severity
-from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.postgres.session import Refused, Session, quote_identifier
 from migrator.postgres.version_table import VersionTable
 from migrator.project import Plan, Revision
 from migrator.schema import catalog
@@ -64,9 +64,7 @@ def clear_after_death(session: Session, plan: Plan, left: Collection[Built]) -> 
         )
         try:
             _drop(session, item.index)
-        except QueryFailed as error:
-            if error.lost:
-                raise
+        except Refused as error:
             log.warning("it could not be dropped: %s", error.text)
 
 
@@ -80,7 +78,7 @@ def _drop(session: Session, index: catalog.Index) -> None:
     """
     quoted = f"{quote_identifier(index.schema)}.{quote_identifier(index.name)}"
     if not session.value(_IS_STILL, (quoted, index.oid)):
-        raise QueryFailed("it was renamed or dropped", "42704")
+        raise Refused("it was renamed or dropped", "42704")
     session.query(f"DROP INDEX CONCURRENTLY IF EXISTS {quoted}")
 
 
@@ -122,9 +120,7 @@ def _each(
         )
         try:
             _drop(session, index)
-        except QueryFailed as error:
-            if error.lost:
-                raise
+        except Refused as error:
             yield _finding(index, f"; it could not be dropped: {error.text.rstrip('.')}")
 
 

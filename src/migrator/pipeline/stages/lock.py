@@ -89,7 +89,6 @@ def lock(
     *,
     look: Callable[[], Seen | None] | None = None,
     session_ends: Callable[[], bool] = lambda: False,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Held[Seen]]:
     """Hold the run lock within the block.
 
@@ -102,19 +101,14 @@ def lock(
     _refuse_pooler(session, settings)
     session.notice_a_dead_client()  # a killed run's lock ends with its connection
     started = time.monotonic()
-    seen = _acquire(session, settings.run_lock_timeout, look, sleep)
+    seen = _acquire(session, settings.run_lock_timeout, look)
     try:
         yield Held(time.monotonic() - started, seen)
     finally:
         _release(session, session_ends(), shared=seen is not None)
 
 
-def _acquire(
-    session: Session,
-    patience: float,
-    look: Callable[[], Seen | None] | None,
-    sleep: Callable[[float], None],
-) -> Seen | None:
+def _acquire(session: Session, patience: float, look: Callable[[], Seen | None] | None) -> Seen | None:
     """Take the lock: exclusive, or shared if ``look`` returned something, which is returned."""
     waiting = _Waiting(session, patience)
     alone = 1  # a run with work to do wants the exclusive lock
@@ -130,7 +124,7 @@ def _acquire(
             _unlock(session, shared=True)
             alone = _ALONE
             continue
-        sleep(waiting.pause())
+        time.sleep(waiting.pause())
 
 
 class _Waiting:

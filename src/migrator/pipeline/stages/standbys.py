@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
 
 from migrator.errors import Blocked
 from migrator.postgres.session import Session
@@ -37,9 +36,7 @@ def missing(names: str, waits: bool, there: int, hidden: int) -> bool:
     return there < (int(counted[1]) if counted else 1)
 
 
-def wait_for_standbys(
-    session: Session, patience: float, *, sleep: Callable[[float], None] = time.sleep
-) -> None:
+def wait_for_standbys(session: Session, patience: float) -> None:
     """Wait until a COMMIT would be answered, for ``patience`` seconds; raises :class:`Blocked`."""
     deadline, said = time.monotonic() + patience, float("-inf")
     while True:
@@ -62,4 +59,4 @@ def wait_for_standbys(
                 deadline - now,
                 names,
             )
-        sleep(min(0.5, max(0.05, deadline - now)))
+        time.sleep(min(0.5, max(0.05, deadline - now)))

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from migrator.outcome import Finding, Severity
-from migrator.postgres.session import QueryFailed, Session, quote_identifier
+from migrator.postgres.session import QueryFailed, Refused, Session, quote_identifier
 from migrator.schema import catalog, foreign_code
 from migrator.schema.expectations import Assertion, Expectations, ExpectedColumn, ExpectedTable, Scalar
 from migrator.schema.names import ForeignKey
@@ -251,9 +251,7 @@ def _assertion(session: Session, assertion: Assertion, timeout: float, trusting:
         )
         yield _error("assertion-refused", place, sentence, _REFUSED)
         return
-    except QueryFailed as error:
-        if error.lost:
-            raise
+    except Refused as error:
         yield _error("assertion-error", place, *_explain(error, timeout))
         return
     except (ValueError, ArithmeticError) as error:
