@@ -204,7 +204,7 @@ def test_a_database_that_is_gone_comes_back(database: Database, workbench: Bench
     restored = bench.restore()
     assert database.dump() == before
     assert restored.kept == ""
-    assert "is gone" in restored.notes[0]
+    assert "does not exist any more" in restored.notes[0]
     comment = "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = %s"
     assert database.psql(comment, [database.name]) == [(None,)]
 

@@ -241,7 +241,11 @@ def test_wrong_keys_are_settings_errors(tmp_path: Path, key: Key) -> None:
     assert os.listdir(store.folder) == []
     (tmp_path / "empty").write_text("# nothing\n")
     (tmp_path / "torn").write_text(secret[:-4])
-    for name, words in (("none", "cannot read"), ("empty", "no private key"), ("torn", "no private key")):
+    for name, words in (
+        ("none", "cannot read"),
+        ("empty", "no usable private key"),
+        ("torn", "no usable private key"),
+    ):
         with pytest.raises(SettingsError, match=words) as caught:
             list(opened([b"x"], tmp_path / name))
         assert secret[:-4] not in str(caught.value)
