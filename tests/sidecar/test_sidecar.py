@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from migrator.errors import Internal
 from migrator.outcome import ExitCode
+from migrator.sidecar.children import Kin, Told
+from migrator.sidecar.stay import Run
 from tests.support.ledgers import runs
 from tests.support.outcomes import refusal
 from tests.support.projects import Revision, linear_history, write_project
@@ -125,6 +128,20 @@ def test_a_signal_during_the_run_ends_both_as_it_ends_a_run(
     result = one.stop()
     refusal(result, ExitCode.INTERRUPTED, "Interrupted by SIGTERM")
     assert not database.psql(sleeping)
+
+
+def test_a_run_without_a_report_is_not_called_unchanged() -> None:
+    class Silent(Kin):
+        def __init__(self) -> None: ...
+
+        def upgrade(self, revision: str) -> Told:
+            return Told(0, {})
+
+    with pytest.raises(Internal) as caught:
+        Run(Silent(), "head").end()
+    assert "did not report how it ended" in str(caught.value)
+    assert "was not changed" not in str(caught.value)
+    assert "migrator current" in str(caught.value)
 
 
 def test_a_run_that_is_killed_is_said_to_be(

@@ -89,7 +89,7 @@ class Run:
             self._ended = background("run", lambda: self._kin.upgrade(self._revision))
         told = self._ended.result()
         if told.status == 0 and "after" not in told.document:
-            raise Internal("The run of the sidecar did not report how it ended.")
+            raise _defect("The run of the sidecar did not report how it ended.")
         return told
 
     def stop(self) -> Told | None:
@@ -154,10 +154,19 @@ def _watch(
     while all(thread.is_alive() for thread in threads):
         threads[1].join(1.0)
     dead = ", ".join(thread.name for thread in threads if not thread.is_alive())
-    raise Internal(f"A thread of the sidecar ended by itself: {dead}.")
+    raise _defect(f"A thread of the sidecar ended by itself: {dead}.")
 
 
 def _start(name: str, work: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def _defect(text: str) -> Internal:
+    """Return the error for a defect of the sidecar, whose run may have changed the database."""
+    return Internal(
+        text,
+        state="`migrator current` shows the state of the database.",
+        next_step="start the sidecar again, and report this with the log at MIGRATOR_LOG_LEVEL=debug",
+    )

@@ -133,7 +133,10 @@ class FolderStore:
         try:
             return self._names(ending)
         except OSError as error:
-            raise BackupFailed(f"The backups in {self.folder} cannot be listed: {error.strerror}.") from error
+            raise BackupFailed(
+                f"The backups in {self.folder} cannot be listed: {error.strerror}.",
+                next_step="check the permissions of that folder, or set MIGRATOR_BACKUP_URL to another folder",
+            ) from error
 
     def get(self, wanted: str, database: str) -> Backup:
         path = self.folder / f"{wanted}{interface.MANIFEST}"
@@ -141,7 +144,10 @@ class FolderStore:
             try:
                 return self._read(path)
             except (BadManifest, FileNotFoundError) as error:
-                raise BackupFailed(f"The manifest {path} cannot be used: {error}.") from error
+                raise BackupFailed(
+                    f"The manifest {path} cannot be used: {error}.",
+                    next_step="use another backup: `migrator backups` lists them",
+                ) from error
         return interface.pick(self, wanted, database)
 
     def _names(self, ending: str) -> list[Path]:

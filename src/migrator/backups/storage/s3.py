@@ -313,7 +313,10 @@ class S3Store:
             except S3Failure as failure:
                 raise self._cannot_read(failure) from failure
             except BadManifest as error:
-                raise BackupFailed(f"The manifest {self.place(name)} cannot be used: {error}.") from error
+                raise BackupFailed(
+                    f"The manifest {self.place(name)} cannot be used: {error}.",
+                    next_step="use another backup: `migrator backups` lists them",
+                ) from error
             if backup is not None:
                 return backup
         return pick(self, wanted, database)
