@@ -84,6 +84,19 @@ def of_a_signal(error: BaseException) -> bool:
     return isinstance(error, (QueryFailed, ConnectFailed, Unreachable, BackupFailed))
 
 
+def ending(this: Run, error: Exception | Interrupt) -> MigratorError:
+    """Return the error that a run ends with: :func:`known`, but never "not changed" after a commit."""
+    record, meaning = this.record, known(this, error)
+    if meaning.state != UNCHANGED or None in (record.before, record.after) or record.after == record.before:
+        return meaning
+    return Partial(
+        meaning.message,
+        state=f"The database is at {', '.join(record.after or ()) or 'base'}.",
+        next_step=meaning.next_step or "check with `migrator verify`",
+        findings=meaning.findings,
+    )
+
+
 def known(this: Run, error: Exception | Interrupt) -> MigratorError:
     """Return the error that says what happened, for any exception."""
     record = this.record

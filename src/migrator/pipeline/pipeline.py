@@ -17,7 +17,7 @@ import logging
 
 from migrator.outcome import Outcome
 from migrator.pipeline import work
-from migrator.pipeline.context import ATTEMPTS, Run, harmless, known
+from migrator.pipeline.context import ATTEMPTS, Run, ending, harmless
 from migrator.pipeline.maintenance_window import window
 from migrator.pipeline.on_failure import taking_back
 from migrator.pipeline.run_rows import on_the_books
@@ -33,12 +33,12 @@ def run(this: Run) -> Outcome:
     """Run a request from the first to the last stage; never raises."""
     interruption = this.interruption
     interruption.outcome = lambda: interruption.whole(
-        this.record.failed(known(this, Interrupt(interruption.received)))
+        this.record.failed(ending(this, Interrupt(interruption.received)))
     )
     try:
         _patiently(this)
     except (Exception, Interrupt) as error:  # noqa: BLE001 - the one place that catches everything
-        outcome = this.record.failed(known(this, error))
+        outcome = this.record.failed(ending(this, error))
     else:
         outcome = this.record.succeeded()
     interruption.outcome = lambda: interruption.whole(outcome)

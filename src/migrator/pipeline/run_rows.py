@@ -12,7 +12,7 @@ from migrator.ledger.checksums import EDITED
 from migrator.ledger.queries import Standing, read_standing, read_visited
 from migrator.ledger.table import FOUND, GONE
 from migrator.outcome import Outcome
-from migrator.pipeline.context import Run, alive, harmless, known
+from migrator.pipeline.context import Run, alive, ending, harmless
 from migrator.pipeline.drift import snapshot_if_moved
 from migrator.pipeline.stages.inspect import Inspection
 from migrator.pipeline.stages.invalid_indexes import built
@@ -32,7 +32,7 @@ def on_the_books(this: Run, session: Session, history: History) -> Iterator[None
     except (Exception, Interrupt) as error:
         if harmless(this, error):
             raise  # the run starts again
-        told = known(this, error)
+        told = ending(this, error)
         _close(this, session, history, this.record.failed(told))
         raise told from error
     _close(this, session, history, this.record.succeeded())
