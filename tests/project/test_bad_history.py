@@ -181,7 +181,7 @@ def test_two_heads_are_named_with_both_ways_out(
         (("upgrade", "+5"), ("5",)),
         (("downgrade", "-5"), ("5",)),
         (("downgrade", "nosuch"), ("nosuch",)),
-        (("upgrade", "r001-1"), ("'r001-1' leads to no revision", "at r002")),
+        (("upgrade", "r001-1"), ("'r001-1' leads to no revision from r002",)),
         (("upgrade", "@"), ("'@' leads to no revision",)),
         (("stamp", "nosuch"), ("nosuch",)),
         (("show", "nosuch"), ("nosuch",)),
