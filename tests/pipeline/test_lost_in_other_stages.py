@@ -33,7 +33,7 @@ CONTROL, DUMP = RUNS.format("NOT LIKE"), RUNS.format("LIKE")
 OURS = (
     "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'migrator/%'"
 )
-AGAIN = "beginning again (1 of 3)"
+AGAIN = "starting again (1 of 3)"
 
 
 @pytest.fixture
