@@ -157,6 +157,39 @@ def test_equal_rows_are_refused(database: Database, project: Project, run: Run) 
     done(run(cwd=folder))
 
 
+def test_a_row_and_its_ancestors(database: Database, project: Project, run: Run) -> None:
+    """As two tools, or an edited row, leave them; the message has the rows to delete."""
+    folder = project(revisions=linear_history(3))
+    done(run("upgrade", "r002", cwd=folder))
+    database.execute("INSERT INTO alembic_version VALUES ('r001')")
+    for command in ("upgrade", "verify"):
+        said = refusal(
+            run(command, cwd=folder), ExitCode.BAD_HISTORY, "r002 overlaps with", "if r002 was applied"
+        )
+    database.execute("DELETE FROM alembic_version " + said.partition("row (")[2].partition("), if")[0])
+    done(run(cwd=folder))
+
+
+def test_a_table_of_that_name_that_is_not_alembics(database: Database, project: Project, run: Run) -> None:
+    folder = project(revisions=linear_history(1))
+    database.execute(
+        "CREATE TABLE alembic_version (version text); INSERT INTO alembic_version VALUES ('r001')"
+    )
+    for command in ("upgrade", "verify", "status"):
+        refusal(
+            run(command, cwd=folder), ExitCode.UNVERSIONED, "no column version_num", "MIGRATOR_VERSION_TABLE"
+        )
+
+
+def test_a_row_that_cannot_be_changed(database: Database, project: Project, run: Run) -> None:
+    """The revision is not at fault."""
+    folder = project(revisions=linear_history(2))
+    done(run("upgrade", "r001", cwd=folder))
+    database.execute("CREATE RULE kept AS ON UPDATE TO alembic_version DO INSTEAD NOTHING")
+    said = refusal(run(cwd=folder), ExitCode.ROLLED_BACK, "a trigger, a rule or row-level security")
+    assert "fix revision" not in said
+
+
 def test_an_id_that_is_too_long(database: Database, project: Project, run: Run) -> None:
     folder = project(revisions=[Revision("r" * 40, None, "CREATE TABLE t (id int)")])
     refusal(run(cwd=folder), ExitCode.ROLLED_BACK, "has 40 characters", "ALTER version_num TYPE varchar(255)")

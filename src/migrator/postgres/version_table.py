@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from migrator.errors import AccessDenied, SettingsError
+from migrator.errors import AccessDenied, SettingsError, Unversioned
 from migrator.postgres.queries import IN_USER_SCHEMA
 from migrator.postgres.session import QueryFailed, Session, as_typed, quote_identifier
 
@@ -310,5 +310,10 @@ def _read(session: Session, there: VersionTable, table: VersionTable) -> tuple[s
                 f"{session.facts.user} may not read the version table {table}.",
                 next_step=f"GRANT SELECT ON {table.typed} TO {as_typed(session.facts.user)}, and for what changes the"
                 " schema INSERT, UPDATE, DELETE as well; USAGE ON SCHEMA too, where it has not even that",
+            ) from None
+        if error.sqlstate == "42703":
+            raise Unversioned(
+                f"{table} has no column version_num, so it is not a version table of Alembic's.",
+                next_step="name this application's version table in MIGRATOR_VERSION_TABLE, or rename that table",
             ) from None
         raise

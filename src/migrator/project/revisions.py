@@ -323,7 +323,14 @@ class History:
                 ) from error
             if "Ambiguous" in text and kind:
                 raise self._ambiguous(destination, kind, current) from error
-            raise HistoryError(f"{text}.", next_step="`migrator history` lists the revisions") from error
+            next_step = "`migrator history` lists the revisions"
+            if (overlap := _OVERLAP.match(text)) and {overlap[1], *overlap[2].split(", ")} <= set(current):
+                superfluous = ", ".join(f"'{id}'" for id in overlap[2].split(", "))
+                next_step = (
+                    f"the version table has a revision and its ancestor: delete the ancestor's row (WHERE version_num "
+                    f"IN ({superfluous})), if {overlap[1]} was applied"
+                )
+            raise HistoryError(f"{text}.", next_step=next_step) from error
         except AssertionError as error:  # Alembic's own, for a destination that it cannot use
             if not _raised_by_alembic(error):
                 raise
@@ -441,6 +448,7 @@ def _raised_by_alembic(error: BaseException) -> bool:
     return Path(frames[-1].filename).is_relative_to(Path(alembic.__file__).parent)
 
 
+_OVERLAP = re.compile(r"Requested revision (\S+) overlaps with other requested revisions (.+)")
 _NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
 
 

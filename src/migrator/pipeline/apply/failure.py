@@ -207,6 +207,11 @@ def _cure(error: BaseException, after: Aftermath) -> str:
             f"the id {failed} has {len(failed)} characters, more than version_num takes: ALTER TABLE "
             "the version table ALTER version_num TYPE varchar(255), or shorten the id"
         )
+    if "Online migration expected to match" in str(error):  # Alembic's own words
+        return (
+            "the row of the version table could not be changed: look for a trigger, a rule or row-level "
+            "security on that table, and for another tool that writes it; then run migrator again"
+        )
     first = bool(failed) and after.plan.kind == "upgrade" and failed == after.plan.revisions[0].revision
     if code in _IS_THERE and first and not after.plan.before and not after.plan.baseline:
         return (
