@@ -181,6 +181,19 @@ def test_a_table_of_that_name_that_is_not_alembics(database: Database, project: 
         )
 
 
+def test_a_row_without_a_revision(database: Database, project: Project, run: Run) -> None:
+    folder = project(revisions=linear_history(1))
+    database.execute(
+        "CREATE TABLE alembic_version (version_num varchar(32)); INSERT INTO alembic_version VALUES (NULL)"
+    )
+    for command in ("upgrade", "verify", "status"):
+        said = refusal(
+            run(command, cwd=folder), ExitCode.BAD_HISTORY, "a row without a revision", "DELETE FROM"
+        )
+    database.execute(said.partition("in psql: ")[2].partition(";")[0])
+    done(run(cwd=folder))
+
+
 def test_a_row_that_cannot_be_changed(database: Database, project: Project, run: Run) -> None:
     """The revision is not at fault."""
     folder = project(revisions=linear_history(2))

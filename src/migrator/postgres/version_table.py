@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from migrator.errors import AccessDenied, SettingsError, Unversioned
+from migrator.errors import AccessDenied, HistoryError, SettingsError, Unversioned
 from migrator.postgres.queries import IN_USER_SCHEMA
 from migrator.postgres.session import QueryFailed, Session, as_typed, quote_identifier
 
@@ -208,9 +208,12 @@ class _Rows:
 
     def __init__(self) -> None:
         self.values: list[str] = []
+        self.nulls = 0
 
     def write(self, data: bytes) -> int:
-        if data != b"\n":
+        if data == b"\n":
+            self.nulls += 1
+        else:
             self.values.append(data.decode()[1:-2].replace('""', '"'))
         return len(data)
 
@@ -221,6 +224,10 @@ def copied(session: Session, table: VersionTable) -> tuple[str, ...]:
     It uses COPY and not a query. The table's creator may have given it an index that calls a function,
     which the planner would evaluate as us (docs/why/adr/0035-rows-are-read-by-copy.md).
     """
+    return tuple(sorted(_copied(session, table).values))
+
+
+def _copied(session: Session, table: VersionTable) -> _Rows:
     sink = _Rows()
     try:
         session.query(
@@ -230,7 +237,7 @@ def copied(session: Session, table: VersionTable) -> tuple[str, ...]:
         if error.sqlstate in ("42P01", "3F000", "42809"):
             raise NotThere from error
         raise
-    return tuple(sorted(sink.values))
+    return sink
 
 
 # A schema that the role may not use is not in its effective search path, and its tables seem not to
@@ -301,7 +308,7 @@ def read_rows(session: Session, table: VersionTable) -> tuple[str, ...]:
 def _read(session: Session, there: VersionTable, table: VersionTable) -> tuple[str, ...]:
     """Read the existing table ``there``; the user's name for it is ``table``."""
     try:
-        return copied(session, there)
+        rows = _copied(session, there)
     except NotThere:
         return ()
     except QueryFailed as error:
@@ -317,3 +324,9 @@ def _read(session: Session, there: VersionTable, table: VersionTable) -> tuple[s
                 next_step="name this application's version table in MIGRATOR_VERSION_TABLE, or rename that table",
             ) from None
         raise
+    if rows.nulls:  # Alembic ends with a TypeError, as if env.py were at fault
+        raise HistoryError(
+            f"{table} has a row without a revision (NULL).",
+            next_step=f"in psql: DELETE FROM {there.quoted} WHERE version_num IS NULL; then run migrator again",  # noqa: S608 - text
+        )
+    return tuple(sorted(rows.values))
