@@ -150,7 +150,7 @@ def test_equal_rows_are_refused(database: Database, project: Project, run: Run) 
     database.execute("INSERT INTO alembic_version SELECT 'r001' FROM generate_series(1, 2)")
     for command in ("upgrade", "verify"):
         said = refusal(
-            run(command, cwd=folder), ExitCode.BAD_HISTORY, "alembic_version has r001 3 times", "DELETE FROM"
+            run(command, cwd=folder), ExitCode.BAD_HISTORY, "duplicate rows: r001 3 times", "DELETE FROM"
         )
     statement = said.partition("Next: ")[2].partition(";")[0]
     database.execute(statement)
