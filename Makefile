@@ -11,8 +11,8 @@ demo: ## run the main job on an embedded Postgres, or on the server of DATABASE_
 test: ## install all that the tests need and pass them
 	bin/test
 
-fast: ## the tests that need neither a container engine nor other projects
-	bin/test -m "not engine and not histories"
+fast: ## the tests that need no server, no container engine and no other project
+	bin/test -n auto -m "not server and not engine and not histories"
 
 chaos: ## an hour of killed, cut and restarted runs (SECONDS=600 for ten minutes)
 	bin/setup

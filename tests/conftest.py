@@ -55,6 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what one worker has to do alone and takes longest: the container engine's tests, the real projects."""
     alone = ("tests/engine/", "tests/image/", "tests/histories/")
     items.sort(key=lambda item: not item.nodeid.startswith(alone))
+    for item in items:
+        if {"servers", "private_server"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
 
 
 @pytest.hookimpl(optionalhook=True)
