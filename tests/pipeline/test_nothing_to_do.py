@@ -245,7 +245,7 @@ def _append(name: str, text: str) -> Change:
         ),
         (
             _append("alembic.ini", "version_locations = %(here)s/migrations/versions\n"),
-            "version_locations was",
+            "version_locations changed",
         ),
         (_append("migrations/manifest.json", "x"), "it is not valid"),
     ],
