@@ -418,7 +418,7 @@ class MigrationService:
                 next_step=f"migrator restore {backup_id} --yes; to look first: migrator restore {backup_id} "
                 "--to NAME",
             )
-        from migrator.backups.restore.restore import Wishes, restore
+        from migrator.backups.restore.restore import RestoreOptions, restore
         from migrator.backups.restore.write_detection import Incomplete
         from migrator.pipeline.stages.lock import lock
 
@@ -444,7 +444,9 @@ class MigrationService:
                     run_id=self.run_id,
                     application_name=self.application_name,
                     replace=replace,
-                    wishes=Wishes(drop_old=drop_old, incomplete=incomplete, swapped=self.interruption.shield),
+                    options=RestoreOptions(
+                        drop_old=drop_old, incomplete=incomplete, swapped=self.interruption.shield
+                    ),
                 )
             except Incomplete as error:
                 raise SettingsError(

@@ -12,7 +12,7 @@ import pytest
 from migrator.backups.clients import Client
 from migrator.backups.dump import format
 from migrator.backups.exported_snapshot import Relation
-from migrator.backups.restore.restore import Wishes
+from migrator.backups.restore.restore import RestoreOptions
 from migrator.backups.restore.write_detection import Incomplete
 from migrator.config.settings import Settings, load
 from migrator.errors import BackupFailed, SettingsError
@@ -261,7 +261,7 @@ def test_rows_are_left_out_and_everyone_is_told(
     assert "table nowhere.at_all does not exist" in caplog.text
     with pytest.raises(Incomplete, match="measured_1"):
         bench.restore()
-    bench.restore(wishes=Wishes(incomplete=True))
+    bench.restore(options=RestoreOptions(incomplete=True))
     assert database.psql("SELECT a FROM kept") == [(1,)]
     assert database.psql('SELECT count(*) FROM logs."Old, x"') == [(0,)]
     assert database.psql("SELECT count(*) FROM measured") == [(0,)]

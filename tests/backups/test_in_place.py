@@ -13,7 +13,7 @@ import pytest
 from migrator.backups import event_triggers, psql
 from migrator.backups.restore import in_place
 from migrator.backups.restore import tables as side_schema
-from migrator.backups.restore.restore import Wishes
+from migrator.backups.restore.restore import RestoreOptions
 from migrator.backups.restore.result import Restored
 from migrator.backups.restore.tables import restore_tables
 from migrator.backups.restore.write_detection import Incomplete
@@ -196,7 +196,7 @@ def test_what_only_a_superuser_can_dump_is_named_and_not_lost(
     app.execute("ALTER ROLE app_role CREATEDB")
     app.execute("ALTER FOREIGN DATA WRAPPER other OWNER TO postgres" if hidden == MAPPING else "SELECT 1")
     with pytest.raises(Incomplete, match=named):
-        bench.restore(wishes=Wishes(drop_old=True))
+        bench.restore(options=RestoreOptions(drop_old=True))
     if hidden == MAPPING:  # which nobody but a superuser may make again
         bench = workbench(Database(app.server, app.name))
     restored = bench.restore()

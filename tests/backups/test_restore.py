@@ -15,7 +15,7 @@ import pytest
 
 from migrator.backups import databases
 from migrator.backups.exported_snapshot import Relation
-from migrator.backups.restore.restore import Wishes
+from migrator.backups.restore.restore import RestoreOptions
 from migrator.errors import RestoreFailed, SettingsError
 from tests.support import PLANTED, installations, leaks
 from tests.support.servers import Database, Server
@@ -242,7 +242,7 @@ def test_the_old_database_is_dropped_where_that_is_wanted(database: Database, wo
     database.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS a")
     bench = workbench(database)
     bench.back_up()
-    restored = bench.restore(wishes=Wishes(drop_old=True))
+    restored = bench.restore(options=RestoreOptions(drop_old=True))
     assert (restored.kept, restored.dropped) == ("", f"{database.name}_before_run2")
     assert bench.databases() == {database.name}
     assert "was dropped" in restored.message
@@ -257,7 +257,7 @@ def test_a_template_stays_one_and_the_old_one_can_be_dropped(
     bench.back_up()
     database.server.psql(f"ALTER DATABASE {database.name} IS_TEMPLATE true")
     try:
-        restored = bench.restore(wishes=Wishes(drop_old=drop_old))
+        restored = bench.restore(options=RestoreOptions(drop_old=drop_old))
         assert database.psql(facts, [database.name]) == [(True,)]
         assert bool(restored.dropped) == drop_old
         if restored.kept:

@@ -170,7 +170,7 @@ def test_what_goes_before_a_restore_from_within_is_backed_up_whole(
     app_database.execute("SET ROLE app_role; CREATE TABLE audit AS SELECT generate_series(1, 10) AS a")
     bench = workbench(app_database, MIGRATOR_BACKUP_EXCLUDE_TABLE_DATA="audit")
     bench.back_up()
-    restored = bench.restore(wishes=module.Wishes(incomplete=True))
+    restored = bench.restore(options=module.RestoreOptions(incomplete=True))
     assert "it lacks the rows of public.audit" in " ".join(restored.notes)
     assert app_database.psql("SELECT count(*) FROM audit") == [(0,)]
     bench.restore(restored.safety, run_id="run3")

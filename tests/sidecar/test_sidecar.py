@@ -15,7 +15,7 @@ import pytest
 
 from migrator.errors import Internal
 from migrator.outcome import ExitCode
-from migrator.sidecar.children import Kin, Told
+from migrator.sidecar.children import ChildProcess, ChildResult
 from migrator.sidecar.stay import Run
 from tests.support.ledgers import runs
 from tests.support.outcomes import refusal
@@ -131,11 +131,11 @@ def test_a_signal_during_the_run_ends_both_as_it_ends_a_run(
 
 
 def test_a_run_without_a_report_is_not_called_unchanged() -> None:
-    class Silent(Kin):
+    class Silent(ChildProcess):
         def __init__(self) -> None: ...
 
-        def upgrade(self, revision: str) -> Told:
-            return Told(0, {})
+        def upgrade(self, revision: str) -> ChildResult:
+            return ChildResult(0, {})
 
     with pytest.raises(Internal) as caught:
         Run(Silent(), "head").end()

@@ -17,7 +17,7 @@ from migrator.config.value_parsers import interval, listen_address, optional_int
 from migrator.errors import Interrupted, SettingsError
 from migrator.outcome import ExitCode
 from migrator.sidecar.board import Board, Check, Readiness, Verification
-from migrator.sidecar.children import Told
+from migrator.sidecar.children import ChildResult
 from migrator.sidecar.stay import Run, _stopped
 from migrator.sidecar.web import is_loopback, library
 from tests.ledger.test_compatibility import floors
@@ -254,11 +254,11 @@ class Stubborn:
     """A run that ends as told, once it is told to stop."""
 
     def __init__(self, status: int) -> None:
-        self._told = Told(status, {"after": ["r001"], "message": "done"})
+        self._told = ChildResult(status, {"after": ["r001"], "message": "done"})
         self._stop = threading.Event()
         self.begun = threading.Event()
 
-    def upgrade(self, revision: str) -> Told:
+    def upgrade(self, revision: str) -> ChildResult:
         self.begun.set()
         self._stop.wait(60)
         return self._told

@@ -19,7 +19,7 @@ from pathlib import Path
 from migrator.backups.clients import Client, Login, RestoreStopped, last_words
 from migrator.postgres import search_path
 from migrator.runtime import subprocesses
-from migrator.runtime.threads import Conveyor, Gone, background
+from migrator.runtime.threads import Gone, Pipe, background
 
 _AHEAD = 16
 """Chunks (of at most a megabyte) that pg_restore may be ahead of psql."""
@@ -107,7 +107,7 @@ def run(
 @contextlib.contextmanager
 def _output(arguments: Sequence[str | Path]) -> Iterator[Iterator[bytes]]:
     """Run a program in a thread and yield an iterator over its stdout, which raises if the program fails."""
-    passed = Conveyor(_AHEAD)
+    passed = Pipe(_AHEAD)
 
     def work() -> None:
         try:

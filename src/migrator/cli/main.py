@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit code out; no logic."""
+"""The command line: arguments in, exit code out; signals and errors become an exit code."""
 
 from __future__ import annotations
 

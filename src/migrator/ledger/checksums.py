@@ -1,4 +1,4 @@
-"""Applied revisions with an edited file: find them by checksum, and tell a cosmetic edit from a real one."""
+"""Decide whether the file of an applied revision was edited (exit code 34), and whether that is cosmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Plan a downgrade of revisions that this image does not have, with the SQL from the ledger."""
+"""Choose which downgrades of the ledger to run for ``-1``, ``base`` or a revision that this image lacks.
+
+:mod:`.queries` reads them, and ``pipeline/apply/downgrade_from_ledger.py`` runs them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the ledger, and repair it: the commands ``ledger`` and ``repair``."""
+"""The commands ``ledger`` (read it) and ``repair``."""
 
 from __future__ import annotations
 

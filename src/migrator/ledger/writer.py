@@ -1,4 +1,8 @@
-"""Keep the ledger during the migration: on its own connection, in the same transaction as the recorded work."""
+"""Write rows of the ledger.
+
+The row of a revision is written on the migration's connection, in the revision's transaction. The rows
+of a run are written on migrator's own session.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ class Connection(Protocol):
         """Whether a statement since the last call may have dropped a table, or granted something on it."""
 
 
-class Bookkeeper:
+class LedgerWriter:
     """Writes the rows of one run, for each connection and version table of ``env.py``.
 
     ``enabled`` is MIGRATOR_LEDGER; without it, every method does nothing. ``after`` is the number of
@@ -84,7 +88,7 @@ class Bookkeeper:
         self._rows: frozenset[str] = frozenset()
         self.number = after  # 0 is the row of the run itself
 
-    def look_back(self, plan: Sequence[Revision]) -> dict[str, str]:
+    def render_downgrades(self, plan: Sequence[Revision]) -> dict[str, str]:
         """Render the SQL that reverts each pending revision; return the reasons for those without, by
         revision.
 

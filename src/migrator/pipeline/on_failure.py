@@ -36,7 +36,7 @@ log = logging.getLogger("migrator")
 
 
 @contextlib.contextmanager
-def taking_back(this: Run, history: History, run_plan: Callable[[Plan], object]) -> Iterator[None]:
+def undoing_on_failure(this: Run, history: History, run_plan: Callable[[Plan], object]) -> Iterator[None]:
     """Follow the setting after a failure in the block; raise the error that says how that ended.
 
     ``run_plan`` runs a plan through ``env.py``.
@@ -239,7 +239,7 @@ def _no_way_back(this: Run, history: History, before: tuple[str, ...], rows: tup
 def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> MigratorError:
     """Restore this run's backup, and return the error that says how that went."""
     from migrator.backups.clients import WouldLose
-    from migrator.backups.restore.restore import Wishes, restore
+    from migrator.backups.restore.restore import RestoreOptions, restore
     from migrator.backups.restore.write_detection import Incomplete
 
     settings, record = this.settings, this.record
@@ -262,7 +262,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
                 run_id=record.run_id,
                 application_name=this.application_name,
                 replace=True,
-                wishes=Wishes(
+                options=RestoreOptions(
                     own=None if certain else lambda: frozenset(record.transactions),
                     before_swap=lambda session: remembered.append(_remember(this, session, told, memory)),
                     swapped=this.interruption.shield,

@@ -19,8 +19,8 @@ from migrator.outcome import Outcome
 from migrator.pipeline import work
 from migrator.pipeline.context import ATTEMPTS, Run, ending, harmless
 from migrator.pipeline.maintenance_window import window
-from migrator.pipeline.on_failure import taking_back
-from migrator.pipeline.run_rows import on_the_books
+from migrator.pipeline.on_failure import undoing_on_failure
+from migrator.pipeline.run_rows import recorded_in_the_ledger
 from migrator.pipeline.stages.inspect import Inspection
 from migrator.postgres.session import ConnectFailed, QueryFailed, Session
 from migrator.project import History
@@ -82,13 +82,15 @@ def _change(
 ) -> None:
     """Do the pending work; the run lock is held."""
     work.refuse(this, session, history, found)
-    with on_the_books(this, session, history):
+    with recorded_in_the_ledger(this, session, history):
         work.guard(this, session, found)
         with window(this, session):
             work.back_up(this, session, found)
             work.clear_invalid_indexes(this, session, found, expectations)
             before = work.begin(this, session, found)
-            with taking_back(this, history, lambda plan: work.apply(this, session, history, found, plan)):
+            with undoing_on_failure(
+                this, history, lambda plan: work.apply(this, session, history, found, plan)
+            ):
                 table = work.apply(this, session, history, found, found.plan)
                 work.verify(this, session, history, table, expectations, before)
             work.remove_old_backups(this, session)

@@ -57,7 +57,7 @@ class Record:
         self.findings: tuple[Finding, ...] = ()
         self.transactions: set[int] = set()
         """The ids of the transactions in which this run is known to have written since its backup."""
-        self.rows_booked = 0
+        self.ledger_rows = 0
         self.failed_in = ""
         self.committed_parts: tuple[str, ...] = ()
         self.failed_for: Mapping[str, str] | None = None

@@ -25,7 +25,7 @@ log = logging.getLogger("migrator.ledger")
 
 
 @contextlib.contextmanager
-def on_the_books(this: Run, session: Session, history: History) -> Iterator[None]:
+def recorded_in_the_ledger(this: Run, session: Session, history: History) -> Iterator[None]:
     """Add the run to the ledger when the block ends, also after an error."""
     try:
         yield

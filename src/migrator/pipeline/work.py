@@ -1,4 +1,7 @@
-"""The input of each stage of a run, and the part of its result that goes into the run's record."""
+"""One function for each stage: it calls the stage, and writes its result into the run's record.
+
+:func:`nothing_to_do` decides whether anything is pending.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from dataclasses import replace
 from migrator.backups.manifest import summary
 from migrator.errors import BackupFailed, Internal
 from migrator.ledger.checksums import judge
-from migrator.ledger.writer import Bookkeeper
+from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding
 from migrator.pipeline import run_rows
-from migrator.pipeline.apply.apply import Application
+from migrator.pipeline.apply.apply import MigrationExecution
 from migrator.pipeline.apply.apply import apply as apply_plan
 from migrator.pipeline.apply.downgrade_from_ledger import Reversal
 from migrator.pipeline.context import Run, rows_now
@@ -256,7 +259,7 @@ def apply(
     if plan.kept:
         return _downgrade_from_ledger(this, session, found)
     back = plan is not found.plan
-    application = Application(
+    execution = MigrationExecution(
         session,
         history,
         this.settings,
@@ -265,44 +268,44 @@ def apply(
         interruption=this.interruption,
         apply_lock=(LOCK_CLASS, APPLY_LOCK),
         regain=lambda: regain(session),
-        books=Bookkeeper(
+        ledger_writer=LedgerWriter(
             record.author(this.settings.actor),
             history,
             command=f"{plan.kind if back else this.request.kind} {plan.destination}",
             backup_id=record.backup_id,
             enabled=this.settings.ledger,
-            after=record.rows_booked,
+            after=record.ledger_rows,
         ),
         known={} if back else found.where.visits,
         about=found.where.about,
     )
 
     def rows() -> frozenset[str] | None:
-        return rows_now(this, session, application.version_table)
+        return rows_now(this, session, execution.version_table)
 
     was, record.after = record.after, None  # not known until it is read
     try:
         with record.stage("downgrade" if back else "apply"):
             log_in_again(session, this.settings, this.application_name)
-            apply_plan(application, backup_id=record.way_back, rows_now=rows)
+            apply_plan(execution, backup_id=record.way_back, rows_now=rows)
     finally:
-        if application.version_table is not None:
-            record.version_table = application.version_table
+        if execution.version_table is not None:
+            record.version_table = execution.version_table
             now = rows()
-            record.revisions = before if now is None else (*before, *application.committed())
+            record.revisions = before if now is None else (*before, *execution.committed())
             record.after = None if now is None else tuple(sorted(now))
-            if found.where.several or len(application.visits) > 1:
-                passed = {place: passage.after for place, passage in application.visits.items()}
+            if found.where.several or len(execution.visits) > 1:
+                passed = {place: passage.after for place, passage in execution.visits.items()}
                 record.visits |= passed
         else:
             record.after = was
-        record.transactions |= application.steps.transactions
-        record.rows_booked = application.books.number
-        record.findings += tuple(application.steps.findings)
+        record.transactions |= execution.steps.transactions
+        record.ledger_rows = execution.ledger_writer.number
+        record.findings += tuple(execution.steps.findings)
         if not back:
-            record.failed_in = application.steps.running
-            record.committed_parts = tuple(dict.fromkeys(part.revision for part in application.unfinished))
-    return application.version_table
+            record.failed_in = execution.steps.running
+            record.committed_parts = tuple(dict.fromkeys(part.revision for part in execution.unfinished))
+    return execution.version_table
 
 
 def _downgrade_from_ledger(this: Run, session: Session, found: Inspection) -> VersionTable | None:

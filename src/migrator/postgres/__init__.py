@@ -1,1 +1,1 @@
-"""Postgres through psycopg2: sessions, errors, deadlines and the version table."""
+"""Postgres through psycopg2: sessions, errors and the version table."""

@@ -1,4 +1,4 @@
-"""The code that is attached to a table, runs when the table is read or written, and whose code it is.
+"""Which roles' code runs when a table is read or written.
 
 Such code is in triggers, rules, checks, indexes, defaults, policies, statistics and the types of
 columns. It is also in related tables: a child, a table with a foreign key to it, and tables that a rule

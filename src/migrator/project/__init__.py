@@ -1,4 +1,4 @@
-"""The history: the Alembic revision graph in the image.
+"""The user's Alembic project: its configuration, its revision graph (the history) and its ``env.py``.
 
 Only this package imports alembic. In real projects ``env.py`` imports the whole application, which
 takes seconds. The graph comes from the revision files alone, and only :meth:`History.run` loads

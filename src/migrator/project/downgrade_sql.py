@@ -1,4 +1,4 @@
-"""The downgrade of a revision as plain SQL, for an image that does not have the revision.
+"""Render the ``downgrade()`` of a revision to SQL, which the ledger keeps for an older image.
 
 A revision's ``downgrade()`` is rendered like in Alembic's offline mode, without ``env.py`` and without
 a database. It is called only if :mod:`migrator.project.downgrade_judge.judgement` finds the call
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator.project.downgrade_judge.judgement import Judge, Refused
+from migrator.project.downgrade_judge.judgement import Refused, SafetyChecker
 from migrator.runtime.logs import redact
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def offline_downgrade(script: Script) -> OfflineDowngrade:
     downgrade = getattr(script.module, "downgrade", None)
     if downgrade is None:
         return OfflineDowngrade(None, "it has no downgrade()")
-    judge = Judge(script.module)
+    judge = SafetyChecker(script.module)
     try:
         judge.admit(downgrade)
         with _renderer().collect() as statements, _silent(judge.loggers):

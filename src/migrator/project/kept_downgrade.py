@@ -1,4 +1,4 @@
-"""The SQL of a downgrade in the ledger, for an image that does not have the revision."""
+"""A downgrade as the ledger has it: a value, for an image that does not have the revision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process around the work: protect it from an ``env.py``, and load less into it."""
+"""stdin, stdout and stderr: safe to write to, without secrets, and restored after ``env.py``."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Gone(OSError):
     """The other end is gone."""
 
 
-class Conveyor:
+class Pipe:
     """Chunks from one thread to another, a few at a time; a file-like object for readers of bytes."""
 
     def __init__(self, most: int) -> None:

@@ -24,7 +24,7 @@ from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Refus
 from migrator.postgres.version_table import VersionTable, place_of, read_rows
 from migrator.runtime.subprocesses import TimedOut
 from migrator.sidecar.board import RETRIED, Board, Check, Verification
-from migrator.sidecar.children import Kin, Told, exit_code
+from migrator.sidecar.children import ChildProcess, ChildResult, exit_code
 
 log = logging.getLogger("migrator.sidecar")
 
@@ -58,12 +58,12 @@ class Checker:
     def __init__(
         self,
         board: Board,
-        kin: Kin,
+        child: ChildProcess,
         load: Callable[[], Settings],
         application_name: str,
         report: Mapping[str, Any],
     ) -> None:
-        self._board, self._kin, self._load, self._name = board, kin, load, application_name
+        self._board, self._kin, self._load, self._name = board, child, load, application_name
         self._settings = load()
         self._several = bool(report.get("others") or report.get("version_tables"))
         self._table = _version_table(str(report.get("version_table") or ""))
@@ -161,8 +161,8 @@ class Checker:
 class Verifier:
     """Runs ``migrator verify`` repeatedly, and puts the results on the board."""
 
-    def __init__(self, board: Board, kin: Kin, settings: Settings) -> None:
-        self._board, self._kin, self._settings = board, kin, settings
+    def __init__(self, board: Board, child: ChildProcess, settings: Settings) -> None:
+        self._board, self._kin, self._settings = board, child, settings
         self._said: object = ExitCode.OK
 
     def once(self) -> None:
@@ -171,7 +171,7 @@ class Verifier:
             told = self._kin.look("verify", self._settings.connect_timeout, VERIFYING)
         except (TimedOut, OSError) as error:
             log.warning("verify could not run: %s", error)
-            told = Told(int(ExitCode.INTERNAL), {})
+            told = ChildResult(int(ExitCode.INTERNAL), {})
         report = {"code": exit_code(told), "outcome": "", "message": "", "findings": [], **told.document}
         self._board.verified(Verification(time.time(), report))
         said = (report["code"], report["message"])
@@ -185,7 +185,7 @@ class Verifier:
             self.once()
 
 
-def _judge(told: Told) -> _Judgement:
+def _judge(told: ChildResult) -> _Judgement:
     """Turn the answer of ``migrator check`` into a judgement."""
     code, document = exit_code(told), told.document
     if code == ExitCode.OK:

@@ -25,7 +25,7 @@ from migrator.runtime import subprocesses
 
 
 @dataclass(frozen=True)
-class Told:
+class ChildResult:
     """How a child ended: its exit status (negative: the signal that ended it), and its JSON answer."""
 
     status: int
@@ -39,7 +39,7 @@ def given_flags(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-class Kin:
+class ChildProcess:
     """Starts migrator as this process was started: the same program, options and environment, another command."""
 
     def __init__(self, arguments: argparse.Namespace, *, json_logs: bool) -> None:
@@ -51,13 +51,13 @@ class Kin:
         self._ending = False
         self._lock = threading.Lock()
 
-    def upgrade(self, revision: str) -> Told:
+    def upgrade(self, revision: str) -> ChildResult:
         """Run the pipeline to its end, with logs to the same place."""
         return self._run(
             ["upgrade", *([revision] if revision else [])], self._environment, subprocesses.OURS, None
         )
 
-    def look(self, command: str, wait: float, timeout: float) -> Told:
+    def look(self, command: str, wait: float, timeout: float) -> ChildResult:
         """Run a command that only reads, without its logs.
 
         ``wait`` is the number of seconds to wait for Postgres, ``timeout`` that for the whole command.
@@ -75,7 +75,7 @@ class Kin:
 
     def _run(
         self, words: Sequence[str], environment: Mapping[str, str], stderr: int | None, timeout: float | None
-    ) -> Told:
+    ) -> ChildResult:
         answer, pids = bytearray(), []
 
         def started(pid: int) -> None:
@@ -97,7 +97,7 @@ class Kin:
         finally:
             with self._lock:
                 self._pids.difference_update(pids)
-        return Told(finished.status, _document(bytes(answer)))
+        return ChildResult(finished.status, _document(bytes(answer)))
 
 
 def _terminate(pid: int) -> None:
@@ -133,6 +133,6 @@ def _document(answer: bytes) -> Mapping[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def exit_code(told: Told) -> int:
+def exit_code(told: ChildResult) -> int:
     """Return the exit code for the child's end; for a signal, as shells write it."""
     return 128 - told.status if told.status < 0 else told.status or int(ExitCode.OK)

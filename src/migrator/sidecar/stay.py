@@ -23,7 +23,7 @@ from migrator.service import MigrationService
 from migrator.sidecar import web
 from migrator.sidecar.board import Board
 from migrator.sidecar.checks import JUDGING, Checker, Verifier
-from migrator.sidecar.children import Kin, Told, exit_code, given_flags
+from migrator.sidecar.children import ChildProcess, ChildResult, exit_code, given_flags
 
 if TYPE_CHECKING:
     from migrator.sidecar.metrics import Metrics
@@ -45,10 +45,10 @@ def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
     board = Board(patience=3 * mine.sidecar_interval + JUDGING + 4 * mine.connect_timeout)
     loopback = web.is_loopback(mine.sidecar_listen)
     pages = web.Application(board, _metrics(board), loopback=loopback)
-    kin = Kin(arguments, json_logs=service.logs.is_json)
+    child = ChildProcess(arguments, json_logs=service.logs.is_json)
     service.interruption.limit += _FOR_THE_RUN
     with web.serving(pages, mine.sidecar_listen) as serving:
-        run = Run(kin, arguments.revision)
+        run = Run(child, arguments.revision)
         try:
             with service.interruption.changing("migrator current"):
                 told = run.end()
@@ -57,7 +57,7 @@ def stay(service: MigrationService, arguments: argparse.Namespace) -> Answer:
             if not service.logs.is_json:
                 log.info("%s", told.document["message"])
             board.ran(told.document)
-            _watch(service, kin, board, arguments, serving)
+            _watch(service, child, board, arguments, serving)
         except Interrupt as error:
             return _stopped(error.name, run, mine)
 
@@ -79,11 +79,11 @@ def _metrics(board: Board) -> Callable[[], tuple[str, bytes]]:
 class Run:
     """The running pipeline, in a thread that waits for its process."""
 
-    def __init__(self, kin: Kin, revision: str) -> None:
-        self._kin, self._revision = kin, revision
-        self._ended: Future[Told] | None = None
+    def __init__(self, child: ChildProcess, revision: str) -> None:
+        self._kin, self._revision = child, revision
+        self._ended: Future[ChildResult] | None = None
 
-    def end(self) -> Told:
+    def end(self) -> ChildResult:
         """Start it, unless it is started, and return how it ended."""
         if self._ended is None:
             self._ended = background("run", lambda: self._kin.upgrade(self._revision))
@@ -92,13 +92,13 @@ class Run:
             raise _defect("The run of the sidecar did not report how it ended.")
         return told
 
-    def stop(self) -> Told | None:
+    def stop(self) -> ChildResult | None:
         """Pass SIGTERM on and return how it ended, after any time; None if it was not started."""
         self._kin.end()
         return self.end() if self._ended is not None else None
 
 
-def _failed(told: Told, mine: settings.Settings) -> Answer:
+def _failed(told: ChildResult, mine: settings.Settings) -> Answer:
     """End like the run, which has logged the reason as its last line; unless it was killed."""
     if told.status < 0:
         _say_killed(told, mine)
@@ -116,7 +116,7 @@ def _stopped(name: str, run: Run, mine: settings.Settings) -> Answer:
     return Answer({"stopped_by": name}, "")
 
 
-def _say_killed(told: Told, mine: settings.Settings) -> None:
+def _say_killed(told: ChildResult, mine: settings.Settings) -> None:
     """Report for a killed process, which cannot report itself."""
     sentence = (
         f"The run was killed by {signal.Signals(-told.status).name}, as happens at a memory limit. The "
@@ -128,7 +128,7 @@ def _say_killed(told: Told, mine: settings.Settings) -> None:
 
 def _watch(
     service: MigrationService,
-    kin: Kin,
+    child: ChildProcess,
     board: Board,
     arguments: argparse.Namespace,
     serving: threading.Thread,
@@ -144,11 +144,11 @@ def _watch(
 
     stop = threading.Event()
     name = service.application_name
-    checker = Checker(board, kin, load, name, board.now.report or {})
+    checker = Checker(board, child, load, name, board.now.report or {})
     threads = [serving, _start("checks", lambda: checker.forever(stop))]
     interval = mine.sidecar_verify_interval
     if interval is not None:
-        verifier = Verifier(board, kin, mine)
+        verifier = Verifier(board, child, mine)
         threads.append(_start("verify", lambda: verifier.forever(interval, stop)))
     log.info("watching %s every %g s", mine.required_target, mine.sidecar_interval)
     while all(thread.is_alive() for thread in threads):

@@ -170,7 +170,7 @@ def replace(
 ) -> tuple[Compared, str, list[str]]:
     """Replace the content of the database with the backup; if this raises, the content is unchanged.
 
-    ``own``: see :class:`Wishes`. ``committed`` is called directly after the commit. Returns the result
+    ``own``: see :class:`RestoreOptions`. ``committed`` is called directly after the commit. Returns the result
     of the comparison, the id of the backup that was made before, and notes on objects that were not
     restored. Raises RestoreFailed, BackupFailed, or WouldLose.
     """

@@ -61,7 +61,7 @@ _BOUND_NOTE = (
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RestoreOptions:
     """The options of a restore in place of the database.
 
     ``drop_old``: drop the replaced database after the new one answers under its name. ``own``: if
@@ -88,7 +88,7 @@ def restore(
     run_id: str,
     application_name: str,
     replace: bool,
-    wishes: Wishes | None = None,
+    options: RestoreOptions | None = None,
 ) -> Restored:
     """Restore a backup beside the database (``to`` a new name), or in its place (``replace``).
 
@@ -112,10 +112,10 @@ def restore(
             f"Backup {backup.id} is of database {backup.database}, not of {database}.",
             f"to restore it beside: migrator restore {backup.id} --to NAME",
         )
-    wishes = wishes or Wishes()
+    options = options or RestoreOptions()
     if to is None and (
-        (backup.excluded_table_data and not wishes.incomplete)
-        or (write_detection.missing(backup) and wishes.drop_old)
+        (backup.excluded_table_data and not options.incomplete)
+        or (write_detection.missing(backup) and options.drop_old)
     ):
         raise write_detection.Incomplete(backup)
     warn_unproven(backup)
@@ -123,7 +123,7 @@ def restore(
         LOGGER.warning("%s was taken from %s, and this is %s", backup.id, backup.target, session_target)
     with failing(backup), pg_restore.opened(store, backup, settings) as path:
         login = Login(session_target, application_name, settings.connect_timeout)
-        work = _Restore(in_place.Job(login, settings, backup, path, run_id), wishes)
+        work = _Restore(in_place.Job(login, settings, backup, path, run_id), options)
         with work.sessions():
             done = work.beside(to) if to is not None else work.in_place()
     restored = dataclasses.replace(done, seconds=round(time.monotonic() - started, 3))
@@ -134,8 +134,8 @@ def restore(
 class _Restore:
     """One restore, with its sessions in the maintenance database."""
 
-    def __init__(self, job: in_place.Job, wishes: Wishes) -> None:
-        self._job, self._wishes = job, wishes
+    def __init__(self, job: in_place.Job, options: RestoreOptions) -> None:
+        self._job, self._options = job, options
         self._settings, self._backup, self._path = job.settings, job.backup, job.path
         missing = write_detection.missing(job.backup)
         self._missing = [f"This backup is incomplete: {missing}."] if missing else []
@@ -198,9 +198,9 @@ class _Restore:
             raise failed(self._backup, f"There is a database {kept} already.", "rename or drop it")
         with self._nobody_writes(replaced) as holder, self._scratch(scratch) as compared:
             notes = self._finish(scratch) + slots_left(self._session, database)
-            if self._wishes.before_swap is not None:
+            if self._options.before_swap is not None:
                 with self._inside(scratch) as session:
-                    self._wishes.before_swap(session)
+                    self._options.before_swap(session)
             if holder is not None:
                 holder.look()
             with self._connect() as helper, uninterrupted(forget=True):
@@ -208,8 +208,8 @@ class _Restore:
                     databases.swap(self._session, helper, database, scratch, kept, holder=holder)
                 else:
                     databases.rename(self._session, scratch, database)
-                self._wishes.swapped()
-        dropped = replaced and self._wishes.drop_old and self._drop_old(kept, compared)
+                self._options.swapped()
+        dropped = replaced and self._options.drop_old and self._drop_old(kept, compared)
         return self._restored(
             database,
             compared,
@@ -236,11 +236,11 @@ class _Restore:
             self._session.facts.user,
             self._job.database,
         )
-        compared, safety, notes = in_place.replace(self._job, self._wishes.own, self._wishes.swapped)
+        compared, safety, notes = in_place.replace(self._job, self._options.own, self._options.swapped)
         try:
-            if self._wishes.before_swap is not None:
+            if self._options.before_swap is not None:
                 with self._inside(self._job.database) as session:
-                    self._wishes.before_swap(session)
+                    self._options.before_swap(session)
             self._drop_expired()
         except (QueryFailed, ConnectFailed) as error:
             LOGGER.error("it was restored, but the end of the work failed: %s", error.text)
@@ -248,11 +248,11 @@ class _Restore:
 
     @contextlib.contextmanager
     def _nobody_writes(self, replaced: bool) -> Iterator[write_detection.Holder | None]:
-        if self._wishes.own is None or not replaced:
+        if self._options.own is None or not replaced:
             self._drop_expired()
             yield None
             return
-        with write_detection.nobody_writes(self._job.login, self._backup, self._wishes.own) as holder:
+        with write_detection.nobody_writes(self._job.login, self._backup, self._options.own) as holder:
             self._drop_expired()  # not before: it takes transaction ids, which would look like those of others
             yield holder
 

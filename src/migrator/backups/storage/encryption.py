@@ -22,7 +22,7 @@ from typing import Any
 from migrator.backups import clients
 from migrator.backups.storage.interface import SEALED, WritablePart
 from migrator.errors import SettingsError
-from migrator.runtime.threads import Conveyor, Gone, background
+from migrator.runtime.threads import Gone, Pipe, background
 
 _QUEUED = 4
 _GOODBYE = 10.0  # seconds
@@ -42,7 +42,7 @@ class SealedPart:
         self.size = 0
         self.encrypted_to = recipients
         self._hash = hashlib.sha256()
-        self._plain = Conveyor(_QUEUED)
+        self._plain = Pipe(_QUEUED)
         self._failure: BaseException | None = None
         self._synced = False
         keys = read_recipients(recipients)
@@ -157,7 +157,7 @@ def opened(chunks: Iterable[bytes], identity: Path) -> Iterator[bytes]:
     :class:`CannotOpen`, :class:`SettingsError` for the file, and errors of ``chunks``.
     """
     keys = read_identities(identity)
-    source, plain = Conveyor(_QUEUED), Conveyor(_QUEUED)
+    source, plain = Pipe(_QUEUED), Pipe(_QUEUED)
 
     def feed() -> None:
         try:

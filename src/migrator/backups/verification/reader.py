@@ -18,7 +18,7 @@ from migrator.backups.pg_restore import ENCODING
 from migrator.backups.psql import RESTRICTION, Quoted
 from migrator.postgres.session import codec
 from migrator.runtime import subprocesses
-from migrator.runtime.threads import Conveyor, Gone, background
+from migrator.runtime.threads import Gone, Pipe, background
 
 _AHEAD = 16
 """Chunks (of at most a megabyte) that the writer may be ahead of pg_restore."""
@@ -31,7 +31,7 @@ class Reader:
     """
 
     def __init__(self, client: Client, on_data: Callable[[bytes], object] | None = None) -> None:
-        self._chunks = Conveyor(_AHEAD)
+        self._chunks = Pipe(_AHEAD)
 
         def read() -> subprocesses.Finished:
             try:

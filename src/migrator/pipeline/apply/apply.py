@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.config.settings import Settings
 from migrator.errors import Internal, SettingsError
-from migrator.ledger.writer import Bookkeeper
+from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import RevisionResult
 from migrator.pipeline.apply import driver_calls
 from migrator.pipeline.apply.attempts import Attempts, Cause, cause_of, cut_alike, sleep, told
@@ -52,7 +52,7 @@ class Passage:
     after: frozenset[str]
 
 
-class Application:
+class MigrationExecution:
     """The passes through ``env.py``: their observations, results and failures."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Application:
         interruption: Interruption,
         apply_lock: tuple[int, int],
         regain: Callable[[], bool],
-        books: Bookkeeper,
+        ledger_writer: LedgerWriter,
         known: Mapping[VersionTable, frozenset[str]],
         about: VersionTable | None,
     ) -> None:
@@ -77,10 +77,10 @@ class Application:
         self.logs = logs
         self.interruption = interruption
         self.apply_lock = apply_lock
-        self.books = books
+        self.ledger_writer = ledger_writer
         self.steps = Steps(
             session,
-            books,
+            ledger_writer,
             len(plan.revisions),
             bar=not logs.is_json,
             check=interruption.check,
@@ -120,7 +120,7 @@ class Application:
     def run(self) -> None:
         """Run ``env.py`` as often as needed; raise its last error after the connection is gone."""
         if self.plan.kind == "upgrade":
-            self.steps.no_way_back = self.books.look_back(self.plan.revisions)
+            self.steps.no_way_back = self.ledger_writer.render_downgrades(self.plan.revisions)
         try:
             with (
                 stdio.kept(),
@@ -130,7 +130,7 @@ class Application:
                 self.steps.aside.watching(),
                 self.interruption.calling(self.cancel),
             ):
-                self.attempts.run(_Pass(self))
+                self.attempts.run(_EnvPyPass(self))
         finally:
             self.steps.progress.close()
             self._take_back()
@@ -354,7 +354,7 @@ class Application:
             self._connection = connection
             self.steps.on(connection, connection.observe(self.session, table.name))
             self.watch.follow(self._backend_pid, connection.calls)
-        self.books.enter(self._connection, table, heads)
+        self.ledger_writer.enter(self._connection, table, heads)
         self.steps.at(place, upgrade=self.plan.kind != "downgrade")
         steps = self._steps(heads, again=again)
         self.visits.setdefault(place, Passage(rows, self.history.rows_after(steps, heads)))
@@ -410,71 +410,73 @@ class Application:
         self._backend_pid, self._backend_of = connection.pid, self.session.facts.started_at
 
 
-class _Pass:
+class _EnvPyPass:
     """One pass through ``env.py``, driven by :class:`migrator.pipeline.apply.attempts.Attempts`."""
 
-    def __init__(self, application: Application) -> None:
-        self._application = application
-        self.begin, self.run, self.cause = application.begin, application.go_through, application.cause
+    def __init__(self, execution: MigrationExecution) -> None:
+        self._execution = execution
+        self.begin, self.run, self.cause = execution.begin, execution.go_through, execution.cause
 
     def settle(self) -> tuple[Part, ...]:
         """Wait until the connection is gone; return the parts that are committed without their version row."""
-        application = self._application
-        application.lifeline.ensure()
-        if not application.ended():
+        execution = self._execution
+        execution.lifeline.ensure()
+        if not execution.ended():
             raise TimeoutError("the migration's connection does not end, so env.py is not run again")
-        steps = application.steps
-        if application.gone and steps.running and not steps.transactional:
+        steps = execution.steps
+        if execution.gone and steps.running and not steps.transactional:
             steps.committed()  # a statement may have succeeded although its answer was lost
-        application.look()
-        return application.unfinished
+        execution.look()
+        return execution.unfinished
 
     def stopped(self) -> bool:
         """Whether a signal came."""
-        return bool(self._application.interruption.received)
+        return bool(self._execution.interruption.received)
 
     def pause(self, seconds: float) -> None:
         """Wait; raises Interrupt."""
-        sleep(seconds, self._application.interruption.check)
+        sleep(seconds, self._execution.interruption.check)
 
 
-def apply(application: Application, *, backup_id: str, rows_now: Callable[[], frozenset[str] | None]) -> None:
+def apply(
+    execution: MigrationExecution, *, backup_id: str, rows_now: Callable[[], frozenset[str] | None]
+) -> None:
     """Run the application; turn any error of a user's ``env.py`` or revision into migrator's error.
 
     ``rows_now`` returns the current version rows, or None if nothing answers. Raises Interrupted,
     Blocked, AccessDenied, HistoryError, RolledBack or Partial.
     """
     try:
-        refuse_too_few(application.session, 2, "A run")
-        application.run()
-        if application.steps.results and rows_now() == application.plan.before != application.plan.after:
-            raise none_committed(application.steps.findings)
+        refuse_too_few(execution.session, 2, "A run")
+        execution.run()
+        if execution.steps.results and rows_now() == execution.plan.before != execution.plan.after:
+            raise none_committed(execution.steps.findings)
     except BaseException as error:  # a user's code may raise anything
-        application.interruption.shield()
+        execution.interruption.shield()
         cause = _first(error)
-        if application.interruption.received:
+        if execution.interruption.received:
             # The error belongs to the cancelled statement: the signal is the cause.
-            cause = Interrupt(application.interruption.received)
-        elif isinstance(error, SystemExit) and application.steps.failure is not None:
-            cause = application.steps.failure  # env.py caught it, and ended in another way
-        rows = _rows_after(application, rows_now)
+            cause = Interrupt(execution.interruption.received)
+        elif isinstance(error, SystemExit) and execution.steps.failure is not None:
+            cause = execution.steps.failure  # env.py caught it, and ended in another way
+        rows = _rows_after(execution, rows_now)
         after = Aftermath(
-            plan=application.plan,
+            plan=execution.plan,
             rows=rows,
-            entered=application.version_table is not None,
-            anything_committed=application.steps.anything_committed,
-            failed_in=application.steps.running,
-            landed=() if rows is None else application.landed(),
-            at="" if rows is None else application.at(),
-            alike=len({passage.before for passage in application.visits.values()}) < 2,
-            unfinished=tuple(dict.fromkeys(part.revision for part in application.unfinished)),
-            repeatable=application.steps.unrepeatable.isdisjoint(application.unfinished),
-            certain=not application.steps.certain.isdisjoint(application.unfinished),
+            entered=execution.version_table is not None,
+            anything_committed=execution.steps.anything_committed,
+            failed_in=execution.steps.running,
+            landed=() if rows is None else execution.landed(),
+            at="" if rows is None else execution.at(),
+            alike=len({passage.before for passage in execution.visits.values()}) < 2,
+            unfinished=tuple(dict.fromkeys(part.revision for part in execution.unfinished)),
+            repeatable=execution.steps.unrepeatable.isdisjoint(execution.unfinished),
+            certain=not execution.steps.certain.isdisjoint(execution.unfinished),
             backup_id=backup_id,
-            attempts=application.attempts.count,
-            cut_after=application.cut_after,
-            blockers=tuple(str(blocker) for blocker in application.watch.blockers),
-            prepared=tuple(gid for blocker in application.watch.blockers for gid in blocker.gids),
+            attempts=execution.attempts.count,
+            cut_after=execution.cut_after,
+            blockers=tuple(str(blocker) for blocker in execution.watch.blockers),
+            prepared=tuple(gid for blocker in execution.watch.blockers for gid in blocker.gids),
         )
         log.debug("apply failed", exc_info=True)
         raise explain(cause, after) from error
@@ -489,16 +491,16 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _rows_after(
-    application: Application, rows_now: Callable[[], frozenset[str] | None]
+    execution: MigrationExecution, rows_now: Callable[[], frozenset[str] | None]
 ) -> frozenset[str] | None:
     """Return the version rows after the applying connection is gone; None if the server cannot be read."""
     try:
-        revive(application.session, 0)
-        if application.version_table is None:
-            return application.plan.before
-        if not application.ended():
+        revive(execution.session, 0)
+        if execution.version_table is None:
+            return execution.plan.before
+        if not execution.ended():
             return None
-        application.look()
+        execution.look()
         return rows_now()
     except (ConnectFailed, QueryFailed):
         return None

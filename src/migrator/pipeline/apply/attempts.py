@@ -1,4 +1,4 @@
-"""The one way to retry a migration: through ``env.py``, from the top.
+"""Decide whether a failed migration is retried; each retry runs ``env.py`` from the start.
 
 A rolled-back transaction also undoes the settings of ``env.py`` in it (search_path, role, timeouts,
 locks), and a new connection never had them. So every attempt runs ``env.py`` as the next run of

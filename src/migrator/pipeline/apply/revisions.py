@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from migrator.ledger.writer import Bookkeeper
+from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding, RevisionResult, Severity
 from migrator.pipeline.apply.aside import Aside
 from migrator.pipeline.apply.connection import MigrationConnection
@@ -55,7 +55,7 @@ class Steps:
     def __init__(
         self,
         session: Session,
-        books: Bookkeeper,
+        ledger_writer: LedgerWriter,
         total: int,
         *,
         bar: bool,
@@ -66,7 +66,7 @@ class Steps:
     ) -> None:
         self._session = session
         self._role = role
-        self._books = books
+        self._ledger_writer = ledger_writer
         self._check = check
         self._take_back = take_back
         self._prepare = prepare
@@ -276,7 +276,9 @@ class Steps:
         self.unrepeatable.add(self._part)
         statement = self._unrepeatable or _UNSEEN
         try:
-            number = self._books.partial(self.running, statement, upgrade=self._upgrade, session=session)
+            number = self._ledger_writer.partial(
+                self.running, statement, upgrade=self._upgrade, session=session
+            )
             self.transactions |= {number} - {0}
         except Exception as error:  # noqa: BLE001 - any driver
             log.warning("the ledger cannot record that a part of %s is committed: %s", self.running, error)
@@ -337,7 +339,7 @@ class Steps:
         """
         info = event["step"]
         if info.is_stamp:
-            self._books.stamped(event["heads"])
+            self._ledger_writer.stamped(event["heads"])
             log.info("stamped %s", ", ".join(sorted(event["heads"])) or "base")
             return
         done = self._done
@@ -353,7 +355,7 @@ class Steps:
         )
         self.results.append(result)
         self._places.append(self._table)
-        self._next_transaction = self._books.done(
+        self._next_transaction = self._ledger_writer.done(
             self.running, upgrade=info.is_upgrade, rows=event["heads"], seconds=done.seconds, details=measured
         )
         self.transactions |= {self._next_transaction} - {0}

@@ -70,7 +70,7 @@ class Refused(Exception):
     """A function does something that is not known to be harmless; the text says what, and in which line."""
 
 
-class Judge:
+class SafetyChecker:
     """Judges the functions of one file; ``loggers`` are their loggers, ``methods`` the methods of its
     records.
     """
@@ -127,7 +127,7 @@ def _last_line(code: CodeType) -> int:
 class _Body:
     """One function: each of its nodes is checked once."""
 
-    def __init__(self, judge: Judge, find: Callable[[str], Any], function: FunctionType) -> None:
+    def __init__(self, judge: SafetyChecker, find: Callable[[str], Any], function: FunctionType) -> None:
         self._judge = judge
         self._find = find
         code = function.__code__
