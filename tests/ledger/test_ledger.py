@@ -262,7 +262,7 @@ def test_a_database_of_plain_alembic_is_adopted(database: Database, project: Pro
     folder = project(revisions=THREE)
     plain(database, folder, "upgrade", "r002")
     result = done(run(cwd=folder))
-    assert "the ledger public.migrator_ledger begins: 2 revisions were applied before" in result.stderr
+    assert "the ledger public.migrator_ledger starts now: 2 revisions were applied before" in result.stderr
     assert events(database) == [("found", "r001"), ("found", "r002"), ("applied", "r003")]
 
 
