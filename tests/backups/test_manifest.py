@@ -117,7 +117,7 @@ def changed(**changes: Any) -> str:
 def test_keys_of_a_later_version_are_ignored_and_a_later_format_is_refused() -> None:
     tables = {"public.t": {"rows": 1, "hash": "x"}}
     assert from_json(changed(colour="blue", tables=tables)).tables == {"public.t": Table(1)}
-    with pytest.raises(BadManifest, match=r"format is 3 .* newer image"):
+    with pytest.raises(BadManifest, match=r"format is 3, .* newer image"):
         from_json(changed(format=3))
 
 

@@ -211,7 +211,7 @@ def test_rows_that_did_not_come_back_are_noticed(
     monkeypatch.setattr(module.pg_restore, "restore_into", lose)
     with pytest.raises(RestoreFailed) as caught:
         bench.restore()
-    for fact in ("public.u is missing", "public.w was not in the backup", "public.t has 9 rows and not 10"):
+    for fact in ("public.u is missing", "public.w was not in the backup", "public.t has 9 rows, not 10"):
         assert fact in str(caught.value)
     assert bench.databases() == {database.name}
 
