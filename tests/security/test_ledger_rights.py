@@ -252,7 +252,7 @@ WAYS = {
     ),
     "a parent": (
         "CREATE TABLE p (LIKE migrator_ledger); ALTER TABLE migrator_ledger INHERIT p; GRANT UPDATE ON p TO {app}",
-        "it is a part of p",
+        "it is a child of p",
     ),
     "a view": (
         "ALTER TABLE migrator_ledger RENAME TO l; CREATE VIEW migrator_ledger AS SELECT * FROM l",
