@@ -154,7 +154,7 @@ class MigrationService:
 
         history, target = self.history(read_only=read_only), self.settings.required_target
         with self._session() as session:
-            addresses = survey(history, session, before_configure=self._take_back)
+            addresses = survey(history, session, before_configure=self._reinstall_logging)
         project = self.project._replace(told=target)
         return tuple(
             MigrationService(
@@ -187,7 +187,7 @@ class MigrationService:
             os.path.join(found.location, "env.py") if found else env_file(self.project, folder)
         )
 
-    def _take_back(self) -> None:
+    def _reinstall_logging(self) -> None:
         """Take logging and signals back from the application."""
         self.logs.install()
         self.interruption.retake()
@@ -201,7 +201,7 @@ class MigrationService:
         from migrator.project import History
 
         history = History(self.project, self.settings.target, read_only=read_only)
-        self._take_back()  # the imports of a revision file may have set up their own logging and signals
+        self._reinstall_logging()  # the imports of a revision file may have set up their own logging and signals
         return history
 
     def freeze(self, *, check: bool = False) -> Frozen:
@@ -229,7 +229,7 @@ class MigrationService:
                 one.history,
                 one.settings,
                 self.application_name,
-                take_back=self._take_back,
+                reinstall_logging=self._reinstall_logging,
             )
             for one in self.all()
         ]
@@ -242,7 +242,7 @@ class MigrationService:
 
         history = self.history()
         with self._session() as session:
-            ask = asking(session, history, self.settings, self._take_back, locked=False)
+            ask = asking(session, history, self.settings, self._reinstall_logging, locked=False)
             found = inspect(
                 session, history, self.settings, "upgrade", self.settings.goal, read_only=True, ask=ask
             )
@@ -279,7 +279,7 @@ class MigrationService:
         found = seek(session, history, self.settings.version_table)
         if found.others:
             known = self.history() if isinstance(history, FrozenHistory) else history
-            visits = asking(session, known, self.settings, self._take_back, locked=False)()
+            visits = asking(session, known, self.settings, self._reinstall_logging, locked=False)()
             if visits:
                 return tuple(sorted(visits[0].rows))
         return read_version(session, history, self.settings.version_table)[1]

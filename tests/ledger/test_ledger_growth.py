@@ -190,7 +190,7 @@ def answers(asked: Session, name: str, text: str) -> list[Any]:
         text = text.replace(placeholder, value)
     text = text.replace("LIMIT %s", "LIMIT 20")
     rows = queries.query_ledger(asked, LEDGER, text, ("one",) * text.count("%s"))
-    if name in {"PARTIAL", "WAYS_BACK", "NEWEST"}:
+    if name in {"PARTIAL", "STORED_DOWNGRADES", "NEWEST"}:
         return [row[:12] for row in rows]  # in order, and without the place in it
     return sorted(map(repr, _flat(rows)))
 

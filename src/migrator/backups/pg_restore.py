@@ -87,7 +87,7 @@ def opened(store: Chunks, backup: Backup, settings: Settings) -> Iterator[Path]:
             found = checksum_of(place)
         except files.NotRegular as error:
             raise _damaged(backup, f"{Path(error.filename).name}: {error.strerror}") from error
-        _demand(backup, found, (backup.sha256, backup.size_bytes))
+        _refuse_other_checksum(backup, found, (backup.sha256, backup.size_bytes))
         yield place
         return
     try:
@@ -108,10 +108,10 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
     from the manifest. Raises :class:`RestoreFailed` if it is encrypted and there is no key, and
     OSError.
     """
-    stored, plain = Tally(store.chunks(backup)), Tally(())
+    stored, plain = HashingReader(store.chunks(backup)), HashingReader(())
     if not backup.encrypted_to:
         yield from stored
-        _demand(backup, stored.found, backup.stored)
+        _refuse_other_checksum(backup, stored.found, backup.stored)
         return
     from migrator.backups.storage import encryption
 
@@ -122,23 +122,23 @@ def plain_chunks(store: Chunks, backup: Backup, settings: Settings) -> Iterator[
             f"migrator, into an empty database: {by_hand(backup, 'NEW_DATABASE', clean=False)}",
         )
     try:
-        plain = Tally(encryption.opened(stored, Path(settings.backup_identity_file)))
+        plain = HashingReader(encryption.opened(stored, Path(settings.backup_identity_file)))
         yield from plain
     except encryption.CannotOpen as error:
         for _ in stored:  # the part that the decryption did not read
             pass
-        _demand(backup, stored.found, backup.stored)
+        _refuse_other_checksum(backup, stored.found, backup.stored)
         raise RestoreFailed(
             f"{backup.id} cannot be decrypted: {error}.",
             next_step="set MIGRATOR_BACKUP_IDENTITY_FILE to the file with the right private key",
         ) from error
-    _demand(backup, stored.found, backup.stored)
-    _demand(backup, plain.found, (backup.sha256, backup.size_bytes))
+    _refuse_other_checksum(backup, stored.found, backup.stored)
+    _refuse_other_checksum(backup, plain.found, (backup.sha256, backup.size_bytes))
 
 
-def demand_stored(store: Chunks, backup: Backup) -> None:
+def check_stored_checksum(store: Chunks, backup: Backup) -> None:
     """Compare the stored content with its checksum; raises :class:`DamagedBackup` and OSError."""
-    _demand(backup, checksum(store.chunks(backup)), backup.stored)
+    _refuse_other_checksum(backup, checksum(store.chunks(backup)), backup.stored)
 
 
 class Chunks(Protocol):
@@ -148,7 +148,7 @@ class Chunks(Protocol):
         """Yield them; raises OSError."""
 
 
-class Tally:
+class HashingReader:
     """An iterator that hashes and counts its chunks."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
@@ -167,7 +167,7 @@ class Tally:
         return self._digest.hexdigest(), self._size
 
 
-def _demand(backup: Backup, found: tuple[str, int], written: tuple[str, int]) -> None:
+def _refuse_other_checksum(backup: Backup, found: tuple[str, int], written: tuple[str, int]) -> None:
     if found != written:
         sizes = (
             f"it has {found[1]} bytes with sha256 {found[0][:12]}, not {written[1]} bytes with "

@@ -341,7 +341,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     return Entry(*(item or "" for item in row))  # type: ignore[arg-type]
 
 
-def read_ways_back(session: Session, version_table: VersionTable, role: str) -> list[KeptDowngrade]:
+def read_stored_downgrades(session: Session, version_table: VersionTable, role: str) -> list[KeptDowngrade]:
     """Return how to revert each applied revision, newest first.
 
     This is code that will run. The version table's owner vouches for nothing here: the same role may
@@ -351,7 +351,7 @@ def read_ways_back(session: Session, version_table: VersionTable, role: str) -> 
         ledger = examine(session, beside(version_table, session), None, role)
         if ledger.holes:
             raise refusal(ledger.table, ledger.holes)
-        rows = ledger.ask(questions.WAYS_BACK, version_table)
+        rows = ledger.ask(questions.STORED_DOWNGRADES, version_table)
     except QueryFailed as error:
         if error.lost or error.sqlstate not in _UNREADABLE:
             raise

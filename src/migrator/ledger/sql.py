@@ -239,7 +239,7 @@ _WAY_BACK = (
     " search_path, role, id, at, number"
 )
 _NOT_ACCEPTED = "AND event OPERATOR(pg_catalog.<>) 'accepted'"
-WAYS_BACK = Shapes(
+STORED_DOWNGRADES = Shapes(
     scan=f"""
 SELECT w.* FROM {OLDER} CROSS JOIN LATERAL (
     SELECT p.*, pg_catalog.row_number() OVER (ORDER BY {NEWEST_FIRST}) AS nth FROM (

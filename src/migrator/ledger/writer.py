@@ -76,7 +76,7 @@ class LedgerWriter:
         self._command = command
         self._backup_id = backup_id
         self._enabled = enabled
-        self._ways_back: dict[str, OfflineDowngrade] = {}
+        self._downgrades: dict[str, OfflineDowngrade] = {}
         self._connection: Connection | None = None
         self._table = VersionTable()
         self._ledger = VersionTable()
@@ -96,11 +96,11 @@ class LedgerWriter:
         """
         if not self._enabled:
             return {}
-        self._ways_back = {item.revision: self._history.way_back(item.revision) for item in plan}
-        secret = {name for name, way in self._ways_back.items() if _tells_a_secret(way.statements or ())}
+        self._downgrades = {item.revision: self._history.offline_downgrade(item.revision) for item in plan}
+        secret = {name for name, way in self._downgrades.items() if _tells_a_secret(way.statements or ())}
         for name in secret:
-            self._ways_back[name] = type(self._ways_back[name])(None, "its SQL holds a secret of this run")
-        without = {name: way.reason for name, way in self._ways_back.items() if way.statements is None}
+            self._downgrades[name] = type(self._downgrades[name])(None, "its SQL holds a secret of this run")
+        without = {name: way.reason for name, way in self._downgrades.items() if way.statements is None}
         if without:
             told = "; ".join(f"{name}: {reason}" for name, reason in list(without.items())[:3])
             more = f"; and {len(without) - 3} more" if len(without) > 3 else ""
@@ -160,7 +160,7 @@ class LedgerWriter:
             self._standing.add(revision)
         else:
             self._standing.discard(revision)
-        way = self._way_back(revision) if upgrade else None
+        way = self._downgrade(revision) if upgrade else None
         row = self._row(
             ledger.APPLIED if upgrade else ledger.REVERTED,
             revision,
@@ -200,9 +200,9 @@ class LedgerWriter:
         )
         return self._write([row]) if session is None else ledger.append(session, self._table, [row])
 
-    def _way_back(self, revision: str) -> OfflineDowngrade | None:
+    def _downgrade(self, revision: str) -> OfflineDowngrade | None:
         """Return the SQL to keep, unless it names other tables than the revision does on this connection."""
-        way = self._ways_back.get(revision)
+        way = self._downgrades.get(revision)
         if way is None or way.statements is None or self._connection is None:
             return way
         if self._connection.translates:
@@ -380,12 +380,12 @@ def begin(
     plan: Plan,
     indexes: Collection[str],
     backup_id: str,
-    way_back: str,
+    rollback_backup_id: str,
 ) -> int:
     """Record that a run is about to apply; raises QueryFailed.
 
     ``indexes`` are existing ones that it is to build: if the run ends badly, the next run knows by them
-    which ones it has built. ``way_back`` is the newest backup without the leftovers of a failed run; it
+    which ones it has built. ``rollback_backup_id`` is the newest backup without the leftovers of a failed run; it
     may be older than this run's ``backup_id``. Returns the id of the transaction, 0 if nothing was
     written: the first revision of an empty database must not see a table of ours.
     """
@@ -402,7 +402,7 @@ def begin(
         details={
             "pending": [item.revision for item in plan.revisions],
             "indexes": sorted(indexes),
-            "way_back": way_back,
+            "way_back": rollback_backup_id,
         },
     )
     # One transaction, also if the ledger is created: a restore checks whether others have written since

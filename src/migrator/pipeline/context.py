@@ -61,7 +61,7 @@ class Run:
         """Return the name of the run's sessions in pg_stat_activity."""
         return self.record.application_name
 
-    def take_back(self) -> None:
+    def reinstall_logging(self) -> None:
         """Take logging and signals back from the application."""
         self.logs.install()
         self.interruption.retake()

@@ -206,7 +206,11 @@ def _downgraded(
         if record.committed_parts
         else ""
     )
-    data = f"; to restore the rows too: `migrator restore {record.way_back} --yes`" if record.way_back else ""
+    data = (
+        f"; to restore the rows too: `migrator restore {record.rollback_backup_id} --yes`"
+        if record.rollback_backup_id
+        else ""
+    )
     return Partial(
         f"{told.message} This run's revisions were reverted.",
         state=f"The database is at {_names(record.after)} again.{left} A downgrade does not undo what the "
@@ -309,11 +313,11 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
 def _still_there(this: Run) -> str:
     """Return what this run's own backup still contains: an earlier run left it before the backup."""
     record = this.record
-    if record.way_back == record.backup_id:
+    if record.rollback_backup_id == record.backup_id:
         return ""
     way = (
-        f"`migrator restore {record.way_back} --yes` restores the state before that"
-        if record.way_back
+        f"`migrator restore {record.rollback_backup_id} --yes` restores the state before that"
+        if record.rollback_backup_id
         else "there is no backup from before that"
     )
     return f" It still holds the committed part of a revision that an earlier run did not finish; {way}."

@@ -87,7 +87,7 @@ class Record:
         return str(self.backup["id"]) if self.backup else ""
 
     @property
-    def way_back(self) -> str:
+    def rollback_backup_id(self) -> str:
         """Return the id of the newest backup without the leftovers of a failed run; an empty string if there
         is none.
 

@@ -53,7 +53,7 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
                 plan=found.plan,
                 indexes=[str(index) for index in built(session, found.plan)],
                 backup_id=this.record.backup_id,
-                way_back=this.record.way_back,
+                rollback_backup_id=this.record.rollback_backup_id,
             )
         )
     except Refused as error:

@@ -34,7 +34,7 @@ def wait_for_current(
     settings: Settings,
     application_name: str,
     *,
-    take_back: Callable[[], None],
+    reinstall_logging: Callable[[], None],
 ) -> tuple[str, ...]:
     """Return the database's revisions as soon as nothing is pending, within ``settings.wait_timeout``
     seconds.
@@ -46,7 +46,7 @@ def wait_for_current(
     for revisions that this image does not know, and any connection error.
     """
     deadline = time.monotonic() + settings.wait_timeout
-    wanted = _Wanted(frozen, load, settings, deadline, take_back)
+    wanted = _Wanted(frozen, load, settings, deadline, reinstall_logging)
     while True:
         rest = settings._replace(wait_timeout=wanted.left)
         session, _ = wait(settings.required_target, rest, application_name)
@@ -68,9 +68,9 @@ class _Wanted:
         load: Callable[[], History],
         settings: Settings,
         deadline: float,
-        take_back: Callable[[], None],
+        reinstall_logging: Callable[[], None],
     ) -> None:
-        self._frozen, self._load, self._take_back = frozen, load, take_back
+        self._frozen, self._load, self._reinstall_logging = frozen, load, reinstall_logging
         self._settings, self._deadline = settings, deadline
         self._said: tuple[str, float] = ("", 0.0)
 
@@ -121,7 +121,7 @@ class _Wanted:
         return where.table, where.rows, not where.doubt
 
     def _ask(self, session: Session) -> Sequence[Visit] | None:
-        return asking(session, self._history, self._settings, self._take_back, locked=False)()
+        return asking(session, self._history, self._settings, self._reinstall_logging, locked=False)()
 
     def _count(self, rows: frozenset[str]) -> int:
         if self._frozen and self._frozen.rows == rows:

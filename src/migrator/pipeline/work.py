@@ -45,7 +45,7 @@ Wanted = Expectations | None
 def load(this: Run) -> tuple[History, Wanted]:
     """Read the revision files and ``verify.toml``, without the database."""
     history = History(this.project, this.settings.required_target, read_only=this.request.kind == "verify")
-    this.take_back()  # the imports of a revision file may have set up their own logging and signals
+    this.reinstall_logging()  # the imports of a revision file may have set up their own logging and signals
     this.record.heads = history.heads
     return history, read(history.location / "verify.toml")
 
@@ -147,7 +147,7 @@ def _look(
         this.request.destination,
         read_only=this.request.kind == "verify",
         settled=settled,
-        ask=asking(session, history, this.settings, this.take_back, locked=locked),
+        ask=asking(session, history, this.settings, this.reinstall_logging, locked=locked),
     )
 
 
@@ -287,7 +287,7 @@ def apply(
     try:
         with record.stage("downgrade" if back else "apply"):
             log_in_again(session, this.settings, this.application_name)
-            apply_plan(execution, backup_id=record.way_back, rows_now=rows)
+            apply_plan(execution, backup_id=record.rollback_backup_id, rows_now=rows)
     finally:
         if execution.version_table is not None:
             record.version_table = execution.version_table

@@ -205,7 +205,7 @@ class History:
         module = self._script(name).module
         return str(getattr(module, "migrator_min_compatible", None) or "")
 
-    def way_back(self, name: str) -> OfflineDowngrade:
+    def offline_downgrade(self, name: str) -> OfflineDowngrade:
         """Return the SQL that reverts a revision, for images without its file."""
         return offline_downgrade(self._script(name))
 

@@ -270,7 +270,7 @@ def _read_back(client: Client, part: Part, rows: Rows) -> tuple[tuple[str, int],
     if isinstance(part, DirectoryPart):
         with part.local() as path:
             return pg_restore.checksum_of(path), pg_restore.read_whole(client, path, rows.write)
-    tally = pg_restore.Tally(part.chunks())
+    tally = pg_restore.HashingReader(part.chunks())
     finished = None if part.encrypted_to else pg_restore.read_whole(client, tally, rows.write)
     for _ in tally:  # the part that pg_restore did not read
         pass

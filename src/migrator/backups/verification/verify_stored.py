@@ -79,7 +79,7 @@ def _read(store: Store, backup: Backup, settings: Settings, run_id: str) -> Proo
     started = time.monotonic()
     client = clients.for_restore(settings, backup.client_major, backup.client_major)
     if backup.encrypted_to and not settings.backup_identity_file:
-        pg_restore.demand_stored(store, backup)
+        pg_restore.check_stored_checksum(store, backup)
         LOGGER.warning(
             "%s is encrypted and there is no private key: only its checksum is compared "
             "(MIGRATOR_BACKUP_IDENTITY_FILE)",

@@ -84,7 +84,7 @@ class MigrationExecution:
             len(plan.revisions),
             bar=not logs.is_json,
             check=interruption.check,
-            take_back=self._keep,
+            reinstall_logging=self._keep,
             prepare=self._prepare,
             role=settings.role,
         )
@@ -127,13 +127,13 @@ class MigrationExecution:
                 self.steps.heartbeat,
                 self.watch,
                 watch_others(self.steps.is_elsewhere, self.steps.commits_elsewhere),
-                self.steps.aside.watching(),
+                self.steps.outside.watching(),
                 self.interruption.calling(self.cancel),
             ):
                 self.attempts.run(_EnvPyPass(self))
         finally:
             self.steps.progress.close()
-            self._take_back()
+            self._reinstall_logging()
         self.interruption.check()
         if self.version_table is None and self._passed_by:
             raise SettingsError(
@@ -155,7 +155,7 @@ class MigrationExecution:
             self.plan.kind,
             self.plan.destination,
             self._enter,
-            before_configure=self._take_back,
+            before_configure=self._reinstall_logging,
             around=self._run_migrations,
             transaction=self.settings.transaction,
         )
@@ -204,7 +204,7 @@ class MigrationExecution:
         self._passed_by = self._passed_by or another
         return another
 
-    def _take_back(self) -> None:
+    def _reinstall_logging(self) -> None:
         """Take logging and signals back from the application."""
         self.logs.install()
         self.interruption.retake()
@@ -317,7 +317,7 @@ class MigrationExecution:
 
         An ``env.py`` that retries, or uses several schemas, calls it again.
         """
-        self._take_back()
+        self._reinstall_logging()
         self.interruption.check()
         self.lifeline.ensure()  # env.py may have taken long
         connection = MigrationConnection(context)

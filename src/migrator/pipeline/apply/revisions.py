@@ -12,11 +12,11 @@ from typing import Any
 
 from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding, RevisionResult, Severity
-from migrator.pipeline.apply.aside import Aside
 from migrator.pipeline.apply.connection import MigrationConnection
 from migrator.pipeline.apply.failure import sqlstate
 from migrator.pipeline.apply.metrics.measurement import Measured
 from migrator.pipeline.apply.metrics.observer import Observation
+from migrator.pipeline.apply.outside_connections import OutsideConnections
 from migrator.pipeline.apply.repeatable import is_repeatable
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.session import QueryFailed, Session
@@ -47,7 +47,7 @@ class Done:
 class Steps:
     """The steps of one run: the running one, the finished ones, and what may be committed.
 
-    ``check`` raises after an interruption. ``take_back`` undoes a revision's changes of logging and
+    ``check`` raises after an interruption. ``reinstall_logging`` undoes a revision's changes of logging and
     signals. ``prepare`` sets a connection's role and timeouts again after a revision rolled them back.
     ``role`` is MIGRATOR_ROLE.
     """
@@ -60,7 +60,7 @@ class Steps:
         *,
         bar: bool,
         check: Callable[[], None],
-        take_back: Callable[[], None],
+        reinstall_logging: Callable[[], None],
         prepare: Callable[[MigrationConnection], None],
         role: str = "",
     ) -> None:
@@ -68,7 +68,7 @@ class Steps:
         self._role = role
         self._ledger_writer = ledger_writer
         self._check = check
-        self._take_back = take_back
+        self._reinstall_logging = reinstall_logging
         self._prepare = prepare
         self.findings: list[Finding] = []
         self._total = total
@@ -90,7 +90,7 @@ class Steps:
         self._table = VersionTable()
         self._upgrade = True
         self._inside = False  # a revision's own function runs
-        self.aside = Aside(lambda: self._inside)
+        self.outside = OutsideConnections(lambda: self._inside)
         self._unrepeatable = ""  # the first of its statements that must not run twice
         self._wrote = False  # such a statement has run in its transaction
         self._asked = False  # a statement that commits by itself is running, and must not run twice
@@ -155,9 +155,9 @@ class Steps:
                 raise
             finally:
                 self._inside = False
-                if what := self.aside.what():
+                if what := self.outside.what():
                     self.commits_elsewhere(what)
-                self._take_back()
+                self._reinstall_logging()
             self._check()
             now = self._look()
             self._own_transaction("BEGIN")
@@ -178,7 +178,7 @@ class Steps:
         # Only now: in autocommit, our own queries would count as a committed part of it.
         self.running, self._began = revision, time.monotonic()
         self._unrepeatable, self._wrote, self._asked, self._noted = "", False, False, False
-        self.aside.begins()
+        self.outside.begins()
         self.progress.draw(number - 1, what)
         self.heartbeat.begins(f"{number} of {self._total}: {what}")
 

@@ -17,7 +17,7 @@ from migrator.errors import AccessDenied, DatabaseAhead, HistoryError, SettingsE
 from migrator.ledger.checksums import Edit, find_edits
 from migrator.ledger.compatibility import refuse_or_allow, refuse_unknown_floors
 from migrator.ledger.downgrade_plan import choose, refuse_other_paths, rows_after
-from migrator.ledger.queries import Standing, led_here, read_standing, read_visited, read_ways_back
+from migrator.ledger.queries import Standing, led_here, read_standing, read_stored_downgrades, read_visited
 from migrator.pipeline.apply.env_targets import Visit, survey_tables
 from migrator.pipeline.apply.failure import Aftermath, explain, without_migrations
 from migrator.postgres import writable
@@ -130,17 +130,22 @@ def _refuse_another(found: Sequence[Visit], setting: str) -> None:
 
 
 def asking(
-    session: Session, history: History, settings: Settings, take_back: Callable[[], None], *, locked: bool
+    session: Session,
+    history: History,
+    settings: Settings,
+    reinstall_logging: Callable[[], None],
+    *,
+    locked: bool,
 ) -> Ask:
     """Return the function that asks ``env.py``, whose code may write only under the run lock.
 
-    ``take_back`` takes logging and signals back from the application.
+    ``reinstall_logging`` takes logging and signals back from the application.
     """
 
     def ask() -> Sequence[Visit] | None:
         try:
             found = survey_tables(
-                history, session, settings.role, before_configure=take_back, read_only=not locked
+                history, session, settings.role, before_configure=reinstall_logging, read_only=not locked
             )
         except (Exception, SystemExit) as error:  # an env.py may raise anything
             if not session.answers():
@@ -377,7 +382,7 @@ def _plan_back(
     destination: str,
 ) -> Plan | None:
     """Plan a downgrade with the SQL in the ledger; None if that is empty."""
-    ways = read_ways_back(session, table, role) if table else []
+    ways = read_stored_downgrades(session, table, role) if table else []
     if not ways:
         return None
     chosen = choose(ways, current, destination, history.heads)

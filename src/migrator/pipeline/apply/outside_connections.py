@@ -19,7 +19,7 @@ _STARTS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec")
 _DRIVERS = ("psycopg2", "psycopg", "asyncpg")
 
 
-class Aside:
+class OutsideConnections:
     """Counts, while ``inside`` is true, connections that no Connection of SQLAlchemy's stands for."""
 
     def __init__(self, inside: Callable[[], bool]) -> None:
