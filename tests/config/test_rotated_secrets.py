@@ -165,7 +165,7 @@ def test_what_no_other_secret_would_mend_is_final(login: Login) -> None:
 
 def test_the_end_of_the_wait_is_the_end_of_the_grace(login: Login) -> None:
     login.rotate()
-    loaded = login.load(MIGRATOR_WAIT_TIMEOUT="1s")
+    loaded = login.load(MIGRATOR_WAIT_TIMEOUT="4s")
     with pytest.raises(AccessDenied, match="might have been replaced"):
         stage.wait(loaded.required_target, loaded, "test")
 
