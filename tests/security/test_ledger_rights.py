@@ -215,7 +215,7 @@ def test_kept_sql_runs_as_who_owns_the_version_table_whatever_a_row_says(
     older = project(revisions=history[:1], name="older")
     result = done(run("downgrade", "head", "--yes", cwd=older))
     assert database.psql("SELECT role FROM back") == [("postgres",)]
-    assert f"was applied as {app}" in result.stderr
+    assert f"was applied as role {app}" in result.stderr
 
 
 # -- every way in ------------------------------------------------------------------------------------------
