@@ -108,7 +108,7 @@ def test_restore_and_wait_for_a_changed_image(
     result = run_migrator("--format", "json", cwd=folder, database=quiet, env=env)
     old = restored(result, quiet)
     assert "RuntimeError: half way" in result.answer["message"]
-    assert f"it is now {old}" in result.answer["message"]
+    assert f"The failed database is now {old}" in result.answer["message"]
     assert (result.answer["before"], result.answer["after"]) == (["r001"], ["r001"])
     assert result.answer["stages"][-1]["stage"] == "restore"
     assert "lost, and the lock with it" not in result.stderr

@@ -25,7 +25,7 @@ from tests.support.servers import Database
         (MemoryError(), "memory"),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
-        (OSError(errno.ENOSPC, "No space left on device"), "room"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
         (ImportError("libpq.so: cannot open shared object file: Too many open files"), "ulimit -n"),
         (ImportError("libpq.so: failed to map segment from shared object"), "memory"),
     ],

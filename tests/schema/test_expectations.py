@@ -168,7 +168,7 @@ def test_every_problem_is_in_one_error() -> None:
             "[tables.users]\ncolumns = ['id']",
             "tables.\"users\".columns: ['id'] is not a table of keys and values",
         ),
-        ("[assertions]\nname = 'x'", "assertions: write [[assertions]], with two brackets, before each"),
+        ("[assertions]\nname = 'x'", "assertions: write [[assertions]], with two brackets, before each one"),
         ("assertions = [1]", "assertions[1]: 1 is not a table of keys and values"),
         ("allow = []", "allow: [] is not a table of keys and values"),
         (

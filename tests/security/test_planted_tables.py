@@ -225,6 +225,7 @@ def upgrade():
 """
     file.write_text(file.read_text() + plants)
     answer = scenario.run(Step(f"upgrade {revision}", SETTINGS))
-    assert (answer.code, answer.calls) == (30, []), answer
+    # 40 and not 30: what the revision did on its own connection may be committed, and is.
+    assert (answer.code, answer.calls) == (40, []), answer
     assert "trigger t on table alembic_version calls a function of app" in answer.said, answer
     assert place.server.psql("SELECT to_regclass('public.t2')", dbname=database.name) == [(None,)]

@@ -71,7 +71,7 @@ _VERSION_TABLES = """
 """
 VERSION_TABLES = Shapes(
     scan="SELECT DISTINCT version_table FROM ONLY {table}",
-    by_index=f"WITH RECURSIVE version_tables AS ({_VERSION_TABLES}) SELECT t.version_table FROM version_tables t",  # noqa: S608
+    by_index=f"WITH RECURSIVE version_tables AS ({_VERSION_TABLES}) SELECT t.version_table FROM version_tables t",  # noqa: S608 - constants
 )
 
 _ENTRY = (
