@@ -155,7 +155,12 @@ class Scenario:
                 running = Forked(*words, cwd=cwd, env=environment, out=out)
                 code, stdout, stderr = running.finish(), running.stdout, running.stderr
         stdout, stderr = self.normal(stdout), self.normal(stderr)
-        said = "\n".join(line for line in stderr.splitlines() if re.match(r"(WARNING|ERROR) ", line))
+        # That a backup has functions of a superuser's, which its login cannot make again, is true of hostile ones too.
+        said = "\n".join(
+            line
+            for line in stderr.splitlines()
+            if re.match(r"(WARNING|ERROR) ", line) and "may not create these again" not in line
+        )
         return Answer(step, code, stdout, said, calls)
 
     def _stay(self, words: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
