@@ -277,6 +277,23 @@ def test_a_kill_after_a_part(
     not_twice(run_migrator, folder, database)
 
 
+@pytest.mark.parametrize("how", ["a raw connection of the engine", "psycopg2's own", "psycopg's own", "psql"])
+def test_a_kill_after_a_part_on_an_outside_connection(
+    how: str, database: Database, project: Project, run_migrator: Runner, start_migrator: Start
+) -> None:
+    """Seen in a container: the next run repeated the revision, and said "verified"."""
+    files, part = UNUSUAL[how]
+    folder = project(
+        files, revisions=[START, Revision("b1", "a1", f"{part}\nop.execute({Gate.statement!r})")]
+    )
+    done(run_migrator("upgrade", "a1", cwd=folder, database=database))
+    with Gate(database) as gate:
+        run = start_migrator(cwd=folder, database=database)
+        run.wait_for(gate.reached)
+        run.kill()
+    not_twice(run_migrator, folder, database)
+
+
 def test_a_person_decides_about_a_part(database: Database, project: Project, run_migrator: Runner) -> None:
     folder = project(DRIVERS["psycopg2"], revisions=history("autocommit block", "SELECT 1 / 0"))
     done(run_migrator("upgrade", "a1", cwd=folder, database=database))

@@ -1,6 +1,7 @@
-"""Notice what a revision does past SQLAlchemy's connections: on one of the driver's own, or by a program such as psql.
+"""Notice what a revision does past SQLAlchemy's connections: on a raw one, or with a program such as psql.
 
-What is committed there cannot be seen, so a revision that did so counts as one of which a part may be committed.
+What it commits there cannot be seen, so it counts as possibly committed from before the connection is open
+or the program starts: a run that is killed after that must not repeat the revision.
 """
 
 from __future__ import annotations
@@ -17,77 +18,59 @@ _CLIENTS = re.compile(r"\b(psql|pg_restore|vacuumdb|reindexdb|clusterdb|pgbench)
 _STARTS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec")
 """https://docs.python.org/3/library/audit_events.html"""
 _DRIVERS = ("psycopg2", "psycopg", "asyncpg")
+_RAW = "a connection of the driver's own"
 
 
 class OutsideConnections:
-    """Counts, while ``inside`` is true, connections that no Connection of SQLAlchemy's stands for."""
+    """Calls ``used`` with a description when a revision opens or borrows such a connection, or starts a program.
 
-    def __init__(self, inside: Callable[[], bool]) -> None:
-        self._inside = inside
+    ``inside`` tells whether a revision's own function runs. What SQLAlchemy opens for itself does not count.
+    """
+
+    def __init__(self, inside: Callable[[], bool], used: Callable[[str], None]) -> None:
+        self._inside, self._used = inside, used
         self._undo: list[Callable[[], None]] = []
-        self.begins()
 
     def begins(self) -> None:
-        """Forget what was counted, and count the connections of the drivers that are loaded by now."""
-        self._opened = self._borrowed = (
-            0  # by the driver but not by a pool; from a pool but not by a Connection
-        )
-        self._program = ""
+        """Watch the drivers that are loaded by now."""
         for name in _DRIVERS:
-            module = sys.modules.get(name)
-            if module is not None and not hasattr(module.connect, "counted"):
-                self._wrap(module)
+            if name in sys.modules:
+                self._wrap(sys.modules[name], "connect")
 
-    def what(self) -> str:
-        """Return what the revision used; empty if nothing."""
-        if self._program:
-            return f"the program {self._program}"
-        return "a connection of the driver's own" if self._opened > 0 or self._borrowed > 0 else ""
+    def _wrap(self, owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+        if hasattr(call, "watched"):
+            return
 
-    def _wrap(self, module: Any) -> None:
-        connect = module.connect
+        @functools.wraps(call)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if self._inside() and not caller.startswith(("sqlalchemy.", "migrator.")):
+                self._used(_RAW)
+            return call(*arguments, **options)
 
-        @functools.wraps(connect)
-        def counting(*arguments: Any, **options: Any) -> Any:
-            self._count(opened=1)
-            return connect(*arguments, **options)
-
-        counting.counted = True  # type: ignore[attr-defined]
-        module.connect = counting
-        self._undo.append(lambda: setattr(module, "connect", connect))
-
-    def _count(self, opened: int = 0, borrowed: int = 0) -> None:
-        if self._inside():
-            self._opened = max(0, self._opened + opened)
-            self._borrowed = max(0, self._borrowed + borrowed)
+        watched.watched = True  # type: ignore[attr-defined]
+        setattr(owner, name, watched)
+        self._undo.append(lambda: setattr(owner, name, call))
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _STARTS and self._inside():
-            found = _CLIENTS.search(" ".join(_words(arguments)))
-            self._program = self._program or (found[0] if found else "")
+        if event in _STARTS and self._inside() and (found := _CLIENTS.search(" ".join(_words(arguments)))):
+            self._used(f"the program {found[0]}")
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Count within the block."""
-        from sqlalchemy import event
+        """Watch within the block."""
         from sqlalchemy.engine import Engine
         from sqlalchemy.pool import Pool
 
-        heard: list[tuple[Any, str, Callable[..., None]]] = [
-            (Pool, "connect", lambda *_: self._count(opened=-1)),
-            (Pool, "checkout", lambda *_: self._count(borrowed=1)),
-            (Engine, "engine_connect", lambda *_: self._count(borrowed=-1)),
-        ]
-        for target, name, listener in heard:
-            event.listen(target, name, listener)
+        self._wrap(Engine, "raw_connection")
+        self._wrap(Pool, "connect")
         _AUDITS.append(self._audit)
         _listen_to_audits()
         try:
             yield
         finally:
             _AUDITS.remove(self._audit)
-            for target, name, listener in heard:
-                event.remove(target, name, listener)
             for undo in self._undo:
                 undo()
             self._undo.clear()

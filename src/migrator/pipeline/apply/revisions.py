@@ -90,7 +90,7 @@ class Steps:
         self._table = VersionTable()
         self._upgrade = True
         self._inside = False  # a revision's own function runs
-        self.outside = OutsideConnections(lambda: self._inside)
+        self.outside = OutsideConnections(lambda: self._inside, self.commits_elsewhere)
         self._unrepeatable = ""  # the first of its statements that must not run twice
         self._wrote = False  # such a statement has run in its transaction
         self._asked = False  # a statement that commits by itself is running, and must not run twice
@@ -155,8 +155,6 @@ class Steps:
                 raise
             finally:
                 self._inside = False
-                if what := self.outside.what():
-                    self.commits_elsewhere(what)
                 self._reinstall_logging()
             self._check()
             now = self._look()
