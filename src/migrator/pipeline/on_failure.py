@@ -155,7 +155,7 @@ def refuse_to_repeat(this: Run, session: Session, found: Inspection) -> None:
             rule="partly-committed",
             severity=Severity.ERROR,
             place=part.revision,
-            sentence=f"run {part.run_id} committed a part of {part.name} at {part.at:%Y-%m-%d %H:%M:%S %Z} "
+            sentence=f"run {part.run_id} may have committed a part of {part.name} at {part.at:%Y-%m-%d %H:%M:%S %Z} "
             f"without its version row; the part began with: {part.statement}",
             remedy=f"undo that part by hand, then run `{command}`"
             + (

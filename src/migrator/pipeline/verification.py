@@ -106,8 +106,8 @@ def _half_reverted(this: Run, session: Session, table: VersionTable | None) -> l
             rule="half-reverted",
             severity=Severity.ERROR,
             place=part.revision,
-            sentence=f"run {part.run_id} committed a part of {part.name}, and {part.revision} still counts as applied;"
-            f" the part began with: {part.statement}",
+            sentence=f"run {part.run_id} may have committed a part of {part.name}, and"
+            f" {part.revision} still counts as applied; the part began with: {part.statement}",
             remedy="finish the downgrade with --retry, or undo that part by hand and run `migrator upgrade --retry`",
         )
         for part in queries.read_partial(session, table, this.settings.role)
