@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from migrator.project.loading import of_flask, reading_only
+from migrator.config.database_url import parse
+from migrator.project.config import tell_address
+from migrator.project.loading import find_env, of_flask, reading_only
 from tests.support.servers import Database
 
 WORK_MEM: dict[str, dict[str, Any]] = {
@@ -68,3 +74,54 @@ def test_a_session_without_sqlalchemy_only_reads(database: Database) -> None:
 )
 def test_the_words_of_flask(alembic: str, flask: str) -> None:
     assert of_flask(alembic.split()) == flask.split()
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        ("shop:db:migrations", "."),
+        ("shop:db", "."),
+        ("shop.db:migrations", "src"),
+        ("shop:migrations", "lib:src"),
+    ],
+)
+def test_env_py_is_found_where_alembic_finds_it(
+    location: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its package is not imported: the address has to be told before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path_importer_cache", {})  # knows relative folders by their first place
+    inside = tmp_path / ("src" if "src" in path else ".") / location.replace(".", "/").replace(":", "/")
+    inside.mkdir(parents=True)
+    (inside / "env.py").touch()
+    for package in (inside, *inside.parents):
+        if package.name in {"shop", "db"}:
+            (package / "__init__.py").touch()
+    ini = tmp_path / "alembic.ini"
+    ini.write_text(
+        f"[alembic]\nscript_location = {location}\nprepend_sys_path = {path}\npath_separator = os\n"
+    )
+    try:
+        found = find_env(Config(str(ini)))
+        assert not {"shop", "shop.db"} & sys.modules.keys()
+        theirs = ScriptDirectory.from_config(Config(str(ini))).env_py_location
+    finally:
+        for name in ("shop", "shop.db"):
+            sys.modules.pop(name, None)
+    assert found.resolve() == Path(theirs).resolve()
+
+
+def test_the_driver_of_the_file_is_not_the_one_that_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLAlchemy 2.1 without psycopg: the first address names psycopg2; `env.py`, found since, wants asyncpg."""
+    monkeypatch.setattr("migrator.project.config._sync_driver", lambda: "psycopg2")
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    env_file = tmp_path / "env.py"
+    config, target = Config(), parse("postgresql://a@127.0.0.1/b")
+    tell_address(config, env_file, target)
+    assert config.get_main_option("sqlalchemy.url") == "postgresql+psycopg2://a@127.0.0.1/b"
+    env_file.write_text("from sqlalchemy.ext.asyncio import AsyncEngine")
+    tell_address(config, env_file, target)
+    assert config.get_main_option("sqlalchemy.url") == "postgresql+asyncpg://a@127.0.0.1/b"

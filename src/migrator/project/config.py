@@ -249,7 +249,10 @@ _ASYNC = (
 
 def _driver(config: Config, env_file: Path) -> str:
     """Choose SQLAlchemy's driver if the target's address names none: the one that the project uses."""
-    configured = config.file_config.get(config.config_ini_section, "sqlalchemy.url", raw=True, fallback="")
+    configured = vars(config).setdefault(
+        "url_of_the_file",  # what is there later is what tell_address wrote
+        config.file_config.get(config.config_ini_section, "sqlalchemy.url", raw=True, fallback=""),
+    )
     try:
         driver = parse(configured).driver
     except BadAddress:

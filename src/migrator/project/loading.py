@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.machinery
+import importlib.util
 import logging
 import os
 import sys
@@ -22,27 +23,36 @@ _READ_ONLY_TRANSACTION = "25006"  # https://www.postgresql.org/docs/current/errc
 
 def find_module(name: str) -> importlib.machinery.ModuleSpec | None:
     """Find a module without importing anything, for its packages may import the application."""
-    places: list[str] | None = [*sys.path, str(Path.cwd())]
-    spec = None
-    for part in name.split("."):
-        spec = importlib.machinery.PathFinder.find_spec(part, places)
-        if spec is None:
-            return None
-        places = list(spec.submodule_search_locations or ())
+    first, *rest = name.split(".")
+    find = importlib.machinery.PathFinder.find_spec
+    spec = (
+        importlib.util.find_spec(first) if first not in sys.modules else None
+    )  # a hook of an editable install
+    spec = spec or find(first, [*sys.path, str(Path.cwd())])
+    for part in rest:
+        spec = find(part, list(spec.submodule_search_locations or ())) if spec else None
     return spec
 
 
 def find_env(config: Config) -> Path:
-    """Return where ``env.py`` is: Alembic imports the package that a ``script_location`` names, and nothing is here."""
+    """Return where ``env.py`` will be: Alembic imports the package that a ``script_location`` names; this does not.
+
+    Such a location is ``package:folder:...``; the package may be in a folder of ``prepend_sys_path``.
+    """
     # Alembic before 1.16 reads an ini alone.
     read = getattr(config, "get_alembic_option", config.get_main_option)
     location = str(read("script_location") or "")
-    package, colon, folder = location.partition(":")
-    if not colon or os.path.isabs(location):
+    if ":" not in location or os.path.isabs(location):
         return Path(location, "env.py")
-    spec = find_module(package)
+    package, *folders = location.split(":")
+    before = list(sys.path)
+    sys.path[:0] = getattr(config, "get_prepend_sys_paths_list", tuple)() or ()  # Alembic 1.16
+    try:
+        spec = find_module(package)
+    finally:
+        sys.path[:] = before
     places = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(*places[:1], folder, "env.py")
+    return Path(*places[:1], *folders, "env.py")
 
 
 @contextlib.contextmanager

@@ -91,6 +91,7 @@ def _import_revisions(project: _Project, *, bootstrapped: bool) -> ScriptDirecto
     # A revision, or its package, may import the application's settings, which read the address just once.
     tell_address(project.config, env_file, project.target, project.options.export)
     script = ScriptDirectory.from_config(project.config)
+    env_file = Path(script.env_py_location)
     if _depend_on_env(script):
         return _after_env(project, env_file)
     try:
