@@ -118,7 +118,13 @@ def _with_a_long_ledger(command: tuple[str, ...]) -> Curve:
             f"INSERT INTO migrator_ledger ({', '.join(names)}) SELECT {made} FROM migrator_ledger l,"  # noqa: S608 - names of columns
             f" generate_series(1, {max(0, count // 12)}) g; ANALYZE migrator_ledger"
         )
-        return Program([str(BIN / "migrator"), *command], folder, lambda: environment), None
+
+        def back() -> Mapping[str, str]:
+            if command == ("upgrade",):
+                database.execute("UPDATE alembic_version SET version_num = 'r009'; DROP TABLE t10")
+            return environment
+
+        return Program([str(BIN / "migrator"), *command], folder, back), None
 
     return curve
 
@@ -134,6 +140,11 @@ CURVES: dict[str, tuple[str, Curve, tuple[int, ...]]] = {
     "alter": ("tables beside the one that one revision alters", _altered, (100, 1000, 5000, 20000)),
     "backup": ("small tables with five indexes backed up", _backed_up, (100, 1000, 3000, 5000)),
     "nothing": ("rows in the ledger, nothing to do", _with_a_long_ledger(()), (100, 10000, 200000)),
+    "upgrade": (
+        "rows in the ledger, one revision applied",
+        _with_a_long_ledger(("upgrade",)),
+        (100, 10000, 200000),
+    ),
     "status": ("rows in the ledger, status", _with_a_long_ledger(("status",)), (100, 10000, 200000)),
     "ledger": ("rows in the ledger, ledger", _with_a_long_ledger(("ledger",)), (100, 10000, 200000)),
     "verify": ("rows in the ledger, verify", _with_a_long_ledger(("verify",)), (100, 10000, 200000)),
