@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from migrator.backups.restore.result import Restored
     from migrator.backups.retention import Pruned
     from migrator.backups.storage.interface import Store
-    from migrator.ledger.checksums import Edit
+    from migrator.ledger.edited_files import Edit
     from migrator.ledger.queries import LastRun
     from migrator.ledger.repair import Repair
     from migrator.outcome import Outcome

@@ -14,7 +14,7 @@ from migrator.backups.dump import progress
 from migrator.backups.dump.progress import DumpProgress
 from migrator.backups.exported_snapshot import Relation, Sizes
 from migrator.runtime import subprocesses
-from migrator.runtime.progress import Progress
+from migrator.runtime.output.progress import Progress
 from tests.support.proxy import Proxy
 from tests.support.servers import Database
 

@@ -10,7 +10,7 @@ import pytest
 
 from migrator.project import History, ProjectOptions
 from migrator.project.freeze import freeze
-from migrator.project.manifest import NoManifest, dump, file_sums, load, parse, problems, syntax_of
+from migrator.project.history_manifest import NoManifest, dump, file_sums, load, parse, problems, syntax_of
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import ROOT, Runner
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.project.alembic_sql import qualified
+from migrator.project.env.operators import qualified
 from tests.security import world
 from tests.security.scenario import REVISIONS, Scenario, Step
 from tests.security.world import World

@@ -21,7 +21,7 @@ from migrator.sidecar.children import ChildResult
 from migrator.sidecar.stay import Run, _stopped
 from migrator.sidecar.web import is_loopback, library
 from tests.ledger.test_compatibility import floors
-from tests.project.test_several_databases import write as write_several
+from tests.project.env.test_several_databases import write as write_several
 from tests.support.projects import linear_history
 from tests.support.proxy import Proxy
 from tests.support.runner import ROOT, Runner

@@ -12,9 +12,9 @@ from migrator.errors import HistoryError, MigratorError
 from migrator.outcome import Outcome
 from migrator.pipeline.record import new_run_id
 from migrator.project import ProjectOptions
-from migrator.runtime import report
 from migrator.runtime.logs import Logs, get_logger
-from migrator.runtime.report import Answer
+from migrator.runtime.output import report
+from migrator.runtime.output.report import Answer
 from migrator.runtime.signals import Interruption
 from migrator.service import MigrationService
 
@@ -96,7 +96,7 @@ def freeze(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def check(service: MigrationService, arguments: argparse.Namespace) -> Answer:
-    from migrator.ledger.checksums import judge
+    from migrator.ledger.edited_files import judge
 
     for one in service.all():
         state = one.state()

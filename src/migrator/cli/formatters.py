@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.config import settings
 from migrator.outcome import ExitCode, Outcome
-from migrator.runtime import report
 from migrator.runtime.escaping import visible
-from migrator.runtime.report import Answer
+from migrator.runtime.output import report
+from migrator.runtime.output.report import Answer
 
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup

@@ -18,14 +18,15 @@ gc.set_threshold(50_000, *gc.get_threshold()[1:])
 from migrator.config import settings  # noqa: E402
 from migrator.errors import Interrupted, MigratorError, Partial  # noqa: E402
 from migrator.outcome import ExitCode  # noqa: E402
-from migrator.runtime import logs, report, stdio  # noqa: E402
+from migrator.runtime import logs  # noqa: E402
 from migrator.runtime.escaping import json_text  # noqa: E402
+from migrator.runtime.output import report, stdio  # noqa: E402
 from migrator.runtime.signals import Interrupt, Interruption  # noqa: E402
 
 if TYPE_CHECKING:
     import argparse
 
-    from migrator.runtime.report import Answer
+    from migrator.runtime.output.report import Answer
 
 log = logs.get_logger("migrator")
 

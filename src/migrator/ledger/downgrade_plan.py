@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Collection, Iterable, Sequence
 
 from migrator.errors import HistoryError
-from migrator.project.kept_downgrade import KeptDowngrade
+from migrator.project.downgrade.stored import KeptDowngrade
 
 
 def choose(

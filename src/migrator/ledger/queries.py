@@ -16,7 +16,7 @@ from migrator.ledger.table import NAME, UNDONE, beside, owner_of
 from migrator.postgres.search_path import FIRST_OF_OTHERS
 from migrator.postgres.session import QueryFailed, Session, as_typed
 from migrator.postgres.version_table import VersionTable
-from migrator.project.kept_downgrade import KeptDowngrade
+from migrator.project.downgrade.stored import KeptDowngrade
 
 log = logging.getLogger("migrator.ledger")
 

@@ -11,7 +11,7 @@ from migrator.config.settings import Settings
 from migrator.errors import HistoryError
 from migrator.ledger import queries
 from migrator.ledger import table as ledger
-from migrator.ledger.checksums import Edit, find_edits
+from migrator.ledger.edited_files import Edit, find_edits
 from migrator.ledger.sql import VERSION_TABLES
 from migrator.ledger.table import Author
 from migrator.ledger.writer import about

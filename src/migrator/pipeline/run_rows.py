@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from migrator.errors import AccessDenied
 from migrator.ledger import writer
-from migrator.ledger.checksums import EDITED
+from migrator.ledger.edited_files import EDITED
 from migrator.ledger.queries import Standing, read_standing, read_visited
 from migrator.ledger.table import FOUND, GONE
 from migrator.outcome import Outcome

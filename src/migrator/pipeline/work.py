@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from migrator.backups.manifest import summary
 from migrator.errors import BackupFailed, Internal
-from migrator.ledger.checksums import judge
+from migrator.ledger.edited_files import judge
 from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding
 from migrator.pipeline import run_rows

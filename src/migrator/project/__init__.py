@@ -16,16 +16,16 @@ from migrator.project.config import ProjectOptions
 
 if TYPE_CHECKING:
     from migrator.project.alembic_cli import hand_over
-    from migrator.project.downgrade_sql import OfflineDowngrade
-    from migrator.project.revisions import History, Plan, Revision
+    from migrator.project.downgrade.offline_sql import OfflineDowngrade
+    from migrator.project.history.history import History, Plan, Revision
 
 __all__ = ["History", "OfflineDowngrade", "Plan", "ProjectOptions", "Revision", "hand_over"]
 
 _HOMES = {
-    "History": "revisions",
-    "Plan": "revisions",
-    "Revision": "revisions",
-    "OfflineDowngrade": "downgrade_sql",
+    "History": "history.history",
+    "Plan": "history.history",
+    "Revision": "history.history",
+    "OfflineDowngrade": "downgrade.offline_sql",
     "hand_over": "alembic_cli",
 }
 

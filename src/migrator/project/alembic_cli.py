@@ -11,9 +11,9 @@ from migrator.config.database_url import Target
 from migrator.errors import SettingsError
 from migrator.postgres.queries import LEDGER
 from migrator.project import loading
-from migrator.project.alembic_sql import operators_of_the_server
-from migrator.project.bootstrap import ground
 from migrator.project.config import ProjectOptions, import_alembic, make_config, tell_address
+from migrator.project.env.bootstrap import ground
+from migrator.project.env.operators import operators_of_the_server
 
 _ALEMBIC_HELP = "migrator alembic --help"
 

@@ -12,8 +12,9 @@ from typing import Any
 from migrator.errors import HistoryError, SettingsError
 from migrator.project import layout
 from migrator.project.config import ProjectOptions
-from migrator.project.env_source import version_table
-from migrator.project.manifest import (
+from migrator.project.env.source import version_table
+from migrator.project.history.history import History
+from migrator.project.history_manifest import (
     FILE_NAME,
     FrozenRevision,
     Manifest,
@@ -24,7 +25,6 @@ from migrator.project.manifest import (
     parse,
     sha256_of,
 )
-from migrator.project.revisions import History
 from migrator.runtime import files
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from migrator.config import settings
 from migrator.errors import Internal, Interrupted
-from migrator.runtime import report
 from migrator.runtime.logs import redact
-from migrator.runtime.report import Answer
+from migrator.runtime.output import report
+from migrator.runtime.output.report import Answer
 from migrator.runtime.signals import Interrupt
 from migrator.runtime.threads import background
 from migrator.service import MigrationService

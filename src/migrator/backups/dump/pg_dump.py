@@ -23,7 +23,7 @@ from migrator.postgres import connection_limit
 from migrator.postgres.errors import child_refused, no_room
 from migrator.postgres.session import Session, dead_client_values, quote_literal
 from migrator.runtime import subprocesses
-from migrator.runtime.progress import Progress
+from migrator.runtime.output.progress import Progress
 
 _CHATTER = re.compile(r"^pg_dump: (?!error|warning|fatal|detail|hint)[^\n]*(\n|$)", re.MULTILINE)
 # A worker takes each table's lock again, and never waits: a session that waits for the whole table would

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from migrator.backups.exported_snapshot import Relation, Sizes
 from migrator.backups.manifest import human_size
-from migrator.runtime.progress import Progress
+from migrator.runtime.output.progress import Progress
 
 LOGGER = logging.getLogger("migrator.backup")
 EVERY = 15.0

@@ -33,9 +33,9 @@ from migrator.postgres.control_connection import Lifeline, revive
 from migrator.postgres.session import ConnectFailed, QueryFailed, Session
 from migrator.postgres.version_table import VersionTable, read_rows, read_version
 from migrator.project import History, Plan
-from migrator.runtime import stdio
 from migrator.runtime.deadlines import TELL
 from migrator.runtime.logs import Logs
+from migrator.runtime.output import stdio
 from migrator.runtime.signals import Interrupt, Interruption
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from migrator.pipeline.apply.stalled import LostAnswer
 from migrator.postgres.control_connection import Lifeline
 from migrator.postgres.session import ConnectFailed, QueryFailed, quote_literal
 from migrator.runtime.deadlines import PROBE
-from migrator.runtime.progress import Progress
+from migrator.runtime.output.progress import Progress
 
 log = logging.getLogger("migrator.watch")
 

@@ -23,7 +23,7 @@ from migrator.pipeline.apply.failure import RETRYABLE
 from migrator.postgres import connection_limit
 from migrator.postgres.session import QueryFailed, Session
 from migrator.postgres.version_table import VersionTable, locate
-from migrator.project.kept_downgrade import KeptDowngrade
+from migrator.project.downgrade.stored import KeptDowngrade
 from migrator.runtime.signals import Interruption
 
 if TYPE_CHECKING:

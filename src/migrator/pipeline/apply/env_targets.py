@@ -20,14 +20,14 @@ from migrator.postgres.session import quote_literal
 from migrator.postgres.version_table import VersionTable
 from migrator.project.config import ProjectOptions, import_alembic, make_config
 from migrator.project.loading import find_env, reading_only
-from migrator.runtime import stdio
+from migrator.runtime.output import stdio
 
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
 
     from migrator.pipeline.apply.connection import MigrationConnection
     from migrator.postgres.session import Session
-    from migrator.project.revisions import History
+    from migrator.project.history.history import History
 
 
 def env_file(options: ProjectOptions, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from migrator.pipeline.apply.repeatable import is_repeatable
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.session import QueryFailed, Session
 from migrator.postgres.version_table import VersionTable
-from migrator.runtime.progress import Heartbeat, Progress
+from migrator.runtime.output.progress import Heartbeat, Progress
 
 log = logging.getLogger("migrator.apply")
 

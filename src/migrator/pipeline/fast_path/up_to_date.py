@@ -29,7 +29,7 @@ from migrator.postgres.session import (
 )
 from migrator.postgres.version_table import VersionTable
 from migrator.project import layout
-from migrator.project.manifest import FILE_NAME, Manifest, NoManifest, load, problems, rows_at
+from migrator.project.history_manifest import FILE_NAME, Manifest, NoManifest, load, problems, rows_at
 from migrator.runtime.logs import get_logger
 from migrator.runtime.signals import Interrupt, Interruption
 
@@ -133,7 +133,7 @@ class _NotEnough(Exception):
 def _manifest_there(settings: Settings, project: ProjectOptions) -> layout.Layout:
     """Return the configuration of a project with a manifest; raises :class:`_NotEnough` before any query."""
     if project.bootstrap:
-        from migrator.project.bootstrap import shapes_history
+        from migrator.project.env.bootstrap import shapes_history
 
         if shapes_history(project.bootstrap):
             raise _NotEnough(f"{project.bootstrap} may set the folders of the revisions")

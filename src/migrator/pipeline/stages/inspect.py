@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from migrator.config.settings import Settings
 from migrator.errors import AccessDenied, DatabaseAhead, HistoryError, SettingsError, Unversioned
-from migrator.ledger.checksums import Edit, find_edits
 from migrator.ledger.compatibility import refuse_or_allow, refuse_unknown_floors
 from migrator.ledger.downgrade_plan import choose, refuse_other_paths, rows_after
+from migrator.ledger.edited_files import Edit, find_edits
 from migrator.ledger.queries import Standing, led_here, read_standing, read_stored_downgrades, read_visited
 from migrator.pipeline.apply.env_targets import Visit, survey_tables
 from migrator.pipeline.apply.failure import Aftermath, explain, without_migrations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.runtime.progress import Progress
+from migrator.runtime.output.progress import Progress
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import Runner, migrator_command
 from tests.support.servers import Database

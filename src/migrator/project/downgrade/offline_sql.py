@@ -1,7 +1,7 @@
 """Render the ``downgrade()`` of a revision to SQL, which the ledger keeps for an older image.
 
 A revision's ``downgrade()`` is rendered like in Alembic's offline mode, without ``env.py`` and without
-a database. It is called only if :mod:`migrator.project.downgrade_judge.judgement` finds the call
+a database. It is called only if :mod:`migrator.project.downgrade.safety` finds the call
 harmless. See docs/why/adr for the reasons.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migrator.project.downgrade_judge.judgement import Refused, SafetyChecker
+from migrator.project.downgrade.safety import Refused, SafetyChecker
 from migrator.runtime.logs import redact
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from migrator.config.database_url import Target
 from migrator.errors import HistoryError, MigratorError
-from migrator.project.bootstrap import ground, shapes_history
 from migrator.project.config import ProjectOptions, tell_address
-from migrator.project.env_runner import load_env
-from migrator.project.imports import imports_more
-from migrator.project.load_errors import in_a_file, in_words, unreadable
+from migrator.project.env.bootstrap import ground, shapes_history
+from migrator.project.env.runner import load_env
+from migrator.project.history.imports import imports_more
+from migrator.project.history.load_errors import in_a_file, in_words, unreadable
 from migrator.project.loading import find_env, reading_only
-from migrator.runtime import stdio
+from migrator.runtime.output import stdio
 
 if TYPE_CHECKING:
     from alembic.config import Config

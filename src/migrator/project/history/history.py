@@ -24,16 +24,16 @@ from migrator.project.config import (
     make_config,
     sibling_tables,
 )
-from migrator.project.downgrade_sql import OfflineDowngrade, offline_downgrade
-from migrator.project.env_runner import Around, Command, Hook, run_env
-from migrator.project.env_source import can_run_twice, runs_once, version_table
-from migrator.project.functions import is_one_way, runnable, without_function
-from migrator.project.kept_downgrade import KeptDowngrade
+from migrator.project.downgrade.offline_sql import OfflineDowngrade, offline_downgrade
+from migrator.project.downgrade.stored import KeptDowngrade
+from migrator.project.env.runner import Around, Command, Hook, run_env
+from migrator.project.env.source import can_run_twice, runs_once, version_table
+from migrator.project.history.functions import is_one_way, runnable, without_function
+from migrator.project.history.reading import read_graph
+from migrator.project.history_manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
+from migrator.project.history_manifest import load as load_manifest
 from migrator.project.layout import migrates_several
 from migrator.project.loading import command_line, reading_only
-from migrator.project.manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
-from migrator.project.manifest import load as load_manifest
-from migrator.project.reading import read_graph
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ class History:
         around: Around = lambda run, get_context: run(),
         transaction: str = "env.py",
     ) -> None:
-        """Load ``env.py`` as ``alembic KIND DESTINATION`` does: :func:`migrator.project.env_runner.run_env`.
+        """Load ``env.py`` as ``alembic KIND DESTINATION`` does: :func:`migrator.project.env.runner.run_env`.
 
         Once, and again only if the server had no free connection.
         """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from migrator.errors import Tampered
 from migrator.ledger.queries import Entry, Standing
 from migrator.outcome import Finding, Severity
-from migrator.project.manifest import FileSums
+from migrator.project.history_manifest import FileSums
 
 if TYPE_CHECKING:
     from migrator.project import History

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from migrator.outcome import ExitCode
-from migrator.project.imports import imports_more
-from tests.project.test_env_files import HABITS
+from migrator.project.history.imports import imports_more
+from tests.project.env.test_env_files import HABITS
 from tests.support.comparison import Comparison
 from tests.support.env_shapes import SHAPES
 from tests.support.env_text import env

@@ -21,7 +21,7 @@ from tests.support.servers import LEDGER, Database, Server
 Project = Callable[..., Path]
 
 TEMPLATE = (Path(alembic.__file__).parent / "templates" / "multidb" / "env.py").read_text()
-LOGGING = (Path(__file__).parents[1] / "support" / "env_files" / "file_config.ini").read_text()
+LOGGING = (Path(__file__).parents[2] / "support" / "env_files" / "file_config.ini").read_text()
 
 # As the template's script.py.mako renders them.
 REVISION = """

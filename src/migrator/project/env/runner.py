@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from migrator.config.database_url import Target
-from migrator.project.alembic_sql import operators_of_the_server
-from migrator.project.bootstrap import ground, locations, refuse_other_locations
 from migrator.project.config import ProjectOptions, parse_command
-from migrator.project.env_source import can_run_twice
+from migrator.project.env.bootstrap import ground, locations, refuse_other_locations
+from migrator.project.env.operators import operators_of_the_server
+from migrator.project.env.source import can_run_twice
+from migrator.project.env.transactions import configure_in
 from migrator.project.layout import migrates_several
-from migrator.project.transactions import configure_in
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -54,7 +54,7 @@ def run_env(
     may read instead. Then come the project's bootstrap and Flask's context. ``before_configure`` is
     called whenever ``env.py`` calls ``context.configure``, after it has set up its own logging.
     ``around`` is called in place of ``context.run_migrations``, with that and a function that returns
-    the context. ``transaction`` is one of :data:`migrator.project.transactions.MODES`. Raises any error
+    the context. ``transaction`` is one of :data:`migrator.project.env.transactions.MODES`. Raises any error
     of ``env.py`` or a revision.
     """
     config.cmd_opts = parse_command(command.options, command.kind, command.destination)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from migrator.project.downgrade_judge.harmless import (
+from migrator.project.downgrade.harmless import (
     ATTRIBUTES_REFUSED,
     BUILTINS,
     LOGGING,

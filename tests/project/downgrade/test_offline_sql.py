@@ -13,13 +13,13 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from migrator.project.downgrade_sql import OfflineDowngrade, offline_downgrade
+from migrator.project.downgrade.offline_sql import OfflineDowngrade, offline_downgrade
 from migrator.runtime.logs import Redactor
 from tests.support import plain_alembic
 from tests.support.projects import ALEMBIC_INI, ENV_FILES
 from tests.support.servers import Database
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEAD = """\
 import datetime
 import enum
@@ -360,7 +360,7 @@ def test_odd_files(tmp_path: Path, text: str) -> None:
 def test_a_secret_is_not_kept(
     render: Callable[[str], OfflineDowngrade], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("migrator.project.downgrade_sql.redact", Redactor(["tr0ub4dor&3"]))
+    monkeypatch.setattr("migrator.project.downgrade.offline_sql.redact", Redactor(["tr0ub4dor&3"]))
     found = render("op.execute(\"SELECT dblink('password=tr0ub4dor&3')\")")
     assert found == OfflineDowngrade(None, "it holds a password, which must not be kept")
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from migrator.project.manifest import revision_files
+from migrator.project.history_manifest import revision_files
 
 _KNOWN = sys.stdlib_module_names | {"alembic", "sqlalchemy"}
 

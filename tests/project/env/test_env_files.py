@@ -234,7 +234,7 @@ def test_threads_that_never_end(project: Project, run_migrator: Runner, database
     assert result.seconds < 170, result
 
 
-LOGGING_INI = (Path(__file__).parents[1] / "support" / "env_files" / "file_config.ini").read_text()
+LOGGING_INI = (Path(__file__).parents[2] / "support" / "env_files" / "file_config.ini").read_text()
 
 
 def test_file_config_leaves_our_lines_and_its_files(project: Project, compare: Comparison) -> None:

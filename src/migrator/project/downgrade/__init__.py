@@ -1,0 +1,1 @@
+"""The SQL of each downgrade, rendered without a database, for images without the revision."""

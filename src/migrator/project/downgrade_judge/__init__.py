@@ -1,1 +1,0 @@
-"""Judge whether a revision's downgrade() can be called without a database."""

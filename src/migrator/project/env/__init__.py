@@ -1,0 +1,1 @@
+"""The user's ``env.py``: prepare it, read it, and run it."""

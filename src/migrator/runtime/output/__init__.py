@@ -1,0 +1,1 @@
+"""What a process shows: standard streams, progress, and reports."""
