@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.pipeline.apply.failure import translate
+from migrator.pipeline.unexpected import translate
 from migrator.postgres.session import QueryFailed
 from migrator.runtime import resource_errors
 from tests.support.projects import linear_history

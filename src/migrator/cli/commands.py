@@ -203,7 +203,7 @@ def merge(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 
 def _hand_over(service: MigrationService, words: list[str]) -> Answer:
-    from migrator.pipeline.apply.failure import outside_of_stages
+    from migrator.pipeline.unexpected import outside_of_stages
     from migrator.project import hand_over
 
     changes = bool({"upgrade", "downgrade", "stamp"} & set(words)) and "--sql" not in words

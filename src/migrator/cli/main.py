@@ -133,7 +133,7 @@ def _meaning(error: Exception) -> MigratorError:
 
     if why := resource_errors.lack(error):  # it may be that nothing more can be loaded
         return resource_errors.without(why)
-    from migrator.pipeline.apply.failure import translate
+    from migrator.pipeline.unexpected import translate
 
     return translate(error)
 

@@ -18,8 +18,8 @@ from migrator.errors import (
     Unreachable,
 )
 from migrator.outcome import ExitCode, Status
-from migrator.pipeline.apply.failure import translate
 from migrator.pipeline.record import Record
+from migrator.pipeline.unexpected import translate
 from migrator.postgres.control_connection import lost, revive
 from migrator.postgres.session import ConnectFailed, QueryFailed, Session
 from migrator.postgres.version_table import VersionTable, read_rows

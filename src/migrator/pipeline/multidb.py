@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from migrator.config.settings import Settings
 from migrator.errors import HistoryError, Interrupted, MigratorError
 from migrator.outcome import ExitCode, Outcome
-from migrator.pipeline.apply.failure import outside_of_stages
+from migrator.pipeline.unexpected import outside_of_stages
 from migrator.runtime.signals import Interrupt, Interruption
 
 log = logging.getLogger("migrator")

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from migrator.pipeline.apply.driver_calls import DriverCalls
-from migrator.pipeline.apply.stalled import LostAnswer
+from migrator.pipeline.apply.driver_calls import DriverCalls, LostAnswer
 from migrator.postgres.control_connection import Lifeline
 from migrator.postgres.session import ConnectFailed, QueryFailed, quote_literal
 from migrator.runtime.deadlines import PROBE

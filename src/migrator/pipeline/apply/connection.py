@@ -13,7 +13,6 @@ from migrator.errors import HistoryError, SettingsError
 from migrator.pipeline.apply.commits import in_autocommit, watch_commits, watch_statements
 from migrator.pipeline.apply.driver_calls import DriverCalls, gone
 from migrator.pipeline.apply.metrics.observer import Observation
-from migrator.pipeline.apply.timeouts import lift_timeouts_for_concurrent_builds
 from migrator.postgres import search_path
 from migrator.postgres.queries import LEDGER
 from migrator.postgres.session import ServerFacts, Session, dead_client_settings, quote_literal
@@ -261,7 +260,42 @@ class MigrationConnection:
             executes(statement, every_statement or in_autocommit(connection))
 
         self.calls = DriverCalls(self._connection)
-        lift_timeouts_for_concurrent_builds(self._connection)
+        _lift_timeouts_for_concurrent_builds(self._connection)
         watch_statements(self._connection, self._look_for_drops)
         watch_statements(self._connection, look_at_statement, done=executed)
         watch_commits(self._connection, committed, leaving=leaving, every_statement=every_statement)
+
+
+# A comment or a string that contains it is harmless: the timeouts are lifted only for that one statement.
+_CONCURRENTLY = re.compile(
+    r"^\s*(?:CREATE|DROP|REINDEX|ALTER|REFRESH)\b.*\bCONCURRENTLY\b", re.IGNORECASE | re.DOTALL
+)
+
+
+def _lift_timeouts_for_concurrent_builds(connection: Any) -> None:
+    """Let ``CREATE INDEX CONCURRENTLY`` and its like wait as long as they need.
+
+    They wait for every older transaction to end, and ``lock_timeout`` counts that as a wait for a lock.
+    A timeout would leave an INVALID index. Their own lock, SHARE UPDATE EXCLUSIVE, blocks no reader and
+    no writer, so the wait is free.
+    https://www.postgresql.org/docs/current/sql-createindex.html#SQL-CREATEINDEX-CONCURRENTLY
+    """
+    from sqlalchemy import event
+
+    kept: dict[str, str] = {}
+
+    def before(_: Any, cursor: Any, statement: str, *__: Any) -> None:
+        if not _CONCURRENTLY.match(statement):
+            return
+        for name in ("lock_timeout", "statement_timeout"):
+            cursor.execute(f"SHOW {name}")
+            kept[name] = cursor.fetchone()[0]
+            cursor.execute(f"SET {name} = 0")
+
+    def after(_: Any, cursor: Any, statement: str, *__: Any) -> None:
+        while kept and _CONCURRENTLY.match(statement):
+            name, value = kept.popitem()
+            cursor.execute(f"SET {name} = '{value}'")
+
+    event.listen(connection, "before_cursor_execute", before)
+    event.listen(connection, "after_cursor_execute", after)

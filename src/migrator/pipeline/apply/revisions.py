@@ -12,12 +12,12 @@ from typing import Any
 
 from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding, RevisionResult, Severity
+from migrator.pipeline.apply.commits import OutsideConnections
 from migrator.pipeline.apply.connection import MigrationConnection
-from migrator.pipeline.apply.failure import sqlstate
 from migrator.pipeline.apply.metrics.measurement import Measured
 from migrator.pipeline.apply.metrics.observer import Observation
-from migrator.pipeline.apply.outside_connections import OutsideConnections
 from migrator.pipeline.apply.repeatable import is_repeatable
+from migrator.pipeline.unexpected import sqlstate
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.session import QueryFailed, Session
 from migrator.postgres.version_table import VersionTable
