@@ -1,6 +1,8 @@
-"""Time a run with nothing to do on real applications, whose ``env.py`` imports them: migrator against plain Alembic.
+"""Time real applications, whose ``env.py`` imports them: migrator against plain Alembic.
 
-    bin/setup && .venv/bin/python -m bench.applications [--runs 10] [--only optuna]
+    bin/setup && .venv/bin/python -m bench.applications [--runs 10] [--only optuna] [--work applied]
+
+Two kinds of work: nothing to do, and all revisions from an empty database, without a backup.
 
 Their histories are copied out of the installed packages and frozen.  Writes ``bench/results/applications.md``.
 """
@@ -10,40 +12,72 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.histories.projects import HISTORIES, Installation
 from tests.support.installations import embedded
-from tests.support.servers import Server, running
+from tests.support.servers import Database, Server, running
 
 from bench import measure
-from bench.measure import HEADER, Limit, Program, variables
+from bench.measure import HEADER, Limit, Prepare, Program, variables
 
 
-def against_alembic(installation: Installation, folder: Path, server: Server, runs: int) -> list[str]:
-    """Bring a database to the application's head, freeze a copy of its history, and compare."""
-    database = server.create_database()
-    (folder / "home").mkdir(parents=True)
+def copied(installation: Installation, folder: Path, database: Database) -> Mapping[str, str]:
+    """Copy the application's history, with an ini for the database; return the variables of its command."""
+    (folder / "home").mkdir(parents=True, exist_ok=True)
     ini = installation._plain_ini(database, folder)
     location = installation._script_location()
-    shutil.copytree(location, folder / "history")
+    shutil.copytree(location, folder / "history", dirs_exist_ok=True)
     ini.write_text(
         ini.read_text().replace(f"script_location = {location}", "script_location = %(here)s/history")
     )
-    environment = {**installation.variables(database, folder), **variables(database)}
-    migrator = Program([str(installation.bin / "migrator")], folder, lambda: environment)
-    alembic = Program([str(installation.bin / "alembic"), "upgrade", "head"], folder, lambda: environment)
+    return {**installation.variables(database, folder), **variables(database)}
+
+
+def programs(installation: Installation, folder: Path, prepare: Prepare) -> tuple[Program, Program]:
+    """Return migrator's command and plain Alembic's."""
+    return (
+        Program([str(installation.bin / "migrator")], folder, prepare),
+        Program([str(installation.bin / "alembic"), "upgrade", "head"], folder, prepare),
+    )
+
+
+def nothing_to_do(installation: Installation, folder: Path, server: Server, runs: int) -> list[str]:
+    """Bring a database to the application's head, freeze the history, and compare."""
+    environment = copied(installation, folder, server.create_database())
+    migrator, alembic = programs(installation, folder, lambda: environment)
     migrator.run()
     Program([*migrator.command, "freeze"], folder, lambda: environment).run()
     name = f"nothing to do, {installation.history.name}, {installation.history.revisions} revisions"
     return measure.compare(name, runs, migrator, {"alembic": (alembic, Limit(0.03))})
 
 
+def applied(installation: Installation, folder: Path, server: Server, runs: int) -> list[str]:
+    """Apply the whole history to an empty database, and compare."""
+    made: list[Database] = []
+
+    def prepare() -> Mapping[str, str]:
+        if made:
+            server.drop_database(made.pop().name)
+        made.append(server.create_database())
+        return copied(installation, folder, made[0])
+
+    prepare()
+    migrator, alembic = programs(installation, folder, prepare)
+    name = f"applied from empty, {installation.history.name}, {installation.history.revisions} revisions"
+    return measure.compare(name, runs, migrator, {"alembic": (alembic, Limit(1.10))})
+
+
+WORK = {"nothing": nothing_to_do, "applied": applied}
+
+
 def main() -> None:
     """Run every comparison and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="part of an application's name")
+    parser.add_argument("--work", choices=list(WORK), help="only this [both]")
     arguments = parser.parse_args()
     print("\n".join(HEADER))
     measure.compile_sources()
@@ -51,9 +85,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, running(embedded()) as server:
         for history in HISTORIES:
             if arguments.only in history.name:
-                folder = Path(place) / history.name
-                rows += against_alembic(history.install(), folder, server, arguments.runs)
-    measure.write("applications", arguments.runs, rows, "Histories frozen with `migrator freeze`.")
+                for name, work in WORK.items():
+                    if arguments.work in (None, name):
+                        folder = Path(place) / name / history.name
+                        rows += work(history.install(), folder, server, arguments.runs)
+    measure.write(
+        "applications",
+        arguments.runs,
+        rows,
+        "For nothing to do, the history is frozen with `migrator freeze`; to apply, it is not. No backup.",
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from migrator.ledger import permissions
-from migrator.ledger.permissions import holes, question
+from migrator.ledger.permissions import Hole, holes
 from migrator.ledger.table import create
 from migrator.outcome import ExitCode
 from migrator.postgres.version_table import VersionTable
@@ -271,8 +271,12 @@ def ledger(database: Database) -> Iterator[tuple[Database, str]]:
     database.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
 
+def seen(database: Database, table: VersionTable | None = TABLE, role: str = "") -> tuple[Hole, ...]:
+    return holes(lambda sql: first(database, sql), LEDGER, table, role=role)
+
+
 def found(database: Database) -> list[str]:
-    return [str(hole) for hole in holes(first(database, question(LEDGER, TABLE)))]
+    return [str(hole) for hole in seen(database)]
 
 
 def first(database: Database, sql: str) -> Any:
@@ -287,9 +291,20 @@ def test_every_way_in_is_found_and_closed_by_what_is_said(way: str, ledger: tupl
     assert found(database) == []
     database.execute(opens.format(app=app))
     assert any(says.format(app=app) in hole for hole in found(database)), found(database)
-    said = permissions.refusal(LEDGER, holes(first(database, question(LEDGER, TABLE))))
+    said = permissions.refusal(LEDGER, seen(database))
     database.execute(typed(said.next_step))
     assert found(database) == []
+
+
+def test_one_short_query_is_enough_for_a_ledger_as_it_is_made(ledger: tuple[Database, str]) -> None:
+    database, app = ledger
+    asked: list[str] = []
+    for table in (TABLE, None):
+        assert holes(lambda sql: first(database, asked.append(sql) or sql), LEDGER, table) == ()
+    assert len(asked) == 2
+    database.execute(f"GRANT INSERT ON migrator_ledger TO {app}")
+    assert holes(lambda sql: first(database, asked.append(sql) or sql), LEDGER, TABLE)
+    assert len(asked) == 4
 
 
 def test_reading_and_one_role_for_everything_are_fine(ledger: tuple[Database, str]) -> None:
@@ -300,10 +315,10 @@ def test_reading_and_one_role_for_everything_are_fine(ledger: tuple[Database, st
         f"ALTER TABLE migrator_ledger OWNER TO {app}; ALTER TABLE alembic_version OWNER TO {app}"
     )
     assert found(database) == []
-    assert holes(first(database, question(LEDGER, None)))  # whose code would be run by a superuser
-    assert not holes(first(database, question(LEDGER, None, role=app)))
+    assert seen(database, None)  # whose code would be run by a superuser
+    assert not seen(database, None, app)
     database.execute(f'ALTER DATABASE "{database.name}" OWNER TO {app}')
-    assert not holes(first(database, question(LEDGER, None)))
+    assert not seen(database, None)
     database.execute(f'ALTER DATABASE "{database.name}" OWNER TO postgres')
 
 

@@ -23,7 +23,7 @@ ON_THEIRS = {
     "ledger/sql.py": (),
     "ledger/indexes.py": (),
     "ledger/permissions.py": (),
-    "postgres/attached_code.py": ("_OF_OTHERS", "_PLAIN", "_TABLE"),  # on a session of ours
+    "postgres/attached_code.py": ("_IS_PLAIN", "_OF_OTHERS", "_TABLE"),  # on a session of ours
     "postgres/session.py": None,
     "pipeline/fast_path/up_to_date.py": None,
 }

@@ -1,6 +1,6 @@
 """Who else can write the ledger: text from an untrusted role decides nothing.
 
-One query serves every connection, ours and the one of ``env.py``. So it has no parameters and means the
+The queries serve every connection, ours and the one of ``env.py``. So they have no parameters and mean the
 same under any search path. Trusted are superusers, our login, the database's owner and MIGRATOR_ROLE.
 The ledger's owner is trusted if it is one of them, or owns the version table too, or is a role that our
 login is a member of. A member of the owner counts as the owner. For that, the version table's owner has
@@ -10,11 +10,12 @@ no code on it (postgres/attached_code.py). docs/why/adr/0042 has the reasons.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from migrator.errors import AccessDenied
-from migrator.postgres.attached_code import code
+from migrator.postgres.attached_code import code, plain
 from migrator.postgres.session import quote_literal
 from migrator.postgres.version_table import VersionTable
 
@@ -118,6 +119,24 @@ SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
     OR f.kind OPERATOR(pg_catalog.=) 'owner' AND r.oid OPERATOR(pg_catalog.=) {version_owner})
 """
 
+# True for a ledger as migrator creates it, which has no holes: _HOLES takes ten times as long to plan.
+_AS_CREATED = f"""
+SELECT {plain("l")}
+   AND NOT l.relrowsecurity AND (l.relowner OPERATOR(pg_catalog.=) {{version_owner}}
+     OR l.relowner OPERATOR(pg_catalog.=)
+        (SELECT r.oid FROM pg_catalog.pg_roles r WHERE r.rolname OPERATOR(pg_catalog.=) session_user))
+   AND NOT EXISTS (SELECT FROM pg_catalog.aclexplode(l.relacl) a WHERE a.grantee OPERATOR(pg_catalog.<>) l.relowner
+                      AND a.privilege_type OPERATOR(pg_catalog.<>) 'SELECT')
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute t
+                    WHERE t.attrelid OPERATOR(pg_catalog.=) l.oid AND t.attacl IS NOT NULL)
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhrelid OPERATOR(pg_catalog.=) l.oid)
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_auth_members m JOIN pg_catalog.pg_roles r
+                       ON r.oid OPERATOR(pg_catalog.=) m.roleid
+                    WHERE r.rolname OPERATOR(pg_catalog.=) 'pg_write_all_data')
+  FROM pg_catalog.pg_class l
+ WHERE l.oid OPERATOR(pg_catalog.=) CAST(pg_catalog.to_regclass({{ledger}}) AS pg_catalog.oid)
+"""  # noqa: S608 - constants only
+
 _CODE = code("(SELECT oid FROM ledger)")
 _VERSION_OWNER = (
     "(SELECT v.relowner FROM pg_catalog.pg_class v"
@@ -125,8 +144,14 @@ _VERSION_OWNER = (
 )
 
 
-def question(ledger: VersionTable, table: VersionTable | None, *, role: str = "") -> str:
-    """Return the query for the holes of a ledger; :func:`holes` reads its answer, one text.
+def _text(text: str) -> str:
+    return f"CAST({quote_literal(text)} AS pg_catalog.text)"
+
+
+def holes(
+    ask: Callable[[str], Any], ledger: VersionTable, table: VersionTable | None, *, role: str = ""
+) -> tuple[Hole, ...]:
+    """Return the holes of a ledger; ``ask`` returns the first value of a query.
 
     ``table`` is the version table, whose owner may own the ledger too. It is None if code from the
     ledger is to run: two tables that somebody made beforehand do not vouch for each other. ``role`` is
@@ -135,19 +160,13 @@ def question(ledger: VersionTable, table: VersionTable | None, *, role: str = ""
     owner = "CAST(0 AS pg_catalog.oid)"
     if table:
         owner = _VERSION_OWNER.format(table=_text(VersionTable(table.name, ledger.schema).quoted))
-    return _HOLES.format(code=_CODE, ledger=_text(ledger.quoted), role=_text(role), version_owner=owner)
-
-
-def _text(text: str) -> str:
-    return f"CAST({quote_literal(text)} AS pg_catalog.text)"
-
-
-def holes(answer: str | None) -> tuple[Hole, ...]:
-    """Return the holes in the answer to :func:`question`."""
-    found = json.loads(answer or "[]")
+    if ask(_AS_CREATED.format(ledger=_text(ledger.quoted), version_owner=owner)):
+        return ()
+    sql = _HOLES.format(code=_CODE, ledger=_text(ledger.quoted), role=_text(role), version_owner=owner)
+    found = json.loads(ask(sql) or "[]")
     return tuple(
-        Hole(kind, role, grantor, grantable, tuple(sorted(privileges)), name)
-        for kind, role, grantor, grantable, privileges, name in found
+        Hole(kind, name_of, grantor, grantable, tuple(sorted(privileges)), name)
+        for kind, name_of, grantor, grantable, privileges, name in found
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from migrator.errors import AccessDenied
 from migrator.ledger import indexes
 from migrator.ledger import sql as questions
-from migrator.ledger.permissions import NOT_OURS, Hole, holes, question, refusal
+from migrator.ledger.permissions import NOT_OURS, Hole, holes, refusal
 from migrator.ledger.table import NAME, UNDONE, beside, owner_of
 from migrator.postgres.search_path import FIRST_OF_OTHERS
 from migrator.postgres.session import QueryFailed, Session, as_typed
@@ -174,13 +174,17 @@ class Ledger:
 def examine(
     session: Session, table: VersionTable, version_table: VersionTable | None, role: str, *, limits: str = ""
 ) -> Ledger:
-    """Return what the catalogs say of a ledger, see :func:`.permissions.question`.
+    """Return what the catalogs say of a ledger, see :func:`.permissions.holes`.
 
-    ``limits`` are statements to run first, in the same message. Raises QueryFailed.
+    ``limits`` are statements to run before each query, in the same message. Raises QueryFailed.
     """
-    sql = f"{limits}SELECT ({question(table, version_table, role=role)}), ({indexes.question(table)})"
-    answer, indexed = session.query(sql)[0]
-    return Ledger(session, table, holes(answer), bool(indexed))
+
+    def ask(sql: str) -> Any:
+        return session.value(f"{limits}{sql}")
+
+    return Ledger(
+        session, table, holes(ask, table, version_table, role=role), bool(ask(indexes.question(table)))
+    )
 
 
 def _trusted(session: Session, version_table: VersionTable, role: str) -> Ledger:
@@ -241,7 +245,7 @@ def led_here(session: Session, version_table: VersionTable | None, role: str) ->
         return False
     ledger = beside(version_table, session)
     try:
-        if holes(session.value(question(ledger, None, role=role))):
+        if holes(session.value, ledger, None, role=role):
             return False
         rows = query_ledger(session, ledger, questions.LAST_RUN, (version_table.name,))
     except AccessDenied:
@@ -262,7 +266,7 @@ def read_last_snapshot(session: Session, role: str) -> LastSnapshot | None:
     found, denied = [], None
     for table in ledgers(session):
         try:
-            if holes(session.value(question(table, None, role=role))):
+            if holes(session.value, table, None, role=role):
                 log.info("the ledger %s cannot tell whether the schema drifted: others can write it", table)
                 continue
             rows = query_ledger(session, table, questions.LAST_SNAPSHOT, ())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from migrator.ledger import indexes
-from migrator.ledger.permissions import OWNER, holes, question, refusal, revocations
+from migrator.ledger.permissions import OWNER, holes, refusal, revocations
 from migrator.postgres.queries import LEDGER
 from migrator.postgres.session import QueryFailed, Session, quote_identifier, quote_literal
 from migrator.postgres.version_table import VersionTable
@@ -179,7 +179,7 @@ def create(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
 
 def close_to_others(ledger: VersionTable, ask: Callable[[str], Any]) -> None:
     """Revoke all grants on the ledger except for reading, as its owner; else do nothing."""
-    statements = revocations(ledger, holes(ask(question(ledger, None))))
+    statements = revocations(ledger, holes(ask, ledger, None))
     if statements and ask(_OWNED.format(table=quote_literal(ledger.quoted))):
         for statement in statements:
             if not statement.startswith("SET ROLE"):  # grants by others need manual action
@@ -333,7 +333,7 @@ def append(
     ledger = beside(version_table, session)
     if not exists(ledger, session.value):
         _create(session, version_table, ledger, within=within)
-    found = holes(session.value(question(ledger, version_table)))
+    found = holes(session.value, ledger, version_table)
     if any(hole.kind not in ("grant", "member") for hole in found):
         raise refusal(ledger, found)
     role = owner_of(session, ledger, unless_may=("INSERT", "SELECT"))

@@ -127,7 +127,7 @@ class LedgerWriter:
         self._unicode = bool(connection.ask(ledger.TAKES_UNICODE))
         self._standing = set()
         if ledger.exists(self._ledger, connection.ask):
-            found = permissions.holes(connection.ask(permissions.question(self._ledger, table)))
+            found = permissions.holes(connection.ask, self._ledger, table)
             if found:
                 raise permissions.refusal(self._ledger, found)
             _refuse_unless(
