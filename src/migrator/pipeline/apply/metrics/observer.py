@@ -79,7 +79,7 @@ SELECT CAST(pg_catalog.json_agg(pg_catalog.json_build_array(
   LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.>) CAST('{{highest}}' AS pg_catalog.oid)
    AND pg_catalog.age(c.xmin) OPERATOR(pg_catalog.<=) pg_catalog.age(CAST('{{xid}}' AS pg_catalog.xid))
 """  # noqa: S608 - nothing but numbers
-_CREATES_A_TABLE = re.compile(r"\s*CREATE\s+(?:UNLOGGED\s+)?TABLE\b", re.IGNORECASE)
+_CREATES_A_TABLE = re.compile(rf"\s*CREATE\s+(?:UNLOGGED\s+)?TABLE\b(?:\s+{_NAME}\s*\()?", re.IGNORECASE)
 _CREATES_AN_INDEX = re.compile(r"\s*CREATE\s+(?:UNIQUE\s+)?INDEX\b(?!\s+CONCURRENTLY)", re.IGNORECASE)
 _TOUCHES_ANOTHER = re.compile(r"\b(?:REFERENCES|INHERITS|LIKE|PARTITION|OF|AS)\b|;\s*\S", re.IGNORECASE)
 # The locks are gone after a commit: only new and named relations remain.
@@ -155,6 +155,7 @@ class Observation:
         self._current = (True, "", -1)
         self._wrote = False
         self._only_creates = True
+        self._made: set[str] = set()  # the tables that it has created, as its statements name them
         self._begun = self._running = time.perf_counter()
 
     def _rollback(self, _: Any) -> None:
@@ -220,15 +221,22 @@ class Observation:
         ours, name, _ = read
         if ours:
             return
+        if self._only_creates and name in self._made and _CREATES_AN_INDEX.match(start):
+            self._only_creates = not _TOUCHES_ANOTHER.search(statement)
+        else:
+            self._look_before(connection, start, statement, name)
+        self._running = time.perf_counter()
+
+    def _look_before(self, connection: Any, start: str, statement: str, name: str) -> None:
+        """Read the table that a statement names, and note whether the revision still only creates tables."""
         if name and name not in self._looked and len(self._looked) < MOST:
             self._look(connection, name)
         if self._only_creates:
             # No other session sees a table that this revision has created.
-            creates = _CREATES_A_TABLE.match(start) or (
-                _CREATES_AN_INDEX.match(start) and self._looked.get(name, 0) > self._highest
-            )
-            self._only_creates = bool(creates) and not _TOUCHES_ANOTHER.search(statement)
-        self._running = time.perf_counter()
+            table = _CREATES_A_TABLE.match(start)
+            index = _CREATES_AN_INDEX.match(start) and self._looked.get(name, 0) > self._highest
+            self._only_creates = bool(table or index) and not _TOUCHES_ANOTHER.search(statement)
+            self._made |= {table[1]} if table and table[1] else set()
 
     def _after(
         self, _connection: Any, cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
@@ -279,7 +287,8 @@ class Observation:
         self._looked[name] = oid
         self._counted[oid] = (counted[0], counted[1], counted[2])
         seen = self._known.get(oid, NOTHING)
-        size = self._size(oid) if seen.size is None and oid <= self._highest else seen.size
+        others_see_it = oid <= self._highest and not self._low <= oid <= self._high
+        size = self._size(oid) if seen.size is None and others_see_it else seen.size
         self._known[oid] = replace(seen, file=file, size=size)
 
     def _size(self, oid: int) -> int | None:
