@@ -22,7 +22,8 @@ WITHOUT_CODE = {
     "a comment and a reader": "COMMENT ON TABLE alembic_version IS 'x'; GRANT SELECT ON alembic_version TO PUBLIC",
     "a view of it": "CREATE VIEW v AS SELECT g(version_num) FROM alembic_version",
     "a column and an index": "ALTER TABLE alembic_version ADD at int; CREATE INDEX ON alembic_version (at)",
-    "an index that calls the server": "CREATE INDEX ON alembic_version (lower(version_num)) WHERE length(version_num) > 2",
+    "an index that calls the server": "CREATE INDEX ON alembic_version (lower(version_num))"
+    " WHERE length(version_num) > 2",
     "a column that is gone": "ALTER TABLE alembic_version ADD c checked; ALTER TABLE alembic_version DROP c",
 }
 WITH_CODE = {
