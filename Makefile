@@ -18,7 +18,7 @@ chaos: ## an hour of killed, cut and restarted runs (SECONDS=600 for ten minutes
 	bin/setup
 	.venv/bin/python -m tests.chaos --seconds $(or $(SECONDS),3600)
 
-bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians, ratios, in bench/results/
+bench: ## compare with plain Alembic, native tools and pg_dump: runs in turn, medians, ratios, in bench/results/
 	bin/setup
 	.venv/bin/python -m bench.compare
 	.venv/bin/python -m bench.applications
@@ -28,6 +28,7 @@ bench: ## compare with plain Alembic, dbmate and pg_dump: runs in turn, medians,
 	.venv/bin/python -m bench.container
 	.venv/bin/python -m bench.sidecar
 	.venv/bin/python -m bench.memory
+	.venv/bin/python -m bench.growth
 
 k8s-cluster: ## build Kubernetes from its Go modules, run it here, and run the manifests on it (as root, not in CI)
 	bin/k8s-cluster
