@@ -461,7 +461,7 @@ class MigrationService:
     def _note(self, restored: Restored) -> None:
         """Add a row about the restore to the restored ledger; a failure does not fail the restore."""
         from migrator.ledger.repair import note_restore
-        from migrator.postgres.session import ConnectFailed, QueryFailed
+        from migrator.postgres.errors import ConnectFailed, QueryFailed
 
         if not self.settings.ledger:
             return

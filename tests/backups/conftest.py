@@ -14,7 +14,8 @@ from migrator.backups.restore.result import Restored
 from migrator.backups.storage.interface import new_id
 from migrator.config.settings import Settings, load
 from migrator.pipeline.stages.backup import back_up
-from migrator.postgres.session import connect, quote_identifier
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import connect
 from tests.support import buckets, leaks
 from tests.support.buckets import Bucket
 from tests.support.servers import Database

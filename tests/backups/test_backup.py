@@ -20,7 +20,8 @@ from migrator.backups.exported_snapshot import savepoint
 from migrator.backups.verification.verify_new import Proving
 from migrator.config.database_url import parse
 from migrator.pipeline.stages.backup import decide
-from migrator.postgres.session import Refused, Session, connect
+from migrator.postgres.errors import Refused
+from migrator.postgres.session import Session, connect
 from migrator.runtime import subprocesses
 from tests.support import PLANTED, leaks
 from tests.support.servers import Database, Server, normalise

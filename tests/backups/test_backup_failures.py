@@ -20,7 +20,8 @@ from migrator.backups.dump.backup import preflight
 from migrator.backups.storage import parts
 from migrator.backups.verification import fingerprint
 from migrator.errors import BackupFailed
-from migrator.postgres.session import QueryFailed, connect
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import connect
 from tests.support import leaks
 from tests.support.proxy import Proxy
 from tests.support.servers import Database, Server

@@ -18,7 +18,8 @@ from migrator.backups.restore.result import Restored
 from migrator.backups.restore.tables import restore_tables
 from migrator.backups.restore.write_detection import Incomplete
 from migrator.errors import AccessDenied, BackupFailed, RestoreFailed, SettingsError
-from migrator.postgres.session import as_typed, connect, quote_identifier
+from migrator.postgres.quoting import as_typed, quote_identifier
+from migrator.postgres.session import connect
 from migrator.runtime.signals import Interrupt
 from migrator.service import MigrationService
 from tests.support.projects import linear_history

@@ -17,7 +17,8 @@ from migrator.errors import AccessDenied
 from migrator.outcome import ExitCode
 from migrator.pipeline.stages import wait as stage
 from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
-from migrator.postgres.session import ConnectFailed, Session, connect
+from migrator.postgres.errors import ConnectFailed
+from migrator.postgres.session import Session, connect
 from migrator.runtime.redaction import redact
 from tests.support import PLANTED
 from tests.support.outcomes import done, refusal

@@ -14,7 +14,7 @@ import pytest
 from migrator.outcome import ExitCode
 from migrator.pipeline.apply.attempts import LOSSES, Attempt, Cause, cause_of, cut_alike, may_repeat
 from migrator.pipeline.apply.revisions import Part
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal
 from migrator.postgres.version_table import VersionTable
 from tests.support.env_shapes import SHAPES
 from tests.support.outcomes import done, left_behind, refusal

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from migrator.backups.manifest import BadManifest, from_json
-from migrator.postgres.session import as_typed
+from migrator.postgres.quoting import as_typed
 from migrator.runtime.escaping import json_text, visible, visible_lines
 from tests.support import leaks
 from tests.support.projects import Revision, linear_history

@@ -10,7 +10,7 @@ import pytest
 from migrator.errors import AccessDenied, MigratorError
 from migrator.outcome import ExitCode
 from migrator.pipeline.context import Run, ending
-from migrator.postgres.session import QueryFailed
+from migrator.postgres.errors import QueryFailed
 
 
 def told(before: tuple[str, ...] | None, after: tuple[str, ...] | None, error: Exception) -> MigratorError:

@@ -12,7 +12,8 @@ import pytest
 from migrator.config.database_url import parse
 from migrator.outcome import ExitCode
 from migrator.pipeline.stages.lock import LOCK_CLASS, RUN_LOCK
-from migrator.postgres.session import QueryFailed, Session, connect
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session, connect
 from tests.support.env_text import env
 from tests.support.gates import Gate
 from tests.support.outcomes import done, left_behind, refusal, unchanged

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from migrator.config.database_url import parse
-from migrator.postgres.session import Question, connect
+from migrator.postgres.session import FirstQuery, connect
 from tests.support.projects import Revision
 from tests.support.runner import Runner
 from tests.support.servers import Database, Server
@@ -24,9 +24,9 @@ def test_a_question_that_takes_longer(each_database: Database) -> None:
     )
     target = parse(each_database.url)
     with connect(
-        target, "migrator/test", 60, also=lambda: Question("pg_sleep(0.1)::text || 'slept'")
+        target, "migrator/test", 60, first_query=lambda: FirstQuery("pg_sleep(0.1)::text || 'slept'")
     ) as session:
-        assert session.also == ("slept",)
+        assert session.first_row == ("slept",)
         assert session.value("SELECT pg_sleep(0.1)::text || 'again'") == "again"
         session.query("BEGIN")
         assert session.value("SELECT current_setting('idle_in_transaction_session_timeout')") == "0"

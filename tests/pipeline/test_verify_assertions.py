@@ -10,7 +10,8 @@ import pytest
 
 from migrator.config.database_url import parse as parse_address
 from migrator.pipeline.stages.verify import same, verify
-from migrator.postgres.session import QueryFailed, Session, connect
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session, connect
 from migrator.schema.expectations import parse
 from tests.support.checks import EXPECTED, SCHEMA, check, rules
 from tests.support.pace import Stopwatch

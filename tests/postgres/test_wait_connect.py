@@ -17,7 +17,8 @@ from migrator.config import settings
 from migrator.config.database_url import Target, parse
 from migrator.errors import Unreachable
 from migrator.pipeline.stages.wait import wait
-from migrator.postgres.session import ConnectFailed, Refusal, Session, classify, connect
+from migrator.postgres.errors import ConnectFailed, Refusal, classify
+from migrator.postgres.session import Session, connect
 from tests.support import PLANTED, installations, leaks
 from tests.support.pace import Stopwatch
 from tests.support.ports import free_port

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from migrator.pipeline.unexpected import translate
-from migrator.postgres.session import QueryFailed
+from migrator.postgres.errors import QueryFailed
 from migrator.runtime import resource_errors
 from tests.support.projects import linear_history
 from tests.support.runner import PATIENCE, Runner

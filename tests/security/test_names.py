@@ -13,7 +13,8 @@ from migrator.backups.restore.tables import restore_tables
 from migrator.errors import RestoreFailed
 from migrator.pipeline.stages import invalid_indexes
 from migrator.pipeline.stages.backup import back_up
-from migrator.postgres.session import QueryFailed, connect
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import connect
 from migrator.schema import catalog
 
 from .test_relations import APPLICATION, Hostile, settings_of, working

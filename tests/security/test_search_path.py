@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from migrator.config.database_url import parse as parse_address
-from migrator.postgres.session import QueryFailed, connect
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import connect
 from tests.support.projects import linear_history
 from tests.support.runner import Runner
 from tests.support.servers import Database, Server

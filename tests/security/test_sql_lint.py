@@ -24,10 +24,10 @@ ON_THEIRS = {
     "ledger/indexes.py": (),
     "ledger/permissions.py": (),
     "postgres/attached_code.py": ("_IS_PLAIN", "_OF_OTHERS", "_TABLE"),  # on a session of ours
-    "postgres/session.py": None,
+    "postgres/server.py": None,
     "pipeline/fast_path/up_to_date.py": None,
 }
-ONLY = {"postgres/session.py": ("dead_client_settings",), "pipeline/fast_path/up_to_date.py": ("read",)}
+ONLY = {"postgres/server.py": ("dead_client_settings",), "pipeline/fast_path/up_to_date.py": ("read",)}
 
 _SQL = re.compile(r"\s*(?:(?:SELECT|INSERT|UPDATE|DELETE|WITH|CREATE)\b|pg_catalog\.|CAST\()", re.IGNORECASE)
 _OPERATOR = re.compile(r"OPERATOR\(pg_catalog\.[^)\s]+\)")

@@ -21,17 +21,10 @@ from migrator.backups.clients import WouldLose
 from migrator.backups.manifest import Properties
 from migrator.config.database_url import Target
 from migrator.postgres import connection_limit
-from migrator.postgres.session import (
-    ConnectFailed,
-    QueryFailed,
-    Refusal,
-    Refused,
-    Session,
-    connect,
-    no_timeouts,
-    quote_identifier,
-    quote_literal,
-)
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal, Refused
+from migrator.postgres.quoting import quote_identifier, quote_literal
+from migrator.postgres.server import no_timeouts
+from migrator.postgres.session import Session, connect
 from migrator.runtime.deadlines import PROBE
 from migrator.runtime.subprocesses import uninterrupted
 

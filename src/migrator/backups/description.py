@@ -10,7 +10,7 @@ from typing import Any
 
 from migrator.backups import pg_restore
 from migrator.backups.manifest import Backup, human_size, summary
-from migrator.postgres.session import quote_identifier
+from migrator.postgres.quoting import quote_identifier
 
 _PROVIDERS = {"c": ("libc", ""), "i": ("icu", "--icu-locale"), "b": ("builtin", "--builtin-locale")}
 _VERBS = {"read": "read whole", "restore": "restored and compared", "checksum": "unchanged (checksum only)"}

@@ -14,8 +14,10 @@ from migrator.backups import pg_restore
 from migrator.backups.clients import Client, failed
 from migrator.backups.manifest import Backup
 from migrator.backups.storage import files
+from migrator.postgres.errors import Refused
 from migrator.postgres.queries import IN_USER_SCHEMA, of_no_extension
-from migrator.postgres.session import Refused, Session, quote_identifier
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 
 _ENTRY = re.compile(r"\d+; \d+ \d+ EVENT TRIGGER - (.*) \S+$")
 _LISTED = re.compile(rb"^\d+; \d+ \d+ (?:(?:COMMENT|SECURITY LABEL) - )?EVENT TRIGGER .*\n", re.MULTILINE)

@@ -22,8 +22,11 @@ from typing import Any
 
 from migrator.backups.clients import Login
 from migrator.backups.manifest import Properties
+from migrator.postgres.errors import Refused
 from migrator.postgres.queries import IN_USER_SCHEMA, of_no_extension
-from migrator.postgres.session import Refused, Session, no_timeouts, quote_identifier
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.server import no_timeouts
+from migrator.postgres.session import Session
 from migrator.runtime.threads import Result, background
 from migrator.schema.names import Pattern
 

@@ -30,7 +30,7 @@ from migrator.backups.storage.interface import checksum, file_chunks
 from migrator.config.settings import Settings
 from migrator.errors import DamagedBackup, RestoreFailed, SettingsError
 from migrator.postgres import connection_limit
-from migrator.postgres.session import codec
+from migrator.postgres.quoting import codec
 from migrator.runtime import subprocesses
 
 # What was restored is reported in English: the client's words are, under LC_ALL=C.UTF-8; the server's may

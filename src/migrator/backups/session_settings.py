@@ -21,7 +21,9 @@ from migrator.backups.clients import Client, RestoreStopped, failed
 from migrator.backups.manifest import Backup
 from migrator.backups.pg_restore import NAMES, SCRIPTS_OWN
 from migrator.backups.storage import files
-from migrator.postgres.session import Refused, Session, quote_identifier, quote_literal
+from migrator.postgres.errors import Refused
+from migrator.postgres.quoting import quote_identifier, quote_literal
+from migrator.postgres.session import Session
 
 _NULLS = "array_nulls"
 _OWN = """

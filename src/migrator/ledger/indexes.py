@@ -11,7 +11,9 @@ import logging
 from collections.abc import Iterator
 
 from migrator.ledger.permissions import OWNER
-from migrator.postgres.session import QueryFailed, Session, quote_identifier, quote_literal
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.quoting import quote_identifier, quote_literal
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 
 log = logging.getLogger("migrator.ledger")

@@ -12,7 +12,8 @@ import time
 from migrator.errors import AccessDenied, BackupFailed
 from migrator.ledger import sql as questions
 from migrator.ledger.queries import Ledger, examine, ledgers, query_ledger
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 
 MOST_ROWS = 500_000

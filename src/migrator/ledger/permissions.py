@@ -16,7 +16,7 @@ from typing import Any
 
 from migrator.errors import AccessDenied
 from migrator.postgres.attached_code import code, plain
-from migrator.postgres.session import quote_literal
+from migrator.postgres.quoting import quote_literal
 from migrator.postgres.version_table import VersionTable
 
 

@@ -13,8 +13,10 @@ from migrator.ledger import indexes
 from migrator.ledger import sql as questions
 from migrator.ledger.permissions import NOT_OURS, Hole, holes, refusal
 from migrator.ledger.table import NAME, UNDONE, beside, owner_of
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.quoting import as_typed
 from migrator.postgres.search_path import FIRST_OF_OTHERS
-from migrator.postgres.session import QueryFailed, Session, as_typed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 from migrator.project.downgrade.stored import KeptDowngrade
 

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 
 from migrator.ledger import indexes
 from migrator.ledger.permissions import OWNER, holes, refusal, revocations
+from migrator.postgres.errors import QueryFailed
 from migrator.postgres.queries import LEDGER
-from migrator.postgres.session import QueryFailed, Session, quote_identifier, quote_literal
+from migrator.postgres.quoting import quote_identifier, quote_literal
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 from migrator.runtime.logs import redact
 

@@ -16,7 +16,8 @@ from typing import Any
 from migrator.ledger import indexes
 from migrator.ledger.queries import query_ledger
 from migrator.ledger.table import NEWEST_FIRST, beside
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 from migrator.project import Plan
 from migrator.schema.catalog import Index

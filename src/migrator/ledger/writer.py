@@ -17,7 +17,9 @@ from migrator.ledger import sql as questions
 from migrator.ledger import table as ledger
 from migrator.ledger.table import Author
 from migrator.outcome import Outcome
-from migrator.postgres.session import QueryFailed, Session, quote_literal
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.quoting import quote_literal
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, place_of
 from migrator.runtime.logs import redact
 

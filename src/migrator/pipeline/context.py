@@ -21,7 +21,8 @@ from migrator.outcome import ExitCode, Status
 from migrator.pipeline.record import Record
 from migrator.pipeline.unexpected import translate
 from migrator.postgres.control_connection import lost, revive
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.postgres.errors import ConnectFailed, QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, read_rows
 from migrator.project import ProjectOptions
 from migrator.runtime.logs import Logs

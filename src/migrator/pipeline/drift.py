@@ -20,7 +20,8 @@ from migrator.ledger.queries import LastSnapshot, read_last_snapshot
 from migrator.ledger.table import Author
 from migrator.outcome import Finding, Severity
 from migrator.pipeline.stages.lock import holder
-from migrator.postgres.session import QueryFailed, Refused, Session
+from migrator.postgres.errors import QueryFailed, Refused
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 from migrator.schema.names import Pattern, parse_patterns, split_formatted
 from migrator.schema.snapshot import Difference, Item, Snapshot, Unreadable, differences, take, unpack

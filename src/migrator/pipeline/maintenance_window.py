@@ -21,14 +21,9 @@ from migrator.config.database_url import Target
 from migrator.errors import AccessDenied, MigratorError
 from migrator.pipeline.context import Run
 from migrator.pipeline.stages.lock import lock_if_free
-from migrator.postgres.session import (
-    ConnectFailed,
-    QueryFailed,
-    Refused,
-    Session,
-    quote_identifier,
-    quote_literal,
-)
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refused
+from migrator.postgres.quoting import quote_identifier, quote_literal
+from migrator.postgres.session import Session
 from migrator.runtime.subprocesses import uninterrupted
 
 log = logging.getLogger("migrator")

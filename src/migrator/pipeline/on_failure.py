@@ -27,7 +27,8 @@ from migrator.ledger.unfinished_runs import never_done
 from migrator.outcome import ExitCode, Finding, Severity
 from migrator.pipeline.context import Run, harmless, known
 from migrator.pipeline.stages.inspect import Inspection
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import place_of
 from migrator.project import History, Plan
 from migrator.runtime.signals import Interrupt

@@ -22,7 +22,8 @@ from migrator.pipeline.maintenance_window import window
 from migrator.pipeline.on_failure import undoing_on_failure
 from migrator.pipeline.run_rows import recorded_in_the_ledger
 from migrator.pipeline.stages.inspect import Inspection
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.postgres.errors import ConnectFailed, QueryFailed
+from migrator.postgres.session import Session
 from migrator.project import History
 from migrator.runtime.signals import Interrupt
 

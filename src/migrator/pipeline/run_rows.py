@@ -17,7 +17,8 @@ from migrator.pipeline.drift import snapshot_if_moved
 from migrator.pipeline.stages.inspect import Inspection
 from migrator.pipeline.stages.invalid_indexes import built
 from migrator.pipeline.stages.lock import lock_if_free
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refused, Session
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refused
+from migrator.postgres.session import Session
 from migrator.project import History
 from migrator.runtime.signals import Interrupt
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from migrator.errors import AccessDenied, HistoryError, Internal, MigratorError, Partial, Unreachable
-from migrator.postgres.errors import had_no_room, sqlstate_of
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, classify, message_of
+from migrator.postgres.errors import (
+    ConnectFailed,
+    QueryFailed,
+    Refusal,
+    classify,
+    had_no_room,
+    message_of,
+    sqlstate_of,
+)
 from migrator.runtime.resource_errors import lack, without
 
 

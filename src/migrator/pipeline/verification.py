@@ -13,7 +13,8 @@ from migrator.outcome import Finding, Severity
 from migrator.pipeline.context import ATTEMPTS, Run, alive
 from migrator.pipeline.drift import compare, refuse, snapshot_after
 from migrator.pipeline.stages.verify import not_at_target, verify
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, read_rows
 from migrator.project import History
 from migrator.schema import catalog

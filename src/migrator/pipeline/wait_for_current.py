@@ -17,7 +17,8 @@ from migrator.ledger.compatibility import refuse_or_allow
 from migrator.ledger.queries import Standing, read_standing
 from migrator.pipeline.stages.inspect import UNKNOWN, Ask, asking, find_tables
 from migrator.pipeline.stages.wait import wait
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, refusal
 
 if TYPE_CHECKING:

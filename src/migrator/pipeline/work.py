@@ -32,7 +32,8 @@ from migrator.pipeline.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
 from migrator.pipeline.stages.standbys import wait_for_standbys
 from migrator.pipeline.stages.wait import log_in_again, wait
 from migrator.pipeline.verification import verify_patiently, verify_run
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 from migrator.project import History, Plan
 from migrator.schema import catalog

@@ -13,8 +13,17 @@ from collections.abc import Callable
 
 from migrator.config.database_url import Target
 from migrator.errors import AccessDenied
-from migrator.postgres.errors import PATIENCE, child_refused, had_no_room
-from migrator.postgres.session import ConnectFailed, Refusal, Session, as_typed, classify, message_of
+from migrator.postgres.errors import (
+    PATIENCE,
+    ConnectFailed,
+    Refusal,
+    child_refused,
+    classify,
+    had_no_room,
+    message_of,
+)
+from migrator.postgres.quoting import as_typed
+from migrator.postgres.session import Session
 from migrator.postgres.session import connect as _connect
 from migrator.runtime.subprocesses import Finished
 

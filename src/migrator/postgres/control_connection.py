@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 
 from migrator.errors import LockBusy
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Session
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, read_rows
 from migrator.runtime.deadlines import DEADLINES, PROBE
 

@@ -185,3 +185,17 @@ def child_refused(stderr: str) -> bool:
     be.
     """
     return _CHILD_REFUSED.search(stderr) is not None
+
+
+def message_of(error: BaseException) -> str:
+    """Return the server's message in one line: primary message, detail and hint."""
+    diagnostics = getattr(error, "diag", None)
+    if diagnostics is not None and diagnostics.message_primary:
+        parts = [diagnostics.message_primary]
+        if diagnostics.message_detail:
+            parts.append(f"DETAIL: {diagnostics.message_detail}")
+        if diagnostics.message_hint:
+            parts.append(f"HINT: {diagnostics.message_hint}")
+        return " ".join(" ".join(parts).split())
+    # SQLAlchemy's asyncpg dialect puts the class before the server's words.
+    return re.sub(r"^<class '[\w.]+'>: ", "", " ".join(str(error).split()))

@@ -1,15 +1,8 @@
-"""Postgres through psycopg2: connect, query, and turn the server's messages into our errors.
-
-Only this module imports psycopg2. psycopg2 gives no SQLSTATE for a failed *connection*, and the
-server's text is in the server's language (``lc_messages``). libpq does know the code. A second,
-non-blocking attempt uses libpq's verbose error format, in which the message is ``FATAL: 28P01: ...`` in
-any language. https://www.postgresql.org/docs/current/libpq-control.html#LIBPQ-PQSETERRORVERBOSITY
-"""
+"""Sessions of migrator's own: connect, query, cancel, and reconnect."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import threading
 import time
@@ -17,62 +10,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psycopg2
-import psycopg2.extensions
 
 from migrator.config.database_url import Target
+from migrator.errors import AccessDenied
 from migrator.postgres import search_path
-from migrator.postgres.errors import ConnectFailed as ConnectFailed
-from migrator.postgres.errors import QueryFailed as QueryFailed
-from migrator.postgres.errors import Refusal as Refusal
-from migrator.postgres.errors import Refused as Refused
-from migrator.postgres.errors import classify as classify
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal, Refused, classify, message_of
+from migrator.postgres.libpq import cancel_request, open_connection
+from migrator.postgres.quoting import decoded, execute, quote_literal
+from migrator.postgres.server import FACTS, ServerFacts, dead_client_settings, no_timeouts
 from migrator.runtime.deadlines import DEADLINES, PATIENCE, PROBE, PROBES, TELL, Wait, shut_down
 from migrator.runtime.logs import get_logger
 
 log = get_logger("migrator")
 
-# Its stubs know no open-ended keyword arguments; libpq's parameters are open-ended.
-_open: Callable[..., psycopg2.extensions.connection] = psycopg2.connect
 
-# Texts arrive as bytes: psycopg2 would raise for one that is not UTF-8.
-_AS_BYTES = (psycopg2._psycopg.BYTES, psycopg2._psycopg.BYTESARRAY)
-_VERBOSE = 2  # PQERRORS_VERBOSE
-# A SQLSTATE has a digit: with several hosts, a word such as FATAL may be in its place.
-_CODED = r"(?s):\s+(?=[A-Z]*\d)([0-9A-Z]{5}): (.*)"
-_HINT = r"\s*Is the server running [^?]*\?"
-_PREFIX = r"(?s)^connection to server (?:at|on socket) .*? failed: "
-
-
-class ServerFacts(NamedTuple):
-    """The facts about server and database from one query on connecting.
-
-    ``started_at`` (microseconds since 1970) and ``database_oid`` distinguish one database from every
-    other.
-    """
-
-    version: str
-    version_number: int
-    in_recovery: bool
-    read_only: bool
-    database: str
-    user: str
-    started_at: int
-    database_oid: int
-    pid: int
-
-    @property
-    def major(self) -> int:
-        return self.version_number // 10000
-
-
-class Question(NamedTuple):
-    """The query in a session's first message: ``columns``, and the statements ``ahead`` of them."""
+class FirstQuery(NamedTuple):
+    """More columns for the query in a session's first message, and the statements ``before`` it."""
 
     columns: str = ""
-    ahead: str = ""
+    before: str = ""
 
 
-_NO_QUESTION = Question()
+_NO_FIRST_QUERY = FirstQuery()
 
 
 class Session:
@@ -88,7 +47,7 @@ class Session:
         target: Target,
         application_name: str = "",
         timeout: float = 10.0,
-        also: Question = _NO_QUESTION,
+        first_query: FirstQuery = _NO_FIRST_QUERY,
     ) -> None:
         self._connection = connection
         self._application_name = application_name
@@ -102,7 +61,7 @@ class Session:
         self._ahead = ""  # the prefix of each message
         self._restricts = False  # whether the server can refuse the views of others
         self.user_path = ""
-        self.facts, self.also = self._read_facts(timeout, also)
+        self.facts, self.first_row = self._read_facts(timeout, first_query)
         # Behind a pooler, a setting may stay with a connection that another client gets next.
         self._patient = self.pooled
         self._ahead = search_path.each_message(self._restricts) if self.pooled else ""
@@ -140,9 +99,9 @@ class Session:
                     if sink is not None:
                         cursor.copy_expert(sql, sink)
                         return [(cursor.rowcount,)]
-                    _execute(cursor, sql, parameters)
+                    execute(cursor, sql, parameters)
                     return (
-                        [tuple(map(_decoded, row)) for row in cursor.fetchall()] if cursor.description else []
+                        [tuple(map(decoded, row)) for row in cursor.fetchall()] if cursor.description else []
                     )
             except psycopg2.Error as error:
                 lost = bool(self._connection.closed) or error.pgcode in _ENDED
@@ -209,7 +168,7 @@ class Session:
         """
         requests: list[Callable[[], None]] = []
         with contextlib.suppress(psycopg2.Error):  # closed in between
-            wait.during(lambda: requests.append(_cancel_request(self._connection.pgconn_ptr)))
+            wait.during(lambda: requests.append(cancel_request(self._connection.pgconn_ptr)))
         telling = threading.Thread(target=lambda: [tell() for tell in requests], name="cancel", daemon=True)
         telling.start()
         telling.join(TELL)
@@ -301,6 +260,19 @@ class Session:
         """
         return tuple(row[0] for row in self.query(search_path.LIST, (self.user_path,), timeout=timeout))
 
+    def require_writes(self) -> None:
+        """Raise :class:`AccessDenied` if the server accepts no writes."""
+        if self.facts.in_recovery:
+            raise AccessDenied(
+                f"{self.target} is a standby and accepts no changes.",
+                next_step="point migrator to the primary (several hosts with target_session_attrs=read-write find it)",
+            )
+        if self.facts.read_only:
+            raise AccessDenied(
+                f"{self.target} accepts only read-only transactions (default_transaction_read_only is on).",
+                next_step="ALTER ROLE or ALTER DATABASE ... SET default_transaction_read_only = off",
+            )
+
     def answers(self) -> bool:
         """Check now whether the connection is there; after PROBE seconds of silence it is not."""
         try:
@@ -343,62 +315,20 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_facts(self, timeout: float, also: Question) -> tuple[ServerFacts, tuple[Any, ...]]:
-        """Query the facts, and in the same message ``also``: more columns.
+    def _read_facts(self, timeout: float, first_query: FirstQuery) -> tuple[ServerFacts, tuple[Any, ...]]:
+        """Query the facts, and in the same message the columns of ``first_query``.
 
         All of a message is one transaction: it costs no round trip, and its settings leave nothing
         behind in a pooler. It leaves the user's search_path before any name that could be resolved in a
         schema of others.
         """
         leave = search_path.leave(self._connection.info.backend_pid)
-        columns = f"{_FACTS}, {also.columns}" if also.columns else _FACTS
-        sql = f"SET LOCAL statement_timeout = 0; {leave}; {also.ahead}SELECT {columns}"
+        columns = f"{FACTS}, {first_query.columns}" if first_query.columns else FACTS
+        sql = f"SET LOCAL statement_timeout = 0; {leave}; {first_query.before}SELECT {columns}"
         self.user_path, self._restricts, *row = self.query(sql, timeout=timeout)[0]
         count = len(ServerFacts._fields)
         return ServerFacts(*row[:count]), tuple(row[count:])
 
-
-def _decoded(value: Any) -> Any:
-    """Return a text that arrived as bytes: the shared catalogs have names in the encodings of other
-    databases.
-    """
-    if type(value) is bytes:
-        return value.decode("utf-8", "surrogateescape")
-    return list(map(_decoded, value)) if type(value) is list else value
-
-
-class _Encoded:
-    """A text that is not UTF-8, as SQL: its original bytes."""
-
-    def __init__(self, text: str) -> None:
-        self._bytes = text.encode("utf-8", "surrogateescape")
-
-    def __conform__(self, _protocol: object) -> _Encoded:
-        return self
-
-    def getquoted(self) -> bytes:
-        return b" E'" + self._bytes.replace(b"\\", b"\\\\").replace(b"'", b"''") + b"'"
-
-
-def _execute(cursor: Any, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None) -> None:
-    """Execute a statement that may have names of :func:`_decoded` in it."""
-    try:
-        cursor.execute(sql, parameters)
-    except UnicodeEncodeError:  # before anything was sent
-        if isinstance(parameters, Mapping):
-            raise
-        raw = [_Encoded(item) if isinstance(item, str) else item for item in parameters or ()]
-        cursor.execute(sql.encode("utf-8", "surrogateescape"), raw or None)
-
-
-_FACTS = (
-    f"current_setting('{search_path.PATH}'), {search_path.RESTRICTS},"  # noqa: S608 - constants only
-    " current_setting('server_version'), current_setting('server_version_num')::int,"
-    " pg_is_in_recovery(), current_setting('transaction_read_only') = 'on',"
-    " current_database()::text, current_user::text,"
-    " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,"
-    " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()), pg_backend_pid()"
-)
 
 # The end of a transaction that may have failed, and statements that must be their own message: none
 # resolves a name.
@@ -407,18 +337,6 @@ _ALONE = re.compile(
     r"|(?:(?:CREATE|DROP)\s+(?:UNIQUE\s+)?INDEX|REINDEX\s+\w+)\s+CONCURRENTLY)\b",
     re.IGNORECASE,
 )
-
-
-def no_timeouts(server_major: int) -> str:
-    """Return the settings that free a session from the timeouts of its role and database, which are for the
-    application.
-
-    Not from ``lock_timeout``: no session waits longer for a lock than was set.
-    """
-    names = ["statement_timeout", "idle_in_transaction_session_timeout"]
-    names += ["idle_session_timeout"] if server_major >= 14 else []
-    names += ["transaction_timeout"] if server_major >= 17 else []
-    return "; ".join(f"SET {name} = 0" for name in names)
 
 
 def _insist(cursor: Any, sql: str) -> None:
@@ -430,33 +348,6 @@ def _insist(cursor: Any, sql: str) -> None:
         except psycopg2.Error as error:
             if error.pgcode != _CANCELED or not left:
                 raise
-
-
-def dead_client_values(server_major: int) -> dict[str, str]:
-    """Return the settings that make the server check whether a session's client is still there.
-
-    During a statement it checks every two seconds (PostgreSQL 14 and newer). While it waits for the
-    client, TCP keepalives notice within about 11 seconds. An unacknowledged answer is given up after
-    15.
-    https://www.postgresql.org/docs/current/runtime-config-connection.html#RUNTIME-CONFIG-TCP-SETTINGS
-    """
-    values = {
-        "tcp_keepalives_idle": "5",
-        "tcp_keepalives_interval": "2",
-        "tcp_keepalives_count": "3",
-        "tcp_user_timeout": "15000",
-    }
-    if server_major >= 14:
-        values["client_connection_check_interval"] = "2s"
-    return values
-
-
-def dead_client_settings(server_major: int) -> str:
-    """Return the query that sets :func:`dead_client_values`."""
-    return "SELECT " + ", ".join(
-        f"pg_catalog.set_config('{name}', '{value}', false)"
-        for name, value in dead_client_values(server_major).items()
-    )
 
 
 # A statement that has just ended counts as running: its answer is on the way.  NULL: hidden from this role.
@@ -488,33 +379,19 @@ _DENIED = "42501"
 _ENDED = frozenset({"57P01", "57P02", "57P04"})  # admin_shutdown, crash_shutdown, database_dropped
 
 
-def message_of(error: BaseException) -> str:
-    """Return the server's message in one line: primary message, detail and hint."""
-    diagnostics = getattr(error, "diag", None)
-    if diagnostics is not None and diagnostics.message_primary:
-        parts = [diagnostics.message_primary]
-        if diagnostics.message_detail:
-            parts.append(f"DETAIL: {diagnostics.message_detail}")
-        if diagnostics.message_hint:
-            parts.append(f"HINT: {diagnostics.message_hint}")
-        return " ".join(" ".join(parts).split())
-    # SQLAlchemy's asyncpg dialect puts the class before the server's words.
-    return re.sub(r"^<class '[\w.]+'>: ", "", " ".join(str(error).split()))
-
-
 def connect(
     target: Target,
     application_name: str,
     timeout: float,
     *,
-    also: Callable[[], Question] = Question,
+    first_query: Callable[[], FirstQuery] = FirstQuery,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Session:
     """Open a session within ``timeout`` seconds, name lookup included.
 
-    The columns from ``also`` are selected beside the server's facts and stored in the session's
-    attribute of that name. ``also`` is called in another thread, after there is a connection.
-    ``meanwhile`` is called while the server works.
+    The columns of ``first_query`` are selected beside the server's facts and stored in ``first_row``.
+    ``first_query`` is called in another thread, after there is a connection. ``meanwhile`` is called
+    while the server works.
 
     The attempt runs in its own thread. Nothing else can bound a resolver, or a server that accepts and
     then is silent (libpq's connect_timeout counts per address and rounds up to 2 s). Raises
@@ -526,7 +403,7 @@ def connect(
 
     def attempt() -> None:
         try:
-            session = _connect_now(target, application_name, deadline, also)
+            session = _connect_now(target, application_name, deadline, first_query)
             answers.append(session)
             if given_up.is_set():
                 session.close()
@@ -552,133 +429,14 @@ def connect(
 
 
 def _connect_now(
-    target: Target, application_name: str, deadline: float, also: Callable[[], Question]
+    target: Target, application_name: str, deadline: float, first_query: Callable[[], FirstQuery]
 ) -> Session:
-    arguments = target.libpq(
-        connect_timeout=max(2, math.ceil(deadline - time.monotonic())),
-        application_name=application_name,
-        client_encoding="UTF8",  # in spite of the database's own setting: it can express every name
-        keepalives=1,
-        keepalives_idle=5,
-        keepalives_interval=2,
-        keepalives_count=3,
-        tcp_user_timeout=5000,  # milliseconds that sent data may stay unacknowledged: this notices a cut network
-    )
-    arguments["application_name"] = application_name
+    connection = open_connection(target, application_name, deadline)
     try:
-        connection = _open(**arguments)
-    except psycopg2.Error as error:
-        raise _diagnose(arguments, str(error), deadline) from None
-    connection.autocommit = True
-    for kind in _AS_BYTES:
-        psycopg2.extensions.register_type(kind, connection)
-    try:
-        return Session(connection, target, application_name, max(1.0, deadline - time.monotonic()), also())
+        return Session(
+            connection, target, application_name, max(1.0, deadline - time.monotonic()), first_query()
+        )
     except QueryFailed as error:
         connection.close()
         refusal = classify(error.sqlstate, error.text) if error.sqlstate else Refusal.TRANSIENT
         raise ConnectFailed(refusal, error.text, error.sqlstate) from None
-
-
-def _diagnose(arguments: dict[str, str], text: str, deadline: float) -> ConnectFailed:
-    """Find the SQLSTATE of a failed connection with a second attempt and libpq's verbose errors."""
-    plain = " ".join(re.sub(_HINT, "", re.sub(_PREFIX, "", text)).split())
-    if "FATAL" not in text and not re.search(r" failed: \S+:  ", text):
-        # libpq's own words: nothing answered as a server does
-        return ConnectFailed(classify("", plain), plain)
-    sqlstate, verbose = "", ""
-    for line in _verbose_attempt(arguments, deadline):
-        found = re.search(_CODED, line)
-        if found:
-            sqlstate, verbose = found[1], found[2].split("\n")[0]
-    if not sqlstate:
-        return ConnectFailed(Refusal.TRANSIENT, plain)
-    return ConnectFailed(classify(sqlstate, plain), verbose.strip() or plain, sqlstate)
-
-
-def _verbose_attempt(arguments: dict[str, str], deadline: float) -> Iterator[str]:
-    """Connect once more without blocking, and yield libpq's verbose error text; nothing if it succeeds."""
-    import ctypes
-    import select
-
-    library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also searches its linked libraries: libpq
-    set_verbosity = library.PQsetErrorVerbosity
-    set_verbosity.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    set_verbosity.restype = ctypes.c_int
-    try:
-        connection = _open(**arguments, async_=True)
-    except psycopg2.Error:
-        return
-    try:
-        set_verbosity(connection.pgconn_ptr, _VERBOSE)
-        while time.monotonic() < deadline:
-            state = connection.poll()
-            if state == psycopg2.extensions.POLL_OK:
-                return
-            reads = [connection] if state == psycopg2.extensions.POLL_READ else []
-            writes = [connection] if state == psycopg2.extensions.POLL_WRITE else []
-            select.select(reads, writes, [], max(0.0, deadline - time.monotonic()))
-    except psycopg2.Error as error:
-        yield str(error)
-    finally:
-        with contextlib.suppress(psycopg2.Error):
-            connection.close()
-
-
-def _cancel_request(connection: int) -> Callable[[], None]:
-    """Return the function that sends libpq's cancel request for a connection that stays open until this
-    returns.
-
-    psycopg2's own ``cancel`` does the same, but it holds the interpreter's lock meanwhile: on a silent
-    network, no thread of the process ever runs again.
-    https://www.postgresql.org/docs/current/libpq-cancel.html
-    """
-    import ctypes
-
-    library = ctypes.CDLL(psycopg2._psycopg.__file__)  # dlsym also searches its linked libraries: libpq
-    get, send, free = library.PQgetCancel, library.PQcancel, library.PQfreeCancel
-    get.restype, send.restype = ctypes.c_void_p, ctypes.c_int
-    get.argtypes = free.argtypes = [ctypes.c_void_p]
-    send.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
-    request = get(connection)
-
-    def cancel() -> None:
-        send(request, ctypes.create_string_buffer(256), 256)
-        free(request)
-
-    return cancel
-
-
-def codec(encoding: str) -> str:
-    """Return Python's name of a PostgreSQL encoding; without one, names pass unchanged."""
-    return "utf-8" if encoding == "SQL_ASCII" else psycopg2.extensions.encodings.get(encoding, "utf-8")
-
-
-def quote_literal(text: str) -> str:
-    """Quote text for SQL, independent of ``standard_conforming_strings``."""
-    doubled = text.replace("'", "''")
-    return " E'" + doubled.replace("\\", "\\\\") + "'" if "\\" in text else f"'{doubled}'"
-
-
-def quote_identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-_RESERVED = """
-    all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate collation
-    column concurrently constraint create cross current_catalog current_date current_role current_schema current_time
-    current_timestamp current_user default deferrable desc distinct do else end except false fetch for foreign freeze
-    from full grant group having ilike in initially inner intersect into is isnull join lateral leading left like limit
-    localtime localtimestamp natural not notnull null offset on only or order outer overlaps placing primary references
-    returning right select session_user similar some symmetric system_user table tablesample then to trailing true union
-    unique user using variadic verbose when where window with
-"""
-"""Words of the grammar that need quotes as a name:
-https://www.postgresql.org/docs/current/sql-keywords-appendix.html
-"""
-
-
-def as_typed(name: str) -> str:
-    """Return a name as a user types it into SQL: quoted if needed, so that no name is a command."""
-    plain = re.fullmatch("[a-z_][a-z0-9_]*", name) is not None
-    return name if plain and not re.search(rf"\b{name}\b", _RESERVED) else quote_identifier(name)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from migrator.errors import AccessDenied, HistoryError, SettingsError, Unversioned
+from migrator.postgres.errors import QueryFailed
 from migrator.postgres.queries import IN_USER_SCHEMA
-from migrator.postgres.session import QueryFailed, Session, as_typed, quote_identifier
+from migrator.postgres.quoting import as_typed, quote_identifier
+from migrator.postgres.session import Session
 
 _VERSION_TABLES = f"""
 SELECT n.nspname::text, c.relname::text

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from migrator.postgres.queries import IN_USER_SCHEMA, INVALID_INDEXES, of_no_extension
-from migrator.postgres.session import Session, quote_identifier
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 from migrator.schema.names import ForeignKey, canonical_type
 
 

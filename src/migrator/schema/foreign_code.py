@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 
-from migrator.postgres.session import Session, quote_identifier
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 
 _FOUND = """
 WITH RECURSIVE others AS (

@@ -23,8 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from migrator.postgres.errors import Refused
 from migrator.postgres.queries import IN_USER_SCHEMA, LEDGER
-from migrator.postgres.session import Refused, Session
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import read_all
 from migrator.schema.names import split_formatted
 

@@ -20,7 +20,8 @@ from migrator.config.settings import Settings
 from migrator.errors import AccessDenied, SettingsError
 from migrator.outcome import ExitCode
 from migrator.postgres import tls_hints
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Refused, connect
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal, Refused
+from migrator.postgres.session import connect
 from migrator.postgres.version_table import VersionTable, place_of, read_rows
 from migrator.runtime.subprocesses import TimedOut
 from migrator.sidecar.board import RETRIED, Board, Check, Verification

@@ -38,7 +38,8 @@ from migrator.backups.verification.verify_new import Proving
 from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, MigratorError, some
 from migrator.postgres import connection_limit
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refusal, Session
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal
+from migrator.postgres.session import Session
 from migrator.schema.names import parse_patterns
 
 LOGGER = logging.getLogger("migrator.backup")

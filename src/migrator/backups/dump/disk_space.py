@@ -17,7 +17,8 @@ from migrator.backups.exported_snapshot import Sizes
 from migrator.backups.manifest import human_size
 from migrator.backups.storage.interface import Store
 from migrator.errors import BackupFailed
-from migrator.postgres.session import Refused, Session
+from migrator.postgres.errors import Refused
+from migrator.postgres.session import Session
 
 LOGGER = logging.getLogger("migrator.backup")
 

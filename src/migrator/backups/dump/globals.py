@@ -11,7 +11,9 @@ from pathlib import Path
 
 from migrator.backups import clients
 from migrator.backups.clients import Client, Login
-from migrator.postgres.session import Refused, Session, quote_identifier
+from migrator.postgres.errors import Refused
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 from migrator.runtime import subprocesses
 
 ENDING = ".globals.sql"

@@ -21,7 +21,9 @@ from migrator.config.settings import Settings
 from migrator.errors import BackupFailed
 from migrator.postgres import connection_limit
 from migrator.postgres.errors import child_refused, no_room
-from migrator.postgres.session import Session, dead_client_values, quote_literal
+from migrator.postgres.quoting import quote_literal
+from migrator.postgres.server import dead_client_values
+from migrator.postgres.session import Session
 from migrator.runtime import subprocesses
 from migrator.runtime.output.progress import Progress
 

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from migrator.postgres.session import Session, as_typed
+from migrator.postgres.quoting import as_typed
+from migrator.postgres.session import Session
 
 STAYS = """
 EXISTS (SELECT FROM pg_extension e WHERE e.extnamespace = n.oid)

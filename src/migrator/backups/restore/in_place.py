@@ -33,9 +33,9 @@ from migrator.backups.storage import files
 from migrator.config.settings import Settings
 from migrator.errors import RestoreFailed
 from migrator.ledger.table import literal
-from migrator.postgres import writable
+from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.postgres.queries import IN_USER_SCHEMA, of_no_extension
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.postgres.session import Session
 from migrator.runtime import subprocesses
 from migrator.runtime.signals import Interrupt
 
@@ -176,7 +176,7 @@ def replace(
     """
     backup = job.backup
     with job.login.connect() as session:
-        writable.demand(session)
+        session.require_writes()
         major = session.facts.major
         client = clients.for_restore(job.settings, major, backup.client_major)
         try:

@@ -42,8 +42,10 @@ from migrator.backups.storage.open import open_store
 from migrator.config.database_url import Target
 from migrator.config.settings import Settings
 from migrator.errors import LockBusy, SettingsError
-from migrator.postgres import connection_limit, writable
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session, quote_identifier
+from migrator.postgres import connection_limit
+from migrator.postgres.errors import ConnectFailed, QueryFailed
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.restore")
@@ -150,7 +152,7 @@ class _Restore:
         """
         with self._connect() as session:
             self._session = session
-            writable.demand(session)
+            session.require_writes()
             connection_limit.refuse_too_few(session, 4, "A restore")
             self._keep_others_out()
             for name in databases.marked(session, self._job.database):

@@ -12,7 +12,9 @@ from migrator.backups.clients import failed
 from migrator.backups.exported_snapshot import LockedOut, Relation
 from migrator.backups.manifest import Backup
 from migrator.errors import MigratorError, RestoreFailed
-from migrator.postgres.session import ConnectFailed, QueryFailed, Refused, Session, quote_identifier
+from migrator.postgres.errors import ConnectFailed, QueryFailed, Refused
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 
 LOGGER = logging.getLogger("migrator.restore")
 

@@ -25,8 +25,7 @@ from migrator.backups.storage.open import open_store
 from migrator.config.database_url import Target
 from migrator.config.settings import Settings
 from migrator.errors import RestoreFailed, SettingsError, some
-from migrator.postgres import writable
-from migrator.postgres.session import quote_identifier, quote_literal
+from migrator.postgres.quoting import quote_identifier, quote_literal
 from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.restore")
@@ -180,7 +179,7 @@ def _spellings(shown: str) -> tuple[str, str]:
 def _restore(job: Job, names: Sequence[_Name], schema: str, committed: Callable[[], None]) -> list[str]:
     backup, quoted = job.backup, quote_identifier(schema)
     with job.login.connect() as session:
-        writable.demand(session)
+        session.require_writes()
         major = session.facts.major
         client = clients.for_restore(job.settings, major, backup.client_major)
         script = session_settings.for_script(session, backup, client, job.path)

@@ -22,7 +22,9 @@ from migrator.backups import exported_snapshot
 from migrator.backups.clients import Login, WouldLose
 from migrator.backups.manifest import Backup
 from migrator.errors import some
-from migrator.postgres.session import QueryFailed, Session, no_timeouts
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.server import no_timeouts
+from migrator.postgres.session import Session
 
 _PATIENCE = 15  # seconds for current writers to end
 

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from migrator.backups import exported_snapshot
 from migrator.backups.exported_snapshot import Relation
 from migrator.backups.manifest import Table
+from migrator.postgres.errors import Refused
 from migrator.postgres.queries import IN_USER_SCHEMA
-from migrator.postgres.session import Refused, Session
+from migrator.postgres.session import Session
 from migrator.runtime.threads import Result
 
 LOGGER = logging.getLogger("migrator.backup")

@@ -16,7 +16,7 @@ from migrator.backups import pg_restore
 from migrator.backups.clients import Client, RestoreStopped
 from migrator.backups.pg_restore import ENCODING
 from migrator.backups.psql import RESTRICTION, Quoted
-from migrator.postgres.session import codec
+from migrator.postgres.quoting import codec
 from migrator.runtime import subprocesses
 from migrator.runtime.threads import Gone, Pipe, background
 

@@ -17,7 +17,10 @@ from migrator.backups import databases
 from migrator.backups.clients import Login
 from migrator.backups.manifest import Backup, Properties
 from migrator.errors import BackupFailed
-from migrator.postgres.session import QueryFailed, ServerFacts, Session, quote_identifier, quote_literal
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.quoting import quote_identifier, quote_literal
+from migrator.postgres.server import ServerFacts
+from migrator.postgres.session import Session
 from migrator.runtime.subprocesses import uninterrupted
 
 LOGGER = logging.getLogger("migrator.backup")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from migrator.backups.exported_snapshot import savepoint
 from migrator.backups.verification import superuser_only
-from migrator.postgres.session import Refused, Session
+from migrator.postgres.errors import Refused
+from migrator.postgres.session import Session
 
 # Where a restore evaluates expressions, and the functions that each calls: directly, by an operator, by a
 # view.

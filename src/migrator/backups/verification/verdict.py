@@ -16,7 +16,7 @@ from migrator.backups import clients
 from migrator.backups.manifest import Backup
 from migrator.backups.storage.interface import Store
 from migrator.errors import BackupFailed, DamagedBackup, MigratorError, SettingsError
-from migrator.postgres.session import ConnectFailed, QueryFailed
+from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.backup")

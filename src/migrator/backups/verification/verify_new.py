@@ -43,7 +43,9 @@ from migrator.config.database_url import Target, parse
 from migrator.config.settings import Settings
 from migrator.errors import BackupFailed, SettingsError, some
 from migrator.postgres import connection_limit
-from migrator.postgres.session import QueryFailed, ServerFacts, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.server import ServerFacts
+from migrator.postgres.session import Session
 from migrator.runtime import subprocesses
 
 LOGGER = logging.getLogger("migrator.backup")

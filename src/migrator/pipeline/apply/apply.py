@@ -30,7 +30,8 @@ from migrator.pipeline.apply.revisions import Part, Steps
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.connection_limit import refuse_too_few
 from migrator.postgres.control_connection import Lifeline, revive
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session
+from migrator.postgres.errors import ConnectFailed, QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, read_rows, read_version
 from migrator.project import History, Plan
 from migrator.runtime.deadlines import TELL

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from migrator.pipeline.apply.failure import RETRYABLE
 from migrator.postgres.control_connection import lost
-from migrator.postgres.session import ConnectFailed, QueryFailed, message_of
+from migrator.postgres.errors import ConnectFailed, QueryFailed, message_of
 
 if TYPE_CHECKING:
     from migrator.pipeline.apply.revisions import Part

@@ -19,7 +19,8 @@ from typing import Any
 
 from migrator.pipeline.apply.driver_calls import DriverCalls, LostAnswer
 from migrator.postgres.control_connection import Lifeline
-from migrator.postgres.session import ConnectFailed, QueryFailed, quote_literal
+from migrator.postgres.errors import ConnectFailed, QueryFailed
+from migrator.postgres.quoting import quote_literal
 from migrator.runtime.deadlines import PROBE
 from migrator.runtime.output.progress import Progress
 

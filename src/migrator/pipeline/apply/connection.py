@@ -15,7 +15,9 @@ from migrator.pipeline.apply.driver_calls import DriverCalls, gone
 from migrator.pipeline.apply.metrics.observer import Observation
 from migrator.postgres import search_path
 from migrator.postgres.queries import LEDGER
-from migrator.postgres.session import ServerFacts, Session, dead_client_settings, quote_literal
+from migrator.postgres.quoting import quote_literal
+from migrator.postgres.server import ServerFacts, dead_client_settings
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 
 if TYPE_CHECKING:

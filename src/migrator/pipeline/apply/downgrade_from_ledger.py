@@ -21,7 +21,8 @@ from migrator.ledger.table import Author
 from migrator.outcome import RevisionResult
 from migrator.pipeline.apply.failure import RETRYABLE
 from migrator.postgres import connection_limit
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, locate
 from migrator.project.downgrade.stored import KeptDowngrade
 from migrator.runtime.signals import Interruption

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.config.database_url import BadAddress, Target, parse
 from migrator.errors import SettingsError
-from migrator.postgres.session import quote_literal
+from migrator.postgres.quoting import quote_literal
 from migrator.postgres.version_table import VersionTable
 from migrator.project.config import ProjectOptions, import_alembic, make_config
 from migrator.project.loading import find_env, reading_only

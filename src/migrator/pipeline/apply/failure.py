@@ -18,8 +18,8 @@ from migrator.errors import (
 )
 from migrator.outcome import Finding
 from migrator.pipeline.unexpected import sqlstate, translate, without_room
-from migrator.postgres.errors import had_no_room
-from migrator.postgres.session import ConnectFailed, QueryFailed, message_of, quote_literal
+from migrator.postgres.errors import ConnectFailed, QueryFailed, had_no_room, message_of
+from migrator.postgres.quoting import quote_literal
 from migrator.project import Plan
 from migrator.runtime.resource_errors import lack, without
 from migrator.runtime.signals import Interrupt

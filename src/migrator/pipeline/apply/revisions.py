@@ -19,7 +19,8 @@ from migrator.pipeline.apply.metrics.observer import Observation
 from migrator.pipeline.apply.repeatable import is_repeatable
 from migrator.pipeline.unexpected import sqlstate
 from migrator.postgres.attached_code import refuse_code
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 from migrator.runtime.output.progress import Heartbeat, Progress
 

@@ -17,16 +17,10 @@ from migrator.errors import Interrupted, MigratorError
 from migrator.outcome import Outcome
 from migrator.pipeline.record import Record
 from migrator.postgres import search_path
+from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.postgres.queries import INVALID_INDEXES, LEDGER
-from migrator.postgres.session import (
-    ConnectFailed,
-    QueryFailed,
-    Question,
-    Session,
-    connect,
-    quote_identifier,
-    quote_literal,
-)
+from migrator.postgres.quoting import quote_identifier, quote_literal
+from migrator.postgres.session import FirstQuery, Session, connect
 from migrator.postgres.version_table import VersionTable
 from migrator.project import layout
 from migrator.project.history_manifest import FILE_NAME, Manifest, NoManifest, load, problems, rows_at
@@ -52,7 +46,7 @@ class _Frozen(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The columns of :func:`_question`."""
+    """The columns of :func:`_first_query`."""
 
     rows: list[str] | None
     invalid_indexes: int
@@ -156,22 +150,22 @@ class _Files:
     ) -> None:
         self._settings, self._project, self._destination, self._layout = settings, project, destination, found
         self._known = threading.Event()
-        self._question = Question()
+        self._first_query = FirstQuery()
 
     def read(self) -> None:
         """Read and compare; raises :class:`_NotEnough` if the manifest is stale or incomplete."""
         try:
             self.frozen = self._read_manifest()
             digest = self.frozen.manifest.digest if self._settings.ledger else ""
-            self._question = _question(self.frozen.table, digest)
+            self._first_query = _first_query(self.frozen.table, digest)
         finally:
             self._known.set()
         _refuse(problems(self.frozen.manifest, self.frozen.location))
 
-    def question(self) -> Question:
+    def first_query(self) -> FirstQuery:
         """Return the query as soon as the manifest allows it; an empty one if it does not."""
         self._known.wait()
-        return self._question
+        return self._first_query
 
     def _read_manifest(self) -> _Frozen:
         location = self._layout.location
@@ -238,14 +232,14 @@ def _look(settings: Settings, files: _Files, record: Record, interruption: Inter
             settings.required_target,
             record.application_name,
             min(limits),
-            also=files.question,
+            first_query=files.first_query,
             meanwhile=files.read,
         )
         details.update(attempts=1, server_version=session.facts.version)
     frozen = files.frozen
     manifest = frozen.manifest
     with session, interruption.calling(session.cancel):
-        found = _Found(*session.also)
+        found = _Found(*session.first_row)
         current = tuple(found.rows or ())
         if (
             current != tuple(sorted(frozen.rows))
@@ -296,7 +290,7 @@ _OPEN = (
 """Whether no killed run has left a maintenance window; see maintenance_window.py."""
 
 
-def _question(table: VersionTable, digest: str) -> Question:
+def _first_query(table: VersionTable, digest: str) -> FirstQuery:
     """Return the query that tells whether the database is up to date.
 
     ``digest`` is the digest of the ledger's last run; empty if no ledger is kept. Both tables are read
@@ -326,12 +320,12 @@ def _question(table: VersionTable, digest: str) -> Question:
     )
     place = search_path.beside(table.name, table.schema, quote_literal)
     lock = f"LOCK TABLE ONLY {rows}{f', ONLY {LEDGER}' if digest else ''} IN ACCESS SHARE MODE;"
-    ahead = (
+    before = (
         # Read again under the lock that keeps it unchanged; from pg_catalog, because this query resolves
         # names of its own.
         f"{place} {lock} {search_path.BACK} {place} {read} {search_path.BACK} "
     )
-    return Question(columns, ahead)
+    return FirstQuery(columns, before)
 
 
 _ALONE = (

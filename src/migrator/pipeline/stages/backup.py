@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from migrator.config.settings import Settings
 from migrator.errors import MigratorError
 from migrator.outcome import Finding, Severity
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 from migrator.runtime.signals import Interrupt
 
 if TYPE_CHECKING:

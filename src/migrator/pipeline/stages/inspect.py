@@ -20,10 +20,12 @@ from migrator.ledger.edited_files import Edit, find_edits
 from migrator.ledger.queries import Standing, led_here, read_standing, read_stored_downgrades, read_visited
 from migrator.pipeline.apply.env_targets import Visit, survey_tables
 from migrator.pipeline.apply.failure import Aftermath, explain, without_migrations
-from migrator.postgres import writable
 from migrator.postgres.attached_code import refuse_code
+from migrator.postgres.errors import QueryFailed
 from migrator.postgres.queries import CONTENTS
-from migrator.postgres.session import QueryFailed, ServerFacts, Session, quote_identifier
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.server import ServerFacts
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import (
     ONLY_THAT_NAMES_IT,
     KnowsRevisions,
@@ -233,7 +235,7 @@ def inspect(
     version table. ``ask`` runs ``env.py``.
     """
     if not read_only:
-        writable.demand(session)
+        session.require_writes()
         _refuse_role(session, settings.role)
     # In this order: the creator of the counted tables has created the version table by then.
     tables, objects = session.query(CONTENTS)[0]

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from migrator.ledger.unfinished_runs import Built, read_built
 from migrator.outcome import Finding, Severity
-from migrator.postgres.session import Refused, Session, quote_identifier
+from migrator.postgres.errors import Refused
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
 from migrator.project import Plan, Revision
 from migrator.schema import catalog

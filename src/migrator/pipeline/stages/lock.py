@@ -21,7 +21,8 @@ from typing import Generic, TypeVar
 
 from migrator.config.settings import Settings
 from migrator.errors import LockBusy, SettingsError
-from migrator.postgres.session import ConnectFailed, QueryFailed, Session, connect
+from migrator.postgres.errors import ConnectFailed, QueryFailed
+from migrator.postgres.session import Session, connect
 from migrator.runtime.deadlines import PROBE
 
 log = logging.getLogger("migrator.lock")

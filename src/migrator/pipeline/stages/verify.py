@@ -14,7 +14,9 @@ from decimal import Decimal
 from typing import Any
 
 from migrator.outcome import Finding, Severity
-from migrator.postgres.session import QueryFailed, Refused, Session, quote_identifier
+from migrator.postgres.errors import QueryFailed, Refused
+from migrator.postgres.quoting import quote_identifier
+from migrator.postgres.session import Session
 from migrator.schema import catalog, foreign_code
 from migrator.schema.expectations import Assertion, Expectations, ExpectedColumn, ExpectedTable, Scalar
 from migrator.schema.names import ForeignKey

@@ -12,7 +12,9 @@ from migrator.config.database_url import Target
 from migrator.config.secret_files import State
 from migrator.config.settings import Settings
 from migrator.errors import AccessDenied, NoSuchDatabase, Unreachable
-from migrator.postgres.session import ConnectFailed, Refusal, Session, as_typed, connect
+from migrator.postgres.errors import ConnectFailed, Refusal
+from migrator.postgres.quoting import as_typed
+from migrator.postgres.session import Session, connect
 
 log = logging.getLogger("migrator.wait")
 

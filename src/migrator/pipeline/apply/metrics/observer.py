@@ -29,7 +29,8 @@ from migrator.pipeline.apply.metrics.relations import (
     sizes,
     strength,
 )
-from migrator.postgres.session import QueryFailed, Session
+from migrator.postgres.errors import QueryFailed
+from migrator.postgres.session import Session
 
 _NAME = r'((?:"[^"]+"|[^\W\d][\w$]*)(?:\.(?:"[^"]+"|[^\W\d][\w$]*))?)'
 _NAMES_A_TABLE = re.compile(
