@@ -17,6 +17,7 @@ from migrator.pipeline.apply.revisions import Part
 from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal
 from migrator.postgres.version_table import VersionTable
 from tests.support.env_shapes import SHAPES
+from tests.support.env_text import env
 from tests.support.outcomes import done, left_behind, refusal
 from tests.support.projects import Revision, linear_history
 from tests.support.proxy import Proxy
@@ -143,7 +144,9 @@ class OperationalError(Exception):
         (Coded("40P01"), True, False, True, Cause.BUSY),
         (Coded("40001"), True, False, True, Cause.BUSY),
         (wrapped(Coded("55P03")), True, False, True, Cause.BUSY),
-        (Coded("08006"), True, False, True, Cause.LOST),
+        (Coded("08006"), True, True, True, Cause.LOST),
+        (Coded("08006"), False, False, True, Cause.LOST),
+        (Coded("08006"), True, False, True, Cause.OTHER),  # dblink's own connection
         (Coded("57P01"), True, False, True, Cause.LOST),
         (Coded("25P03"), True, True, True, Cause.OTHER),
         (Coded("22012"), True, False, True, Cause.OTHER),
@@ -240,3 +243,60 @@ def test_a_proxy_that_ends_idle_connections_is_named_and_no_revision(
     assert len(cut) == LOSSES + 1
     told = refusal(result, ExitCode.ROLLED_BACK, "ends connections that look idle", "MIGRATOR_DIRECT_URL")
     assert "fix revision" not in told
+
+
+MODELS = {"models.py": "from sqlalchemy.orm import declarative_base\nBase = declarative_base()\n"}
+EXTRA = """from models import Base
+from sqlalchemy import Column, Integer
+class Extra(Base):
+    __tablename__ = 'extra'
+    id = Column(Integer, primary_key=True)"""
+
+
+def test_an_env_py_that_cannot_run_twice_is_no_fault_of_the_lock_wait(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    """Its second run fails by itself, so the run ends as if there were no retry: another run can help."""
+    database.execute("CREATE TABLE busy (id int)")
+    files = {**env(top=EXTRA), **MODELS}
+    folder = project(files, revisions=[Revision("a1", None, "ALTER TABLE busy ADD n int")])
+    variables = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "MIGRATOR_BASELINE": "base", "MIGRATOR_BACKUP": "off"}
+    with closing(database.connect()) as reader:
+        reader.cursor().execute("SELECT * FROM busy")
+        result = run_migrator(cwd=folder, database=database, env=variables)
+    words = ("lock timeout", "env.py cannot run a second time", "Table 'extra' is already defined", "[55P03]")
+    refusal(result, ExitCode.BLOCKED, *words)
+    done(run_migrator(cwd=folder, database=database, env=variables))
+
+
+def test_an_env_py_that_changes_its_directory_runs_again(
+    database: Database, project: Project, start_migrator: Start
+) -> None:
+    database.execute("CREATE TABLE busy (id int)")
+    files = env(top="os.chdir('migrations'); open('env.py').close()")
+    folder = project(files, revisions=[Revision("a1", None, "ALTER TABLE busy ADD n int")])
+    variables = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "MIGRATOR_BASELINE": "base", "MIGRATOR_LOCK_RETRIES": "50"}
+    with closing(database.connect()) as reader:
+        reader.cursor().execute("SELECT * FROM busy")
+        run = start_migrator(cwd=folder, database=database, env=variables)
+        run.wait_for("retrying")
+    done(run.finish())
+
+
+def test_a_connection_of_dblink_that_fails_is_not_the_migrations(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    database.execute("CREATE EXTENSION dblink")
+    body = "op.execute(\"SELECT dblink_connect('host=127.0.0.1 port=1')\")"
+    result = run_migrator(cwd=project(revisions=[Revision("a1", None, body)]), database=database)
+    refusal(result, ExitCode.ROLLED_BACK, "Revision a1 failed: could not establish connection", "[08001]")
+    assert "connection was lost" not in result.stderr
+
+
+def test_an_env_py_that_exits_after_its_work(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    """Alembic ends with the same code."""
+    folder = project(env(after="raise SystemExit(0)"), revisions=linear_history(2))
+    done(run_migrator(cwd=folder, database=database))
+    assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]

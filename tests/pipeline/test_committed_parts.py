@@ -17,7 +17,7 @@ from tests.support.gates import Gate
 from tests.support.outcomes import done, left_behind, refusal
 from tests.support.projects import Revision
 from tests.support.runner import Runner, Running
-from tests.support.servers import Database
+from tests.support.servers import Database, Server
 
 Project = Callable[..., Path]
 Start = Callable[..., Running]
@@ -105,15 +105,18 @@ def test_a_lock_that_is_not_to_be_had_after_a_part(
     done(run_migrator("upgrade", "a1", cwd=folder, database=database))
     reader = database.connect()
     reader.cursor().execute("SELECT * FROM busy")
-    result = run_migrator(cwd=folder, database=database, env={"MIGRATOR_LOCK_TIMEOUT": "300ms"})
+    env_ = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "MIGRATOR_LOCK_RETRIES": "1"}
+    result = run_migrator(cwd=folder, database=database, env=env_)
     reader.close()
-    assert "retrying" not in result.stderr
     landed = at(database)
     if landed == ["a1"]:
+        assert "retrying" not in result.stderr
         named(result, database)
         not_twice(run_migrator, folder, database)
-    else:  # after a raw COMMIT, psycopg2 knows of no transaction: the version row of b1 was committed too
+    else:  # after a raw COMMIT, psycopg2 begins no transaction: the version row of b1 was committed too
         assert landed == ["b1"], result
+        refusal(result, ExitCode.PARTIAL, "1 of 2 revisions were applied", "the database is at b1")
+        assert "A part of" not in result.stderr
         assert numbers(database) == [2, 4, 6]
 
 
@@ -143,7 +146,49 @@ op.execute('{DOUBLE}')
 raw.autocommit = False"""
 ADDRESS = "os.environ['DATABASE_URL']"
 ON_A_CURSOR = f"import os\nown = {{}}\nown.cursor().execute('{DOUBLE}')\nown.commit()\nown.close()"
+IN_A_CHILD = (
+    "import os, psycopg2\n"
+    f"own = psycopg2.connect(os.environ['DATABASE_URL'])\nown.cursor().execute('{DOUBLE}')\nown.commit()"
+)
+ON_THE_CURSOR = f"""raw = op.get_bind().connection
+raw.{{leaves}}
+raw.cursor().execute('{DOUBLE}')
+raw.{{returns}}
+op.execute('SELECT 1')"""
 UNUSUAL = {
+    "a cursor in autocommit, psycopg2": (
+        DRIVERS["psycopg2"],
+        ON_THE_CURSOR.format(leaves="set_isolation_level(0)", returns="set_isolation_level(1)"),
+    ),
+    "a cursor in autocommit, psycopg": (
+        DRIVERS["psycopg"],
+        ON_THE_CURSOR.format(leaves="rollback(); raw.set_autocommit(True)", returns="set_autocommit(False)"),
+    ),
+    "a cursor in an autocommit block": (
+        DRIVERS["psycopg2"],
+        f"with op.get_context().autocommit_block():\n    op.get_bind().connection.cursor().execute('{DOUBLE}')",
+    ),
+    "a program in Python": (
+        DRIVERS["psycopg2"],
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {IN_A_CHILD!r}], check=True)",
+    ),
+    "a line of a shell": (
+        DRIVERS["psycopg2"],
+        f"import os, shlex, sys\nos.system('true && ' + shlex.join([sys.executable, '-c', {IN_A_CHILD!r}]))",
+    ),
+    "a fork": (
+        DRIVERS["psycopg2"],
+        f"import os\nif not (child := os.fork()):\n    exec({IN_A_CHILD!r})\n    os._exit(0)\nos.waitpid(child, 0)",
+    ),
+    **{
+        f"multiprocessing, {method}": (
+            DRIVERS["psycopg2"],
+            "import multiprocessing\nchild = multiprocessing.get_context('"
+            f"{method}').Process(target=exec, args=({IN_A_CHILD!r},))\nchild.start()\nchild.join()",
+        )
+        for method in ("fork", "spawn", "forkserver")
+    },
+    "dblink": (DRIVERS["psycopg2"], f"op.execute(\"SELECT dblink_exec('itself', '{DOUBLE}')\")"),
     "autocommit of psycopg2": (DRIVERS["psycopg2"], BY_THE_DRIVER),
     "autocommit of psycopg": (DRIVERS["psycopg"], BY_THE_DRIVER),
     "autocommit of asyncpg": (DRIVERS["asyncpg"], BY_THE_DRIVER),
@@ -174,6 +219,17 @@ UNUSUAL = {
 }
 
 
+def let_it_reach_itself(database: Database) -> None:
+    """Make a server for dblink, which is the database, with a role whose password is no secret."""
+    server, role = database.server, f"other_{database.name}"
+    database.execute(
+        f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD 'no secret'; CREATE EXTENSION dblink;"
+        " CREATE SERVER itself FOREIGN DATA WRAPPER dblink_fdw"
+        f" OPTIONS (host '{server.host}', port '{server.port}', dbname '{database.name}');"
+        f" CREATE USER MAPPING FOR CURRENT_USER SERVER itself OPTIONS (user '{role}', password 'no secret')"
+    )
+
+
 @pytest.mark.parametrize(("files", "part"), UNUSUAL.values(), ids=UNUSUAL)
 def test_an_error_after_a_part_that_only_the_driver_or_the_server_commits(
     database: Database, project: Project, run_migrator: Runner, files: dict[str, str], part: str
@@ -182,7 +238,9 @@ def test_an_error_after_a_part_that_only_the_driver_or_the_server_commits(
     folder = project(files, revisions=revisions)
     done(run_migrator("upgrade", "a1", cwd=folder, database=database))
     database.psql(PROCEDURE)
-    result = run_migrator(cwd=folder, database=database)
+    if "dblink" in part:
+        let_it_reach_itself(database)
+    result = run_migrator(cwd=folder, database=database, env={"DATABASE_URL": database.url})
     sentence = refusal(result, ExitCode.PARTIAL, "A part of b1 ", " committed outside of", "--retry")
     assert "verything was rolled back" not in sentence
     not_twice(run_migrator, folder, database)
@@ -277,7 +335,88 @@ def test_a_kill_after_a_part(
     not_twice(run_migrator, folder, database)
 
 
-@pytest.mark.parametrize("how", ["a raw connection of the engine", "psycopg2's own", "psycopg's own", "psql"])
+ENDS_IT = ["COMMIT", "ROLLBACK", "END", "ROLLBACK AND CHAIN"]
+
+
+@pytest.mark.parametrize("ends", ENDS_IT)
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg", "asyncpg"])
+def test_statements_after_the_transaction_was_ended_as_sql(
+    database: Database, project: Project, run_migrator: Runner, driver: str, ends: str
+) -> None:
+    """psycopg2 and asyncpg then send no BEGIN: each of them commits by itself."""
+    part = f"op.execute('{ends}')\nop.execute('{DOUBLE}')\nop.execute('SELECT 1 / 0')"
+    folder = project(DRIVERS[driver], revisions=[START, Revision("b1", "a1", part)])
+    done(run_migrator("upgrade", "a1", cwd=folder, database=database))
+    result = run_migrator(cwd=folder, database=database)
+    if numbers(database) == [2, 4, 6]:
+        named(result, database)
+        not_twice(run_migrator, folder, database)
+    elif ends.startswith("ROLLBACK"):
+        refusal(result, ExitCode.ROLLED_BACK, "Everything was rolled back")
+        assert numbers(database) == [1, 2, 3]
+    else:
+        refusal(result, ExitCode.PARTIAL, "its committed part is safe to repeat")
+        assert numbers(database) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg", "asyncpg"])
+def test_what_only_failed_after_a_rollback_as_sql_is_no_part(
+    database: Database, project: Project, run_migrator: Runner, driver: str
+) -> None:
+    folder = project(DRIVERS[driver], revisions=history("nothing", "ALTER TABLE busy ADD n int"))
+    (folder / "migrations/versions/b1.py").write_text(
+        Revision("b1", "a1", f"op.execute('ROLLBACK')\nop.execute('{DOUBLE}')").render()
+    )
+    done(run_migrator("upgrade", "a1", cwd=folder, database=database))
+    reader = database.connect()
+    reader.cursor().execute("SELECT * FROM busy")
+    env_ = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "MIGRATOR_LOCK_RETRIES": "1"}
+    result = run_migrator(cwd=folder, database=database, env=env_)
+    reader.close()
+    assert "part of c1" not in result.stderr
+    assert numbers(database) == ([1, 2, 3] if at(database) == ["a1"] else [2, 4, 6])
+
+
+IN_THE_TRANSACTION = {
+    "COPY on the cursor": "import io\n"
+    "op.get_bind().connection.cursor().copy_from(io.StringIO('7\\t7\\n'), 't')",
+    "a look at the driver": "assert op.get_bind().connection.encoding",
+    "git": "import subprocess\nsubprocess.run(['git', '--version'], check=True)",
+    "uname of a shell": "import os\nos.system('uname -a')",
+}
+
+
+@pytest.mark.parametrize("how", IN_THE_TRANSACTION)
+def test_what_stays_in_the_transaction_is_no_part(
+    database: Database, project: Project, run_migrator: Runner, how: str
+) -> None:
+    revisions = [
+        START,
+        Revision("b1", "a1", IN_THE_TRANSACTION[how] + "  # op."),
+        Revision("c1", "b1", "SELECT 1 / 0"),
+    ]
+    folder = project(DRIVERS["psycopg2"], revisions=revisions)
+    done(run_migrator("upgrade", "a1", cwd=folder, database=database))
+    refusal(run_migrator(cwd=folder, database=database), ExitCode.ROLLED_BACK, "Everything was rolled back")
+    assert numbers(database) == [1, 2, 3]
+
+
+def test_a_prepared_transaction_is_not_called_rolled_back(
+    private_server: Callable[..., Server], project: Project, run_migrator: Runner
+) -> None:
+    server = private_server(settings={"max_prepared_transactions": "5"})
+    database = server.create_database()
+    part = f"op.execute('{DOUBLE}')\nop.execute(\"PREPARE TRANSACTION 'left'\")\nop.execute('SELECT 1 / 0')"
+    folder = project(DRIVERS["psycopg2"], revisions=[START, Revision("b1", "a1", part)])
+    done(run_migrator("upgrade", "a1", cwd=folder, database=database))
+    result = run_migrator(cwd=folder, database=database)
+    assert server.psql("SELECT gid FROM pg_prepared_xacts") == [("left",)]
+    refusal(result, ExitCode.PARTIAL, "A part of b1 may have been committed", "--retry")
+
+
+@pytest.mark.parametrize(
+    "how", ["a raw connection of the engine", "psycopg2's own", "psycopg's own", "psql", "a fork"]
+)
 def test_a_kill_after_a_part_on_an_outside_connection(
     how: str, database: Database, project: Project, run_migrator: Runner, start_migrator: Start
 ) -> None:
@@ -288,7 +427,7 @@ def test_a_kill_after_a_part_on_an_outside_connection(
     )
     done(run_migrator("upgrade", "a1", cwd=folder, database=database))
     with Gate(database) as gate:
-        run = start_migrator(cwd=folder, database=database)
+        run = start_migrator(cwd=folder, database=database, env={"DATABASE_URL": database.url})
         run.wait_for(gate.reached)
         run.kill()
     not_twice(run_migrator, folder, database)

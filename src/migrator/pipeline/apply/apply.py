@@ -152,14 +152,18 @@ class MigrationExecution:
     def go_through(self) -> None:
         """Load ``env.py`` and let it run the steps."""
         self.steps.heartbeat.begins("env.py")
-        self.history.run(
-            self.plan.kind,
-            self.plan.destination,
-            self._enter,
-            before_configure=self._reinstall_logging,
-            around=self._run_migrations,
-            transaction=self.settings.transaction,
-        )
+        try:
+            self.history.run(
+                self.plan.kind,
+                self.plan.destination,
+                self._enter,
+                before_configure=self._reinstall_logging,
+                around=self._run_migrations,
+                transaction=self.settings.transaction,
+            )
+        except SystemExit as ended:  # with Alembic, an env.py may end in this way after its work
+            if ended.code or not self._entered or self.steps.running:
+                raise
         if self.steps.failure is not None:
             raise self.steps.failure  # env.py swallowed it
 
@@ -353,7 +357,7 @@ class MigrationExecution:
                 leaving=self.steps.leaving,
             )
             self._connection = connection
-            self.steps.on(connection, connection.observe(self.session, table.name))
+            self.steps.on(connection, connection.observe(self.session, table.name), self._backend_pid)
             self.watch.follow(self._backend_pid, connection.calls)
         self.ledger_writer.enter(self._connection, table, heads)
         self.steps.at(place, upgrade=self.plan.kind != "downgrade")
@@ -429,6 +433,10 @@ class _EnvPyPass:
             steps.committed()  # a statement may have succeeded although its answer was lost
         execution.look()
         return execution.unfinished
+
+    def connected(self) -> bool:
+        """Whether ``env.py`` had reached the database."""
+        return self._execution._entered
 
     def stopped(self) -> bool:
         """Whether a signal came."""

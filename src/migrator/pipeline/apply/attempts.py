@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from migrator.errors import MigratorError
 from migrator.pipeline.apply.failure import RETRYABLE
 from migrator.postgres.control_connection import lost
 from migrator.postgres.errors import ConnectFailed, QueryFailed, message_of
@@ -30,7 +31,9 @@ log = logging.getLogger("migrator.apply")
 LOSSES = 3
 """How many lost connections are retried: a revision that crashes the server does so each time."""
 
-_GONE = ("08", "57P01", "57P02", "57P03")
+_GONE = ("57P01", "57P02", "57P03")
+_NO_CONNECTION = "08"
+"""Also what dblink and postgres_fdw report of their own connections, while the migration's is well."""
 _ENDED_FOR_A_REASON = frozenset({"25P03", "25P04", "57P05"})
 """The server's own timeouts for sessions and transactions: they would end the next attempt as well."""
 
@@ -86,7 +89,8 @@ def cause_of(error: BaseException, *, connected: bool, gone: bool, answers: Call
         return Cause.BUSY
     if codes & _ENDED_FOR_A_REASON:
         return Cause.OTHER
-    if gone or any(code.startswith(_GONE) for code in codes):
+    refused = not connected and any(code.startswith(_NO_CONNECTION) for code in codes)
+    if gone or refused or codes & set(_GONE):
         return Cause.LOST
     if any(getattr(item, "connection_invalidated", False) or lost(item) for item in chain):
         return Cause.LOST
@@ -135,6 +139,19 @@ class Pass(Protocol):
     def pause(self, seconds: float) -> None:
         """Wait; raises Interrupt."""
 
+    def connected(self) -> bool:
+        """Whether ``env.py`` had reached the database."""
+
+
+class CannotRunAgain(Exception):
+    """A lock failure, after which ``env.py`` failed before it connected: it cannot run twice in a process."""
+
+    def __init__(self, busy: str, code: str, error: BaseException) -> None:
+        super().__init__(
+            f"{busy}; env.py cannot run a second time in one process ({type(error).__name__}: {_reason(error)})"
+        )
+        self.sqlstate = code
+
 
 class Attempts:
     """Runs ``env.py`` as often as needed, with at most ``lock_retries`` retries for a busy lock."""
@@ -151,6 +168,7 @@ class Attempts:
 
     def run(self, one: Pass) -> None:
         """Run the passes; raise the error of the last one."""
+        busy, code = "", ""  # of the attempt before
         while True:
             one.begin()
             error = self._failure(one)
@@ -158,7 +176,14 @@ class Attempts:
                 return
             attempt = self._look(one, error)
             if not may_repeat(attempt, self._lock_retries):
+                ours = isinstance(error, MigratorError) or attempt.stopped
+                if busy and attempt.cause is Cause.OTHER and not ours and not one.connected():
+                    raise CannotRunAgain(busy, code, error) from error
                 raise error
+            busy, code = "", ""
+            if attempt.cause is Cause.BUSY:
+                busy = _reason(error).rstrip(".")
+                code = next(code for item in _chain(error) for code in _codes(item) if code in RETRYABLE)
             pause = self._say(attempt.cause, error)
             del error  # it may keep env.py's connection
             gc.collect()

@@ -1,7 +1,7 @@
 """Notice when a revision commits by itself: its earlier work then outlives its failure.
 
-It may do so on migrator's connection, on another one of SQLAlchemy, on the driver's own, or with a program
-such as psql. What it commits on the last two cannot be seen. So it counts as possibly committed from before
+It may do so on migrator's connection, on another one of SQLAlchemy, on the driver's own, with a program,
+or in a child process. What it commits on the last three cannot be seen. So it counts as possibly committed from before
 the connection is open or the program starts: a run that is killed after that must not repeat the revision.
 """
 
@@ -13,8 +13,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
+from migrator.pipeline.apply.driver_calls import driver_connection
 from migrator.pipeline.apply.repeatable import is_repeatable
 
 _NO_STATEMENT = re.compile(
@@ -35,7 +37,21 @@ def in_autocommit(connection: Any) -> bool:
     All drivers use this name, and a revision may set it (psycopg2's ``set_isolation_level(0)`` does).
     """
     told = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-    return told or getattr(connection.connection, "autocommit", False) is True
+    fairy = connection.connection
+    return told or getattr(fairy, "autocommit", False) is True or _left_by_sql(fairy)
+
+
+def _left_by_sql(fairy: Any) -> bool:
+    """Tell whether the driver still counts on a transaction that COMMIT or ROLLBACK as SQL has ended.
+
+    It then sends no BEGIN, so each statement commits by itself. psycopg looks at the server's state.
+    """
+    raw = driver_connection(fairy)
+    if hasattr(raw, "get_transaction_status"):  # psycopg2: STATUS_BEGIN, TRANSACTION_STATUS_IDLE
+        return bool(raw.status == 2 and raw.get_transaction_status() == 0)
+    if hasattr(raw, "is_in_transaction"):  # asyncpg, behind SQLAlchemy's adapter
+        return bool(getattr(fairy, "_started", False) and not raw.is_in_transaction())
+    return False
 
 
 def watch_statements(
@@ -61,10 +77,12 @@ def watch_commits(
     """
     from sqlalchemy import event
 
+    alone = False  # the running statement is its own transaction
+
     def before(connection: Any, _: Any, statement: str, *__: Any) -> None:
-        if (every_statement or in_autocommit(connection)) and _MAY_COMMIT.search(
-            _NO_STATEMENT.sub(" ", statement)
-        ):
+        nonlocal alone
+        alone = every_statement or in_autocommit(connection)
+        if alone and _MAY_COMMIT.search(_NO_STATEMENT.sub(" ", statement)):
             committed()
         if not _SPEAKS_OF_ONE.search(statement):
             return
@@ -75,12 +93,8 @@ def watch_commits(
         if within:
             committed()
 
-    def after(connection: Any, _: Any, statement: str, *__: Any) -> None:
-        if (
-            every_statement
-            or in_autocommit(connection)
-            or (_SPEAKS_OF_ONE.search(statement) and _COMMIT.search(_NO_STATEMENT.sub(" ", statement)))
-        ):
+    def after(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if alone or (_SPEAKS_OF_ONE.search(statement) and _COMMIT.search(_NO_STATEMENT.sub(" ", statement))):
             committed()
 
     event.listen(connection, "before_cursor_execute", before)
@@ -134,21 +148,32 @@ def watch_others(another: Callable[[Any], bool], committed: Callable[[str], None
             event.remove(Engine, name, listener)
 
 
-_CLIENTS = re.compile(r"\b(psql|pg_restore|vacuumdb|reindexdb|clusterdb|pgbench)\b")
+_HARMLESS = re.compile(
+    r"(?:basename|cat|cc|date|dirname|df|echo|file|free|gcc|git|hg|hostname|id|ldconfig|ls|lsb_release|mkdir|nproc"
+    r"|ps|pwd|readlink|stat|true|tput|tty|uname|which|whoami)?"
+)
+"""Programs that do not connect to a database; Python's own modules (uuid, ctypes, platform) start some of them."""
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ash"})
+_SIMPLE = re.compile(r"\s*([\w./-]+)[^;&|`$()<>\n]*")  # a command line of one program
 _STARTS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec")
 """https://docs.python.org/3/library/audit_events.html"""
+_FORKS = ("os.fork", "os.forkpty")
 _DRIVERS = ("psycopg2", "psycopg", "asyncpg")
-_RAW = "a connection of the driver's own"
+RAW = "a connection of the driver's own"
+_CHILD = "a child process"
 
 
 class OutsideConnections:
     """Calls ``used`` with a description when a revision opens or borrows such a connection, or starts a program.
 
     ``inside`` tells whether a revision's own function runs. What SQLAlchemy opens for itself does not count.
+    ``raw`` is called with SQLAlchemy's connection when a revision takes the driver's from it.
     """
 
-    def __init__(self, inside: Callable[[], bool], used: Callable[[str], None]) -> None:
-        self._inside, self._used = inside, used
+    def __init__(
+        self, inside: Callable[[], bool], used: Callable[[str], None], raw: Callable[[Any], None]
+    ) -> None:
+        self._inside, self._used, self._raw = inside, used, raw
         self._undo: list[Callable[[], None]] = []
 
     def begins(self) -> None:
@@ -164,18 +189,47 @@ class OutsideConnections:
 
         @functools.wraps(call)
         def watched(*arguments: Any, **options: Any) -> Any:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if self._inside() and not caller.startswith(("sqlalchemy.", "migrator.")):
-                self._used(_RAW)
+            if self._inside() and _is_from_outside(sys._getframe(1)):
+                self._used(RAW)
             return call(*arguments, **options)
 
         watched.watched = True  # type: ignore[attr-defined]
         setattr(owner, name, watched)
         self._undo.append(lambda: setattr(owner, name, call))
 
+    def _watch_children(self) -> None:
+        """Watch multiprocessing, whose ways to start a process are not all seen by audits."""
+        from multiprocessing.process import BaseProcess
+
+        start = BaseProcess.start
+
+        @functools.wraps(start)
+        def watched(process: BaseProcess) -> None:
+            if self._inside():
+                self._used(_CHILD)
+            start(process)
+
+        BaseProcess.start = watched  # type: ignore[method-assign,assignment]
+        self._undo.append(lambda: setattr(BaseProcess, "start", start))
+
+    def _watch_the_drivers_connection(self) -> None:
+        from sqlalchemy.engine import Connection
+
+        got = Connection.connection
+
+        def connection(this: Connection) -> Any:
+            if self._inside() and _is_from_outside(sys._getframe(1)):
+                self._raw(this)
+            return got.fget(this)  # type: ignore[attr-defined]
+
+        Connection.connection = property(connection, doc=got.__doc__)  # type: ignore[method-assign,assignment]
+        self._undo.append(lambda: setattr(Connection, "connection", got))
+
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _STARTS and self._inside() and (found := _CLIENTS.search(" ".join(_words(arguments)))):
-            self._used(f"the program {found[0]}")
+        if event in _FORKS and self._inside():
+            self._used(_CHILD)
+        elif event in _STARTS and self._inside() and not _HARMLESS.fullmatch(name := _program(arguments)):
+            self._used(f"the program {name}")
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -185,6 +239,8 @@ class OutsideConnections:
 
         self._wrap(Engine, "raw_connection")
         self._wrap(Pool, "connect")
+        self._watch_children()
+        self._watch_the_drivers_connection()
         _AUDITS.append(self._audit)
         _listen_to_audits()
         try:
@@ -208,6 +264,26 @@ def _listen_to_audits() -> None:
             audit(event, arguments)
 
     sys.addaudithook(hook)
+
+
+def _is_from_outside(frame: FrameType) -> bool:
+    """Tell whether a frame belongs to other code than SQLAlchemy, Alembic and migrator."""
+    name = frame.f_globals.get("__name__", "")
+    return not name.startswith(("sqlalchemy.", "alembic.", "migrator."))
+
+
+def _program(arguments: tuple[Any, ...]) -> str:
+    """Return the name of the program that is started; of a shell that starts one program, that program's."""
+    words = list(_words(arguments[:2]))  # the executable and its arguments
+    names = [os.path.basename(word) for word in words] or [""]
+    if len(words) == 1:  # os.system
+        line = words[0]
+    elif names[0] in _SHELLS and len(words) > 3 and words[2] == "-c":
+        line = words[3]
+    else:
+        return names[0]
+    simple = _SIMPLE.fullmatch(line)
+    return os.path.basename(simple[1]) if simple else "sh"
 
 
 def _words(value: Any) -> Iterator[str]:

@@ -197,12 +197,17 @@ class MigrationConnection:
         """Tell whether each statement is its own transaction."""
         return bool(self.ask(_NOW) != self.ask(_NOW))
 
+    @property
+    def commits_each(self) -> bool:
+        """Tell whether each statement commits by itself now, also because a revision ended the transaction as SQL."""
+        return self._every_statement or in_autocommit(self._connection)
+
     def transaction(self) -> int:
         """Return the transaction's id for a later txid_status(); 0 in autocommit.
 
         now() stands still in a transaction; the first query in one needs a second query to tell.
         """
-        if self._every_statement:
+        if self.commits_each:
             return 0
         fresh, number = self.ask_driver(_TRANSACTION).split()
         return 0 if fresh == "true" and self.ask_driver(_TRANSACTION).startswith("true") else int(number)

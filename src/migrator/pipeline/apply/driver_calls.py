@@ -123,19 +123,19 @@ def gone(connection: Any) -> bool:
     """Tell whether SQLAlchemy's connection has lost the driver's, as far as this side knows."""
     if connection.closed or connection.invalidated:
         return True
-    raw = _driver_connection(connection.connection)
+    raw = driver_connection(connection.connection)
     closed = getattr(raw, "is_closed", None) or getattr(raw, "closed", False)
     return bool(closed() if callable(closed) else closed)
 
 
-def _driver_connection(fairy: Any) -> Any:
+def driver_connection(fairy: Any) -> Any:
     """Return the connection of psycopg2, psycopg or asyncpg; SQLAlchemy 1.4 has another name for it."""
     return getattr(fairy, "driver_connection", None) or getattr(fairy, "connection", None)
 
 
 def _socket_of(fairy: Any) -> tuple[int, int]:
     """Return the descriptor of a connection's socket and its inode; -1 if the driver hides it."""
-    raw = _driver_connection(fairy)
+    raw = driver_connection(fairy)
     try:
         own = hasattr(raw, "fileno")  # asyncpg has none
         descriptor = raw.fileno() if own else raw._transport.get_extra_info("socket").fileno()

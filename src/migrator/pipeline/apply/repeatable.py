@@ -42,6 +42,18 @@ _HARMLESS = frozenset(
 """Words before a parenthesis in a query that write nothing."""
 
 
+_BY_ANOTHER_SESSION = re.compile(
+    r"\b(?:dblink_exec|dblink_send_query|pg_background_launch|dblink\s*\([^;]*\b(?:INSERT|UPDATE|DELETE|MERGE|CALL)\b)"
+    r"|^\s*PREPARE\s+TRANSACTION\b|;\s*PREPARE\s+TRANSACTION\b",
+    re.IGNORECASE,
+)
+
+
+def outlives_a_rollback(statement: str) -> bool:
+    """Tell whether a statement has another session write, or leaves a prepared transaction behind."""
+    return bool(_BY_ANOTHER_SESSION.search(statement))
+
+
 def is_repeatable(statement: str) -> bool:
     """Tell whether a statement changes nothing more when it runs a second time; False if that is not sure."""
     bare = _WORDS.sub(lambda found: " " if found[1] else " x ", statement).strip().rstrip(";").rstrip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,11 @@ from typing import Any
 
 from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding, RevisionResult, Severity
-from migrator.pipeline.apply.commits import OutsideConnections
+from migrator.pipeline.apply.commits import RAW, OutsideConnections
 from migrator.pipeline.apply.connection import MigrationConnection
 from migrator.pipeline.apply.metrics.measurement import Measured
 from migrator.pipeline.apply.metrics.observer import Observation
-from migrator.pipeline.apply.repeatable import is_repeatable
+from migrator.pipeline.apply.repeatable import is_repeatable, outlives_a_rollback
 from migrator.pipeline.unexpected import sqlstate
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.errors import QueryFailed
@@ -90,10 +91,15 @@ class Steps:
         self._observation: Observation | None = None
         self._table = VersionTable()
         self._upgrade = True
-        self._inside = False  # a revision's own function runs
-        self.outside = OutsideConnections(lambda: self._inside, self.commits_elsewhere)
+        self._inside_of = 0  # the process in which a revision's own function runs: not a child of it
+        self.outside = OutsideConnections(lambda: self._inside, self.commits_elsewhere, self._takes_raw)
+        self._backend_pid = 0
+        self._raw_since = (
+            ""  # the start of the transaction in which the revision took the driver's connection
+        )
         self._unrepeatable = ""  # the first of its statements that must not run twice
         self._wrote = False  # such a statement has run in its transaction
+        self._alone = False  # the version row needs a transaction of its own: no other is open
         self._asked = False  # a statement that commits by itself is running, and must not run twice
         self._noted = False  # the ledger knows that a part leaves the transaction
         self._rolled_back = False  # by the last revision: its transaction, with our settings
@@ -106,13 +112,17 @@ class Steps:
         self.progress = Progress(total, sys.stderr, enabled=bar)
 
     @property
+    def _inside(self) -> bool:
+        return self._inside_of == os.getpid()
+
+    @property
     def transactional(self) -> bool:
         """Whether the running revision began in a transaction."""
         return bool(self._transaction)
 
-    def on(self, connection: MigrationConnection, observation: Observation) -> None:
+    def on(self, connection: MigrationConnection, observation: Observation, backend_pid: int = 0) -> None:
         """Continue with another connection."""
-        self._connection, self._observation = connection, observation
+        self._connection, self._observation, self._backend_pid = connection, observation, backend_pid
         self._transaction = self._next_transaction = 0
 
     def at(self, table: VersionTable, *, upgrade: bool) -> None:
@@ -148,17 +158,19 @@ class Steps:
         def timed(*arguments: Any, **options: Any) -> None:
             self._check()
             self._begin(revision.revision, f"{revision.revision} {_first_line(revision.doc)}", number)
-            self._inside = True
+            self._inside_of = os.getpid()
             try:
                 run(*arguments, **options)
             except BaseException as error:
                 self.failure = error
                 raise
             finally:
-                self._inside = False
+                self._inside_of = 0
+                self._look_at_raw()
                 self._reinstall_logging()
             self._check()
             now = self._look()
+            self._alone = not self._transaction or bool(self._connection and self._connection.commits_each)
             self._own_transaction("BEGIN")
             self._hold_version_table(now)
 
@@ -177,6 +189,7 @@ class Steps:
         # Only now: in autocommit, our own queries would count as a committed part of it.
         self.running, self._began = revision, time.monotonic()
         self._unrepeatable, self._wrote, self._asked, self._noted = "", False, False, False
+        self._raw_since = ""
         self.outside.begins()
         self.progress.draw(number - 1, what)
         self.heartbeat.begins(f"{number} of {self._total}: {what}")
@@ -217,10 +230,8 @@ class Steps:
         self._held = transaction
 
     def _own_transaction(self, command: str) -> None:
-        """Make one transaction of the version row and the ledger row, if each statement is its own
-        transaction.
-        """
-        if self._connection is not None and not self._transaction:
+        """Make one transaction of the version row and the ledger row, if each statement would be its own."""
+        if self._connection is not None and self._alone:
             self._connection.tell(command)
 
     # -- written and committed work
@@ -236,6 +247,8 @@ class Steps:
     def executes(self, statement: str, autocommit: bool) -> None:
         """Check a statement before it runs: one that leaves its transaction must not run twice."""
         self._asked = False  # the one before it failed, and the revision goes on
+        if self._inside and outlives_a_rollback(statement):
+            self.commits_elsewhere(statement)
         if not self._inside or (self._wrote and not autocommit) or is_repeatable(statement):
             return
         self._unrepeatable = self._unrepeatable or statement
@@ -254,6 +267,32 @@ class Steps:
     def is_elsewhere(self, connection: Any) -> bool:
         """Tell whether a revision runs and uses its own connection."""
         return self._inside and self._connection is not None and not self._connection.is_on(connection)
+
+    def _takes_raw(self, connection: Any) -> None:
+        """Note that the running revision takes the driver's connection, whose statements are not seen."""
+        if self._connection is None or self.is_elsewhere(connection) or self._connection.commits_each:
+            self.commits_elsewhere(RAW)
+        elif not self._raw_since:
+            self._raw_since = self._open_transaction()
+
+    def _look_at_raw(self) -> None:
+        """Note a possible commit if the revision left its transaction while it had the driver's connection."""
+        since, self._raw_since = self._raw_since, ""
+        if not since or self._open_transaction() == since:
+            return
+        self.look_for_commits()
+        if not self._is_part:
+            self.commits_elsewhere(RAW)
+
+    def _open_transaction(self) -> str:
+        """Return when the migration's open transaction began; empty if it is not known."""
+        if not self._backend_pid:
+            return ""
+        try:
+            return str(self._session.value(_OPEN_SINCE, (self._backend_pid,)) or "")
+        except QueryFailed as error:
+            log.debug("cannot ask for the transaction: %s", error.text)
+            return ""
 
     def commits_elsewhere(self, statement: str) -> None:
         """Note that the running revision commits, or may, past our connection, which no rollback of ours undoes."""
@@ -380,6 +419,8 @@ class Steps:
 
 
 _NO_TRANSACTION = "25P01"
+_OPEN_SINCE = "SELECT coalesce(xact_start::text, state) FROM pg_stat_activity WHERE pid = %s"
+"""Empty if another login, which env.py uses, may not be seen."""
 _UNSEEN = "its transaction was committed on the driver's own connection"
 
 

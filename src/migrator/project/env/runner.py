@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,10 @@ def run_env(
     """
     config.cmd_opts = parse_command(command.options, command.kind, command.destination)
     known = locations(config)
-    with ground(config, Path(script.env_py_location), command.target, command.options) as prepared:
+    with (
+        contextlib.chdir(Path.cwd()),  # env.py may change it, and may run again
+        ground(config, Path(script.env_py_location), command.target, command.options) as prepared,
+    ):
         refuse_other_locations(known, prepared, command.options.bootstrap)
         before_configure()  # an earlier step may have set up its own logging
         environment = _environment(prepared, script, command.destination, hook)
@@ -112,7 +116,7 @@ def load_env(config: Config, script: ScriptDirectory, read: Callable[[], None]) 
     if migrates_several(place):  # it would write a file for each database
         environment.is_offline_mode = enough  # type: ignore[method-assign]
     try:
-        with environment:
+        with contextlib.chdir(Path.cwd()), environment:
             script.run_env()
     except _Enough:
         pass
