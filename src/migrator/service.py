@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from migrator.config.settings import Settings, load
 from migrator.errors import MigratorError, NoSuchDatabase, SettingsError
 from migrator.pipeline.record import Record, new_run_id
-from migrator.postgres.errors import PATIENCE
+from migrator.postgres.errors import FREE_CONNECTION_WAIT
 from migrator.project import ProjectOptions
-from migrator.runtime.logs import Logs, get_logger, redact, wake
+from migrator.runtime.logs import Logs, get_logger, redact, set_up_now
 from migrator.runtime.signals import Interruption
 
 # Methods import the rest themselves: an up-to-date check pays for nothing else.
@@ -84,7 +84,7 @@ class MigrationService:
         self.logs = logs or Logs(settings.log_format, settings.log_level, self.run_id)
         self.interruption = interruption or Interruption()
         redact.add(settings.secrets)
-        PATIENCE.seconds = settings.wait_timeout
+        FREE_CONNECTION_WAIT.seconds = settings.wait_timeout
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> MigrationService:
@@ -114,12 +114,14 @@ class MigrationService:
     def _run(self, kind: str, destination: str, *, yes: bool = False) -> Outcome:
         """Run for the target, and then for each further database of an ``env.py`` that migrates several."""
         if kind == "upgrade":
-            from migrator.pipeline.fast_path.up_to_date import glance
+            from migrator.pipeline.fast_path.up_to_date import check_up_to_date
 
-            outcome = glance(self.settings, self.project, destination, self.run_id, self.interruption)
+            outcome = check_up_to_date(
+                self.settings, self.project, destination, self.run_id, self.interruption
+            )
             if outcome is not None:
                 return outcome
-        wake()
+        set_up_now()
         first = self._run_one(kind, destination, yes=yes)
         if int(first.code) or not self._migrates_several():
             return first
@@ -155,7 +157,7 @@ class MigrationService:
         history, target = self.history(read_only=read_only), self.settings.required_target
         with self._session() as session:
             addresses = survey(history, session, before_configure=self._reinstall_logging)
-        project = self.project._replace(told=target)
+        project = self.project._replace(env_target=target)
         return tuple(
             MigrationService(
                 self.settings._replace(target=address),
@@ -175,7 +177,7 @@ class MigrationService:
         yield from self.others()
 
     def _migrates_several(self) -> bool:
-        if self.project.told is not None:
+        if self.project.env_target is not None:
             return False
         from pathlib import Path
 
@@ -190,7 +192,7 @@ class MigrationService:
     def _reinstall_logging(self) -> None:
         """Take logging and signals back from the application."""
         self.logs.install()
-        self.interruption.retake()
+        self.interruption.reinstall()
 
     # -- what only looks -------------------------------------------------------------------------------
 
@@ -208,9 +210,9 @@ class MigrationService:
         """Write the history's manifest beside ``env.py``; with ``check``, raise if it would change."""
         from pathlib import Path
 
-        from migrator.project.freeze import keep
+        from migrator.project.freeze import write_manifest
 
-        return keep(self.history(), self.project, Path.cwd(), check=check)
+        return write_manifest(self.history(), self.project, Path.cwd(), check=check)
 
     def wait(self) -> tuple[Session, int]:
         """Wait for Postgres; returns a session, which the caller closes, and the number of attempts."""
@@ -274,9 +276,9 @@ class MigrationService:
         """Return the database's revisions; ask ``env.py`` if only that knows the version table."""
         from migrator.pipeline.fast_path.up_to_date import FrozenHistory
         from migrator.pipeline.stages.inspect import asking
-        from migrator.postgres.version_table import read_version, seek
+        from migrator.postgres.version_table import find_version_table, read_version
 
-        found = seek(session, history, self.settings.version_table)
+        found = find_version_table(session, history, self.settings.version_table)
         if found.others:
             known = self.history() if isinstance(history, FrozenHistory) else history
             visits = asking(session, known, self.settings, self._reinstall_logging, locked=False)()
@@ -410,7 +412,7 @@ class MigrationService:
                 schema=into_schema,
                 run_id=self.run_id,
                 application_name=self.application_name,
-                committed=self.interruption.shield,
+                committed=self.interruption.block,
             )
         if not to and not replace:
             raise SettingsError(
@@ -445,7 +447,7 @@ class MigrationService:
                     application_name=self.application_name,
                     replace=replace,
                     options=RestoreOptions(
-                        drop_old=drop_old, incomplete=incomplete, swapped=self.interruption.shield
+                        drop_old=drop_old, incomplete=incomplete, swapped=self.interruption.block
                     ),
                 )
             except Incomplete as error:
@@ -487,5 +489,5 @@ class MigrationService:
     @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:
         session, _ = self.wait()
-        with session, self.interruption.calling(session.cancel):
+        with session, self.interruption.on_signal(session.cancel):
             yield session

@@ -239,7 +239,7 @@ def test_when_a_commit_would_wait(names: str, there: int, hidden: int, *, expect
 def test_a_query_of_ours_that_takes_long_says_what_it_waits_for(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(postgres, "PATIENCE", 0.2)
+    monkeypatch.setattr(postgres, "ANSWER_TIMEOUT", 0.2)
     monkeypatch.setattr(postgres, "_BEAT", 0.2)
     caplog.set_level(logging.INFO)
     with Gate(database) as gate, connect(parse(database.url), "migrator/test", 60) as session:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from migrator.outcome import ExitCode
-from migrator.postgres.errors import child_refused, had_no_room, no_room
+from migrator.postgres.errors import child_refused, had_no_free_connection, no_free_connection
 from tests.support.outcomes import done, refusal, unchanged
 from tests.support.projects import linear_history
 from tests.support.runner import Runner, Running
@@ -36,7 +36,7 @@ ROLE = "room_app"
     ],
 )
 def test_what_says_that_there_is_no_room(sqlstate: str, text: str) -> None:
-    assert no_room(sqlstate, text)
+    assert no_free_connection(sqlstate, text)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_says_that_there_is_no_room(sqlstate: str, text: str) -> None:
     ],
 )
 def test_what_says_something_else(sqlstate: str, text: str) -> None:
-    assert not no_room(sqlstate, text)
+    assert not no_free_connection(sqlstate, text)
 
 
 def test_a_drivers_error_is_known_however_often_it_is_wrapped() -> None:
@@ -58,11 +58,11 @@ def test_a_drivers_error_is_known_however_often_it_is_wrapped() -> None:
     asyncpgs = type("TooManyConnectionsError", (type("PostgresError", (Exception,), {}),), {})
     wrapped = RuntimeError("env.py's own words")
     wrapped.__cause__ = drivers("connection to server failed: FATAL:  sorry, too many clients already")
-    assert had_no_room(wrapped)
+    assert had_no_free_connection(wrapped)
     error = asyncpgs("désolé")
     error.sqlstate = "53300"  # type: ignore[attr-defined]
-    assert had_no_room(error)
-    assert not had_no_room(ValueError("sorry, too many clients already"))
+    assert had_no_free_connection(error)
+    assert not had_no_free_connection(ValueError("sorry, too many clients already"))
 
 
 def test_a_childs_words_are_english_and_the_servers_may_not_be() -> None:

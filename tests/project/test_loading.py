@@ -16,8 +16,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from migrator.config.database_url import parse
-from migrator.project.config import tell_address
-from migrator.project.loading import find_env, of_flask, reading_only
+from migrator.project.config import set_address
+from migrator.project.loading import find_env, flask_arguments, reading_only
 from tests.support.servers import Database
 
 WORK_MEM: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def test_a_session_without_sqlalchemy_only_reads(database: Database) -> None:
     ],
 )
 def test_the_words_of_flask(alembic: str, flask: str) -> None:
-    assert of_flask(alembic.split()) == flask.split()
+    assert flask_arguments(alembic.split()) == flask.split()
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_the_driver_of_the_file_is_not_the_one_that_was_told(
     monkeypatch.setattr(os, "environ", {**os.environ})
     env_file = tmp_path / "env.py"
     config, target = Config(), parse("postgresql://a@127.0.0.1/b")
-    tell_address(config, env_file, target)
+    set_address(config, env_file, target)
     assert config.get_main_option("sqlalchemy.url") == "postgresql+psycopg2://a@127.0.0.1/b"
     env_file.write_text("from sqlalchemy.ext.asyncio import AsyncEngine")
-    tell_address(config, env_file, target)
+    set_address(config, env_file, target)
     assert config.get_main_option("sqlalchemy.url") == "postgresql+asyncpg://a@127.0.0.1/b"

@@ -25,7 +25,7 @@ from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal, Refuse
 from migrator.postgres.quoting import quote_identifier, quote_literal
 from migrator.postgres.server import no_timeouts
 from migrator.postgres.session import Session, connect
-from migrator.runtime.deadlines import PROBE
+from migrator.runtime.deadlines import PROBE_TIMEOUT
 from migrator.runtime.subprocesses import uninterrupted
 
 if TYPE_CHECKING:
@@ -167,7 +167,9 @@ def _drop_by_force(session: Session, name: str) -> bool:
 
 def _drop(session: Session, name: str, how: str = "") -> None:
     # The server does not time its COMMIT.
-    session.query(f"DROP DATABASE IF EXISTS {quote_identifier(name)}{how}", timeout=DROP_PATIENCE + PROBE)
+    session.query(
+        f"DROP DATABASE IF EXISTS {quote_identifier(name)}{how}", timeout=DROP_PATIENCE + PROBE_TIMEOUT
+    )
 
 
 def drop_surely(session: Session, again: Callable[[], Session], what: str, name: str) -> None:

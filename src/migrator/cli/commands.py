@@ -204,7 +204,7 @@ def merge(service: MigrationService, arguments: argparse.Namespace) -> Answer:
 
 def _hand_over(service: MigrationService, words: list[str]) -> Answer:
     from migrator.pipeline.unexpected import outside_of_stages
-    from migrator.project import hand_over
+    from migrator.project import run_alembic
 
     changes = bool({"upgrade", "downgrade", "stamp"} & set(words)) and "--sql" not in words
     if changes:
@@ -213,7 +213,7 @@ def _hand_over(service: MigrationService, words: list[str]) -> Answer:
             words[0],
         )
     try:
-        problem = hand_over(words, service.project, service.settings.target)
+        problem = run_alembic(words, service.project, service.settings.target)
     except MigratorError:
         raise
     except Exception as error:

@@ -165,7 +165,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     if command == "alembic":  # a script with wrong characters is worse than no script
         getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="strict")
     if command != "upgrade":  # which alone has a fast path, and it logs nothing
-        logs.wake()
+        logs.set_up_now()
     for warning in loaded.warnings:
         log.warning("%s", warning)
     if command in REPORTED:
@@ -263,7 +263,7 @@ def _say(error: MigratorError, *, as_json: bool) -> int:
 
 def _ensure_logging() -> None:
     """Set up logging for a failure before the settings are known."""
-    logs.wake()
+    logs.set_up_now()
     import logging
 
     if not logging.getLogger().handlers:

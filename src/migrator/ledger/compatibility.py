@@ -19,7 +19,7 @@ def refuse_unknown_floors(history: History, plan: Plan) -> None:
 
     The error must come now, and not from the older image after a rollback.
     """
-    for item in plan.revisions if plan.kind == "upgrade" and not plan.kept else ():
+    for item in plan.revisions if plan.kind == "upgrade" and not plan.stored_downgrades else ():
         floor = history.min_compatible(item.revision)
         if floor and history.unknown([floor]):
             raise HistoryError(

@@ -10,12 +10,12 @@ import shlex
 from collections.abc import Collection, Iterable, Sequence
 
 from migrator.errors import HistoryError
-from migrator.project.downgrade.stored import KeptDowngrade
+from migrator.project.downgrade.stored import StoredDowngrade
 
 
 def choose(
-    ways: Sequence[KeptDowngrade], rows: Collection[str], destination: str, heads: Collection[str]
-) -> tuple[KeptDowngrade, ...]:
+    ways: Sequence[StoredDowngrade], rows: Collection[str], destination: str, heads: Collection[str]
+) -> tuple[StoredDowngrade, ...]:
     """Return the revisions to revert, newest first, so that the database ends at ``destination``.
 
     That may be ``base``, ``-N``, a revision or its unique prefix, or ``head`` for this image's
@@ -54,7 +54,7 @@ def choose(
     return tuple(chosen)
 
 
-def refuse_other_paths(chosen: Iterable[KeptDowngrade], path: str) -> None:
+def refuse_other_paths(chosen: Iterable[StoredDowngrade], path: str) -> None:
     """Raise :class:`HistoryError` if a revision was applied with another search_path than the user's
     ``path``.
 
@@ -78,7 +78,7 @@ def _schemas(path: str) -> list[str]:
 
 
 def rows_after(
-    ways: Sequence[KeptDowngrade], chosen: Iterable[KeptDowngrade], rows: Collection[str]
+    ways: Sequence[StoredDowngrade], chosen: Iterable[StoredDowngrade], rows: Collection[str]
 ) -> list[frozenset[str]]:
     """Return the version rows after each step; raises :class:`HistoryError` if a step does not fit."""
     now = frozenset(rows)
@@ -98,7 +98,7 @@ def rows_after(
     return steps
 
 
-def _resolve(ways: Sequence[KeptDowngrade], name: str) -> str:
+def _resolve(ways: Sequence[StoredDowngrade], name: str) -> str:
     exact = [way.revision for way in ways if way.revision == name]
     found = exact or [way.revision for way in ways if way.revision.startswith(name)]
     if len(found) != 1:
@@ -113,7 +113,7 @@ def _unknown(name: str) -> HistoryError:
     )
 
 
-def _ancestors(ways: Sequence[KeptDowngrade], names: Iterable[str]) -> set[str]:
+def _ancestors(ways: Sequence[StoredDowngrade], names: Iterable[str]) -> set[str]:
     parents = {way.revision: (*way.parents, *way.depends_on) for way in ways}
     seen: set[str] = set()
     waiting = list(names)
@@ -125,6 +125,6 @@ def _ancestors(ways: Sequence[KeptDowngrade], names: Iterable[str]) -> set[str]:
     return seen
 
 
-def _descendants(ways: Sequence[KeptDowngrade], names: Iterable[str]) -> set[str]:
+def _descendants(ways: Sequence[StoredDowngrade], names: Iterable[str]) -> set[str]:
     start = set(names)
     return {way.revision for way in ways if start & _ancestors(ways, [way.revision])}

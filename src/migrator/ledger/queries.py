@@ -18,7 +18,7 @@ from migrator.postgres.quoting import as_typed
 from migrator.postgres.search_path import FIRST_OF_OTHERS
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
-from migrator.project.downgrade.stored import KeptDowngrade
+from migrator.project.downgrade.stored import StoredDowngrade
 
 log = logging.getLogger("migrator.ledger")
 
@@ -347,7 +347,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     return Entry(*(item or "" for item in row))  # type: ignore[arg-type]
 
 
-def read_stored_downgrades(session: Session, version_table: VersionTable, role: str) -> list[KeptDowngrade]:
+def read_stored_downgrades(session: Session, version_table: VersionTable, role: str) -> list[StoredDowngrade]:
     """Return how to revert each applied revision, newest first.
 
     This is code that will run. The version table's owner vouches for nothing here: the same role may
@@ -363,7 +363,7 @@ def read_stored_downgrades(session: Session, version_table: VersionTable, role: 
             raise
         return []
     return [
-        KeptDowngrade(
+        StoredDowngrade(
             revision=row[0],
             message=row[2] or "",
             parents=tuple(row[3] or ()),

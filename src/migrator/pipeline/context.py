@@ -20,7 +20,7 @@ from migrator.errors import (
 from migrator.outcome import ExitCode, Status
 from migrator.pipeline.record import Record
 from migrator.pipeline.unexpected import translate
-from migrator.postgres.control_connection import lost, revive
+from migrator.postgres.control_connection import lost, reconnect_if_lost
 from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, read_rows
@@ -65,7 +65,7 @@ class Run:
     def reinstall_logging(self) -> None:
         """Take logging and signals back from the application."""
         self.logs.install()
-        self.interruption.retake()
+        self.interruption.reinstall()
 
 
 def harmless(this: Run, error: BaseException) -> bool:
@@ -128,7 +128,7 @@ def known(this: Run, error: Exception | Interrupt) -> MigratorError:
             exc_info=error,
         )
         return meaning
-    this.interruption.shield()
+    this.interruption.block()
     if record.after is None and record.before is None:
         return Interrupted(f"Interrupted by {error.name}.", next_step="run it again")
     if record.after is None:
@@ -160,5 +160,5 @@ def rows_now(this: Run, session: Session, table: VersionTable | None) -> frozens
 @contextlib.contextmanager
 def alive(this: Run, session: Session) -> Iterator[Session]:
     """Yield the session, reconnected if it was lost; raises ConnectFailed if Postgres stays away."""
-    revive(session, 0 if this.interruption.received else this.settings.wait_timeout)
+    reconnect_if_lost(session, 0 if this.interruption.received else this.settings.wait_timeout)
     yield session

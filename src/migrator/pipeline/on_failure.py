@@ -50,12 +50,12 @@ def undoing_on_failure(this: Run, history: History, run_plan: Callable[[Plan], o
         told = known(this, error)
         if not isinstance(told, (Partial, VerifyFailed)) or _untouched(this) or this.interruption.received:
             raise told from error
-        this.interruption.expose()
+        this.interruption.unblock()
         if this.settings.on_failure == "downgrade":
             outcome = _downgraded(this, history, told, run_plan)
         else:
             outcome = _restored(this, told, _memory(this, history))
-        this.interruption.shield()  # only the report remains
+        this.interruption.block()  # only the report remains
         raise outcome from error
 
 
@@ -270,7 +270,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
                 options=RestoreOptions(
                     own=None if certain else lambda: frozenset(record.transactions),
                     before_swap=lambda session: remembered.append(_remember(this, session, told, memory)),
-                    swapped=this.interruption.shield,
+                    swapped=this.interruption.block,
                 ),
             )
             details.update(kept=restored.kept, rows=restored.rows)
@@ -289,7 +289,7 @@ def _restored(this: Run, told: MigratorError, memory: Mapping[str, str]) -> Migr
             "time: MIGRATOR_DISCARD_WRITES or MIGRATOR_MAINTENANCE_WINDOW)",
         )
     except Interrupt as error:
-        this.interruption.shield()
+        this.interruption.block()
         return _with(told, f"The restore was interrupted by {error.name} and changed nothing.", again)
     except MigratorError as error:
         return RestoreFailed(

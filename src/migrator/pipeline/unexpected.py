@@ -8,7 +8,7 @@ from migrator.postgres.errors import (
     QueryFailed,
     Refusal,
     classify,
-    had_no_room,
+    had_no_free_connection,
     message_of,
     sqlstate_of,
 )
@@ -20,7 +20,7 @@ def translate(error: Exception) -> MigratorError:
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, (QueryFailed, ConnectFailed)):
         code = f" [{error.sqlstate}]" if error.sqlstate else ""
-        if isinstance(error, ConnectFailed) and (error.waited or error.no_room):
+        if isinstance(error, ConnectFailed) and (error.waited or error.no_free_connection):
             return without_room(f"{text}{code}")
         if isinstance(error, ConnectFailed) or error.lost:
             return Unreachable(
@@ -54,7 +54,7 @@ def outside_of_stages(
     code, text = sqlstate(error), message_of(getattr(error, "orig", None) or error).rstrip(".")
     shown = f"{text} [{code}]" if code else f"{type(error).__name__}: {text}"
     what = f"{who} failed: {shown}."
-    if had_no_room(error):
+    if had_no_free_connection(error):
         return without_room(what)
     if "OperationalError" in type(error).__name__ and not code:
         # psycopg2 has no code for a failed connection.

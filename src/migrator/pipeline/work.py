@@ -58,7 +58,7 @@ def connected(this: Run, history: History) -> Iterator[tuple[Run, Session]]:
         session, attempts = wait(this.settings.required_target, this.settings, this.application_name)
         details.update(attempts=attempts, server_version=session.facts.version)
     this = _aim(this, session, history)
-    with contextlib.closing(session), this.interruption.calling(session.cancel):
+    with contextlib.closing(session), this.interruption.on_signal(session.cancel):
         if this.request.kind != "verify":
             reopen_after_death(this, session)
         yield this, session
@@ -67,7 +67,7 @@ def connected(this: Run, history: History) -> Iterator[tuple[Run, Session]]:
 def _aim(this: Run, session: Session, history: History) -> Run:
     """Continue with the connected target: its file may have been replaced during the wait."""
     if session.target != this.settings.target:
-        history.aim_at(session.target)
+        history.set_target(session.target)
         this.record.target = session.target
     return replace(this, settings=this.settings._replace(target=session.target))
 
@@ -225,7 +225,7 @@ def clear_invalid_indexes(
     this: Run, session: Session, found: Inspection, expectations: Expectations | None
 ) -> None:
     """Check for indexes of an earlier run before apply; drop those that a pending revision builds."""
-    if found.plan.empty or found.plan.kept or this.request.kind == "stamp":
+    if found.plan.empty or found.plan.stored_downgrades or this.request.kind == "stamp":
         return
     rebuild = this.settings.invalid_indexes == "rebuild"
     this.record.findings += clear(
@@ -257,7 +257,7 @@ def apply(
     if plan.empty:
         record.skip("apply", "nothing is pending")
         return found.version_table
-    if plan.kept:
+    if plan.stored_downgrades:
         return _downgrade_from_ledger(this, session, found)
     back = plan is not found.plan
     execution = MigrationExecution(

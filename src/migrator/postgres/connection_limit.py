@@ -14,12 +14,12 @@ from collections.abc import Callable
 from migrator.config.database_url import Target
 from migrator.errors import AccessDenied
 from migrator.postgres.errors import (
-    PATIENCE,
+    FREE_CONNECTION_WAIT,
     ConnectFailed,
     Refusal,
     child_refused,
     classify,
-    had_no_room,
+    had_no_free_connection,
     message_of,
 )
 from migrator.postgres.quoting import as_typed
@@ -39,7 +39,7 @@ def connect(target: Target, application_name: str, timeout: float) -> Session:
         try:
             return _connect(target, application_name, timeout)
         except ConnectFailed as error:
-            if not error.no_room:
+            if not error.no_free_connection:
                 raise
             if not waiting.goes_on(error.text):
                 error.waited = True
@@ -101,7 +101,7 @@ def run_env(go: Callable[[], None], entered: Callable[[], bool]) -> None:
             go()
             return
         except Exception as error:
-            if entered() or not had_no_room(error) or not waiting.goes_on(message_of(error)):
+            if entered() or not had_no_free_connection(error) or not waiting.goes_on(message_of(error)):
                 raise
         waiting.pause()
 
@@ -109,7 +109,7 @@ def run_env(go: Callable[[], None], entered: Callable[[], bool]) -> None:
 class _Waiting:
     def __init__(self, who: str) -> None:
         self._who = who
-        self._deadline = time.monotonic() + PATIENCE.seconds
+        self._deadline = time.monotonic() + FREE_CONNECTION_WAIT.seconds
         self._pause = 0.2
         self._said = False
 

@@ -16,7 +16,7 @@ from migrator.errors import LockBusy
 from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, read_rows
-from migrator.runtime.deadlines import DEADLINES, PROBE
+from migrator.runtime.deadlines import DEADLINES, PROBE_TIMEOUT
 
 log = logging.getLogger("migrator.watch")
 
@@ -36,7 +36,7 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, ConnectFailed) and error.refusal is Refusal.TRANSIENT
 
 
-def revive(session: Session, patience: float) -> bool:
+def reconnect_if_lost(session: Session, patience: float) -> bool:
     """Check that a session answers; return whether it had to reconnect.
 
     Waits for at least ten seconds, or ``patience``, but only once; raises :class:`ConnectFailed`.
@@ -49,7 +49,7 @@ def revive(session: Session, patience: float) -> bool:
         left = DEADLINES.left(deadline)
         session.abandoned = left <= 0
         try:
-            session.reconnect(max(1.0, min(PROBE, left)))
+            session.reconnect(max(1.0, min(PROBE_TIMEOUT, left)))
             if session.facts.in_recovery:  # a standby during promotion, or a wrong one
                 session.close()
                 raise ConnectFailed(Refusal.TRANSIENT, "the server is a standby", _STARTING)
@@ -65,7 +65,7 @@ def revive(session: Session, patience: float) -> bool:
         time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - jitter, no secret
 
 
-class Lifeline:
+class ControlConnection:
     """Knows whether the control connection and the run lock are there, and restores them."""
 
     def __init__(self, session: Session, regain: Callable[[], bool], patience: float) -> None:
@@ -79,17 +79,17 @@ class Lifeline:
         """Since when nothing answers at all (time.monotonic()); None if something does, even a refusal."""
 
     @property
-    def stayed(self) -> bool:
+    def never_lost(self) -> bool:
         """Tell whether the connection was never lost, as far as is known."""
         return self.held and not self._lost_once
 
-    def lose(self) -> None:
+    def mark_lost(self) -> None:
         """Note that the connection was lost; log it once."""
         if self.held:
             self.held, self._lost_once = False, True
             log.warning("the control connection was lost; the migration continues under its own lock")
 
-    def come_back(self) -> bool:
+    def restore_once(self) -> bool:
         """Try once to restore both, for some seconds; raises ConnectFailed or QueryFailed."""
         with self._mutex:
             if self.held:
@@ -117,11 +117,11 @@ class Lifeline:
         except QueryFailed as error:
             if not error.lost:
                 raise
-            self.lose()
+            self.mark_lost()
         if not self.held:
             self._wait()
 
-    def refuse_strangers(self, table: VersionTable, *expected: frozenset[str]) -> None:
+    def refuse_changed_rows(self, table: VersionTable, *expected: frozenset[str]) -> None:
         """Raise :class:`LockBusy` if the lock was lost for a while, and the version rows have changed since."""
         rows = frozenset(read_rows(self.session, table)) if self._lost_once else frozenset()
         if self._lost_once and {rows} != set(expected):
@@ -134,9 +134,9 @@ class Lifeline:
     def _wait(self) -> None:
         busy_since = 0.0
         while True:
-            revive(self.session, self._patience)
+            reconnect_if_lost(self.session, self._patience)
             try:
-                if self.come_back():
+                if self.restore_once():
                     return
             except (QueryFailed, ConnectFailed) as error:
                 if not lost(error):

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 
 
-class Patience:
+class FreeConnectionWait:
     """For how many seconds the process waits for a free connection, each time: MIGRATOR_WAIT_TIMEOUT."""
 
     seconds = 0.0
 
 
-PATIENCE = Patience()
+FREE_CONNECTION_WAIT = FreeConnectionWait()
 
 
 class Refusal(enum.Enum):
@@ -36,9 +36,9 @@ class ConnectFailed(Exception):
         """Whether it was retried already, for the whole wait for Postgres."""
 
     @property
-    def no_room(self) -> bool:
+    def no_free_connection(self) -> bool:
         """Whether the server, or a pooler before it, has no free connection."""
-        return no_room(self.sqlstate, self.text)
+        return no_free_connection(self.sqlstate, self.text)
 
     @property
     def silent(self) -> bool:
@@ -93,7 +93,7 @@ _POOLERS_DENY = re.compile(
 
 def classify(sqlstate: str, text: str) -> Refusal:
     """Decide from SQLSTATE, or without it from libpq's own English text, whether a wait can help."""
-    of_a_pooler = sqlstate.startswith(_OF_POOLERS) and not no_room(sqlstate, text)
+    of_a_pooler = sqlstate.startswith(_OF_POOLERS) and not no_free_connection(sqlstate, text)
     if sqlstate == "3D000" or (of_a_pooler and "no such database" in text):  # invalid_catalog_name
         return Refusal.NO_DATABASE
     if of_a_pooler and _POOLERS_DENY.search(text):
@@ -126,18 +126,20 @@ _NO_ROOM_TEXT = re.compile(
 )
 
 
-def no_room(sqlstate: str, text: str) -> bool:
+def no_free_connection(sqlstate: str, text: str) -> bool:
     """Decide whether a connection failed because none was free: a wait can help then."""
     if sqlstate and not sqlstate.startswith(_OF_POOLERS):
         return sqlstate.startswith(_NO_ROOM)
     return _NO_ROOM_TEXT.search(text) is not None
 
 
-def had_no_room(error: BaseException) -> bool:
+def had_no_free_connection(error: BaseException) -> bool:
     """Decide the same for an error of any driver, through SQLAlchemy or not: psycopg2, psycopg 3, asyncpg,
     pg8000.
     """
-    return any(no_room(sqlstate_of(item), _words(item)) for item in chain(error) if _of_a_driver(item))
+    return any(
+        no_free_connection(sqlstate_of(item), _words(item)) for item in chain(error) if _of_a_driver(item)
+    )
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -18,7 +18,15 @@ from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal, Refuse
 from migrator.postgres.libpq import cancel_request, open_connection
 from migrator.postgres.quoting import decoded, execute, quote_literal
 from migrator.postgres.server import FACTS, ServerFacts, dead_client_settings, no_timeouts
-from migrator.runtime.deadlines import DEADLINES, PATIENCE, PROBE, PROBES, TELL, Wait, shut_down
+from migrator.runtime.deadlines import (
+    ANSWER_TIMEOUT,
+    CANCEL_TIMEOUT,
+    DEADLINES,
+    PROBE_TIMEOUT,
+    PROBES,
+    Wait,
+    shut_down,
+)
 from migrator.runtime.logs import get_logger
 
 log = get_logger("migrator")
@@ -54,7 +62,7 @@ class Session:
         self._lock = threading.RLock()
         self._wait: Wait | None = None
         self._watched = False
-        self._patient = True  # the query for the facts does this itself
+        self._timeouts_off = True  # the query for the facts does this itself
         self.abandoned = False
         """Whether a wait for it was in vain: it is queried again, without another wait."""
         self.target = target
@@ -63,7 +71,7 @@ class Session:
         self.user_path = ""
         self.facts, self.first_row = self._read_facts(timeout, first_query)
         # Behind a pooler, a setting may stay with a connection that another client gets next.
-        self._patient = self.pooled
+        self._timeouts_off = self.pooled
         self._ahead = search_path.each_message(self._restricts) if self.pooled else ""
 
     def query(
@@ -83,7 +91,7 @@ class Session:
         :class:`QueryFailed`.
         """
         late = self._ask_elsewhere if timeout is None else self._give_up
-        seconds = PATIENCE if timeout is None else timeout
+        seconds = ANSWER_TIMEOUT if timeout is None else timeout
         with self._lock, DEADLINES.limit(seconds, late, self._end) as wait:
             if DEADLINES.over:
                 self.close()
@@ -91,9 +99,9 @@ class Session:
             try:
                 self._wait = wait
                 with self._connection.cursor() as cursor:
-                    if not self._patient:
-                        _insist(cursor, no_timeouts(self.facts.major))
-                        self._patient = True
+                    if not self._timeouts_off:
+                        _execute_with_retries(cursor, no_timeouts(self.facts.major))
+                        self._timeouts_off = True
                     if self._ahead and sink is None and not _ALONE.match(sql):
                         sql = (self._ahead if parameters is None else self._ahead.replace("%", "%%")) + sql
                     if sink is not None:
@@ -118,7 +126,7 @@ class Session:
         """
         began = time.monotonic()
         self._tell(wait)
-        while not wait.over and time.monotonic() - began < TELL:
+        while not wait.over and time.monotonic() - began < CANCEL_TIMEOUT:
             time.sleep(0.02)
         self._give_up(wait)
 
@@ -130,12 +138,12 @@ class Session:
         """Check over another connection whether the server still works on the statement; give up if it does
         not.
         """
-        failures, pause = 0, PATIENCE
+        failures, pause = 0, ANSWER_TIMEOUT
         while not wait.over and failures < PROBES and not DEADLINES.over:
             busy = None
             try:
-                with connect(self.target, self._application_name, PROBE) as other:
-                    busy = other.query(_BUSY, (self.pid,), timeout=PROBE)
+                with connect(self.target, self._application_name, PROBE_TIMEOUT) as other:
+                    busy = other.query(_BUSY, (self.pid,), timeout=PROBE_TIMEOUT)
             except (ConnectFailed, QueryFailed) as error:
                 # A refusal such as "too many clients" is an answer too: the server is there.
                 failures = failures + 1 if error.sqlstate in ("", _CANNOT_CONNECT_NOW) else 0
@@ -171,10 +179,10 @@ class Session:
             wait.during(lambda: requests.append(cancel_request(self._connection.pgconn_ptr)))
         telling = threading.Thread(target=lambda: [tell() for tell in requests], name="cancel", daemon=True)
         telling.start()
-        telling.join(TELL)
+        telling.join(CANCEL_TIMEOUT)
         return not telling.is_alive()
 
-    def notice_a_dead_client(self) -> None:
+    def check_client_connection(self) -> None:
         """Let the server notice within seconds that this side is gone, because our locks end then; kept on
         reconnecting.
         """
@@ -276,7 +284,7 @@ class Session:
     def answers(self) -> bool:
         """Check now whether the connection is there; after PROBE seconds of silence it is not."""
         try:
-            self.query("SELECT 1", timeout=PROBE)
+            self.query("SELECT 1", timeout=PROBE_TIMEOUT)
         except QueryFailed as error:
             return not error.lost
         return True
@@ -287,9 +295,9 @@ class Session:
         with self._lock:
             self.close()
             self._connection, self.facts = fresh._connection, fresh.facts
-            self._patient, self._ahead = fresh._patient, fresh._ahead
+            self._timeouts_off, self._ahead = fresh._timeouts_off, fresh._ahead
         if self._watched:
-            self.notice_a_dead_client()
+            self.check_client_connection()
 
     @property
     def pooled(self) -> bool:
@@ -339,7 +347,7 @@ _ALONE = re.compile(
 )
 
 
-def _insist(cursor: Any, sql: str) -> None:
+def _execute_with_retries(cursor: Any, sql: str) -> None:
     """Execute a statement that sets a timeout, which may itself be only a millisecond."""
     for left in reversed(range(3)):
         try:

@@ -55,7 +55,7 @@ class KnowsRevisions(Protocol):
         """Return the values of ``-x``."""
 
     @property
-    def can_be_asked(self) -> bool:
+    def env_can_run_twice(self) -> bool:
         """Tell whether ``env.py`` can run twice: an import runs a module's code only once."""
 
     @property
@@ -67,7 +67,7 @@ ONLY_THAT_NAMES_IT = "only that names its version table"
 """A doubt that the last successful run has settled: ``env.py`` led it to the table."""
 
 
-class Sought(NamedTuple):
+class FoundVersionTable(NamedTuple):
     """The existing version table, or None, its revisions, and why only running ``env.py`` could be sure.
 
     ``others`` are further tables with revisions of this history, any of which may be the right one.
@@ -97,13 +97,13 @@ def read_version(
 
     Raises :class:`SettingsError` if it could be one of several.
     """
-    found = seek(session, history, setting)
+    found = find_version_table(session, history, setting)
     if found.table is None and found.others:
         raise refusal(found.others)
     return found.table, found.rows
 
 
-def seek(session: Session, history: KnowsRevisions, setting: str = "") -> Sought:
+def find_version_table(session: Session, history: KnowsRevisions, setting: str = "") -> FoundVersionTable:
     """Find the version table.
 
     Its name comes from the setting, else from ``env.py``. If only running that could tell, it is the
@@ -120,15 +120,15 @@ def seek(session: Session, history: KnowsRevisions, setting: str = "") -> Sought
         table, rows = (named, read_rows(session, named)) if _exists(session, named) else (None, ())
         others = _elsewhere(session, history.known(), named, there=table is not None)
         doubt = "its connection may see another version table" if others else doubt
-        return Sought(table, rows, doubt, others, several)
+        return FoundVersionTable(table, rows, doubt, others, several)
     found = _search(session, history.known(), named.name if named else "", told)
     if len(found) > 1 or (found and hints and not told):
         names = tuple(table for table, _ in found)
-        return Sought(None, (), doubt or "only env.py knows its version table", names, several)
+        return FoundVersionTable(None, (), doubt or "only env.py knows its version table", names, several)
     if not found:
-        return Sought(None, (), doubt, (), several)
-    asked = ONLY_THAT_NAMES_IT if history.can_be_asked else ""
-    return Sought(*found[0], doubt or asked, (), several)
+        return FoundVersionTable(None, (), doubt, (), several)
+    asked = ONLY_THAT_NAMES_IT if history.env_can_run_twice else ""
+    return FoundVersionTable(*found[0], doubt or asked, (), several)
 
 
 def _elsewhere(

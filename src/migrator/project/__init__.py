@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 from migrator.project.config import ProjectOptions
 
 if TYPE_CHECKING:
-    from migrator.project.alembic_cli import hand_over
+    from migrator.project.alembic_cli import run_alembic
     from migrator.project.downgrade.offline_sql import OfflineDowngrade
     from migrator.project.history.history import History, Plan, Revision
 
-__all__ = ["History", "OfflineDowngrade", "Plan", "ProjectOptions", "Revision", "hand_over"]
+__all__ = ["History", "OfflineDowngrade", "Plan", "ProjectOptions", "Revision", "run_alembic"]
 
 _HOMES = {
     "History": "history.history",
     "Plan": "history.history",
     "Revision": "history.history",
     "OfflineDowngrade": "downgrade.offline_sql",
-    "hand_over": "alembic_cli",
+    "run_alembic": "alembic_cli",
 }
 
 

@@ -11,14 +11,14 @@ from migrator.config.database_url import Target
 from migrator.errors import SettingsError
 from migrator.postgres.queries import LEDGER
 from migrator.project import loading
-from migrator.project.config import ProjectOptions, import_alembic, make_config, tell_address
-from migrator.project.env.bootstrap import ground
+from migrator.project.config import ProjectOptions, import_alembic, make_config, set_address
+from migrator.project.env.bootstrap import prepare_env
 from migrator.project.env.operators import operators_of_the_server
 
 _ALEMBIC_HELP = "migrator alembic --help"
 
 
-def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:
+def run_alembic(words: Sequence[str], options: ProjectOptions, target: Target | None) -> str:
     """Run Alembic's own command line against the target; return its error message, or an empty string.
 
     Raises :class:`SettingsError` for arguments that it rejects, and any error of ``env.py`` or a
@@ -53,13 +53,13 @@ def hand_over(words: Sequence[str], options: ProjectOptions, target: Target | No
         )
         config = make_config(chosen, Path.cwd(), parsed)
         env_file = loading.find_env(config)
-        tell_address(
+        set_address(
             config, env_file, target, chosen.export
         )  # a script_location may be in the application's package
         ScriptDirectory.from_config(config)  # puts its folders on the path
         with (
             loading.command_line("alembic", words),
-            ground(config, env_file, target, chosen) as prepared,
+            prepare_env(config, env_file, target, chosen) as prepared,
             _ledger_left_out(),
             operators_of_the_server(),
         ):

@@ -34,7 +34,7 @@ class ProjectOptions(NamedTuple):
     x: tuple[str, ...] = ()
     bootstrap: str = ""
     export: tuple[str, ...] = ()
-    told: Target | None = None
+    env_target: Target | None = None
 
 
 def find_project(options: ProjectOptions, folder: str | Path) -> tuple[str | None, str | None, str | None]:
@@ -198,7 +198,7 @@ def sibling_tables(config: Config) -> frozenset[str]:
     return frozenset(tables.values()) - {"", tables[own]}
 
 
-def tell_address(config: Config, env_file: Path, target: Target | None, export: Sequence[str] = ()) -> None:
+def set_address(config: Config, env_file: Path, target: Target | None, export: Sequence[str] = ()) -> None:
     """Give the target's address to the config and to the environment, wherever ``env.py`` may look for it.
 
     ``export`` names further variables. If an address variable has another address than migrator's (an
@@ -250,7 +250,7 @@ _ASYNC = (
 def _driver(config: Config, env_file: Path) -> str:
     """Choose SQLAlchemy's driver if the target's address names none: the one that the project uses."""
     configured = vars(config).setdefault(
-        "url_of_the_file",  # what is there later is what tell_address wrote
+        "url_of_the_file",  # what is there later is what set_address wrote
         config.file_config.get(config.config_ini_section, "sqlalchemy.url", raw=True, fallback=""),
     )
     try:

@@ -37,7 +37,7 @@ class Frozen:
     changes: tuple[str, ...]
 
 
-def keep(history: History, options: ProjectOptions, folder: Path, *, check: bool = False) -> Frozen:
+def write_manifest(history: History, options: ProjectOptions, folder: Path, *, check: bool = False) -> Frozen:
     """Write the history's manifest; with ``check`` write nothing, and raise if the file would change.
 
     Raises :class:`HistoryError` for that, and :class:`SettingsError` for a folder that cannot be

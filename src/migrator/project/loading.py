@@ -66,7 +66,7 @@ def command_line(program: str, words: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def of_flask(words: Sequence[str]) -> list[str]:
+def flask_arguments(words: Sequence[str]) -> list[str]:
     """Return the arguments of ``flask`` for the ``words`` of ``alembic``."""
     rest, options = list(words), list[str]()
     while rest[:1] == ["-x"]:

@@ -15,15 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-PATIENCE = 6.0
+ANSWER_TIMEOUT = 6.0
 """After so many seconds without an answer, the server is asked over another connection whether it still
 works.
 """
-PROBE = 4.0
+PROBE_TIMEOUT = 4.0
 """Seconds for such a query, and for a query of the watch."""
 PROBES = 3
 """So many unanswered queries end the wait: about half a minute of silence on every connection."""
-TELL = 1.0
+CANCEL_TIMEOUT = 1.0
 """Seconds that the server gets, after a signal, to cancel a statement; then this side ends the wait."""
 
 

@@ -31,13 +31,13 @@ def get_logger(name: str) -> logging.Logger:
     return cast("logging.Logger", _Quiet(name))
 
 
-def before_first_word(set_up: Callable[[], None] | None) -> None:
+def set_up_at_first_record(set_up: Callable[[], None] | None) -> None:
     """Set up logging at the first record that may be shown, which is at least INFO."""
     global _set_up
     _set_up = set_up
 
 
-def wake() -> None:
+def set_up_now() -> None:
     """Set up logging now, if it waits for the first record."""
     if _set_up is not None:
         _set_up()
@@ -56,7 +56,7 @@ class _Quiet:
     def __getattr__(self, method: str) -> Any:
         if "logging" not in sys.modules and (method == "debug" or (method == "info" and _set_up is None)):
             return _nothing
-        wake()
+        set_up_now()
         import logging
 
         return getattr(logging.getLogger(self._name), method)
@@ -84,11 +84,11 @@ class Logs:
         if self._level == "debug":
             self.install()
         else:
-            before_first_word(self.install)
+            set_up_at_first_record(self.install)
 
     def install(self) -> None:
         """Make the root logger write only through our handler, and enable our and Alembic's loggers."""
-        before_first_word(None)
+        set_up_at_first_record(None)
         if self._console is None:
             from migrator.runtime.log_handlers import Console
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = get_logger("migrator")
 
 ASKING = 2.5
-"""For so many seconds after a signal, queries are still made; then each is cancelled (deadlines.TELL)."""
+"""For so many seconds after a signal, queries are still made; then each is cancelled (deadlines.CANCEL_TIMEOUT)."""
 LIMIT = 4.2
 """After so many seconds after a signal, the main thread is not waited for any more."""
 WRITING = 0.5
@@ -90,11 +90,11 @@ class Interruption:
             self._signals = (signal.SIGTERM, signal.SIGINT)
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self.retake()
+        self.reinstall()
         sys.unraisablehook = self._raise_again
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
 
-    def retake(self) -> None:
+    def reinstall(self) -> None:
         """Take the signals back from an ``env.py`` with an application that installed its own handlers."""
         if self._writer < 0 or threading.current_thread() is not threading.main_thread():
             return  # within another program, whose signals are its own
@@ -108,7 +108,7 @@ class Interruption:
             raise Interrupt(self.received)
 
     @contextlib.contextmanager
-    def calling(self, callback: Callable[[], None]) -> Iterator[None]:
+    def on_signal(self, callback: Callable[[], None]) -> Iterator[None]:
         """Call ``callback`` from another thread as soon as a signal arrives within the block."""
         self._callbacks.append(callback)
         try:
@@ -150,11 +150,11 @@ class Interruption:
         self._settled = self._settled or not forced
         self.code = code
 
-    def shield(self) -> None:
+    def block(self) -> None:
         """Raise nothing from now on: only the check of the database and the report remain."""
         self._shielded = True
 
-    def expose(self) -> None:
+    def unblock(self) -> None:
         """Raise again: the following work may be interrupted."""
         self._shielded = False
 

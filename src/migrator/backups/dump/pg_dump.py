@@ -20,7 +20,7 @@ from migrator.backups.storage.parts import DirectoryPart
 from migrator.config.settings import Settings
 from migrator.errors import BackupFailed
 from migrator.postgres import connection_limit
-from migrator.postgres.errors import child_refused, no_room
+from migrator.postgres.errors import child_refused, no_free_connection
 from migrator.postgres.quoting import quote_literal
 from migrator.postgres.server import dead_client_values
 from migrator.postgres.session import Session
@@ -173,7 +173,7 @@ def _raise_disk_error(finished: subprocesses.Finished, part: DirectoryPart) -> N
 def _failed(database: str, finished: subprocesses.Finished, jobs: int, user: str) -> BackupFailed:
     words = clients.last_words(finished)
     next_step = "fix what pg_dump reports, and run again"
-    if no_room("", finished.stderr):
+    if no_free_connection("", finished.stderr):
         needed = 3 + jobs if jobs > 1 else 3
         next_step = (
             f"a backup takes {needed} connections at once: allow as many in the pooler "

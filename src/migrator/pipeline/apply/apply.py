@@ -29,12 +29,12 @@ from migrator.pipeline.apply.failure import Aftermath, explain, none_committed, 
 from migrator.pipeline.apply.revisions import Part, Steps
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.connection_limit import refuse_too_few
-from migrator.postgres.control_connection import Lifeline, revive
+from migrator.postgres.control_connection import ControlConnection, reconnect_if_lost
 from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, read_rows, read_version
 from migrator.project import History, Plan
-from migrator.runtime.deadlines import TELL
+from migrator.runtime.deadlines import CANCEL_TIMEOUT
 from migrator.runtime.logs import Logs
 from migrator.runtime.output import stdio
 from migrator.runtime.signals import Interrupt, Interruption
@@ -97,9 +97,9 @@ class MigrationExecution:
         self.unfinished: tuple[Part, ...] = ()
         """The parts that are known to be committed without their version row; see :meth:`look`."""
         looks = min(0.5, (settings.lock_timeout or 2.0) / 5)  # several while one attempt waits for its lock
-        self.lifeline = Lifeline(session, regain, settings.wait_timeout)
+        self.control = ControlConnection(session, regain, settings.wait_timeout)
         self.watch = Watch(
-            self.lifeline,
+            self.control,
             terminate_after=settings.terminate_blockers_after,
             interval=max(0.05, looks),
             bar=self.steps.progress,
@@ -124,12 +124,12 @@ class MigrationExecution:
             self.steps.no_way_back = self.ledger_writer.render_downgrades(self.plan.revisions)
         try:
             with (
-                stdio.kept(),
+                stdio.redirected(),
                 self.steps.heartbeat,
                 self.watch,
                 watch_others(self.steps.is_elsewhere, self.steps.commits_elsewhere),
                 self.steps.outside.watching(),
-                self.interruption.calling(self.cancel),
+                self.interruption.on_signal(self.cancel),
             ):
                 self.attempts.run(_EnvPyPass(self))
         finally:
@@ -172,7 +172,7 @@ class MigrationExecution:
         error = self.steps.failure or error  # env.py may have ended in another way
         found = cause_of(error, connected=self._entered, gone=self.gone, answers=self.session.answers)
         calls = self._connection.calls if self._connection and self._entered else None
-        if found is Cause.LOST and calls and self.lifeline.stayed and not told(error):
+        if found is Cause.LOST and calls and self.control.never_lost and not told(error):
             self._cut_after.append(calls.failed_after)
         else:
             self._cut_after.clear()
@@ -212,12 +212,12 @@ class MigrationExecution:
     def _reinstall_logging(self) -> None:
         """Take logging and signals back from the application."""
         self.logs.install()
-        self.interruption.retake()
+        self.interruption.reinstall()
 
     def _keep(self) -> None:
         """Take logging and signals back from a revision."""
         self.logs.keep()
-        self.interruption.retake()
+        self.interruption.reinstall()
 
     def _prepare(self, connection: MigrationConnection) -> None:
         """Set role and timeouts again after a revision rolled them back."""
@@ -231,7 +231,7 @@ class MigrationExecution:
         with contextlib.suppress(OSError):  # a closed terminal accepts no output
             log.info("cancelling the running statement (pid %d)", self._backend_pid)
         try:
-            self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=TELL)
+            self.session.query("SELECT pg_cancel_backend(%s)", (self._backend_pid,), timeout=CANCEL_TIMEOUT)
         except QueryFailed as error:
             # The server cannot be told. This side closes the connection, which ends the wait.
             log.warning("cannot cancel the running statement: %s", error.text)
@@ -324,7 +324,7 @@ class MigrationExecution:
         """
         self._reinstall_logging()
         self.interruption.check()
-        self.lifeline.ensure()  # env.py may have taken long
+        self.control.ensure()  # env.py may have taken long
         connection = MigrationConnection(context)
         connection.refuse_another_database(self.session)
         table = VersionTable(context.version_table, context.version_table_schema or "")
@@ -342,13 +342,13 @@ class MigrationExecution:
                 ],
                 next_step=f"set MIGRATOR_VERSION_TABLE={table}",
             )
-        self.lifeline.refuse_strangers(table, rows, rows if again else expected)
+        self.control.refuse_changed_rows(table, rows, rows if again else expected)
         again = again or rows != self.plan.before
         self._first = self._first or table
         self._entered = True
         self._take_apply_lock(connection)
         connection.set_timeouts(self.settings)
-        connection.notice_a_dead_client(self.session.facts.major)
+        connection.check_client_connection(self.session.facts.major)
         if self._connection is None or not self._connection.is_on(context.connection):
             connection.listen(
                 self.steps.committed,
@@ -425,7 +425,7 @@ class _EnvPyPass:
     def settle(self) -> tuple[Part, ...]:
         """Wait until the connection is gone; return the parts that are committed without their version row."""
         execution = self._execution
-        execution.lifeline.ensure()
+        execution.control.ensure()
         if not execution.ended():
             raise TimeoutError("the migration's connection does not end, so env.py is not run again")
         steps = execution.steps
@@ -461,7 +461,7 @@ def apply(
         if execution.steps.results and rows_now() == execution.plan.before != execution.plan.after:
             raise none_committed(execution.steps.findings)
     except BaseException as error:  # a user's code may raise anything
-        execution.interruption.shield()
+        execution.interruption.block()
         cause = _first(error)
         if execution.interruption.received:
             # The error belongs to the cancelled statement: the signal is the cause.
@@ -504,7 +504,7 @@ def _rows_after(
 ) -> frozenset[str] | None:
     """Return the version rows after the applying connection is gone; None if the server cannot be read."""
     try:
-        revive(execution.session, 0)
+        reconnect_if_lost(execution.session, 0)
         if execution.version_table is None:
             return execution.plan.before
         if not execution.ended():

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any
 
 from migrator.pipeline.apply.driver_calls import DriverCalls, LostAnswer
-from migrator.postgres.control_connection import Lifeline
+from migrator.postgres.control_connection import ControlConnection
 from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.postgres.quoting import quote_literal
-from migrator.runtime.deadlines import PROBE
+from migrator.runtime.deadlines import PROBE_TIMEOUT
 from migrator.runtime.output.progress import Progress
 
 log = logging.getLogger("migrator.watch")
@@ -112,7 +112,7 @@ class Watch:
 
     def __init__(
         self,
-        lifeline: Lifeline,
+        control: ControlConnection,
         *,
         terminate_after: float | None = None,
         interval: float = 0.5,
@@ -120,8 +120,8 @@ class Watch:
         bar: Progress | None = None,
     ) -> None:
         self._bar = bar or Progress(0, sys.stderr, enabled=False)
-        self._lifeline = lifeline
-        self._session = lifeline.session
+        self._control = control
+        self._session = control.session
         self._lost_answer = LostAnswer()
         self._terminate_after = terminate_after
         self._first_seen: dict[int, float] = {}
@@ -148,14 +148,14 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(timeout=PROBE + 1)
+        self._thread.join(timeout=PROBE_TIMEOUT + 1)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
             try:
-                if not self._lifeline.held:
+                if not self._control.held:
                     # No other run can take the run lock while the apply lock is held.
-                    self._lifeline.come_back()
+                    self._control.restore_once()
                 elif not self._pid:
                     self._ask("SELECT 1")
                 else:
@@ -164,20 +164,20 @@ class Watch:
                         self._look_for_progress()
             except QueryFailed as error:
                 if error.lost:
-                    self._lifeline.lose()
+                    self._control.mark_lost()
                 else:
                     log.debug("cannot watch: %s", error.text)
             except ConnectFailed as error:
                 log.debug("no control connection yet: %s", error.text)
-            self._lost_answer.give_up(self._lifeline.silent_since)
+            self._lost_answer.give_up(self._control.silent_since)
 
     def _ask(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> list[Any]:
         """Query over the control connection; it counts as lost if it does not answer in time."""
-        return self._session.query(sql, parameters, timeout=PROBE)
+        return self._session.query(sql, parameters, timeout=PROBE_TIMEOUT)
 
     def _look_for_blockers(self) -> bool:
         if self._near is None:
-            self._near = ("pg_catalog", *self._session.user_schemas(timeout=PROBE))
+            self._near = ("pg_catalog", *self._session.user_schemas(timeout=PROBE_TIMEOUT))
         rows = self._ask(_BLOCKERS, {"pid": self._pid, "near": list(self._near)})
         found = tuple(Blocker(*row) for row in rows)
         if not found:

@@ -228,7 +228,7 @@ class MigrationConnection:
             milliseconds = int((seconds or 0) * 1000)
             self.ask(f"SELECT pg_catalog.set_config('{name}', '{milliseconds}', false)")
 
-    def notice_a_dead_client(self, server_major: int) -> None:
+    def check_client_connection(self, server_major: int) -> None:
         """Let the server notice within seconds that this side is gone; a killed run would otherwise keep its
         locks.
         """

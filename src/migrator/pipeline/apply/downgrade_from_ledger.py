@@ -24,7 +24,7 @@ from migrator.postgres import connection_limit
 from migrator.postgres.errors import QueryFailed
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable, locate
-from migrator.project.downgrade.stored import KeptDowngrade
+from migrator.project.downgrade.stored import StoredDowngrade
 from migrator.runtime.signals import Interruption
 
 if TYPE_CHECKING:
@@ -59,16 +59,16 @@ class Reversal:
         """Revert the revisions of the plan; raises :class:`RolledBack`, :class:`Partial`, or a connection
         error.
         """
-        before, total = plan.before, len(plan.kept)
+        before, total = plan.before, len(plan.stored_downgrades)
         with (
             connection_limit.connect(
                 self._session.target, application_name, self._settings.connect_timeout
             ) as connection,
-            interruption.calling(connection.cancel),
+            interruption.on_signal(connection.cancel),
         ):
             self._prepare(connection)
             _say_who(plan, self._role or connection.facts.user)
-            for number, (way, after) in enumerate(plan.kept, start=1):
+            for number, (way, after) in enumerate(plan.stored_downgrades, start=1):
                 interruption.check()
                 started = time.monotonic()
                 for statement in way.statements or ():
@@ -97,7 +97,7 @@ class Reversal:
     def _attempts(
         self,
         connection: Session,
-        way: KeptDowngrade,
+        way: StoredDowngrade,
         before: frozenset[str],
         after: frozenset[str],
         number: int,
@@ -117,7 +117,7 @@ class Reversal:
     def _one(
         self,
         connection: Session,
-        way: KeptDowngrade,
+        way: StoredDowngrade,
         before: frozenset[str],
         after: frozenset[str],
         number: int,
@@ -154,7 +154,7 @@ class Reversal:
             raise
 
     def _failed(
-        self, way: KeptDowngrade, error: QueryFailed, rows: frozenset[str], total: int
+        self, way: StoredDowngrade, error: QueryFailed, rows: frozenset[str], total: int
     ) -> MigratorError:
         what = f"The kept SQL of {way.revision} failed: {error.text}{f' [{error.sqlstate}]' if error.sqlstate else ''}."
         parts = any(_ends_transaction(statement) for statement in way.statements or ())
@@ -176,7 +176,7 @@ class Reversal:
 
 def _say_who(plan: Plan, role: str) -> None:
     """Warn if other roles applied the revisions; the rows only report a role, they never set one."""
-    others = sorted({way.role for way, _ in plan.kept if way.role not in ("", role)})
+    others = sorted({way.role for way, _ in plan.stored_downgrades if way.role not in ("", role)})
     if others:
         log.warning(
             "the downgrade runs as role %s, and the revision was applied as role %s (MIGRATOR_ROLE "

@@ -116,7 +116,7 @@ def _go_through(
         note(MigrationConnection(get_context()), get_context())
 
     try:
-        with stdio.kept():
+        with stdio.redirected():
             history.run("upgrade", "head", lambda *_: (), before_configure=before_configure, around=instead)
     finally:
         before_configure()

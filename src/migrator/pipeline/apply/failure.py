@@ -18,7 +18,7 @@ from migrator.errors import (
 )
 from migrator.outcome import Finding
 from migrator.pipeline.unexpected import sqlstate, translate, without_room
-from migrator.postgres.errors import ConnectFailed, QueryFailed, had_no_room, message_of
+from migrator.postgres.errors import ConnectFailed, QueryFailed, had_no_free_connection, message_of
 from migrator.postgres.quoting import quote_literal
 from migrator.project import Plan
 from migrator.runtime.resource_errors import lack, without
@@ -213,7 +213,7 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
     if code == "42501":  # also before env.py is entered: Alembic creates its version table on the way
         return _may_not(what)
     if not after.entered:
-        if had_no_room(error):
+        if had_no_free_connection(error):
             return without_room(what)
         if why := lack(error):
             return without(why)

@@ -53,7 +53,7 @@ class _Found(NamedTuple):
     clean: bool | None
 
 
-def glance(
+def check_up_to_date(
     settings: Settings, project: ProjectOptions, destination: str, run_id: str, interruption: Interruption
 ) -> Outcome | None:
     """Return the outcome of an upgrade that is up to date; None if only the pipeline can tell."""
@@ -67,7 +67,7 @@ def glance(
         log.debug("the fast path is not enough: %s", error)
         return None
     except Interrupt as error:
-        interruption.shield()
+        interruption.block()
         return record.failed(Interrupted(f"Interrupted by {error.name}.", next_step="run it again"))
 
 
@@ -92,7 +92,7 @@ class FrozenHistory(NamedTuple):
     revisions: frozenset[str]
     rows: frozenset[str]
     runs_once: bool
-    can_be_asked: bool = True
+    env_can_run_twice: bool = True
 
     def version_table(self) -> VersionTable:
         """Return the version table."""
@@ -127,9 +127,9 @@ class _NotEnough(Exception):
 def _manifest_there(settings: Settings, project: ProjectOptions) -> layout.Layout:
     """Return the configuration of a project with a manifest; raises :class:`_NotEnough` before any query."""
     if project.bootstrap:
-        from migrator.project.env.bootstrap import shapes_history
+        from migrator.project.env.bootstrap import sets_locations
 
-        if shapes_history(project.bootstrap):
+        if sets_locations(project.bootstrap):
             raise _NotEnough(f"{project.bootstrap} may set the folders of the revisions")
     found = layout.read(project, os.getcwd())
     if found is None or not os.path.isfile(os.path.join(found.location, FILE_NAME)):
@@ -238,7 +238,7 @@ def _look(settings: Settings, files: _Files, record: Record, interruption: Inter
         details.update(attempts=1, server_version=session.facts.version)
     frozen = files.frozen
     manifest = frozen.manifest
-    with session, interruption.calling(session.cancel):
+    with session, interruption.on_signal(session.cancel):
         found = _Found(*session.first_row)
         current = tuple(found.rows or ())
         if (

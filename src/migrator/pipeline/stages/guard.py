@@ -31,7 +31,7 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
                 remedy="add --yes to confirm",
             )
         )
-    if plan.kept and not yes:
+    if plan.stored_downgrades and not yes:
         _show(plan)
         findings.append(
             Finding(
@@ -54,12 +54,12 @@ def guard(plan: Plan, *, yes: bool, tables: int) -> tuple[Finding, ...]:
 
 
 def _names(plan: Plan) -> str:
-    names = [way.revision for way, _ in plan.kept]
+    names = [way.revision for way, _ in plan.stored_downgrades]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _show(plan: Plan) -> None:
     """Log every statement in full, at a level that is always on."""
-    for way, _ in plan.kept:
+    for way, _ in plan.stored_downgrades:
         for statement in way.statements or ():
             log.warning("%s: %s", way.revision, statement, extra={"stage": "guard", "revision": way.revision})

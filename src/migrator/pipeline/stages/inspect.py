@@ -28,13 +28,13 @@ from migrator.postgres.server import ServerFacts
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import (
     ONLY_THAT_NAMES_IT,
+    FoundVersionTable,
     KnowsRevisions,
-    Sought,
     VersionTable,
+    find_version_table,
     place_of,
     read_rows,
     refusal,
-    seek,
 )
 from migrator.project import History, Plan, Revision
 
@@ -78,10 +78,10 @@ def find_tables(
     Without ``ask``, or if it returns None, the doubt remains. ``look`` may refuse the table that is
     found without ``env.py``, before its ledger is read.
     """
-    sought = seek(session, history, settings.version_table)
+    sought = find_version_table(session, history, settings.version_table)
     if sought.table is not None:
         look(sought.table)
-    if not history.can_be_asked:
+    if not history.env_can_run_twice:
         if sought.table is None and sought.others:
             raise refusal(sought.others)
         sought = sought._replace(doubt="", others=())
@@ -95,7 +95,7 @@ def find_tables(
     several = sought.several or len(known) > 1
     doubt = sought.doubt or ("an earlier run of it used several version tables" if several else "")
     unsure = several or sought.others or (doubt and not pending(frozenset(sought.rows)))
-    found = ask() if unsure and ask is not None and history.can_be_asked else None
+    found = ask() if unsure and ask is not None and history.env_can_run_twice else None
     if found:
         _refuse_another(found, settings.version_table)
         there = {visit.table for visit in found if visit.exists}
@@ -166,7 +166,7 @@ def asking(
 
 def _furthest(
     session: Session,
-    sought: Sought,
+    sought: FoundVersionTable,
     visits: Mapping[VersionTable, frozenset[str]],
     pending: Callable[[frozenset[str]], int],
 ) -> VersionTable | None:
@@ -396,7 +396,7 @@ def _plan_back(
         revisions=tuple(Revision(way.revision, way.parents, way.message, "") for way in chosen),
         before=frozenset(current),
         after=steps[-1] if steps else frozenset(current),
-        kept=tuple(zip(chosen, steps, strict=True)),
+        stored_downgrades=tuple(zip(chosen, steps, strict=True)),
     )
 
 

@@ -23,7 +23,7 @@ from migrator.config.settings import Settings
 from migrator.errors import LockBusy, SettingsError
 from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.postgres.session import Session, connect
-from migrator.runtime.deadlines import PROBE
+from migrator.runtime.deadlines import PROBE_TIMEOUT
 
 log = logging.getLogger("migrator.lock")
 
@@ -100,7 +100,7 @@ def lock(
     session locks.
     """
     _refuse_pooler(session, settings)
-    session.notice_a_dead_client()  # a killed run's lock ends with its connection
+    session.check_client_connection()  # a killed run's lock ends with its connection
     started = time.monotonic()
     seen = _acquire(session, settings.run_lock_timeout, look)
     try:
@@ -202,10 +202,11 @@ def _what_a_pooler_does(session: Session, application_name: str, timeout: float)
     seen = "SELECT current_setting('migrator.probe', true)"
     try:
         for _ in range(3):
-            session.query("SELECT set_config('migrator.probe', 'mine', false)", timeout=PROBE)
+            session.query("SELECT set_config('migrator.probe', 'mine', false)", timeout=PROBE_TIMEOUT)
             with connect(session.target, application_name, timeout) as other:
-                other.query("BEGIN", timeout=PROBE)
-                if other.value(seen, timeout=PROBE) == "mine" or session.value(seen, timeout=PROBE) != "mine":
+                other.query("BEGIN", timeout=PROBE_TIMEOUT)
+                others = other.value(seen, timeout=PROBE_TIMEOUT)
+                if others == "mine" or session.value(seen, timeout=PROBE_TIMEOUT) != "mine":
                     return given_away
     except ConnectFailed as error:
         if not error.silent:
@@ -230,7 +231,7 @@ def _try(session: Session, *, shared: bool = False) -> bool:
 def regain(session: Session) -> bool:
     """Confirm the run lock; take it again if the session was lost. False if another run has it."""
     ours = {"class": LOCK_CLASS, "lock": RUN_LOCK}
-    return bool(session.query(_REGAIN, ours, timeout=PROBE)[0][0])
+    return bool(session.query(_REGAIN, ours, timeout=PROBE_TIMEOUT)[0][0])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class KeptDowngrade:
+class StoredDowngrade:
     """How to revert one revision without its file: SQL statements, or the reason why there are none.
 
     ``search_path`` and ``role`` are those of the upgrade. They are never applied: a row sets no role

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from migrator.config.database_url import Target
 from migrator.errors import HistoryError, MigratorError, SettingsError
 from migrator.project import loading
-from migrator.project.config import ProjectOptions, tell_address
+from migrator.project.config import ProjectOptions, set_address
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -31,7 +31,7 @@ _LOCATIONS = ("script_location", "version_locations", "recursive_version_locatio
 
 
 @contextlib.contextmanager
-def ground(
+def prepare_env(
     config: Config, env_file: Path, target: Target | None, options: ProjectOptions
 ) -> Iterator[Config]:
     """Do every step before ``env.py``, and undo it after: the address, the bootstrap, Flask's context.
@@ -39,10 +39,10 @@ def ground(
     Yields the prepared Config. Raises :class:`SettingsError` and :class:`HistoryError`.
     """
     wants_flask = _read_flask_variables(env_file)
-    tell_address(config, env_file, target, options.export)
+    set_address(config, env_file, target, options.export)
     with contextlib.ExitStack() as stack:
         if wants_flask:
-            stack.enter_context(loading.command_line("flask", loading.of_flask(sys.argv[1:])))
+            stack.enter_context(loading.command_line("flask", loading.flask_arguments(sys.argv[1:])))
         stack.enter_context(_entered(config, options.bootstrap))
         yield stack.enter_context(_flask_context(config)) if wants_flask else config
 
@@ -63,7 +63,7 @@ def refuse_other_locations(before: tuple[str | None, ...], config: Config, boots
         )
 
 
-def shapes_history(name: str) -> bool:
+def sets_locations(name: str) -> bool:
     """Tell whether the bootstrap also sets the folders of the revisions, as far as its source shows.
 
     It is then entered before the revisions are read, and not only before ``env.py``. Its module is

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from migrator.config.database_url import Target
 from migrator.project.config import ProjectOptions, parse_command
-from migrator.project.env.bootstrap import ground, locations, refuse_other_locations
+from migrator.project.env.bootstrap import locations, prepare_env, refuse_other_locations
 from migrator.project.env.operators import operators_of_the_server
 from migrator.project.env.source import can_run_twice
 from migrator.project.env.transactions import configure_in
@@ -62,7 +62,7 @@ def run_env(
     known = locations(config)
     with (
         contextlib.chdir(Path.cwd()),  # env.py may change it, and may run again
-        ground(config, Path(script.env_py_location), command.target, command.options) as prepared,
+        prepare_env(config, Path(script.env_py_location), command.target, command.options) as prepared,
     ):
         refuse_other_locations(known, prepared, command.options.bootstrap)
         before_configure()  # an earlier step may have set up its own logging

@@ -25,7 +25,7 @@ from migrator.project.config import (
     sibling_tables,
 )
 from migrator.project.downgrade.offline_sql import OfflineDowngrade, offline_downgrade
-from migrator.project.downgrade.stored import KeptDowngrade
+from migrator.project.downgrade.stored import StoredDowngrade
 from migrator.project.env.runner import Around, Command, Hook, run_env
 from migrator.project.env.source import can_run_twice, runs_once, version_table
 from migrator.project.history.functions import is_one_way, runnable, without_function
@@ -63,7 +63,7 @@ class Plan:
     before: frozenset[str]
     after: frozenset[str]
     baseline: str = ""
-    kept: tuple[tuple[KeptDowngrade, frozenset[str]], ...] = ()
+    stored_downgrades: tuple[tuple[StoredDowngrade, frozenset[str]], ...] = ()
     one_way: tuple[str, ...] = ()
 
     @property
@@ -84,7 +84,7 @@ class History:
         read_only: bool = False,
     ) -> None:
         """Read the history; with ``read_only``, the loaded application code may not write."""
-        self._target = options.told or target
+        self._target = options.env_target or target
         self._options = options
         self._read_only = read_only
         self._sha256: dict[str, str] = {}
@@ -221,7 +221,7 @@ class History:
         )
 
     @functools.cached_property
-    def can_be_asked(self) -> bool:
+    def env_can_run_twice(self) -> bool:
         """Tell whether ``env.py`` can run twice."""
         return can_run_twice(Path(self.script.env_py_location))
 
@@ -385,9 +385,9 @@ class History:
                 return f"the history {'branches' if up else 'was merged'} at {name or 'base'}", ways or [name]
             name = ways[0]
 
-    def aim_at(self, target: Target) -> None:
+    def set_target(self, target: Target) -> None:
         """Give ``env.py`` a new address of the target: its file was replaced since the history was read."""
-        self._target = self._options.told or target
+        self._target = self._options.env_target or target
 
     # -- running env.py --------------------------------------------------------------------------------
 

@@ -41,19 +41,19 @@ def unreadable(
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if "versions" in Path(frame.filename).parts] or list(frames)
         place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
-    first = f" Before that, env.py failed: {in_words(before)}." if before is not None else ""
+    first = f" Before that, env.py failed: {describe(before)}." if before is not None else ""
     return HistoryError(
-        f"A revision file does not import: {place}: {in_words(error)}.{first}",
+        f"A revision file does not import: {place}: {describe(error)}.{first}",
         next_step=remedy(error, f"fix {place.split(',')[0]}, or add its imports to the image"),
     )
 
 
-def in_words(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Return an error's class and text on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def in_a_file(error: BaseException) -> bool:
+def raised_by_a_file(error: BaseException) -> bool:
     """Tell whether a revision file raised this during its import; other imports before it may fix that."""
     return not isinstance(error, SyntaxError) and not _raised_by_alembic(error)
 

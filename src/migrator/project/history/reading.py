@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from migrator.config.database_url import Target
 from migrator.errors import HistoryError, MigratorError
-from migrator.project.config import ProjectOptions, tell_address
-from migrator.project.env.bootstrap import ground, shapes_history
+from migrator.project.config import ProjectOptions, set_address
+from migrator.project.env.bootstrap import prepare_env, sets_locations
 from migrator.project.env.runner import load_env
 from migrator.project.history.imports import imports_more
-from migrator.project.history.load_errors import in_a_file, in_words, unreadable
+from migrator.project.history.load_errors import describe, raised_by_a_file, unreadable
 from migrator.project.loading import find_env, reading_only
 from migrator.runtime.output import stdio
 
@@ -32,7 +32,7 @@ GRAPH_STEP = "fix the revision files; `alembic branches` and `alembic history` s
 
 def read_graph(config: Config, target: Target | None, options: ProjectOptions) -> ScriptDirectory:
     """Import all revisions of a project; raises :class:`HistoryError`."""
-    shaped = shapes_history(options.bootstrap)
+    shaped = sets_locations(options.bootstrap)
     script = _read(_Project(config, target, options), bootstrapped=shaped)
     if not script.get_heads() and options.bootstrap and not shaped:
         script = _read(_Project(config, target, options), bootstrapped=True)
@@ -54,16 +54,16 @@ class _Project:
     options: ProjectOptions
     said: list[str] = field(default_factory=list)
 
-    def ground(self, env_file: Path) -> contextlib.AbstractContextManager[Config]:
+    def prepare_env(self, env_file: Path) -> contextlib.AbstractContextManager[Config]:
         """Return the context in which ``env.py`` runs."""
-        return ground(self.config, env_file, self.target, self.options)
+        return prepare_env(self.config, env_file, self.target, self.options)
 
 
 def _read(project: _Project, *, bootstrapped: bool) -> ScriptDirectory:
     from alembic.util import CommandError
 
     # Output of a revision file's import is not an answer of ours: it goes to the logs.
-    with stdio.kept():
+    with stdio.redirected():
         warnings.simplefilter("ignore")
         try:
             script = _import_revisions(project, bootstrapped=bootstrapped)
@@ -89,7 +89,7 @@ def _import_revisions(project: _Project, *, bootstrapped: bool) -> ScriptDirecto
 
     env_file = find_env(project.config)
     # A revision, or its package, may import the application's settings, which read the address just once.
-    tell_address(project.config, env_file, project.target, project.options.export)
+    set_address(project.config, env_file, project.target, project.options.export)
     script = ScriptDirectory.from_config(project.config)
     env_file = Path(script.env_py_location)
     if _depend_on_env(script):
@@ -99,7 +99,7 @@ def _import_revisions(project: _Project, *, bootstrapped: bool) -> ScriptDirecto
     except (MigratorError, CommandError):
         raise
     except (Exception, SystemExit) as error:
-        if not in_a_file(error):
+        if not raised_by_a_file(error):
             raise
         try:
             return _after_env(project, env_file)
@@ -136,13 +136,13 @@ def _after_env(project: _Project, env_file: Path) -> ScriptDirectory:
             failures.append(error)
             raise
 
-    with project.ground(env_file) as config:
+    with project.prepare_env(env_file) as config:
         script = ScriptDirectory.from_config(config)
         with reading_only(), _briefly_connecting():
             stopped = load_env(config, script, read)
         if not begun:
             if stopped is not None:
-                log.info("env.py was loaded before the revisions and failed: %s", in_words(stopped))
+                log.info("env.py was loaded before the revisions and failed: %s", describe(stopped))
             with contextlib.suppress(Exception, SystemExit):  # it is noted
                 read()
     for failure in failures:
@@ -168,7 +168,7 @@ def _bootstrapped(project: _Project, env_file: Path) -> ScriptDirectory:
     """Import the revisions as ``env.py`` runs: fully prepared, from the bootstrap's folders."""
     from alembic.script import ScriptDirectory
 
-    with project.ground(env_file) as config:
+    with project.prepare_env(env_file) as config:
         return _loaded(ScriptDirectory.from_config(config), project.said)
 
 

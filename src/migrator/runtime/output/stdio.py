@@ -81,7 +81,7 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def redirected() -> Iterator[None]:
     """Restore the working directory, the warning filters and the standard streams after the block.
 
     Within it all prints go to the logs, also those of child processes and C libraries: stdout is for a
