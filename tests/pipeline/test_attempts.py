@@ -300,3 +300,59 @@ def test_an_env_py_that_exits_after_its_work(
     folder = project(env(after="raise SystemExit(0)"), revisions=linear_history(2))
     done(run_migrator(cwd=folder, database=database))
     assert database.psql("SELECT version_num FROM alembic_version") == [("r002",)]
+
+
+RETRIES = """import time
+for _ in range(3):
+    try:
+        with engine.connect() as another:
+            run(another)
+        break
+    except Exception:
+        time.sleep(0.1)
+else:
+    raise SystemExit('gave up')"""
+
+
+def test_an_env_py_that_retries_by_itself_does_not_repeat_a_part(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    """It would not have to without migrator, whose lock_timeout ends its first attempt."""
+    part = "with op.get_context().autocommit_block():\n    op.execute('UPDATE t SET n = n * 2')"
+    history = [
+        Revision("a1", None, "CREATE TABLE busy (id int)"),
+        Revision("b1", "a1", part),
+        Revision("c1", "b1", "ALTER TABLE busy ADD n int"),
+    ]
+    database.execute("CREATE TABLE t AS SELECT 1 AS n")
+    folder = project(env(run=RETRIES), revisions=history)
+    variables = {"MIGRATOR_LOCK_TIMEOUT": "300ms", "MIGRATOR_BASELINE": "base", "MIGRATOR_BACKUP": "off"}
+    done(run_migrator("upgrade", "a1", cwd=folder, database=database, env=variables))
+    with closing(database.connect()) as reader:
+        reader.cursor().execute("SELECT * FROM busy")
+        result = run_migrator(cwd=folder, database=database, env=variables)
+    assert database.psql("SELECT n FROM t") == [(2,)], result
+    refusal(result, ExitCode.PARTIAL, "A part of b1 was committed", "[55P03]", "--retry")
+
+
+def test_an_env_py_with_a_loop_records_its_run_once(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    """Its version table is known with and without its schema: it is one."""
+    result = done(run_migrator(cwd=project(env(run=RETRIES), revisions=linear_history(2)), database=database))
+    assert "the ledger does not record" not in result.stderr
+    ended = "SELECT count(*) FROM migrator_ledger WHERE event = 'run' AND outcome = 'OK'"
+    assert database.psql(ended) == [(1,)]
+
+
+def test_a_version_table_that_a_revision_moves_is_not_called_rolled_back(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    moves = (
+        "op.execute('CREATE SCHEMA app')\nop.execute('ALTER TABLE alembic_version SET SCHEMA app')\n"
+        "op.execute('SET search_path TO app, public')"
+    )
+    folder = project(revisions=[*linear_history(1), Revision("b1", "r001", moves)])
+    result = run_migrator(cwd=folder, database=database)
+    assert database.psql("SELECT version_num FROM app.alembic_version") == [("b1",)]
+    refusal(result, ExitCode.PARTIAL, "the version table does not show them")

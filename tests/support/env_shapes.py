@@ -64,6 +64,10 @@ SHAPES: dict[str, dict[str, str]] = {
     "SET ROLE": inside('context.execute("SET ROLE {role}")', configure=""),
     "an advisory lock of the transaction": inside('context.execute("SELECT pg_advisory_xact_lock(77)")', ""),
     "an advisory lock of the session": ahead('context.execute("SELECT pg_advisory_lock(78)")', ""),
+    "an advisory lock of a connection that stays open": env(
+        before="guard = create_engine(os.environ['DATABASE_URL']).connect()\n"
+        "guard.execute(text('SELECT pg_advisory_lock(79)'))",
+    ),
     "a lock_timeout of its own": inside("context.execute(\"SET LOCAL lock_timeout = '250ms'\")", ""),
     "a statement_timeout of its own": ahead("context.execute(\"SET statement_timeout = '90s'\")", ""),
     "a temporary table": inside('context.execute("CREATE TEMP TABLE scratch (id int) ON COMMIT DROP")', ""),

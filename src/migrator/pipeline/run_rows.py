@@ -19,6 +19,7 @@ from migrator.pipeline.stages.invalid_indexes import built
 from migrator.pipeline.stages.lock import lock_if_free
 from migrator.postgres.errors import ConnectFailed, QueryFailed, Refused
 from migrator.postgres.session import Session
+from migrator.postgres.version_table import VersionTable
 from migrator.project import History
 from migrator.runtime.signals import Interrupt
 
@@ -62,8 +63,11 @@ def begin(this: Run, session: Session, found: Inspection) -> None:
 
 
 def _close(this: Run, session: Session, history: History, outcome: Outcome) -> None:
-    tables = {table for table in (this.record.version_table, this.record.home) if table}
-    if not tables or not this.settings.ledger or this.record.restored:
+    if (
+        not (this.record.version_table or this.record.home)
+        or not this.settings.ledger
+        or this.record.restored
+    ):
         return  # the row of a run that restored is in the restored database
     author = this.record.author(this.settings.actor)
     # Accepted edits are reported each time: without a digest, no up-to-date check ends early.
@@ -72,7 +76,7 @@ def _close(this: Run, session: Session, history: History, outcome: Outcome) -> N
         with alive(this, session) as living:
             digest = "" if edited else history.digest
             record = this.record
-            for table in tables:
+            for table in _beside(living, record.version_table, record.home):
                 schema = record.schema if table == record.version_table else None
                 writer.close(
                     living,
@@ -89,6 +93,19 @@ def _close(this: Run, session: Session, history: History, outcome: Outcome) -> N
         log.warning("the ledger does not record the end of this run: %s", error.text)
     except AccessDenied as error:  # others got access meanwhile: the next run reports it
         log.warning("the ledger does not record the end of this run: %s", error)
+
+
+def _beside(session: Session, *tables: VersionTable | None) -> Iterator[VersionTable]:
+    """Yield the version tables that have a ledger each; one may be named with its schema and without."""
+    seen = set()
+    for table in tables:
+        if table is None:
+            continue
+        found = None if table.schema else session.find(table.name)
+        place = (found[0] if found else table.schema, table.name)
+        if place not in seen:
+            seen.add(place)
+            yield table
 
 
 def settle_up(this: Run, session: Session, history: History, found: Inspection) -> None:

@@ -331,6 +331,8 @@ class MigrationExecution:
         table = connection.locate(table, self.session)
         refuse_code(self.session, table, self.settings.role)  # only env.py may know its table
         place, rows = connection.place_of(table), frozenset(heads)
+        if place in self.visits:
+            self._refuse_to_repeat_a_part()
         expected = self._known.get(place, rows if self.visits else self.plan.before)
         again = place in self.visits or bool(self.visits) or rows != expected
         if place not in self.visits and rows != expected and not self._moved_meanwhile(place, rows):
@@ -370,6 +372,12 @@ class MigrationExecution:
             self.steps.forget([step.revision.revision for step in revisions])
         self.steps.wrap(revisions)
         return steps
+
+    def _refuse_to_repeat_a_part(self) -> None:
+        """Raise the last failure again if ``env.py`` itself retries, and a part is committed without its row."""
+        self.look()
+        if self.unfinished and self.steps.failure is not None:
+            raise self.steps.failure
 
     def _moved_meanwhile(self, place: VersionTable, heads: frozenset[str]) -> bool:
         """Tell whether the application migrated the database by itself while it was loaded."""
@@ -459,7 +467,7 @@ def apply(
         refuse_too_few(execution.session, 2, "A run")
         execution.run()
         if execution.steps.results and rows_now() == execution.plan.before != execution.plan.after:
-            raise none_committed(execution.steps.findings)
+            raise none_committed(execution.steps.findings, committed=execution.steps.landed_somewhere())
     except BaseException as error:  # a user's code may raise anything
         execution.interruption.block()
         cause = _first(error)

@@ -171,6 +171,10 @@ class Attempts:
         busy, code = "", ""  # of the attempt before
         while True:
             one.begin()
+            # The frames of the last failure kept what env.py has left open: a connection and its locks. A pool
+            # gets it back in the first collection, and goes in the second.
+            gc.collect()
+            gc.collect()
             error = self._failure(one)
             if error is None:
                 return
@@ -185,8 +189,7 @@ class Attempts:
                 busy = _reason(error).rstrip(".")
                 code = next(code for item in _chain(error) for code in _codes(item) if code in RETRYABLE)
             pause = self._say(attempt.cause, error)
-            del error  # it may keep env.py's connection
-            gc.collect()
+            del error
             one.pause(pause)
 
     @staticmethod

@@ -249,8 +249,19 @@ def _end_prepared(gids: Sequence[str]) -> str:
     return f"{statements} (or COMMIT PREPARED, if its coordinator says so), then run it again"
 
 
-def none_committed(findings: Sequence[Finding]) -> RolledBack:
-    """Return the error for revisions that ran to their end without a commit."""
+def none_committed(findings: Sequence[Finding], *, committed: bool) -> MigratorError:
+    """Return the error for revisions that ran to their end, after which the version table is as before.
+
+    ``committed`` says that one of their transactions is committed nevertheless.
+    """
+    if committed:
+        return Partial(
+            "env.py ran the revisions, but the version table does not show them: a revision has moved, "
+            "emptied or dropped it.",
+            state="At least a part of them was committed.",
+            next_step="look where the version table is now; env.py has to look there too (version_table, "
+            "version_table_schema, search_path)",
+        )
     for finding in findings:
         if finding.rule == "rolled-back":  # after SQLAlchemy's own rollback, env.py has nothing to commit
             return RolledBack(

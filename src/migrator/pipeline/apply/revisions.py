@@ -87,6 +87,7 @@ class Steps:
         self.anything_committed = False
         self.transactions: set[int] = set()
         """The ids of the transactions that it is known to have written in."""
+        self._recorded_in: set[int] = set()  # those with a row of the ledger about a revision that is done
         self._connection: MigrationConnection | None = None
         self._observation: Observation | None = None
         self._table = VersionTable()
@@ -346,6 +347,15 @@ class Steps:
             log.debug("cannot ask for the transaction: %s", error.text)
             return ""
 
+    def landed_somewhere(self) -> bool:
+        """Tell whether a transaction with a revision's row in the ledger is committed."""
+        asked = "SELECT pg_catalog.txid_status(%s)"
+        try:
+            return any(self._session.value(asked, (number,)) == "committed" for number in self._recorded_in)
+        except QueryFailed as error:
+            log.debug("cannot ask for the transactions: %s", error.text)
+            return False
+
     def _look_for_a_rollback(self, now: int) -> bool:
         """Tell whether the running revision rolled back its transaction; ``now`` is the next one."""
         if now == self._transaction:
@@ -397,6 +407,7 @@ class Steps:
             self.running, upgrade=info.is_upgrade, rows=event["heads"], seconds=done.seconds, details=measured
         )
         self.transactions |= {self._next_transaction} - {0}
+        self._recorded_in |= {self._next_transaction} - {0}
         self._own_transaction("COMMIT")
         self.running, self._transaction = "", 0
         self.heartbeat.begins("the end of env.py")
