@@ -66,6 +66,38 @@ def test_settings_outlast_it_and_it_is_told(
     assert told == [("a1", "no"), ("b1", "true"), ("c1", "no")]
 
 
+BLOCK = "with op.get_context().autocommit_block():\n    op.execute('{}')"
+RESETS = {
+    "a script of pg_dump": "op.execute('SET statement_timeout = 0; SET lock_timeout = 0; SET row_security = off')",
+    "RESET ALL": "op.execute('RESET ALL')\nop.execute('RESET ROLE')",
+    "DISCARD ALL": BLOCK.format("DISCARD ALL"),
+    "a login": "op.execute('SET SESSION AUTHORIZATION DEFAULT')\nop.execute('SET lock_timeout = 0')\n"
+    "op.execute('SET statement_timeout = 0')",
+}
+
+
+@pytest.mark.parametrize("how", RESETS)
+def test_each_revision_begins_with_the_settings(
+    database: Database, project: Project, run_migrator: Runner, how: str
+) -> None:
+    """Such a script set lock_timeout to 0, and the next revision waited for its lock as long as it took."""
+    role = database.server.create_role(f"owns_{database.name}")
+    database.execute(f'GRANT ALL ON SCHEMA public TO "{role}"')
+    history = [
+        Revision("a1", None, "SELECT 1"),
+        Revision("b1", "a1", RESETS[how]),
+        Revision("c1", "b1", LOOK),
+    ]
+    env_ = {
+        "MIGRATOR_ROLE": role,
+        "MIGRATOR_LOCK_TIMEOUT": "7s",
+        "MIGRATOR_STATEMENT_TIMEOUT": "70s",
+        "MIGRATOR_BACKUP": "off",
+    }
+    done(run_migrator(cwd=project(env(), revisions=history), database=database, env=env_))
+    assert database.psql("SELECT * FROM seen") == [(role, "7s", "70s")]
+
+
 def test_a_rollback_of_sqlalchemy_leaves_nothing_to_commit(
     database: Database, project: Project, run_migrator: Runner
 ) -> None:

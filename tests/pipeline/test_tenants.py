@@ -11,7 +11,7 @@ from migrator.outcome import ExitCode
 from tests.support.env_text import env
 from tests.support.gates import Gate
 from tests.support.ledgers import agrees
-from tests.support.outcomes import done
+from tests.support.outcomes import done, refusal
 from tests.support.projects import Revision, write_project
 from tests.support.runner import Result, Runner, Running
 from tests.support.servers import Database
@@ -150,6 +150,36 @@ def test_nothing_to_do_means_all_of_them(
     done(run(cwd=folder, **variables))
     agrees(database, ["a1", "b1"], table="three.migrator_ledger")
     assert "Nothing to do" in done(run(cwd=folder, **variables)).stderr
+
+
+GOES_ON = f"""{LIST}
+for tenant in tenants:
+    try:
+        with engine.connect() as connection:
+            {SET_PATH}
+            run(connection)
+    except Exception:
+        print("not", tenant)
+"""
+
+
+@pytest.mark.parametrize("broken", ["one", "two"])
+def test_the_failure_of_one_is_told_where_env_py_goes_on(
+    broken: str, database: Database, project: Project, run: Run
+) -> None:
+    for name in ("one", "two"):
+        tenant(database, name)
+    files = env(run="pass", after=GOES_ON)
+    folder = project(files, revisions=[A1])
+    done(run("--baseline", "base", cwd=folder))
+    write_project(folder, files, revisions=[A1, B1])
+    database.execute(f"ALTER TABLE {broken}.t ADD note text")
+    result = run(cwd=folder)
+    other = "two" if broken == "one" else "one"
+    words = ("Revision b1 failed", f"a1 in {broken}.alembic_version", f"b1 in {other}.alembic_version")
+    refusal(result, ExitCode.PARTIAL, *words)
+    again = run(cwd=folder)
+    refusal(again, ExitCode.ROLLED_BACK, "Revision b1 failed", "Everything was rolled back")
 
 
 def test_all_that_looks_sees_all_of_them(database: Database, project: Project, run: Run) -> None:

@@ -106,6 +106,10 @@ class MigrationExecution:
         )
         self._connection: MigrationConnection | None = None
         self._entered = self.gone = False  # in this pass: a connection, which the driver has lost
+        self._place: VersionTable | None = None
+        self._failures: dict[VersionTable, tuple[BaseException, str]] = {}
+        """The failures of this pass by version table, each with its revision: ``env.py`` may go on."""
+        self.failed_in = ""
         self._cut_after: list[float] = []
         self._passed_by = False
         self._backend_pid = 0
@@ -147,6 +151,8 @@ class MigrationExecution:
     def begin(self) -> None:
         """Forget the connection of the last pass."""
         self._entered = self.gone = False
+        self._place, self.failed_in = None, ""
+        self._failures.clear()
         self.steps.failure, self.steps.running = None, ""
 
     def go_through(self) -> None:
@@ -164,8 +170,10 @@ class MigrationExecution:
         except SystemExit as ended:  # with Alembic, an env.py may end in this way after its work
             if ended.code or not self._entered or self.steps.running:
                 raise
-        if self.steps.failure is not None:
-            raise self.steps.failure  # env.py swallowed it
+        self._keep_failure()
+        if self._failures:  # env.py swallowed them
+            error, self.failed_in = next(iter(self._failures.values()))
+            raise error
 
     def cause(self, error: BaseException) -> Cause:
         """Return the cause of the pass's failure."""
@@ -220,7 +228,8 @@ class MigrationExecution:
         self.interruption.reinstall()
 
     def _prepare(self, connection: MigrationConnection) -> None:
-        """Set role and timeouts again after a revision rolled them back."""
+        """Set role and timeouts and take the lock again, after a revision rolled back or reset them."""
+        self._take_apply_lock(connection)
         connection.assume_role(self.settings.role, self.session)
         connection.set_timeouts(self.settings)
 
@@ -333,6 +342,9 @@ class MigrationExecution:
         place, rows = connection.place_of(table), frozenset(heads)
         if place in self.visits:
             self._refuse_to_repeat_a_part()
+        self._keep_failure()
+        self._failures.pop(place, None)
+        self._place = place
         expected = self._known.get(place, rows if self.visits else self.plan.before)
         again = place in self.visits or bool(self.visits) or rows != expected
         if place not in self.visits and rows != expected and not self._moved_meanwhile(place, rows):
@@ -372,6 +384,11 @@ class MigrationExecution:
             self.steps.forget([step.revision.revision for step in revisions])
         self.steps.wrap(revisions)
         return steps
+
+    def _keep_failure(self) -> None:
+        """Keep the failure of the last version table."""
+        if self._place is not None and self.steps.failure is not None:
+            self._failures[self._place] = self.steps.failure, self.steps.running
 
     def _refuse_to_repeat_a_part(self) -> None:
         """Raise the last failure again if ``env.py`` itself retries, and a part is committed without its row."""
@@ -482,7 +499,7 @@ def apply(
             rows=rows,
             entered=execution.version_table is not None,
             anything_committed=execution.steps.anything_committed,
-            failed_in=execution.steps.running,
+            failed_in=execution.failed_in or execution.steps.running,
             landed=() if rows is None else execution.landed(),
             at="" if rows is None else execution.at(),
             alike=len({passage.before for passage in execution.visits.values()}) < 2,

@@ -256,7 +256,7 @@ def none_committed(findings: Sequence[Finding], *, committed: bool) -> MigratorE
     """
     if committed:
         return Partial(
-            "env.py ran the revisions, but the version table does not show them: a revision has moved, "
+            "env.py ran the revisions, but the version table does not show them: a revision may have moved, "
             "emptied or dropped it.",
             state="At least a part of them was committed.",
             next_step="look where the version table is now; env.py has to look there too (version_table, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,7 @@ class Steps:
         self._asked = False  # a statement that commits by itself is running, and must not run twice
         self._noted = False  # the ledger knows that a part leaves the transaction
         self._rolled_back = False  # by the last revision: its transaction, with our settings
+        self._reset = False  # a statement of it named a timeout, or reset settings or the role
         self._done = Done(0.0, Measured(), rolled_back=False)  # of the running revision
         self._transaction = 0
         self._next_transaction = 0  # if the revision before it ended in a transaction that continues
@@ -179,9 +181,9 @@ class Steps:
 
     def _begin(self, revision: str, what: str, number: int) -> None:
         self._transaction = self._next_transaction
-        if self._connection is not None and self._rolled_back:
+        if self._connection is not None and (self._rolled_back or self._reset):
             self._prepare(self._connection)
-            self._rolled_back = False
+            self._rolled_back = self._reset = False
         if self._connection is not None and not self._transaction:
             self._transaction = self._connection.transaction()
         self.transactions |= {self._transaction} - {0}
@@ -248,6 +250,8 @@ class Steps:
     def executes(self, statement: str, autocommit: bool) -> None:
         """Check a statement before it runs: one that leaves its transaction must not run twice."""
         self._asked = False  # the one before it failed, and the revision goes on
+        if self._inside and _SETS.search(statement):
+            self._reset = True
         if self._inside and outlives_a_rollback(statement):
             self.commits_elsewhere(statement)
         if not self._inside or (self._wrote and not autocommit) or is_repeatable(statement):
@@ -429,6 +433,11 @@ class Steps:
         self.progress.draw(len(self.results), "")
 
 
+_SETS = re.compile(
+    r"\b(?:lock_timeout|statement_timeout|RESET\s+(?:ALL|ROLE)|DISCARD\s+ALL|SESSION\s+AUTHORIZATION|pg_advisory_unlock_all)\b",
+    re.IGNORECASE,
+)
+"""What may undo the role and the timeouts that migrator has set; a script of pg_dump's does."""
 _NO_TRANSACTION = "25P01"
 _OPEN_SINCE = "SELECT coalesce(xact_start::text, state) FROM pg_stat_activity WHERE pid = %s"
 """Empty if another login, which env.py uses, may not be seen."""
