@@ -17,14 +17,15 @@ from migrator.project.config import ProjectOptions
 if TYPE_CHECKING:
     from migrator.project.alembic_cli import run_alembic
     from migrator.project.downgrade.offline_sql import OfflineDowngrade
-    from migrator.project.history.history import History, Plan, Revision
+    from migrator.project.history.history import History
+    from migrator.project.history.plan import Plan, Revision
 
 __all__ = ["History", "OfflineDowngrade", "Plan", "ProjectOptions", "Revision", "run_alembic"]
 
 _HOMES = {
     "History": "history.history",
-    "Plan": "history.history",
-    "Revision": "history.history",
+    "Plan": "history.plan",
+    "Revision": "history.plan",
     "OfflineDowngrade": "downgrade.offline_sql",
     "run_alembic": "alembic_cli",
 }

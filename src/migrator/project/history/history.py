@@ -6,10 +6,7 @@ import contextlib
 import functools
 import os
 import re
-import traceback
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,51 +22,16 @@ from migrator.project.config import (
     sibling_tables,
 )
 from migrator.project.downgrade.offline_sql import OfflineDowngrade, offline_downgrade
-from migrator.project.downgrade.stored import StoredDowngrade
 from migrator.project.env.runner import Around, Command, Hook, run_env
 from migrator.project.env.source import can_run_twice, runs_once, version_table
-from migrator.project.history.functions import is_one_way, runnable, without_function
+from migrator.project.history.functions import is_one_way, runnable
+from migrator.project.history.plan import Plan, Revision, revision_of, rows_after
+from migrator.project.history.plan_errors import planning_errors
 from migrator.project.history.reading import read_graph
 from migrator.project.history_manifest import FileSums, NoManifest, digest_of, file_sums, sha256_of
 from migrator.project.history_manifest import load as load_manifest
 from migrator.project.layout import migrates_several
 from migrator.project.loading import command_line, reading_only
-
-
-@dataclass(frozen=True)
-class Revision:
-    """One revision file: its id, its parents, the first line of its message, and its path."""
-
-    revision: str
-    parents: tuple[str, ...]
-    message: str
-    path: str
-    is_head: bool = False
-    labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a command: the revisions in order, and the version rows before and after.
-
-    ``kept`` is the SQL from the ledger for each of them, with the version rows after it, if this image
-    is older than the schema and lacks their files. ``one_way`` are those that have no ``downgrade()``,
-    or one that only raises.
-    """
-
-    kind: str
-    destination: str
-    revisions: tuple[Revision, ...]
-    before: frozenset[str]
-    after: frozenset[str]
-    baseline: str = ""
-    stored_downgrades: tuple[tuple[StoredDowngrade, frozenset[str]], ...] = ()
-    one_way: tuple[str, ...] = ()
-
-    @property
-    def empty(self) -> bool:
-        """Tell whether the plan is empty."""
-        return not self.revisions and self.before == self.after
 
 
 class History:
@@ -130,7 +92,7 @@ class History:
 
     def find(self, name: str) -> tuple[Revision, ...]:
         """Return the revisions behind a name (id, unique prefix, ``head``, ``branch@head``)."""
-        with self._errors():
+        with planning_errors(self):
             return tuple(self._revision(script) for script in self.script.get_revisions(name) if script)
 
     def unknown(self, revisions: Iterable[str]) -> tuple[str, ...]:
@@ -157,16 +119,16 @@ class History:
 
     def revision(self, name: str) -> Revision:
         """Return the revision with this very id."""
-        return self._revision(self._script(name))
+        return self._revision(self.alembic_revision(name))
 
-    def _script(self, name: str) -> Any:
+    def alembic_revision(self, name: str) -> Any:
         """Return Alembic's own revision; a full id needs only a lookup."""
         found = self.script.revision_map._revision_map.get(name)
         return found if found is not None and found.revision == name else self.script.get_revision(name)
 
     def dependencies(self, name: str) -> tuple[str, ...]:
         """Return the ids of what a revision depends on (``depends_on``), its parents aside."""
-        script = self._script(name)
+        script = self.alembic_revision(name)
         return tuple(sorted(set(script._all_down_revisions) - set(script._versioned_down_revisions)))
 
     def sha256(self, revision: Revision) -> str:
@@ -202,12 +164,12 @@ class History:
 
     def min_compatible(self, name: str) -> str:
         """Return the ``migrator_min_compatible`` that a revision declares, or an empty string."""
-        module = self._script(name).module
+        module = self.alembic_revision(name).module
         return str(getattr(module, "migrator_min_compatible", None) or "")
 
     def offline_downgrade(self, name: str) -> OfflineDowngrade:
         """Return the SQL that reverts a revision, for images without its file."""
-        return offline_downgrade(self._script(name))
+        return offline_downgrade(self.alembic_revision(name))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -256,12 +218,12 @@ class History:
         before = tuple(sorted(current))
         steps = self.steps(kind, destination, before, baseline)
         revisions = tuple(
-            self._revision(self._script(step.revision.revision))
+            self._revision(self.alembic_revision(step.revision.revision))
             for step in steps
             if getattr(step, "revision", None) is not None
         )
-        with self._errors(destination, kind, before):
-            after = _rows_after(steps, before)
+        with planning_errors(self, destination, kind, before):
+            after = rows_after(steps, before)
         return Plan(
             kind,
             destination,
@@ -270,7 +232,7 @@ class History:
             after,
             baseline=baseline,
             one_way=tuple(
-                item.revision for item in revisions if is_one_way(self._script(item.revision).module)
+                item.revision for item in revisions if is_one_way(self.alembic_revision(item.revision).module)
             ),
         )
 
@@ -284,7 +246,7 @@ class History:
                 next_step=f"name the branch: `migrator downgrade {heads[0]}@{destination}`, or name the "
                 "revision",
             )
-        with self._errors(destination, kind, heads):
+        with planning_errors(self, destination, kind, heads):
             if kind == "stamp":
                 return list(self.script._stamp_revs(destination, heads))
             if kind == "downgrade":
@@ -292,58 +254,18 @@ class History:
             if not baseline or baseline == "base":
                 return runnable(self.script._upgrade_revs(destination, heads))
             stamps = list(self.script._stamp_revs(baseline, heads))
-            stamped: Any = tuple(sorted(_rows_after(stamps, heads)))
+            stamped: Any = tuple(sorted(rows_after(stamps, heads)))
             return [*stamps, *runnable(self.script._upgrade_revs(destination, stamped))]
 
     def rows_after(self, steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:
         """Return the version rows after the steps."""
-        return _rows_after(steps, before)
+        return rows_after(steps, before)
 
     def _revision(self, script: Any) -> Revision:
         known = self._read_before.get(script.revision)
         if known is None:
-            known = self._read_before[script.revision] = _revision_of(script)
+            known = self._read_before[script.revision] = revision_of(script)
         return known
-
-    @contextlib.contextmanager
-    def _errors(self, destination: str = "", kind: str = "", current: Sequence[str] = ()) -> Iterator[None]:
-        from alembic.util import CommandError
-
-        try:
-            yield
-        except CommandError as error:
-            text = " ".join(str(error).split()).rstrip(".")
-            if "Multiple head" in text or "multiple heads" in text:
-                hint = self.branch_hint("")
-                raise HistoryError(
-                    f"The history has several heads ({', '.join(self.heads)}), so "
-                    f"{destination or 'head'!r} is ambiguous.",
-                    next_step="merge them (`migrator merge heads -m ...`), or run `migrator upgrade heads`"
-                    + (f"; {hint}" if hint else ""),
-                ) from error
-            if "Ambiguous" in text and kind:
-                raise self._ambiguous(destination, kind, current) from error
-            next_step = "`migrator history` lists the revisions"
-            if (overlap := _OVERLAP.match(text)) and {overlap[1], *overlap[2].split(", ")} <= set(current):
-                superfluous = ", ".join(f"'{id}'" for id in overlap[2].split(", "))
-                next_step = (
-                    f"the version table has a revision and its ancestor: delete the ancestor's row (WHERE version_num "
-                    f"IN ({superfluous})), if {overlap[1]} was applied"
-                )
-            raise HistoryError(f"{text}.", next_step=next_step) from error
-        except AssertionError as error:  # Alembic's own, for a destination that it cannot use
-            if not _raised_by_alembic(error):
-                raise
-            raise HistoryError(
-                f"{destination!r} leads to no revision from {', '.join(current) or 'base'}.",
-                next_step="`migrator history` lists the revisions",
-            ) from error
-        except (
-            AttributeError
-        ) as error:  # Alembic takes both functions from the module when it makes the steps
-            if isinstance(error.obj, types.ModuleType) and error.name in {"upgrade", "downgrade"}:
-                raise without_function(Path(str(error.obj.__file__)).name, error.name) from error
-            raise
 
     def branch_hint(self, destination: str) -> str:
         """Name the labels of the heads, if there are several and ``destination`` chooses none."""
@@ -352,38 +274,6 @@ class History:
         if destination or len(heads) < 2 or not labelled:
             return ""
         return f"to choose one branch, set MIGRATOR_DESTINATION ({', '.join(labelled)})"
-
-    def _ambiguous(self, destination: str, kind: str, current: Sequence[str]) -> HistoryError:
-        """Return the error for a number of steps with more than one path, and a command for one of them."""
-        label, named, number = re.fullmatch(r"(?:(.*)@)?(.*?)([+-]\d+)", destination).groups()  # type: ignore[union-attr]
-        start = [item.revision for item in self.find(named)] if named else list(current)
-        if len(start) > 1:
-            place, ways = "the database is at several heads", start
-            follow = next((name for name in ways if self._script(name).nextrev), ways[0]) + f"@{number[0]}1"
-        else:
-            place, ways = self._fork(start[0] if start else "", up=number[0] == "+", label=label)
-            follow = ways[0]
-        return HistoryError(
-            f"{destination} is ambiguous: {place} ({', '.join(ways)}).",
-            next_step=f"name one of them, such as `migrator {kind} {follow}`",
-        )
-
-    def _fork(self, name: str, *, up: bool, label: str | None) -> tuple[str, list[str]]:
-        """Return where the history branches (or was merged) next from a revision, and into which revisions."""
-        while True:
-            script = self._script(name) if name else None
-            if script is None:
-                ways = sorted(self.script.get_bases())
-            else:
-                ways = sorted(script.nextrev) if up else list(script._versioned_down_revisions)
-            if label and up:
-                lineage: Any = self.script.revision_map
-                ways = [
-                    item.revision for item in lineage.filter_for_lineage(lineage.get_revisions(ways), label)
-                ]
-            if len(ways) != 1:
-                return f"the history {'branches' if up else 'was merged'} at {name or 'base'}", ways or [name]
-            name = ways[0]
 
     def set_target(self, target: Target) -> None:
         """Give ``env.py`` a new address of the target: its file was replaced since the history was read."""
@@ -428,47 +318,4 @@ class History:
             )
 
 
-def _revision_of(script: Any) -> Revision:
-    parents = script.down_revision
-    return Revision(
-        revision=script.revision,
-        parents=(parents,) if isinstance(parents, str) else tuple(parents or ()),
-        message=(script.doc or "").split("\n")[0].strip(),
-        path=str(script.path),
-        is_head=bool(script.is_head),
-        labels=tuple(sorted(script.branch_labels or ())),
-    )
-
-
-def _raised_by_alembic(error: BaseException) -> bool:
-    """Tell whether a module of Alembic raised this, and not one of ours or of the project."""
-    import alembic
-
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(alembic.__file__).parent)
-
-
-_OVERLAP = re.compile(r"Requested revision (\S+) overlaps with other requested revisions (.+)")
 _NO_SCHEMAS = frozenset({"true", "false", "yes", "no", "on", "off"})
-
-
-def _rows_after(steps: Iterable[Any], before: Iterable[str]) -> frozenset[str]:
-    """Return Alembic's version rows after the steps: its own bookkeeping runs without a database."""
-    from alembic.runtime.migration import HeadMaintainer
-
-    class Rehearsal(HeadMaintainer):
-        def _insert_version(self, version: str) -> None:
-            self.heads.add(version)
-
-        def _delete_version(self, version: str) -> None:
-            self.heads.discard(version)
-
-        def _update_version(self, from_: str, to_: str) -> None:
-            self.heads.discard(from_)
-            self.heads.add(to_)
-
-    nothing: Any = None
-    maintainer = Rehearsal(nothing, before)
-    for step in steps:
-        maintainer.update_to_step(step)
-    return frozenset(maintainer.heads)
