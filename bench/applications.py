@@ -1,10 +1,10 @@
-"""Time real applications, whose ``env.py`` imports them: migrator against plain Alembic.
+"""Time migrator and plain Alembic on real applications, which ``env.py`` imports.
 
     bin/setup && .venv/bin/python -m bench.applications [--runs 10] [--only optuna] [--work applied]
 
-Two kinds of work: nothing to do, and all revisions from an empty database, without a backup.
+There are two kinds of work: an up-to-date check, and all revisions from an empty database without a backup.
 
-Their histories are copied out of the installed packages and frozen.  Writes ``bench/results/applications.md``.
+The histories are copies from the installed packages, and are frozen.  Writes ``bench/results/applications.md``.
 """
 
 from __future__ import annotations

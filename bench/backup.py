@@ -1,8 +1,8 @@
-"""Time a backup of a pgbench database: migrator (which also proves it) against pg_dump by hand.
+"""Time a backup of a pgbench database: migrator, which also verifies it, against plain pg_dump.
 
     bin/setup && .venv/bin/python -m bench.backup [--runs 5] [--scale 135]
 
-All run on the same machine as the server, in turn.  Writes ``bench/results/backup.md``.
+All run in turn, on the server's machine.  Writes ``bench/results/backup.md``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Figures:
 
 
 def measure(database: Database, folder: Path, runs: int) -> dict[str, Figures]:
-    """Run all of them in turn, ``runs`` times after a warm-up; by name, migrator under its own."""
+    """Run all programs in turn, ``runs`` times after a warm-up; return their figures by name."""
     out = folder / "out"
     environment = database.environment() | {
         "PATH": f"{database.server.bin}:{os.environ['PATH']}",
@@ -77,14 +77,14 @@ def measure(database: Database, folder: Path, runs: int) -> dict[str, Figures]:
 
 
 def written(out: Path) -> tuple[int, float]:
-    """Return how many bytes are below a folder, and how long migrator says that its backup took (else 0)."""
+    """Return the bytes below a folder, and the seconds of the backup that migrator reports (else 0)."""
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     manifests = [json.loads(path.read_text()) for path in out.glob("*.json")]
     return size, sum(manifest["seconds"] for manifest in manifests)
 
 
 def rows_of(database: str, figures: dict[str, Figures]) -> list[str]:
-    """Return the table's rows; the fastest by hand that is no bigger than gzip's is the one to be compared with."""
+    """Return the table's rows; the baseline is the fastest plain pg_dump with a file no larger than gzip's."""
     ours, plain = figures["migrator"], figures[PLAIN]
     best = min(
         (name for name in BY_HAND if figures[name].size <= plain.size),

@@ -2,9 +2,9 @@
 
     bin/setup && .venv/bin/python -m bench.compare [--runs 10] [--revisions 500] [--without-peers]
 
-The server is the embedded one, with fsync off: the clients are compared, not the disk.  dbmate is the binary inside
-npm's package, without its wrapper, which starts node first.  goose, tern and golang-migrate are built by Go, if it is
-there.  They go into ``.cache/`` for this alone.  Writes ``bench/results/compare.md``.
+The server is the embedded one, with fsync off, so that the disk does not count.  dbmate is the binary inside
+npm's package, without its wrapper, which starts node first.  Go builds goose, tern and golang-migrate, if Go is
+installed.  The tools are in ``.cache/``.  Writes ``bench/results/compare.md``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BIN = Path(sys.executable).parent
 
 
 def fresh(server: Server) -> Prepare:
-    """Return what makes an empty database for each run, and drops the one before."""
+    """Return a function that makes an empty database for each run, and drops the previous one."""
     made: list[Database] = []
 
     def prepare() -> Mapping[str, str]:

@@ -1,10 +1,10 @@
-"""Time a run with nothing to do in the container and on the host: the same files, the same Python, the same server.
+"""Time an up-to-date check in the container and on the host: the same files, Python and server.
 
     bin/setup && .venv/bin/python -m bench.container [--runs 30]
 
-On the host the image's own file system is entered with chroot: what differs is the container (namespaces, cgroup,
-seccomp, overlay, bridge) and nothing else. It takes root. `docker run` has a cost of its own, which a program that does
-nothing pays, too: that one is run in turn with migrator, in both places, and subtracted. Writes
+On the host the program runs in the image's file system, with chroot. Only the container differs (namespaces, cgroup,
+seccomp, overlay, bridge). It needs root. `docker run` itself takes time: a program that does nothing runs in turn with
+migrator, in both places, and its time is subtracted. Writes
 ``bench/results/container.md``.
 """
 
@@ -42,7 +42,7 @@ LIMIT = 60
 
 @dataclass(frozen=True)
 class Place:
-    """Where programs are timed: what runs one, and returns the seconds from start to exit."""
+    """A place in which programs run: it returns the seconds from start to exit."""
 
     name: str
     run: Callable[[Sequence[str]], float]
@@ -98,7 +98,7 @@ def on_the_host(engine: Engine, root: Path, address: dict[str, str]) -> Place:
 
 
 class Container:
-    """The container; ``inside`` is what the engine's own clock says, from the program's start to its exit."""
+    """The container; ``inside`` is the time from the program's start to its exit by the engine's clock."""
 
     def __init__(self, engine: Engine, server: Postgres, project: Path, address: dict[str, str]) -> None:
         self.engine = engine
@@ -148,7 +148,7 @@ def measure(places: Sequence[Place], runs: int) -> dict[tuple[str, str], list[fl
 
 
 def table(found: dict[tuple[str, str], list[float]], container: Container) -> str:
-    """Return the medians, and what of them is the container's."""
+    """Return the medians, and the container's share of them."""
     rows = [
         "| where | a program that does nothing, ms | migrator, ms | difference, ms |",
         "|---|---:|---:|---:|",

@@ -1,9 +1,9 @@
-"""Measure how migrator's time grows with what it works on, beside that of the plain tools on the same work.
+"""Measure how the time of migrator and of the plain tools grows with the size of the work.
 
     bin/setup && .venv/bin/python -m bench.growth [--runs 5] [--curve backup] [--most 20000]
 
 Each curve has sizes that double or more; the exponent between two sizes is log(ratio of times) / log(ratio of sizes):
-1 is linear.  What stands beside each size is the ratio to the plain tool (Alembic, or pg_dump and reading the archive
+1 is linear.  Beside each size is the ratio to the plain tool (Alembic, or pg_dump and reading the archive
 back).  The server is the embedded one, with fsync off.  Writes ``bench/results/growth.md``.
 """
 
@@ -49,7 +49,7 @@ def _applied(server: Server, folder: Path, count: int) -> Pair:
 
 
 def _tables(server: Server, count: int, indexes: int) -> Database:
-    """Return a database with so many small tables of three rows, each with its key and further indexes."""
+    """Return a database with that many small tables of three rows, each with a key and further indexes."""
     database = server.create_database()
     more = "".join(f" CREATE INDEX ON %1$I (note, id, ({n}));" for n in range(indexes))
     body = "CREATE TABLE %1$I (id int PRIMARY KEY, note text);"
@@ -63,7 +63,7 @@ def _tables(server: Server, count: int, indexes: int) -> Database:
 
 
 def _altered(server: Server, folder: Path, count: int) -> Pair:
-    """One pending revision with one ALTER, in a schema of so many tables."""
+    """One pending revision with one ALTER, in a schema of that many tables."""
     database = _tables(server, count, 0)
     first, second = linear_history(2)
     alter = Revision(second.id, first.id, "ALTER TABLE big1 ADD IF NOT EXISTS more int", "SELECT 1")
@@ -83,7 +83,7 @@ def _altered(server: Server, folder: Path, count: int) -> Pair:
 
 
 def _backed_up(server: Server, folder: Path, count: int) -> Pair:
-    """A backup of so many small tables with five indexes each, against pg_dump -Fc and reading the archive back."""
+    """A backup of that many small tables with five indexes each, against pg_dump -Fc and reading the archive back."""
     database = _tables(server, count, 4)
     folder.mkdir(parents=True)
     backups = folder / "backups"
@@ -106,7 +106,7 @@ def _backed_up(server: Server, folder: Path, count: int) -> Pair:
 
 def _with_a_long_ledger(command: tuple[str, ...]) -> Curve:
     def curve(server: Server, folder: Path, count: int) -> Pair:
-        """A command where the ledger has so many rows."""
+        """A command on a ledger with that many rows."""
         database = server.create_database()
         write_project(folder, revisions=linear_history(10), env="own_variable")
         environment = variables(database)

@@ -1,7 +1,7 @@
 """Measure programs against each other on the same work: in turn (A B A B ...), medians, and the ratio of the medians.
 
-Machines are noisy and shared, so a single time means little; the ratio of the medians of interleaved runs is what to
-look at.  Where others keep the machine busy, that of the CPU times (the program's, not the server's) says more.
+Machines are noisy and shared, so a single time means little: use the ratio of the medians of interleaved
+runs.  On a busy machine, use the ratio of the CPU times (the program's, not the server's).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADER = (
 
 
 class Figures(NamedTuple):
-    """What a run took: wall and CPU seconds, and its peak memory in MB."""
+    """Wall and CPU seconds of a run, and its peak memory in MB."""
 
     seconds: float
     cpu: float
@@ -39,14 +39,14 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A command and the folder it is run in; ``prepare`` is called before each run and returns its variables."""
+    """A command and its working directory; ``prepare`` is called before each run and returns its variables."""
 
     command: Sequence[str]
     folder: Path
     prepare: Prepare
 
     def run(self) -> Figures:
-        """Run it; raises SystemExit where it fails."""
+        """Run it; raises SystemExit if it fails."""
         environment = {**clean_environment(), **self.prepare()}
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *self.command]
         done = subprocess.run(launcher, cwd=self.folder, env=environment, capture_output=True, text=True)
@@ -76,14 +76,14 @@ print(os.waitstatus_to_exitcode(status), seconds, usage.ru_utime + usage.ru_stim
 
 @dataclass(frozen=True)
 class Limit:
-    """What the ratios may be at most; None where nothing was promised."""
+    """The limits of the ratios; None without a promise."""
 
     seconds: float | None = None
     memory: float | None = None
 
 
 def clean_environment() -> dict[str, str]:
-    """Return our environment without what would make a Python compile its sources anew on each start."""
+    """Return our environment without variables that make Python compile its sources on each start."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 

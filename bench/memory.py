@@ -1,9 +1,9 @@
-"""Measure the memory that the manifests' limits are about, in containers that have exactly those limits.
+"""Measure the memory of runs in containers with the manifests' limits.
 
-    python -m bench.memory [GIGABYTES]      (2 if not said) writes bench/results/memory.md
+    python -m bench.memory [GIGABYTES]      (default: 2) writes bench/results/memory.md
 
-Each run gets the limit of k8s/components/job and no swap. What counts against it is anonymous memory; the page cache
-of files is given back when it is needed. The highest of samples taken every 20 ms is told.
+Each run gets the limit of k8s/components/job and no swap. Anonymous memory counts against it; the kernel
+reclaims the page cache. The result is the highest of samples that are taken every 20 ms.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Bench:
 
 
 class Sampler(threading.Thread):
-    """Reads a container's memory.stat until told to finish; finds it under either version of cgroups."""
+    """Reads a container's memory.stat until it is stopped, under either version of cgroups."""
 
     def __init__(self, container: str) -> None:
         super().__init__(daemon=True)
@@ -106,7 +106,7 @@ class Sampler(threading.Thread):
 
 
 def measure(bench: Bench, gigabytes: float) -> tuple[list[Measured], int]:
-    """Return the runs, in the order in which they are told, and the bytes of the backups."""
+    """Return the runs, in the order of the table, and the bytes of the backups."""
     small = write_project(bench.folder / "small", revisions=linear_history(3))
     long = write_project(bench.folder / "long", revisions=linear_history(REVISIONS))
     bench.folder.chmod(0o755)
@@ -158,7 +158,7 @@ def table(found: list[Measured], size: int) -> str:
 
 
 def main() -> int:
-    """Return 0 where no limit was hit."""
+    """Return 0 if no run hit its limit."""
     gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
     with Engine.provision() as engine, tempfile.TemporaryDirectory() as name:
         standins.ensure(engine)

@@ -1,4 +1,4 @@
-"""The databases that backups and restores are timed with: pgbench's, of 2 GB at scale 135."""
+"""Make pgbench databases for the benchmarks of backup and restore: 2 GB at scale 135."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SETTINGS = {"shared_buffers": "256MB", "max_wal_size": "4GB"}
 
 
 def arguments(about: str | None) -> argparse.Namespace:
-    """Parse what such a benchmark takes: ``runs`` and ``scale``."""
+    """Parse the arguments ``runs`` and ``scale``."""
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--scale", type=int, default=135)

@@ -1,10 +1,10 @@
-"""Time how long many runs that waited for one another take to leave, once the one that applied is gone.
+"""Time how long many waiting runs take to exit after the run that applied.
 
     bin/setup && .venv/bin/python -m bench.race [--runs 10] [--racers 50]
 
 All start at once on a database with pending revisions.  The last revision waits until every other run waits for the
-run lock, so that what is timed is the leaving, from the exit of the run that applied to the exit of the last one,
-and not how long fifty interpreters take to start on this machine.  Writes ``bench/results/race.md``.
+run lock.  So the time is that from the exit of the run that applied to the last exit, without the start of fifty
+interpreters.  Writes ``bench/results/race.md``.
 """
 
 from __future__ import annotations

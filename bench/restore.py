@@ -1,9 +1,9 @@
-"""Time a restore of a pgbench database: migrator (checked, compared, swapped in) against ``pg_restore -j`` by hand.
+"""Time a restore of a pgbench database: migrator (which checks, compares and swaps) against plain ``pg_restore -j``.
 
     bin/setup && .venv/bin/python -m bench.restore [--runs 5] [--scale 135]
 
-Both read the same backup, with as many workers, on the same machine as the server, in turn.
-pg_restore by hand makes a database, restores, and analyses it, as migrator does; it checks and compares nothing.
+Both run in turn on the server's machine, and read the same backup with the same number of workers.
+The plain run makes a database, restores and analyses it, as migrator does; it checks and compares nothing.
 Writes ``bench/results/restore.md``.
 """
 

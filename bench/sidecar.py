@@ -1,8 +1,8 @@
-"""Measure what a sidecar takes after its run: memory, and the time of a look at the version rows.
+"""Measure a sidecar after its run: its memory, and the time of a query of the version rows.
 
     bin/setup && .venv/bin/python -m bench.sidecar [--revisions 500]
 
-Beside it, the peak of a process that runs ``migrator upgrade``: what would stay if one process did both.
+Beside it is the peak of a ``migrator upgrade`` process: one process for both would keep that memory.
 Writes ``bench/results/sidecar.md``.
 """
 
