@@ -253,7 +253,7 @@ def test_backup_and_backups(database: Database, at_second: Path, run_migrator: R
     )
     text = done(run_migrator("backups", cwd=at_second, database=database)).stdout
     assert made.answer["id"] in text
-    assert text.startswith("ID ")
+    assert text.startswith(f"in {run_migrator.backups}:\nID ")
 
 
 def test_settings_show_where_each_comes_from_and_no_secret(

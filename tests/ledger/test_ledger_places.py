@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -299,10 +300,9 @@ def test_the_command_shows_it(database: Database, project: Project, run: Run) ->
     assert "the ledger is empty" in done(run("ledger", cwd=folder)).stdout
     done(run(cwd=folder, MIGRATOR_ACTOR="ann", POD_NAME="shop-1"))
     lines = done(run("ledger", cwd=folder)).stdout.splitlines()
-    assert lines[0].split() == ["AT", "EVENT", "REVISION", "RUN", "BY", "IMAGE", "SECONDS", "WHAT"]
+    assert re.fullmatch(r"run \S+ by ann@shop-1", lines[0])
     assert [line.split()[1] for line in lines[1:]] == ["run", "applied", "applied", "applied"]
-    assert "ann@shop-1" in lines[1]
-    assert "OK: " in lines[1]
+    assert " OK: " in lines[1]
     rows = done(run("ledger", "--limit", "2", "--format", "json", cwd=folder)).answer
     assert [(row["event"], row["revision"]) for row in rows] == [("run", None), ("applied", "r003")]
     assert database.dump(LEDGER).count("CREATE TABLE") == 4

@@ -282,7 +282,9 @@ def test_a_failure_says_nothing_on_stdout_but_what_json_asks_for(
 def on_a_terminal(run: Runner, *arguments: str, **options: Any) -> tuple[int, str]:
     """Run the command with stdout and stderr on a terminal; return its exit code and what is to be read."""
     master, slave = pty.openpty()
-    environment = run.environment(options["database"], {"TERM": "xterm", "COLUMNS": "200"})
+    environment = run.environment(
+        options["database"], {"TERM": "xterm", "COLUMNS": "200", **options.get("env", {})}
+    )
     process = subprocess.Popen(
         [*run.command, *arguments],
         cwd=options["cwd"],
@@ -313,13 +315,73 @@ def test_on_a_terminal_logs_are_text_with_a_progress_bar(
     folder = project(revisions=linear_history(3))
     code, text = on_a_terminal(run_migrator, "upgrade", cwd=folder, database=database)
     assert code == 0
-    assert "] 1/3 r002" in text
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert "━ 1/3 r002" in text
     assert re.search(r"\d\d:\d\d:\d\d INFO +applied 3 of 3: r003 a change", text)
     assert '{"' not in text
     assert text.count("upgraded from base to r003") == 1
     code, text = on_a_terminal(run_migrator, "downgrade", "base", cwd=folder, database=database)
     assert code == 35
     assert text.count("UNSAFE (35)") == 1
+
+
+@pytest.mark.parametrize("command", ["ledger", "backups", "history", "prune --dry-run"])
+def test_answers_are_readable_at_80_columns(
+    command: str, database: Database, project: Project, run_migrator: Runner
+) -> None:
+    long = [
+        Revision(
+            f"9f{k:010d}", f"9f{k - 1:010d}" if k else None, f"CREATE TABLE t{k} ()", message="a change " * 4
+        )
+        for k in range(3)
+    ]
+    folder = project(revisions=long)
+    run_migrator("upgrade", cwd=folder, database=database, env={"MIGRATOR_ACTOR": "ann.of.the.platform.team"})
+    run_migrator("backup", cwd=folder, database=database)
+    code, text = on_a_terminal(
+        run_migrator,
+        *command.split(),
+        cwd=folder,
+        database=database,
+        env={"COLUMNS": "80", "NO_COLOR": "1", "MIGRATOR_BACKUP_KEEP": "last=1"},
+    )
+    assert code == 0
+    lines = [line.rstrip() for line in text.splitlines() if "/" not in line]
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 80, text
+
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "coloured"),
+    [
+        ("upgrade nowhere", {}, True),
+        ("status", {}, True),
+        ("--no-color status", {}, False),
+        ("status --no-color", {}, False),
+        ("upgrade nowhere", {"NO_COLOR": "1"}, False),
+        ("upgrade nowhere", {"TERM": "dumb"}, False),
+        ("status --format json", {}, False),
+    ],
+)
+def test_colours_are_for_terminals_that_want_them(
+    words: str,
+    env: dict[str, str],
+    coloured: bool,
+    database: Database,
+    project: Project,
+    run_migrator: Runner,
+) -> None:
+    folder = project(revisions=linear_history(1))
+    run_migrator("upgrade", cwd=folder, database=database)
+    _, text = on_a_terminal(run_migrator, *words.split(), cwd=folder, database=database, env=env)
+    assert bool(COLOURS.search(text)) is coloured, text
+    if coloured:  # a copied command has no line break in it
+        plain = COLOURS.sub("", text)
+        assert "Next: `migrator history` lists the revisions" in plain or "last run: upgrade, OK (0)" in plain
+    assert not COLOURS.search(run_migrator(*words.split(), cwd=folder, database=database, env=env).stdout)
 
 
 @pytest.mark.parametrize("level", ["debug", "warning", "error"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from migrator.config import settings
 from migrator.outcome import ExitCode, Outcome
+from migrator.runtime import terminal
 from migrator.runtime.escaping import visible
 from migrator.runtime.output import report
 from migrator.runtime.output.report import Answer
@@ -96,7 +100,7 @@ def of_state(state: State, *, exit_code: bool, newest_backup: Mapping[str, Any] 
         data["version_tables"] = {name: list(ids) for name, ids in several.items()}
     backup = f"{newest_backup['id']} ({newest_backup['created']})" if newest_backup else "none"
     rows = [
-        ("database", f"{state.target} (PostgreSQL {state.server_version})"),
+        ("database", f"{state.target} (PostgreSQL {state.server_version.split()[0]})"),
         ("current", ", ".join(state.current) or "base"),
         ("heads", ", ".join(state.heads)),
         ("pending", str(len(state.pending)) if state.pending else "nothing"),
@@ -136,19 +140,19 @@ def of_backups(rows: Sequence[Mapping[str, Any]]) -> Answer:
         return Answer([], "no backups")
     from migrator.backups.manifest import human_size
 
+    folders = {str(row["place"]).rpartition("/")[0] for row in rows}
     shown = [
         {
             "ID": str(row["id"]),
-            "CREATED": str(row["created"])[:19],
-            "DATABASE": str(row["database"]),
             "REVISION": str(row["revision"]),
             "SIZE": human_size(float(row["size"])),
-            "VERIFIED": f"{row['verified'] or 'NOT VERIFIED'} {str(row['verified_at'])[:19]}".strip(),
-            "PLACE": str(row["place"]),
+            "VERIFIED": f"{row['verified'] or 'NOT VERIFIED'} {str(row['verified_at'])[:10]}".strip(),
+            **({"PLACE": str(row["place"])} if len(folders) > 1 else {}),
         }
         for row in rows
     ]
-    return Answer(list(rows), _table(shown))
+    place = f"in {visible(folders.pop())}:\n" if len(folders) == 1 else ""
+    return Answer(list(rows), f"{place}{_table(shown)}")
 
 
 def of_backup(backup: Backup, *, proven: bool = False) -> Answer:
@@ -197,25 +201,34 @@ def of_restored(restored: Restored) -> Answer:
 
 
 def of_ledger(rows: Sequence[Mapping[str, Any]]) -> Answer:
-    """Answer with one line a row, newest first; the data has every column."""
+    """Answer with a block for each run, and a line for each of its rows, newest first; the data has every column."""
     if not rows:
         return Answer([], "the ledger is empty: migrator has not changed this database yet")
-    shown = [
-        {
-            "AT": str(row["at"])[:19],
-            "EVENT": str(row["event"]),
-            "REVISION": str(row["revision"] or ""),
-            "RUN": str(row["run_id"]),
-            "BY": "@".join(part for part in (row["actor"] or row["role"], row["host"]) if part),
-            "IMAGE": str(row["image_version"] or ""),
-            "SECONDS": "" if row["seconds"] is None else f"{row['seconds']:.2f}",
-            "WHAT": f"{row['outcome']}: {row['message']}"
-            if row["event"] == "run"
-            else str(row["message"] or ""),
-        }
-        for row in rows
+    blocks = [
+        "\n".join([visible(_of_run(group[0])), *(_of_row(row) for row in group)])
+        for group in ([*found] for _, found in itertools.groupby(rows, key=lambda row: row["run_id"]))
     ]
-    return Answer(list(rows), _table(shown))
+    return Answer(list(rows), "\n\n".join(blocks))
+
+
+def _of_run(row: Mapping[str, Any]) -> str:
+    by = "@".join(part for part in (row["actor"] or row["role"], row["host"]) if part)
+    image = f", image {row['image_version']}" if row["image_version"] else ""
+    return f"run {row['run_id']} by {by}{image}"
+
+
+def _of_row(row: Mapping[str, Any]) -> str:
+    seconds = "" if row["seconds"] is None else f" ({row['seconds']:.2f} s)"
+    said = f"{row['outcome']}: {row['message']}" if row["event"] == "run" else str(row["message"] or "")
+    start = f"  {str(row['at'])[:19]}  {row['event']:<9} "
+    what = f"{row['revision']}: {said}" if row["revision"] else said
+    return textwrap.fill(
+        f"{start}{visible(what)}{seconds}",
+        terminal.columns() or sys.maxsize,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def of_repair(repair: Repair) -> Answer:
@@ -293,10 +306,5 @@ def _line(item: Revision) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Lay out rows in columns; the last column has no width limit."""
-    rows = [{name: visible(value) for name, value in row.items()} for row in rows]
-    names = list(rows[0])
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-    widths[names[-1]] = 0
-    lines = [dict(zip(names, names, strict=True)), *rows]
-    return "\n".join("  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in lines)
+    """Lay out rows in columns."""
+    return terminal.table([{name: visible(value) for name, value in row.items()} for row in rows])

@@ -140,6 +140,8 @@ def _meaning(error: Exception) -> MigratorError:
 
 def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     command = arguments.command or "upgrade"
+    if getattr(arguments, "no_color", False):
+        os.environ["NO_COLOR"] = "1"
     if command == "completion":
         from migrator.cli import completion
 
@@ -183,6 +185,10 @@ def _print(answer: Answer, *, as_json: bool) -> None:
     """Print an answer. The message of a failure is the log's last line already."""
     if as_json or answer.code in (ExitCode.OK, ExitCode.PENDING):
         text = answer.render("json" if as_json else "text")
+        if not as_json and "logging" in sys.modules:  # not after an up-to-date check, which imports little
+            from migrator.runtime import terminal
+
+            text = terminal.coloured(text, sys.stdout)
         _write(text, wanted=as_json or not text)  # Alembic's own commands have printed it already
 
 

@@ -169,6 +169,12 @@ def _add_common(parser: Parser, name: str = "") -> None:
     )
     format_ = {"choices": ("text", "json"), "metavar": "text|json", **keywords}
     parser.option(parser, "--format", help="format of the answer on stdout [text]", **format_)
+    parser.option(
+        *(parser, "--no-color"),
+        action="store_true",
+        help="no colour on a terminal; NO_COLOR=1 does the same",
+        **keywords,
+    )
     chosen = parser.add_argument_group("settings that matter here (each is also a variable, MIGRATOR_...)")
     rest = parser.add_argument_group("other settings")
     for item in settings.OPTIONS:

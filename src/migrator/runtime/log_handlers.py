@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from pythonjsonlogger import json
 
+from migrator.runtime import terminal
 from migrator.runtime.escaping import visible, visible_json, visible_lines
 from migrator.runtime.redaction import begin_line, origin, redact, silence
 
@@ -37,7 +38,11 @@ class _RedactingFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """``12:03:04 INFO  applied 2 of 5 ...``: for people at a terminal."""
+    """``12:03:04 INFO  applied 2 of 5 ...``: for people; in colour if the stream is a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
@@ -46,7 +51,7 @@ class TextFormatter(logging.Formatter):
         line = f"{time} {record.levelname:<7} {show(record.getMessage())}"
         if record.exc_info:
             line += "\n" + visible_lines(self.formatException(record.exc_info))
-        return redact(line)
+        return terminal.coloured(redact(line), self._stream)
 
 
 class JsonFormatter(json.JsonFormatter):
@@ -75,7 +80,7 @@ class Console:
         self._level = level
         self._run_id = run_id
         self._handler = _Handler(stream)
-        self._handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+        self._handler.setFormatter(JsonFormatter() if as_json else TextFormatter(stream))
         self._handler.addFilter(self._admit)
         self._installed: list[logging.Handler] = []
 
