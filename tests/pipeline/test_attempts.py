@@ -18,6 +18,7 @@ from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal
 from migrator.postgres.version_table import VersionTable
 from tests.support.env_shapes import SHAPES
 from tests.support.env_text import env
+from tests.support.ledgers import agrees
 from tests.support.outcomes import done, left_behind, refusal
 from tests.support.projects import Revision, linear_history
 from tests.support.proxy import Proxy
@@ -356,3 +357,13 @@ def test_a_version_table_that_a_revision_moves_is_not_called_rolled_back(
     result = run_migrator(cwd=folder, database=database)
     assert database.psql("SELECT version_num FROM app.alembic_version") == [("b1",)]
     refusal(result, ExitCode.PARTIAL, "the version table does not show them")
+
+
+def test_a_hook_of_env_py_that_commits_loses_no_row_of_the_ledger(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    hook = "on_version_apply=lambda ctx, **_: ctx.connection.commit()"
+    folder = project(env(configure=hook), revisions=linear_history(2))
+    done(run_migrator(cwd=folder, database=database))
+    agrees(database, ["r001", "r002"])
+    assert "something else" not in done(run_migrator(cwd=folder, database=database)).stderr

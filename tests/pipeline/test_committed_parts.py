@@ -168,6 +168,16 @@ UNUSUAL = {
         DRIVERS["psycopg2"],
         f"with op.get_context().autocommit_block():\n    op.get_bind().connection.cursor().execute('{DOUBLE}')",
     ),
+    "a class of psycopg": (
+        DRIVERS["psycopg"],
+        f"import psycopg\n{ON_A_CURSOR.format(f'psycopg.Connection.connect({ADDRESS})')}",
+    ),
+    "a pool of asyncpg": (
+        DRIVERS["psycopg2"],
+        "import asyncio, asyncpg, os\nasync def go():\n"
+        "    async with asyncpg.create_pool(os.environ['DATABASE_URL'], min_size=1) as pool:\n"
+        f"        await pool.execute('{DOUBLE}')\nasyncio.run(go())",
+    ),
     "a program in Python": (
         DRIVERS["psycopg2"],
         f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {IN_A_CHILD!r}], check=True)",
@@ -399,6 +409,16 @@ def test_what_stays_in_the_transaction_is_no_part(
     done(run_migrator("upgrade", "a1", cwd=folder, database=database))
     refusal(run_migrator(cwd=folder, database=database), ExitCode.ROLLED_BACK, "Everything was rolled back")
     assert numbers(database) == [1, 2, 3]
+
+
+def test_a_replication_slot_is_not_called_rolled_back(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    slot = f"s_{database.name}"
+    body = f"op.execute(\"SELECT pg_create_physical_replication_slot('{slot}')\")\nop.execute('SELECT 1 / 0')"
+    result = run_migrator(cwd=project(revisions=[Revision("a1", None, body)]), database=database)
+    assert database.psql("SELECT pg_drop_replication_slot(%s)", (slot,))
+    refusal(result, ExitCode.PARTIAL, "A part of a1 may have been committed", "--retry")
 
 
 def test_a_prepared_transaction_is_not_called_rolled_back(

@@ -378,7 +378,8 @@ class MigrationExecution:
         steps = self._steps(heads, again=again)
         self.visits.setdefault(place, Passage(rows, self.history.rows_after(steps, heads)))
         if self.steps.applied not in context.on_version_apply_callbacks:
-            context.on_version_apply_callbacks = (*context.on_version_apply_callbacks, self.steps.applied)
+            # First: a hook of env.py may commit, and the row of the ledger belongs to the version row.
+            context.on_version_apply_callbacks = (self.steps.applied, *context.on_version_apply_callbacks)
         revisions = [step for step in steps if getattr(step, "revision", None) is not None]
         if again:
             self.steps.forget([step.revision.revision for step in revisions])

@@ -158,7 +158,18 @@ _SIMPLE = re.compile(r"\s*([\w./-]+)[^;&|`$()<>\n]*")  # a command line of one p
 _STARTS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec")
 """https://docs.python.org/3/library/audit_events.html"""
 _FORKS = ("os.fork", "os.forkpty")
-_DRIVERS = ("psycopg2", "psycopg", "asyncpg")
+_CONNECTS = (
+    ("psycopg2", ""),
+    ("psycopg", ""),
+    ("psycopg", "Connection"),
+    ("psycopg", "AsyncConnection"),
+    ("asyncpg", ""),
+    ("asyncpg.connection", ""),  # for its pool
+    ("pg8000", ""),
+    ("pg8000.dbapi", ""),
+)
+"""Modules, and classes in them, with a ``connect``."""
+_DRIVERS = frozenset(module for module, _ in _CONNECTS)
 RAW = "a connection of the driver's own"
 _CHILD = "a child process"
 
@@ -178,12 +189,15 @@ class OutsideConnections:
 
     def begins(self) -> None:
         """Watch the drivers that are loaded by now."""
-        for name in _DRIVERS:
-            if name in sys.modules:
-                self._wrap(sys.modules[name], "connect")
+        for module, name in _CONNECTS:
+            owner = sys.modules.get(module)
+            owner = getattr(owner, name, None) if name else owner
+            if owner is not None:
+                self._wrap(owner, "connect")
 
     def _wrap(self, owner: Any, name: str) -> None:
-        call = getattr(owner, name)
+        found = vars(owner)[name]
+        call = found.__func__ if isinstance(found, classmethod) else found
         if hasattr(call, "watched"):
             return
 
@@ -194,8 +208,8 @@ class OutsideConnections:
             return call(*arguments, **options)
 
         watched.watched = True  # type: ignore[attr-defined]
-        setattr(owner, name, watched)
-        self._undo.append(lambda: setattr(owner, name, call))
+        setattr(owner, name, classmethod(watched) if isinstance(found, classmethod) else watched)
+        self._undo.append(lambda: setattr(owner, name, found))
 
     def _watch_children(self) -> None:
         """Watch multiprocessing, whose ways to start a process are not all seen by audits."""
@@ -228,6 +242,8 @@ class OutsideConnections:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in _FORKS and self._inside():
             self._used(_CHILD)
+        elif event == "import" and arguments[0] in _DRIVERS and self._inside():
+            self._used(RAW)  # it is not loaded yet, so it is not watched
         elif event in _STARTS and self._inside() and not _HARMLESS.fullmatch(name := _program(arguments)):
             self._used(f"the program {name}")
 

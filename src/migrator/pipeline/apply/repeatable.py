@@ -42,16 +42,19 @@ _HARMLESS = frozenset(
 """Words before a parenthesis in a query that write nothing."""
 
 
-_BY_ANOTHER_SESSION = re.compile(
+_NOT_UNDONE = re.compile(
     r"\b(?:dblink_exec|dblink_send_query|pg_background_launch|dblink\s*\([^;]*\b(?:INSERT|UPDATE|DELETE|MERGE|CALL)\b)"
+    r"|pg_(?:create|copy|drop)_(?:logical_|physical_)?replication_slot|pg_replication_slot_advance"
     r"|^\s*PREPARE\s+TRANSACTION\b|;\s*PREPARE\s+TRANSACTION\b",
     re.IGNORECASE,
 )
 
 
 def outlives_a_rollback(statement: str) -> bool:
-    """Tell whether a statement has another session write, or leaves a prepared transaction behind."""
-    return bool(_BY_ANOTHER_SESSION.search(statement))
+    """Tell whether a statement has another session write, leaves a prepared transaction behind, or changes a
+    replication slot.
+    """
+    return bool(_NOT_UNDONE.search(statement))
 
 
 def is_repeatable(statement: str) -> bool:
