@@ -196,9 +196,9 @@ class OutsideConnections:
                 self._wrap(owner, "connect")
 
     def _wrap(self, owner: Any, name: str) -> None:
-        found = vars(owner)[name]
+        found = vars(owner).get(name)
         call = found.__func__ if isinstance(found, classmethod) else found
-        if hasattr(call, "watched"):
+        if call is None or hasattr(call, "watched"):
             return
 
         @functools.wraps(call)

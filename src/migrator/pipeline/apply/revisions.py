@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from migrator.pipeline.apply.commits import RAW, OutsideConnections
 from migrator.pipeline.apply.connection import MigrationConnection
 from migrator.pipeline.apply.metrics.measurement import Measured
 from migrator.pipeline.apply.metrics.observer import Observation
-from migrator.pipeline.apply.repeatable import is_repeatable, outlives_a_rollback
+from migrator.pipeline.apply.repeatable import is_repeatable, outlives_a_rollback, resets_the_session
 from migrator.pipeline.unexpected import sqlstate
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.errors import QueryFailed
@@ -250,10 +249,10 @@ class Steps:
     def executes(self, statement: str, autocommit: bool) -> None:
         """Check a statement before it runs: one that leaves its transaction must not run twice."""
         self._asked = False  # the one before it failed, and the revision goes on
-        if self._inside and _SETS.search(statement):
-            self._reset = True
-        if self._inside and outlives_a_rollback(statement):
-            self.commits_elsewhere(statement)
+        if self._inside:
+            self._reset = self._reset or resets_the_session(statement)
+            if outlives_a_rollback(statement):
+                self.commits_elsewhere(statement)
         if not self._inside or (self._wrote and not autocommit) or is_repeatable(statement):
             return
         self._unrepeatable = self._unrepeatable or statement
@@ -433,11 +432,6 @@ class Steps:
         self.progress.draw(len(self.results), "")
 
 
-_SETS = re.compile(
-    r"\b(?:lock_timeout|statement_timeout|RESET\s+(?:ALL|ROLE)|DISCARD\s+ALL|SESSION\s+AUTHORIZATION|pg_advisory_unlock_all)\b",
-    re.IGNORECASE,
-)
-"""What may undo the role and the timeouts that migrator has set; a script of pg_dump's does."""
 _NO_TRANSACTION = "25P01"
 _OPEN_SINCE = "SELECT coalesce(xact_start::text, state) FROM pg_stat_activity WHERE pid = %s"
 """Empty if another login, which env.py uses, may not be seen."""
