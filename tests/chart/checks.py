@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from migrator.cli import main as cli
+from migrator.cli.parser import make_parser
 from migrator.config import settings
 from tests.support.helm import CHART, LEAST, merged
 from tests.support.kubernetes import (
@@ -122,7 +122,7 @@ def check_pod(item: dict[str, Any]) -> None:
         assert len({mount["mountPath"] for mount in mounts}) == len(mounts)
         if container["name"] == "backend":
             continue
-        cli.build_parser().parse_args(container["args"])
+        make_parser().parse_args(container["args"])
         check_settings(container)
     assert mounted == set(volumes), "a mount has no volume, or a volume is mounted nowhere"
 

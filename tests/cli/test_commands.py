@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from migrator.cli import main as cli
 from migrator.cli.arguments import PASSED_ON
 from migrator.cli.catalogue import COMMANDS
+from migrator.cli.parser import make_parser
 from migrator.outcome import ExitCode
 from tests.support import PLANTED
 from tests.support.outcomes import done, left_behind, refusal, unchanged
@@ -380,14 +380,14 @@ def test_a_failure_under_alembics_own_command_is_no_defect_of_ours(
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in PASSED_ON])
 def test_the_help_of_each_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.build_parser().parse_args([command, "--help"])
+        make_parser().parse_args([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     example = COMMANDS[command].example
     assert f"example:\n  {example}" in text
     assert example.startswith("migrator ")
     words = example.split("||")[0].split()[1:]
-    assert cli.build_parser().parse_args(words).command == command
+    assert make_parser().parse_args(words).command == command
 
 
 def test_help_and_version_exit_zero_and_name_every_command(run_migrator: Runner) -> None:

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from migrator.cli import main as cli
 from migrator.cli.arguments import PASSED_ON
 from migrator.cli.catalogue import COMMANDS, overview
+from migrator.cli.parser import make_parser
 from migrator.config import settings
 from migrator.errors import SettingsError
 from migrator.outcome import ExitCode
@@ -32,7 +32,7 @@ def _width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def helped(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        cli.build_parser().parse_args(words)
+        make_parser().parse_args(words)
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -113,7 +113,7 @@ def test_what_is_mistyped_is_answered_with_the_nearest(
 @pytest.mark.parametrize("words", ["{}", "upgrade head {}", "--database-url {}", "upgrade --database-url={}"])
 def test_an_address_among_the_arguments_is_not_repeated(words: str) -> None:
     with pytest.raises(SettingsError) as refused:
-        cli.build_parser().parse_args(words.format("postgresql://me:hush@h/d").split())
+        make_parser().parse_args(words.format("postgresql://me:hush@h/d").split())
     assert "hush" not in str(refused.value)
     if "--database-url" in words and "upgrade" in words:
         assert "set MIGRATOR_DATABASE_URL" in str(refused.value)

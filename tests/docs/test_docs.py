@@ -18,9 +18,9 @@ import yaml
 from alembic.config import CommandLine
 
 from migrator import errors
-from migrator.cli import main as cli
 from migrator.cli.arguments import PASSED_ON
 from migrator.cli.catalogue import COMMANDS as CATALOGUE
+from migrator.cli.parser import make_parser
 from migrator.config import settings
 from migrator.outcome import ExitCode
 from migrator.schema import expectations
@@ -217,7 +217,7 @@ def test_every_command_parses(page: str, command: str) -> None:
     words = shlex.split(command)
     if "--help" in words or words == ["..."]:
         words = [word for word in words if word not in {"--help", "...", "COMMAND"}]
-    arguments = cli.build_parser().parse_args(words)
+    arguments = make_parser().parse_args(words)
     command = arguments.__dict__.get("command")
     if command in PASSED_ON and arguments.arguments not in ([], ["..."]):
         own = [] if command == "alembic" else [command]

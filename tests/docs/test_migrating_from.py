@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from migrator.cli import main as cli
+from migrator.cli.parser import make_parser
 from migrator.config import settings
 from migrator.outcome import ExitCode
 from tests.chart.checks import check, check_pod
@@ -118,7 +118,7 @@ def test_the_settings_are_accepted(number: int, tmp_path: Path) -> None:
     found = settings.load({}, environment, tmp_path)
     assert found.target is not None
     assert not found.warnings
-    cli.build_parser().parse_args(container.get("args", []))
+    make_parser().parse_args(container.get("args", []))
 
 
 def test_nothing_waits_for_what_is_not_there() -> None:

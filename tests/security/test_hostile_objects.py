@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from migrator.cli.main import build_parser
+from migrator.cli.parser import make_parser
 from tests.security import canaries, world
 from tests.security.scenario import STEPS, Answer, Scenario, Step
 from tests.security.world import Call, World
@@ -139,7 +139,7 @@ def _made(row: tuple[Any, ...]) -> bool:
 
 def commands() -> set[str]:
     """Return the names of all commands that the parser knows."""
-    actions = build_parser()._actions
+    actions = make_parser()._actions
     return {
         name
         for action in actions

@@ -51,13 +51,6 @@ REPORTED = frozenset({"upgrade", "downgrade", "stamp", "verify"})
 """Commands that always write a report (MIGRATOR_REPORT_FILE)."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of every command."""
-    from migrator.cli.parser import make_parser
-
-    return make_parser()
-
-
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments. A container without arguments skips the parser, which takes a while to build."""
     if not words or (words[0] == "upgrade" and len(words) <= 2 and words[-1][:1] not in {"-", ""}):

@@ -181,13 +181,13 @@ class VersionTables(NamedTuple):
 
 # Only a version table has this single column; another table's version_num may be in a million rows. A
 # policy calls functions of the table's owner.
-_ALL = """
+_ALL = f"""
 SELECT n.nspname::text, c.relname::text,
        has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AND NOT row_security_active(c.oid)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
- WHERE c.relkind = 'r' AND n.nspname !~ '^pg_' AND (c.relnatts = 1 OR c.relname = 'alembic_version')
-"""
+ WHERE c.relkind = 'r' AND {IN_USER_SCHEMA} AND (c.relnatts = 1 OR c.relname = 'alembic_version')
+"""  # noqa: S608 - constants only
 
 
 def read_all(session: Session) -> VersionTables:

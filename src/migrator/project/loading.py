@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from migrator.postgres.errors import chain, sqlstate_of
+
 if TYPE_CHECKING:
     from alembic.config import Config
 
@@ -144,10 +146,6 @@ def _without_options() -> Iterator[None]:
 
 def remedy(error: BaseException, otherwise: str) -> str:
     """Return the fix for code that failed while it was loaded; ``otherwise`` if it did not try to write."""
-    at: BaseException | None = error
-    while at is not None:
-        for item in (at, getattr(at, "orig", None)):
-            if _READ_ONLY_TRANSACTION in {getattr(item, "pgcode", None), getattr(item, "sqlstate", None)}:
-                return "write nothing while it loads: this command only reads, so its sessions are read-only"
-        at = at.__cause__ or at.__context__
+    if any(sqlstate_of(item) == _READ_ONLY_TRANSACTION for item in chain(error)):
+        return "write nothing while it loads: this command only reads, so its sessions are read-only"
     return otherwise

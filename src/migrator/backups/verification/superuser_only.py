@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from migrator.postgres.queries import IN_USER_SCHEMA
 from migrator.postgres.session import Session
 
 # An extension's members come with it. Where the role may create no database, extensions stay as they are.
-_FOUND = """
+_FOUND = f"""
 WITH extensions(classid, objid) AS (SELECT classid, objid FROM pg_depend WHERE deptype = 'e'),
-mine AS (SELECT oid FROM pg_namespace WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'),
+mine AS (SELECT oid FROM pg_namespace n WHERE {IN_USER_SCHEMA}),
 owned(classid, oid, owner) AS (
   SELECT 'pg_class'::regclass, oid, relowner FROM pg_class WHERE relnamespace IN (TABLE mine)
   UNION ALL SELECT 'pg_proc'::regclass, oid, proowner FROM pg_proc WHERE pronamespace IN (TABLE mine)
@@ -39,7 +40,7 @@ owned(classid, oid, owner) AS (
    WHERE NOT pg_has_role(owner, 'USAGE') AND (classid, oid) NOT IN (TABLE extensions)
 )
 SELECT name FROM found WHERE NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) ORDER BY 1
-"""
+"""  # noqa: S608 - constants only
 
 
 def find(session: Session) -> list[str]:

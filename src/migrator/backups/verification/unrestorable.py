@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from migrator.backups.exported_snapshot import savepoint
 from migrator.backups.verification import superuser_only
 from migrator.postgres.errors import Refused
+from migrator.postgres.queries import IN_USER_SCHEMA
 from migrator.postgres.session import Session
 
 # Where a restore evaluates expressions, and the functions that each calls: directly, by an operator, by a
@@ -64,16 +65,16 @@ WITH RECURSIVE extensions(objid) AS (
 )
 SELECT DISTINCT name, objid::bigint FROM needs WHERE classid = 'pg_proc'::regclass ORDER BY 1, 2
 """
-_FUNCTIONS = """
+_FUNCTIONS = f"""
 SELECT p.oid::bigint, p.oid::regprocedure::text, proname::text, lanname::text, coalesce(prosrc, ''),
        EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%'),
        (SELECT extname::text FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
          WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')
   FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace JOIN pg_language l ON l.oid = prolang
- WHERE nspname <> 'information_schema' AND nspname !~ '^pg_'
-"""
-_NAMES = """
-WITH mine AS (SELECT oid FROM pg_namespace WHERE nspname <> 'information_schema' AND nspname !~ '^pg_')
+ WHERE {IN_USER_SCHEMA}
+"""  # noqa: S608 - constants only
+_NAMES = f"""
+WITH mine AS (SELECT oid FROM pg_namespace n WHERE {IN_USER_SCHEMA})
 SELECT 'relation', relname::text FROM pg_class c WHERE relnamespace IN (TABLE mine)
    AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
    AND NOT EXISTS (SELECT FROM pg_class o WHERE o.relname = c.relname AND relnamespace = 'pg_catalog'::regnamespace)
@@ -84,7 +85,7 @@ UNION
 SELECT 'text search dictionary', dictname::text FROM pg_ts_dict WHERE dictnamespace IN (TABLE mine)
 UNION
 SELECT 'text search configuration', cfgname::text FROM pg_ts_config WHERE cfgnamespace IN (TABLE mine)
-"""
+"""  # noqa: S608 - constants only
 _EXTENSIONS = "SELECT extname::text FROM pg_extension WHERE extname = 'pg_cron'"
 # pg_dump has the rows of an extension's tables only where the extension says so, and no extension's version.
 _OF_EXTENSIONS = """

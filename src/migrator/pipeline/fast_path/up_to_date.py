@@ -18,7 +18,7 @@ from migrator.outcome import Outcome
 from migrator.pipeline.record import Record
 from migrator.postgres import search_path
 from migrator.postgres.errors import ConnectFailed, QueryFailed
-from migrator.postgres.queries import INVALID_INDEXES, LEDGER
+from migrator.postgres.queries import IN_USER_SCHEMA, INVALID_INDEXES, LEDGER
 from migrator.postgres.quoting import quote_identifier, quote_literal
 from migrator.postgres.session import FirstQuery, Session, connect
 from migrator.postgres.version_table import VersionTable
@@ -329,8 +329,8 @@ def _first_query(table: VersionTable, digest: str) -> FirstQuery:
 
 
 _ALONE = (
-    " AND (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relname = {name}"
-    " AND c.relkind = 'r' AND n.nspname !~ '^pg_') < 2"
+    " AND (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relname = {name}"  # noqa: S608 - constants only
+    f" AND c.relkind = 'r' AND {IN_USER_SCHEMA}) < 2"
 )
 """Whether there is no other table of this name, which ``env.py``'s connection may see instead."""
 

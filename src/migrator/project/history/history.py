@@ -79,13 +79,6 @@ class History:
         """Return the ids of all heads."""
         return tuple(self.script.get_heads())
 
-    @property
-    def config_name(self) -> str:
-        """Return the project's configuration file, for messages."""
-        return str(
-            self.config.config_file_name or getattr(self.config, "toml_file_name", None) or self.script.dir
-        )
-
     def walk(self) -> Iterator[Revision]:
         """Yield every revision, newest first."""
         return (self._revision(script) for script in self.script.walk_revisions())
