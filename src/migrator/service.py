@@ -19,12 +19,14 @@ from migrator.runtime.signals import Interruption
 # Methods import the rest themselves: an up-to-date check pays for nothing else.
 if TYPE_CHECKING:
     from migrator.backups.manifest import Backup
+    from migrator.backups.restore.restore import RestoreOptions
     from migrator.backups.restore.result import Restored
     from migrator.backups.retention import Pruned
     from migrator.backups.storage.interface import Store
     from migrator.ledger.edited_files import Edit
     from migrator.ledger.queries import LastRun
     from migrator.ledger.repair import Repair
+    from migrator.ledger.table import Author
     from migrator.outcome import Outcome
     from migrator.pipeline.drift import Drift
     from migrator.pipeline.fast_path.up_to_date import FrozenHistory
@@ -302,7 +304,7 @@ class MigrationService:
         from migrator.pipeline.stages.lock import lock
 
         history = self.history()
-        author = Record("repair", self.settings.target, self.run_id).author(self.settings.actor)
+        author = self._author("repair")
         changing = self.interruption.changing("migrator ledger")
         with self._session() as session, lock(session, self.settings), changing:
             return accept_edits(session, history, self.settings, revisions, author)
@@ -314,7 +316,7 @@ class MigrationService:
         from migrator.postgres.version_table import read_version
 
         history = self.history()
-        author = Record("repair", self.settings.target, self.run_id).author(self.settings.actor)
+        author = self._author("repair")
         with self._session() as session, lock(session, self.settings):
             table, _ = read_version(session, history, self.settings.version_table)
             with self.interruption.changing("migrator ledger"):
@@ -403,9 +405,10 @@ class MigrationService:
         from migrator.backups.restore.tables import refuse_together, restore_tables
 
         refuse_together(to, tables, into_schema, drop_old)
+        target = self.settings.required_target
         if tables:
             return restore_tables(
-                self.settings.required_target,
+                target,
                 self.settings,
                 backup_id,
                 tables,
@@ -414,21 +417,31 @@ class MigrationService:
                 application_name=self.application_name,
                 committed=self.interruption.block,
             )
+        from migrator.backups.restore.restore import RestoreOptions
+
         if not to and not replace:
             raise SettingsError(
                 ["restore without --to replaces the database and ends its sessions"],
                 next_step=f"migrator restore {backup_id} --yes; to look first: migrator restore {backup_id} "
                 "--to NAME",
             )
-        from migrator.backups.restore.restore import RestoreOptions, restore
-        from migrator.backups.restore.write_detection import Incomplete
-        from migrator.pipeline.stages.lock import lock
-
-        if to and to == self.settings.required_target.database:
+        if to and to == target.database:
             raise SettingsError(
                 [f"--to {to} names the database itself: --to needs another name"],
                 next_step=f"to replace the database: migrator restore {backup_id} --yes",
             )
+        options = RestoreOptions(drop_old=drop_old, incomplete=incomplete, swapped=self.interruption.block)
+        restored = self._restore_database(backup_id, to, replace, options)
+        if not to:
+            self._note(restored)
+        return restored
+
+    def _restore_database(self, backup_id: str, to: str, replace: bool, options: RestoreOptions) -> Restored:
+        """Restore into a database, under the run lock if it replaces the target."""
+        from migrator.backups.restore.restore import restore
+        from migrator.backups.restore.write_detection import Incomplete
+        from migrator.pipeline.stages.lock import lock
+
         with contextlib.ExitStack() as stack:
             try:
                 session = stack.enter_context(self._session())
@@ -438,7 +451,7 @@ class MigrationService:
                 if replace and not to:
                     stack.enter_context(lock(session, self.settings, session_ends=lambda: True))
             try:
-                restored = restore(
+                return restore(
                     self.settings.required_target,
                     self.settings,
                     backup_id,
@@ -446,9 +459,7 @@ class MigrationService:
                     run_id=self.run_id,
                     application_name=self.application_name,
                     replace=replace,
-                    options=RestoreOptions(
-                        drop_old=drop_old, incomplete=incomplete, swapped=self.interruption.block
-                    ),
+                    options=options,
                 )
             except Incomplete as error:
                 raise SettingsError(
@@ -456,9 +467,6 @@ class MigrationService:
                     next_step=f"look first: migrator restore {backup_id} --to NAME; or migrator restore "
                     f"{backup_id} --yes --incomplete, which keeps the current state",
                 ) from error
-        if not to:
-            self._note(restored)
-        return restored
 
     def _note(self, restored: Restored) -> None:
         """Add a row about the restore to the restored ledger; a failure does not fail the restore."""
@@ -467,7 +475,7 @@ class MigrationService:
 
         if not self.settings.ledger:
             return
-        author = Record("restore", self.settings.target, self.run_id).author(self.settings.actor)
+        author = self._author("restore")
         try:
             with self._session() as session:
                 note_restore(
@@ -480,6 +488,10 @@ class MigrationService:
                 )
         except (MigratorError, ConnectFailed, QueryFailed) as error:
             log.warning("the ledger does not record the restore: %s", error)
+
+    def _author(self, kind: str) -> Author:
+        """Return who writes a row of the ledger."""
+        return Record(kind, self.settings.target, self.run_id).author(self.settings.actor)
 
     @property
     def application_name(self) -> str:
