@@ -16,7 +16,7 @@ ON_THEIRS = {
     "pipeline/apply/connection.py": (),
     "ledger/writer.py": (),
     "pipeline/apply/metrics/relations.py": (),
-    "pipeline/apply/revisions.py": (),
+    "pipeline/apply/revisions.py": ("_OPEN_SINCE",),  # on a session of ours
     "ledger/table.py": (),
     "pipeline/apply/metrics/observer.py": ("_BEFORE", "_SIZE"),  # on a session of ours
     "postgres/search_path.py": ("_FIND", "FIND", "LIST", "beside"),
