@@ -321,22 +321,16 @@ def load(
     problems: list[str] = []
     variables = resolve_files(environment, problems)
     file_values, file_name = read_file(folder, OPTIONS, problems)
-    values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for item in OPTIONS:
         found = pick(item, flags, variables, file_values, file_name)
-        if found is None:
-            sources[item.name] = "default"
-            continue
-        text, source = found
-        sources[item.name] = source
-        if item.secret:
-            values[item.name] = text
-            continue
-        try:
-            values[item.name] = item.read(text)
-        except ValueError as error:
-            problems.append(f"{source}: {error}")
+        sources[item.name] = "default" if found is None else found[1]
+        if found is not None:
+            try:
+                values[item.name] = found[0] if item.secret else item.read(found[0])
+            except ValueError as error:
+                problems.append(f"{found[1]}: {error}")
     if values.get("verify_url"):
         try:
             parse(values["verify_url"])
