@@ -19,7 +19,7 @@ ON_THEIRS = {
     "pipeline/apply/revisions.py": ("_OPEN_SINCE",),  # on a session of ours
     "ledger/table.py": (),
     "pipeline/apply/metrics/observer.py": ("_BEFORE", "_SIZE"),  # on a session of ours
-    "postgres/search_path.py": ("_FIND", "FIND", "LIST", "beside"),
+    "postgres/search_path.py": ("_FIND", "FIND_RELATION", "LIST_SCHEMAS", "only_beside"),
     "ledger/sql.py": (),
     "ledger/indexes.py": (),
     "ledger/permissions.py": (),

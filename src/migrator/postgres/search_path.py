@@ -34,7 +34,7 @@ _LEARN_SCHEMAS = (
 )
 
 
-def settled(path: str, kinds: str, local: str) -> str:
+def _set_columns(path: str, kinds: str, local: str) -> str:
     """Return the columns that set a search_path and the refused kinds of relations; ``local`` is an SQL
     expression.
 
@@ -47,19 +47,19 @@ def settled(path: str, kinds: str, local: str) -> str:
     )
 
 
-def ours(local: str = "false") -> str:
+def set_our_path(local: str = "false") -> str:
     """Return the statement that sets our path; ``local`` is an SQL expression."""
-    return f"SELECT {settled(_SAFE, 'view, foreign-table', local)}"
+    return f"SELECT {_set_columns(_SAFE, 'view, foreign-table', local)}"
 
 
-def theirs(literal: str, local: str = "false") -> str:
+def set_users_path(literal: str, local: str = "false") -> str:
     """Return the statement that sets a path of the user's, as an SQL literal, and allows every relation
     again.
     """
-    return f"SELECT {settled(literal, '', local)}"
+    return f"SELECT {_set_columns(literal, '', local)}"
 
 
-def each_message(restricts: bool) -> str:
+def prefix_behind_pooler(restricts: bool) -> str:
     """Return the prefix of a statement behind a pooler, which may give each transaction another connection."""
     restriction = f" SET LOCAL {_RESTRICTION} = 'view, foreign-table';" if restricts else ""
     return f"SET LOCAL search_path = {SAFE};{restriction} "
@@ -69,7 +69,7 @@ RESTRICTS = f"pg_catalog.current_setting('{_RESTRICTION}', true) IS NOT NULL"
 """Whether the server can refuse views."""
 
 
-def leave(backend_pid: int) -> str:
+def leave_users_path(backend_pid: int) -> str:
     """Return the statements that read any path of the user's and leave it.
 
     A pooler invents process ids. Behind one, the statements apply only to this message, because its
@@ -78,7 +78,7 @@ def leave(backend_pid: int) -> str:
     pooled = f"pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.<>) CAST('{backend_pid}' AS pg_catalog.int8)"
     return (
         f"SELECT pg_catalog.set_config('{PATH}', pg_catalog.current_setting('search_path'), true), {_LEARN_SCHEMAS};"
-        f" {ours(pooled)}"
+        f" {set_our_path(pooled)}"
     )
 
 
@@ -92,11 +92,11 @@ _LOOK = (
     f"SELECT pg_catalog.set_config('search_path', %s, true); SELECT {_LEARN_SCHEMAS};"
     f" SELECT pg_catalog.set_config('search_path', {_SAFE}, true); "
 )
-FIND = _LOOK + _FIND
+FIND_RELATION = _LOOK + _FIND
 """Returns the schema and the kind of the first relation of a name (second parameter) in a search_path (the
 first).
 """
-LIST = f"{_LOOK}SELECT s.value FROM json_array_elements_text(current_setting('{SCHEMAS}')::json) AS s"  # noqa: S608 - constants only
+LIST_SCHEMAS = f"{_LOOK}SELECT s.value FROM json_array_elements_text(current_setting('{SCHEMAS}')::json) AS s"  # noqa: S608 - constants only
 """Returns the existing schemas of a search_path (the parameter) that the role may use."""
 
 FIND_HERE = """
@@ -109,7 +109,7 @@ ORDER BY s.place LIMIT 1
 """The same on a connection that keeps its search_path, as JSON."""
 
 
-def beside(table: str, schema: str, literal: Callable[[str], str]) -> str:
+def only_beside(table: str, schema: str, literal: Callable[[str], str]) -> str:
     """Return the statement that leaves nothing to find, for this message, except beside a plain table.
 
     That is the first table of this name in the user's path, or the one in ``schema``. A view, a column
@@ -135,5 +135,5 @@ SELECT set_config('search_path', coalesce((
    ORDER BY s.place LIMIT 1), {_SAFE}), true);"""  # noqa: S608 - quoted
 
 
-BACK = f"SELECT pg_catalog.set_config('search_path', {_SAFE}, true);"
+SET_OUR_PATH = f"SELECT pg_catalog.set_config('search_path', {_SAFE}, true);"
 """Leaves that state."""

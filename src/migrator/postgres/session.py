@@ -72,7 +72,7 @@ class Session:
         self.facts, self.first_row = self._read_facts(timeout, first_query)
         # Behind a pooler, a setting may stay with a connection that another client gets next.
         self._timeouts_off = self.pooled
-        self._ahead = search_path.each_message(self._restricts) if self.pooled else ""
+        self._ahead = search_path.prefix_behind_pooler(self._restricts) if self.pooled else ""
 
     def query(
         self,
@@ -223,9 +223,9 @@ class Session:
         with self._lock:
             ahead, literal = self._ahead, quote_literal(path or self.user_path)
             if ahead:
-                self._ahead = f"{search_path.theirs(literal, 'true')}; "
+                self._ahead = f"{search_path.set_users_path(literal, 'true')}; "
             else:
-                self.query(search_path.theirs(literal))
+                self.query(search_path.set_users_path(literal))
             try:
                 yield
             except BaseException:
@@ -237,7 +237,7 @@ class Session:
     def _as_ourselves(self, ahead: str) -> None:
         self._ahead = ahead
         if not ahead:
-            self.query(search_path.ours())
+            self.query(search_path.set_our_path())
 
     def terminate(self, pid: int) -> None:
         """End another session, as our role or as our login: ALTER ROLE ... SET role can make them differ.
@@ -259,14 +259,16 @@ class Session:
 
         Raises :class:`QueryFailed`.
         """
-        rows = self.query(search_path.FIND, (self.user_path, name))
+        rows = self.query(search_path.FIND_RELATION, (self.user_path, name))
         return (rows[0][0], rows[0][1]) if rows else None
 
     def user_schemas(self, *, timeout: float | None = None) -> tuple[str, ...]:
         """Return the existing schemas of the user's search_path that may be used; raises
         :class:`QueryFailed`.
         """
-        return tuple(row[0] for row in self.query(search_path.LIST, (self.user_path,), timeout=timeout))
+        return tuple(
+            row[0] for row in self.query(search_path.LIST_SCHEMAS, (self.user_path,), timeout=timeout)
+        )
 
     def require_writes(self) -> None:
         """Raise :class:`AccessDenied` if the server accepts no writes."""
@@ -330,7 +332,7 @@ class Session:
         behind in a pooler. It leaves the user's search_path before any name that could be resolved in a
         schema of others.
         """
-        leave = search_path.leave(self._connection.info.backend_pid)
+        leave = search_path.leave_users_path(self._connection.info.backend_pid)
         columns = f"{FACTS}, {first_query.columns}" if first_query.columns else FACTS
         sql = f"SET LOCAL statement_timeout = 0; {leave}; {first_query.before}SELECT {columns}"
         self.user_path, self._restricts, *row = self.query(sql, timeout=timeout)[0]

@@ -318,12 +318,12 @@ def _first_query(table: VersionTable, digest: str) -> FirstQuery:
         f", (SELECT count(*) FROM ({INVALID_INDEXES}) AS invalid), ({found} ->> 'clean')::boolean AND {_OPEN}"
         f"{'' if table.schema else _ALONE.format(name=name)}"
     )
-    place = search_path.beside(table.name, table.schema, quote_literal)
+    place = search_path.only_beside(table.name, table.schema, quote_literal)
     lock = f"LOCK TABLE ONLY {rows}{f', ONLY {LEDGER}' if digest else ''} IN ACCESS SHARE MODE;"
     before = (
         # Read again under the lock that keeps it unchanged; from pg_catalog, because this query resolves
         # names of its own.
-        f"{place} {lock} {search_path.BACK} {place} {read} {search_path.BACK} "
+        f"{place} {lock} {search_path.SET_OUR_PATH} {place} {read} {search_path.SET_OUR_PATH} "
     )
     return FirstQuery(columns, before)
 

@@ -30,7 +30,7 @@ def unreadable(
             f"A parent is missing: {missing[0]}.",
             next_step="add the missing file to the image, or fix down_revision in the file that names it",
         )
-    if isinstance(error, KeyError) and _raised_by_alembic(error):
+    if isinstance(error, KeyError) and _raised_by_the_graph(error):
         return HistoryError(
             f"A dependency is missing: a revision's depends_on names {error.args[0]!r}, which no file has.",
             next_step="add the missing file to the image, or fix depends_on in the file that names it",
@@ -55,10 +55,10 @@ def describe(error: BaseException) -> str:
 
 def raised_by_a_file(error: BaseException) -> bool:
     """Tell whether a revision file raised this during its import; other imports before it may fix that."""
-    return not isinstance(error, SyntaxError) and not _raised_by_alembic(error)
+    return not isinstance(error, SyntaxError) and not _raised_by_the_graph(error)
 
 
-def _raised_by_alembic(error: BaseException) -> bool:
+def _raised_by_the_graph(error: BaseException) -> bool:
     """Tell whether Alembic's own graph raised this, and not a revision file."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).parts[-3:] == ("alembic", "script", "revision.py")
