@@ -66,6 +66,23 @@ def test_settings_outlast_it_and_it_is_told(
     assert told == [("a1", "no"), ("b1", "true"), ("c1", "no")]
 
 
+def test_a_rollback_takes_the_revision_before_along(
+    database: Database, project: Project, run_migrator: Runner
+) -> None:
+    """Alembic then finds no row to move. Nothing of the revision was committed."""
+    history = [
+        Revision("a1", None, "SELECT 1"),
+        Revision("b1", "a1", "CREATE TABLE lost (id int)"),
+        Revision("c1", "b1", "op.execute('ROLLBACK')"),
+    ]
+    folder = project(env(), revisions=history)
+    done(run_migrator("upgrade", "a1", cwd=folder, database=database))
+    result = run_migrator(cwd=folder, database=database)
+    assert database.psql("SELECT to_regclass('lost')") == [(None,)]
+    refusal(result, ExitCode.ROLLED_BACK, "Everything was rolled back", "use a savepoint in c1")
+    assert "part of c1" not in result.stderr
+
+
 BLOCK = "with op.get_context().autocommit_block():\n    op.execute('{}')"
 RESETS = {
     "a script of pg_dump": "op.execute('SET statement_timeout = 0; SET lock_timeout = 0; SET row_security = off')",

@@ -365,7 +365,7 @@ class MigrationExecution:
         connection.check_client_connection(self.session.facts.major)
         if self._connection is None or not self._connection.is_on(context.connection):
             connection.listen(
-                self.steps.committed,
+                self.steps.committed_here,
                 executes=self.steps.executes,
                 executed=self.steps.executed,
                 leaving=self.steps.leaving,
@@ -503,6 +503,7 @@ def apply(
             failed_in=execution.failed_in or execution.steps.running,
             landed=() if rows is None else execution.landed(),
             at="" if rows is None else execution.at(),
+            rolled_back_by=next((f.place for f in execution.steps.findings if f.rule == "rolled-back"), ""),
             alike=len({passage.before for passage in execution.visits.values()}) < 2,
             unfinished=tuple(dict.fromkeys(part.revision for part in execution.unfinished)),
             repeatable=execution.steps.unrepeatable.isdisjoint(execution.unfinished),

@@ -55,6 +55,8 @@ class Aftermath:
     prepared: Sequence[str] = ()
     at: str = ""
     """Where the database stands, if ``env.py`` uses several version tables."""
+    rolled_back_by: str = ""
+    """The revision that rolled back its own transaction."""
     alike: bool = True
     """Whether all version tables started at the plan's rows."""
 
@@ -152,7 +154,12 @@ def _cure(error: BaseException, after: Aftermath) -> str:
             f"the id {failed} has {len(failed)} characters, more than version_num takes: ALTER TABLE "
             "the version table ALTER version_num TYPE varchar(255), or shorten the id"
         )
-    if "Online migration expected to match" in str(error):  # Alembic's own words
+    if "Online migration expected to match" in str(error) and after.rolled_back_by:  # Alembic's own words
+        return (
+            f"use a savepoint in {after.rolled_back_by} (op.get_bind().begin_nested()): it rolled back the "
+            "transaction with the version row of the revision before it; then run migrator again"
+        )
+    if "Online migration expected to match" in str(error):
         return (
             "the row of the version table could not be changed: look for a trigger, a rule or row-level "
             "security on that table, and for another tool that writes it; then run migrator again"

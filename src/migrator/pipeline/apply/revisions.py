@@ -246,6 +246,16 @@ class Steps:
         if self.running and not self._is_part:
             self.committed_parts.append(self._part)
 
+    def committed_here(self) -> None:
+        """Note a commit on the migration's connection: of the running revision, or of Alembic's and our statements
+        after it.
+        """
+        if self._inside:
+            self.committed()
+        else:
+            self.anything_committed = True
+            self._next_transaction = self._held = 0
+
     def executes(self, statement: str, autocommit: bool) -> None:
         """Check a statement before it runs: one that leaves its transaction must not run twice."""
         self._asked = False  # the one before it failed, and the revision goes on
@@ -371,8 +381,8 @@ class Steps:
             rule="rolled-back",
             severity=Severity.WARNING,
             place=self.running,
-            sentence=f"{self.running} rolled back its own transaction: its earlier work is lost, and its "
-            "version row is still written",
+            sentence=f"{self.running} rolled back its own transaction: all that was done in it before is "
+            "lost, also by earlier revisions",
             remedy="use a savepoint in the revision (op.get_bind().begin_nested()), and check what is "
             "missing",
         )
