@@ -46,8 +46,7 @@ RUN --mount=type=bind,source=image,target=/image \
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 SOURCE_DATE_EPOCH=315532800
 
 # Dependencies before source: this layer is rebuilt only when a lock changes. Wheels carry debugging symbols (17 MB);
-# the libraries that auditwheel has moved to *.libs are left as they are, for strip breaks some of those. Of rich, only
-# tables, bars and colours are used: what it needs for source code and Markdown goes.
+# the libraries that auditwheel has moved to *.libs are left as they are, for strip breaks some of those.
 COPY requirements.lock requirements-build.lock /build/
 COPY image/trim.py /build/
 RUN --mount=type=secret,id=ca_certificates \
@@ -60,7 +59,7 @@ RUN --mount=type=secret,id=ca_certificates \
     /build/tools/bin/pip --python /opt/migrator/bin/python install --require-hashes --no-deps --only-binary :all: \
         --report /build/dependencies.json -r /build/requirements.lock; \
     find /opt/migrator -name '*.so' -not -path '*.libs/*' -exec strip --strip-unneeded {} +; \
-    python3 /build/trim.py /opt/migrator pygments markdown-it-py mdurl
+    python3 /build/trim.py /opt/migrator
 
 COPY pyproject.toml README.md LICENSE /build/
 COPY src /build/src

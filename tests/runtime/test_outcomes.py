@@ -316,7 +316,7 @@ def test_on_a_terminal_logs_are_text_with_a_progress_bar(
     code, text = on_a_terminal(run_migrator, "upgrade", cwd=folder, database=database)
     assert code == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    assert "━ 1/3 r002" in text
+    assert "] 1/3 r002" in text
     assert re.search(r"\d\d:\d\d:\d\d INFO +applied 3 of 3: r003 a change", text)
     assert '{"' not in text
     assert text.count("upgraded from base to r003") == 1

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from migrator.config import settings
 from migrator.outcome import ExitCode, Outcome
-from migrator.runtime import terminal
 from migrator.runtime.escaping import visible
 from migrator.runtime.output import report
 from migrator.runtime.output.report import Answer
@@ -222,13 +219,9 @@ def _of_row(row: Mapping[str, Any]) -> str:
     said = f"{row['outcome']}: {row['message']}" if row["event"] == "run" else str(row["message"] or "")
     start = f"  {str(row['at'])[:19]}  {row['event']:<9} "
     what = f"{row['revision']}: {said}" if row["revision"] else said
-    return textwrap.fill(
-        f"{start}{visible(what)}{seconds}",
-        terminal.columns() or sys.maxsize,
-        subsequent_indent=" " * len(start),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    from migrator.runtime import terminal  # not for an up-to-date check
+
+    return terminal.wrapped(f"{start}{visible(what)}{seconds}", len(start))
 
 
 def of_repair(repair: Repair) -> Answer:
@@ -307,4 +300,6 @@ def _line(item: Revision) -> str:
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
     """Lay out rows in columns."""
+    from migrator.runtime import terminal
+
     return terminal.table([{name: visible(value) for name, value in row.items()} for row in rows])

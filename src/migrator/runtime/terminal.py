@@ -1,110 +1,62 @@
-"""Colour, bars and columns on a terminal, by rich.
+"""Colours and columns for people at a terminal; any other stream gets the text as it is.
 
-Nothing changes where the stream is no terminal, where rich is not installed, or for ``NO_COLOR``
-(https://no-color.org). rich is imported on a terminal only, and not for the answer of an up-to-date check.
+``NO_COLOR`` (https://no-color.org) and ``TERM=dumb`` switch the colours off. docs/why/adr/0050 says why
+this is no library.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
-_STYLES = (
-    (r"^(?P<time>\d\d:\d\d:\d\d) (?:(?P<bad>ERROR|CRITICAL)|(?P<warn>WARNING)|INFO|DEBUG)", re.MULTILINE),
-    (r"(?P<bad>\b[A-Z_]{5,} \((?:3\d|4[013]|70)\)|NOT VERIFIED)", 0),
-    (r"(?P<warn>\b[A-Z_]{5,} \((?:3|10|2\d|42)\))", 0),
-    (r"(?P<command>`[^`\n]+`)", 0),
-    (r"(?P<good>(?<=\b)(?:OK(?=:|\b)|verified(?=[;.,]))|\(head\))", 0),
-    (r"(?P<next>\bNext:)", 0),
+_COLOURS = {"bad": "1;31", "warning": "33", "good": "32", "command": "36", "strong": "1", "dim": "2"}
+"""The parameters of the sequence Select Graphic Rendition (ECMA-48, 8.3.117)."""
+_COLOURED = re.compile(
+    r"(?P<dim>^\d\d:\d\d:\d\d(?= [A-Z]))"
+    r"|(?P<bad>\b[A-Z_]{5,} \((?:3\d|4[013]|70)\)|\bERROR\b|\bNOT VERIFIED\b)"
+    r"|(?P<warning>\b[A-Z_]{5,} \((?:3|10|2\d|42)\)|\bWARNING\b)"
+    r"|(?P<command>`[^`\n]+`)"
+    r"|(?P<good>\bOK\b|\bverified(?=[;.,])|\(head\))"
+    r"|(?P<strong>\bNext:)",
+    re.MULTILINE,
 )
-_COLOURS = {
-    "time": "dim",
-    "bad": "bold red",
-    "warn": "yellow",
-    "good": "green",
-    "command": "cyan",
-    "next": "bold",
-}
 
 
 def columns(stream: TextIO | None = None) -> int | None:
     """Return the width of a terminal in characters; None for another kind of stream (default: stdout)."""
-    stream = stream or sys.stdout
-    import shutil
-
-    return shutil.get_terminal_size().columns if stream.isatty() else None
+    return shutil.get_terminal_size().columns if (stream or sys.stdout).isatty() else None
 
 
 def coloured(text: str, stream: TextIO) -> str:
-    """Return text for people with the colours of a terminal: levels, exit codes, commands."""
-    console = _console(stream)
-    if console is None or not console.color_system or console.no_color:
+    """Return text with colours for a terminal: levels, exit codes, commands."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
         return text
-    from rich.text import Text
-
-    shown = Text(text)
-    for pattern, flags in _STYLES:
-        for found in re.finditer(pattern, text, flags):
-            for name, part in found.groupdict().items():
-                if part:
-                    shown.stylize(_COLOURS[name], *found.span(name))
-    return _rendered(console, shown, soft_wrap=True)  # the terminal wraps: a copied command has no line break
+    return _COLOURED.sub(lambda found: f"\x1b[{_COLOURS[found.lastgroup or 'dim']}m{found[0]}\x1b[0m", text)
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Lay out rows in columns for stdout: on a terminal within its width, else with one line a row."""
-    names = list(rows[0])
-    console = _console(sys.stdout)
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-    if console is None or sum(widths.values()) + 2 * len(names) <= console.width:
-        widths[names[-1]] = 0
-        lines = [dict(zip(names, names, strict=True)), *rows]
-        return "\n".join("  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in lines)
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
-    for name in names:
-        one_word = not any(" " in row[name] for row in rows)  # an id is copied as a whole
-        grid.add_column(name, overflow="fold", no_wrap=one_word and name != names[-1])
-    for row in rows:
-        grid.add_row(*(Text(row[name]) for name in names))
-    return re.sub(r" +$", "", _rendered(console, grid), flags=re.MULTILINE)
-
-
-def bar(done: int, total: int, width: int, stream: TextIO) -> str:
-    """Return a bar of ``width`` characters."""
-    console = _console(stream)
-    if console is None:
-        filled = width * done // total
-        return f"[{'#' * filled}{'.' * (width - filled)}]"
-    from rich.progress_bar import ProgressBar
-
-    shown = ProgressBar(total, done, width, style="dim", complete_style="cyan", finished_style="green")
-    return _rendered(console, shown).ljust(width)  # without colours it draws the finished part alone
-
-
-def _console(stream: TextIO) -> Console | None:
-    """Return rich's console for a terminal."""
-    if not stream.isatty() or os.environ.get("TERM") == "dumb":
-        return None
-    try:
-        from rich.console import Console
-    except ImportError:
-        return None
-    # It detects the colours by the variables, and writes nothing to the stream: the caller does.
-    return Console(
-        file=stream, force_terminal=True, width=columns(stream), highlight=False, markup=False, emoji=False
+def wrapped(text: str, indent: int) -> str:
+    """Wrap a line for stdout if that is a terminal; the lines after the first are indented."""
+    width = columns()
+    if width is None:
+        return text
+    spaces = " " * min(indent, width // 2)
+    return textwrap.fill(
+        text, width, subsequent_indent=spaces, break_long_words=False, break_on_hyphens=False
     )
 
 
-def _rendered(console: Console, what: RenderableType, *, soft_wrap: bool = False) -> str:
-    with console.capture() as captured:
-        console.print(what, end="", soft_wrap=soft_wrap)
-    return captured.get()
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Lay out rows in columns for stdout; on a terminal, the last column is wrapped."""
+    names = list(rows[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names[:-1]}
+    indent = sum(width + 2 for width in widths.values())
+    lines = []
+    for row in (dict(zip(names, names, strict=True)), *rows):
+        start = "".join(f"{row[name]:<{width}}  " for name, width in widths.items())
+        lines.append(f"{start}{wrapped('x' * indent + row[names[-1]], indent)[indent:]}".rstrip())
+    return "\n".join(lines)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from typing import TextIO
 
-from migrator.runtime import terminal
 from migrator.runtime.escaping import visible
 
 log = logging.getLogger("migrator.apply")
@@ -61,11 +61,11 @@ class Progress:
     def _draw(self) -> None:
         if not self._enabled:
             return
+        filled = _WIDTH * self._done // self._total
         note = f"({self._note}) " if self._note else ""
         count = f"{self._done} %" if self._percent else f"{self._done}/{self._total}"
-        line = f"{count} {visible(note + self._doing)}"
-        left = (terminal.columns(self._stream) or 0) - _WIDTH - 4
-        self._write(f"{terminal.bar(self._done, self._total, _WIDTH, self._stream)} {line[:left]}")
+        line = f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {count} {visible(note + self._doing)}"
+        self._write(line[: shutil.get_terminal_size().columns - 1])
         self._shown = True
 
     def _write(self, line: str) -> None:
