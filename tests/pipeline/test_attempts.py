@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 
+from migrator.config.settings import Settings
+from migrator.errors import LockBusy
 from migrator.outcome import ExitCode
-from migrator.pipeline.apply.attempts import LOSSES, Attempt, Cause, cause_of, cut_alike, may_repeat
-from migrator.pipeline.apply.revisions import Part
+from migrator.pipeline.apply.attempt import Attempt, Cause, Landed, LockFailure, Part, cause_of, cut_alike
+from migrator.pipeline.apply.decide import LOSSES, Again, Done, Failed, decide
 from migrator.postgres.errors import ConnectFailed, QueryFailed, Refusal
 from migrator.postgres.version_table import VersionTable
+from migrator.project import Plan
+from migrator.project.history import history
 from tests.support.env_shapes import SHAPES
 from tests.support.env_text import env
 from tests.support.ledgers import agrees
@@ -95,28 +99,13 @@ def _difference(attempts: list[dict[str, Any]]) -> str:
     )
 
 
-PART = (Part("b1", VersionTable(), upgrade=True),)
-
-
-@pytest.mark.parametrize(
-    ("attempt", "again"),
-    [
-        (Attempt(Cause.BUSY, busy=1), True),
-        (Attempt(Cause.BUSY, busy=3), True),
-        (Attempt(Cause.BUSY, busy=4), False),
-        (Attempt(Cause.LOST, losses=LOSSES), True),
-        (Attempt(Cause.LOST, losses=LOSSES + 1), False),
-        (Attempt(Cause.LOST, busy=9, losses=1), True),
-        (Attempt(Cause.BUSY, busy=1, unfinished=PART), False),
-        (Attempt(Cause.LOST, losses=1, unfinished=PART), False),
-        (Attempt(Cause.BUSY, busy=1, settled=False), False),
-        (Attempt(Cause.LOST, losses=1, settled=False), False),
-        (Attempt(Cause.BUSY, busy=1, stopped=True), False),
-        (Attempt(Cause.OTHER), False),
-    ],
-)
-def test_when_env_py_is_run_again(attempt: Attempt, again: bool) -> None:
-    assert may_repeat(attempt, lock_retries=3) is again
+PENDING = (history.Revision("b1", ("a1",), "", "b1.py"),)
+PLAN = Plan("upgrade", "head", PENDING, frozenset({"a1"}), frozenset({"b1"}))
+THERE, PART = Landed(PLAN.before), Part("b1", VersionTable())
+SETTINGS = Settings(lock_retries=3)
+MISSED = LockFailure("55P03", "55P03")
+LAST = {Cause.BUSY: 3, Cause.LOST: LOSSES, Cause.OTHER: 0}
+"""How many attempts may fail for each cause before the last retry."""
 
 
 class Coded(Exception):
@@ -125,6 +114,116 @@ class Coded(Exception):
     def __init__(self, code: str) -> None:
         super().__init__(code)
         self.sqlstate = code
+
+
+CODES = {Cause.BUSY: "55P03", Cause.LOST: "08006", Cause.OTHER: "22012"}
+
+
+def seen(cause: Cause, count: int = 1, code: str = "", **facts: Any) -> Attempt:
+    """Return a failed attempt: the ``count``th that failed for this cause."""
+    facts = {"landed": THERE, "entered": True, "failed_in": "b1"} | facts
+    error = Coded(code or CODES[cause])
+    return Attempt(
+        PLAN,
+        error,
+        cause=cause,
+        busy=count if cause is Cause.BUSY else 0,
+        losses=count if cause is Cause.LOST else 0,
+        **facts,
+    )
+
+
+@pytest.mark.parametrize("cause", Cause)
+@pytest.mark.parametrize("settled", [True, False])
+@pytest.mark.parametrize("unfinished", [(), (PART,)])
+@pytest.mark.parametrize("signal", ["", "SIGTERM"])
+@pytest.mark.parametrize("used_up", [False, True])
+def test_what_follows_from_an_attempt(
+    cause: Cause, settled: bool, unfinished: tuple[Part, ...], signal: str, used_up: bool
+) -> None:
+    landed = Landed(PLAN.before, unfinished=unfinished)
+    attempt = seen(cause, LAST[cause] + used_up, settled=settled, signal=signal, landed=landed)
+    decision = decide(attempt, SETTINGS, 0.5)
+    alone = settled and not unfinished and not signal
+    if alone and not used_up and cause is not Cause.OTHER:
+        assert isinstance(decision, Again)
+        return
+    assert isinstance(decision, Failed)
+    told = str(decision.error)
+    if unfinished:
+        assert decision.error.code is ExitCode.PARTIAL
+        assert "A part of b1 was committed outside of its transaction" in told
+    elif signal:
+        assert decision.error.code is ExitCode.INTERRUPTED
+    else:
+        assert decision.error.code is (ExitCode.BLOCKED if cause is Cause.BUSY else ExitCode.ROLLED_BACK)
+    assert told.startswith("Interrupted by SIGTERM in revision b1" if signal else "Revision b1 failed")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "code", "words"),
+    [
+        (seen(Cause.LOST, LOSSES + 1, landed=None), 40, "The database could not be read after that"),
+        (seen(Cause.LOST, landed=None, settled=False, anything_committed=False), 20, "did not come back"),
+        (seen(Cause.OTHER, landed=None, anything_committed=False, signal="SIGTERM"), 40, "It is not known"),
+        (seen(Cause.OTHER, landed=Landed(PLAN.after, ["b1"])), 40, "the database is at b1"),
+        (seen(Cause.OTHER, signal="SIGINT", landed=Landed(PLAN.after, ["b1"])), 40, "Interrupted by SIGINT"),
+        (seen(Cause.BUSY, 4), 22, "It was tried 4 times"),
+        (seen(Cause.BUSY, 4, certain=False, landed=Landed(PLAN.before, unfinished=(PART,))), 40, "may have"),
+        (seen(Cause.LOST, LOSSES + 1, cut_after=5.0), 39, "lost its connection about 5 s after"),
+        (seen(Cause.OTHER, code="42501"), 30, "Everything was rolled back"),
+        (seen(Cause.OTHER, entered=False), 31, "env.py failed"),
+        (seen(Cause.OTHER, retries=MISSED), 22, "env.py cannot run a second time in one process"),
+        (seen(Cause.OTHER, retries=MISSED, signal="SIGTERM"), 23, "Interrupted by SIGTERM"),
+        (seen(Cause.OTHER, retries=MISSED, connected=True), 39, "Revision b1 failed"),
+        (Attempt(PLAN, SystemExit(3), raised=Coded("22012"), landed=THERE, entered=True), 39, "22012"),
+        (
+            Attempt(PLAN, LockBusy("Another run."), cause=Cause.BUSY, settled=False, landed=THERE),
+            21,
+            "Another",
+        ),
+    ],
+)
+def test_the_code_and_the_sentence_of_a_failure(attempt: Attempt, code: int, words: str) -> None:
+    decision = decide(attempt, SETTINGS, 0.5)
+    assert isinstance(decision, Failed)
+    assert decision.error.code == code
+    assert words in f"{decision.error} {decision.error.state}"
+
+
+def test_an_attempt_without_an_error_is_the_last() -> None:
+    assert decide(Attempt(PLAN, landed=Landed(PLAN.after, ["b1"])), SETTINGS, 0.5) == Done()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "again"),
+    [
+        (seen(Cause.BUSY, 1), Again(0.25, "55P03: rolled back, retrying in 0.2 s (attempt 2 of 4)", MISSED)),
+        (seen(Cause.BUSY, 3), Again(1.0, "55P03: rolled back, retrying in 1.0 s (attempt 4 of 4)", MISSED)),
+        (
+            seen(Cause.LOST, 2),
+            Again(
+                0.0,
+                "the server is back and has rolled back the open transaction: running env.py again (2 of 3)",
+            ),
+        ),
+    ],
+)
+def test_how_long_a_retry_waits(attempt: Attempt, again: Again) -> None:
+    assert decide(attempt, SETTINGS, 0.5) == again
+
+
+def test_a_lock_failure_that_env_py_replaced_is_retried() -> None:
+    attempt = Attempt(PLAN, RuntimeError("no"), raised=Coded("55P03"), cause=Cause.BUSY, busy=1)
+    decision = decide(attempt, SETTINGS, 0.5)
+    assert isinstance(decision, Again)
+    assert decision.lock_failure == LockFailure("no", "55P03")
+
+
+def test_no_pause_is_longer_than_ten_seconds() -> None:
+    decision = decide(seen(Cause.BUSY, 5000), Settings(lock_retries=9999), 1.0)
+    assert isinstance(decision, Again)
+    assert decision.after == 10.0
 
 
 def wrapped(error: BaseException) -> BaseException:

@@ -7,8 +7,8 @@
              lock -> inspect -> guard -> backup -> apply -> verify
 
 A block (``with``) surrounds stages: the session, the run lock, the run's row in the ledger, the maintenance
-window, MIGRATOR_ON_FAILURE. The stages are in ``stages/`` and ``apply/``. ``work.py`` gives each its input and
-writes its result into the run's record.
+window, MIGRATOR_ON_FAILURE. The stages are in ``stages/`` and ``apply/``. ``run_stages.py`` gives each its
+input and writes its result into the run's record.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import logging
 
 from migrator.outcome import Outcome
-from migrator.pipeline import work
+from migrator.pipeline import run_stages
 from migrator.pipeline.context import ATTEMPTS, Run, ending, harmless
 from migrator.pipeline.maintenance_window import window
 from migrator.pipeline.on_failure import undoing_on_failure
 from migrator.pipeline.run_rows import recorded_in_the_ledger
 from migrator.pipeline.stages.inspect import Inspection
+from migrator.pipeline.verification import verify_patiently
 from migrator.postgres.errors import ConnectFailed, QueryFailed
 from migrator.postgres.session import Session
 from migrator.project import History
@@ -65,33 +66,33 @@ def _patiently(this: Run) -> None:
 
 def _stages(this: Run) -> None:
     """Find the pending work, and do it under the run lock."""
-    history, expectations = work.load(this)
-    with work.connected(this, history) as (this, session):
-        found = work.inspect(this, session, history)
-        if this.request.kind == "verify" or work.nothing_to_do(this, found):
-            work.confirm(this, session, history, found, expectations)
+    history, expectations = run_stages.load(this)
+    with run_stages.connected(this, history) as (this, session):
+        found = run_stages.inspect(this, session, history)
+        if this.request.kind == "verify" or run_stages.nothing_to_do(this, found):
+            run_stages.confirm(this, session, history, found, expectations)
             return
-        with work.run_lock(this, session, history, found) as now:
-            if work.nothing_to_do(this, now):  # another run has done it
-                work.confirm(this, session, history, now, expectations)
+        with run_stages.run_lock(this, session, history, found) as now:
+            if run_stages.nothing_to_do(this, now):  # another run has done it
+                run_stages.confirm(this, session, history, now, expectations)
             else:
                 _change(this, session, history, now, expectations)
 
 
 def _change(
-    this: Run, session: Session, history: History, found: Inspection, expectations: work.Wanted
+    this: Run, session: Session, history: History, found: Inspection, expectations: run_stages.Wanted
 ) -> None:
     """Do the pending work; the run lock is held."""
-    work.refuse(this, session, history, found)
+    run_stages.refuse(this, session, history, found)
     with recorded_in_the_ledger(this, session, history):
-        work.guard(this, session, found)
+        run_stages.guard(this, session, found)
         with window(this, session):
-            work.back_up(this, session, found)
-            work.clear_invalid_indexes(this, session, found, expectations)
-            before = work.begin(this, session, found)
+            run_stages.back_up(this, session, found)
+            run_stages.clear_invalid_indexes(this, session, found, expectations)
+            before = run_stages.begin(this, session, found)
             with undoing_on_failure(
-                this, history, lambda plan: work.apply(this, session, history, found, plan)
+                this, history, lambda plan: run_stages.apply(this, session, history, found, plan)
             ):
-                table = work.apply(this, session, history, found, found.plan)
-                work.verify(this, session, history, table, expectations, before)
-            work.remove_old_backups(this, session)
+                table = run_stages.apply(this, session, history, found, found.plan)
+                verify_patiently(this, session, table, expectations, history, before)
+            run_stages.remove_old_backups(this, session)

@@ -54,17 +54,6 @@ def _left_by_sql(fairy: Any) -> bool:
     return False
 
 
-def watch_statements(
-    connection: Any, look: Callable[..., None], done: Callable[[], None] | None = None
-) -> None:
-    """Call ``look`` with (connection, cursor, statement, ...) before each statement, and ``done`` after it."""
-    from sqlalchemy import event
-
-    event.listen(connection, "before_cursor_execute", look)
-    if done is not None:
-        event.listen(connection, "after_cursor_execute", lambda *_: done())
-
-
 def watch_commits(
     connection: Any, committed: Callable[[], None], *, leaving: Callable[[], None], every_statement: bool
 ) -> None:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from migrator.config.settings import Settings
-from migrator.errors import HistoryError, SettingsError
-from migrator.pipeline.apply.commits import in_autocommit, watch_commits, watch_statements
+from migrator.errors import HistoryError, Internal, SettingsError
+from migrator.pipeline.apply.commits import in_autocommit, watch_commits
 from migrator.pipeline.apply.driver_calls import DriverCalls, gone
 from migrator.pipeline.apply.metrics.observer import Observation
 from migrator.postgres import search_path
+from migrator.postgres.errors import QueryFailed
 from migrator.postgres.queries import LEDGER
 from migrator.postgres.quoting import quote_literal
 from migrator.postgres.server import ServerFacts, dead_client_settings
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
+from migrator.runtime.deadlines import CANCEL_TIMEOUT
 
 if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
+
+    from migrator.pipeline.apply.attempt import Inputs
 
 log = logging.getLogger("migrator.apply")
 
@@ -261,6 +267,8 @@ class MigrationConnection:
         after it; ``leaving`` before a commit. Then ``calls`` also knows whether the driver waits for
         the server.
         """
+        from sqlalchemy import event
+
         every_statement = self._every_statement = self.autocommits
 
         def look_at_statement(connection: Any, _: Any, statement: str, *__: Any) -> None:
@@ -268,9 +276,83 @@ class MigrationConnection:
 
         self.calls = DriverCalls(self._connection)
         _lift_timeouts_for_concurrent_builds(self._connection)
-        watch_statements(self._connection, self._look_for_drops)
-        watch_statements(self._connection, look_at_statement, done=executed)
+        event.listen(self._connection, "before_cursor_execute", self._look_for_drops)
+        event.listen(self._connection, "before_cursor_execute", look_at_statement)
+        event.listen(self._connection, "after_cursor_execute", lambda *_: executed())
         watch_commits(self._connection, committed, leaving=leaving, every_statement=every_statement)
+
+
+class Backend:
+    """The server process of the connection that applies the plan, as the control connection sees it.
+
+    It holds the apply lock. A later attempt may use the same connection again.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._settings, self._session, self._apply_lock = inputs.settings, inputs.session, inputs.apply_lock
+        self.connection: MigrationConnection | None = None
+        self.pid = 0
+        self._server = 0  # the start time of its server
+
+    def take_lock(self, connection: MigrationConnection) -> None:
+        """Take the apply lock on a connection, unless an earlier connection of this run holds it."""
+        deadline = time.monotonic() + 2  # an earlier connection may just be closing
+        while not connection.try_lock(self._apply_lock):
+            if not self.pid:
+                raise Internal(
+                    "Another connection holds the apply lock, although this run holds the run lock."
+                )
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        self.pid, self._server = connection.pid, self._session.facts.started_at
+
+    def prepare(self, connection: MigrationConnection) -> None:
+        """Set role and timeouts and take the lock again, after a revision rolled back or reset them."""
+        self.take_lock(connection)
+        connection.assume_role(self._settings.role, self._session)
+        connection.set_timeouts(self._settings)
+
+    def cancel(self) -> None:
+        """Cancel the running statement; called from the signal thread."""
+        if not self.pid:
+            return
+        with contextlib.suppress(OSError):  # a closed terminal accepts no output
+            log.info("cancelling the running statement (pid %d)", self.pid)
+        try:
+            self._session.query("SELECT pg_cancel_backend(%s)", (self.pid,), timeout=CANCEL_TIMEOUT)
+        except QueryFailed as error:
+            # The server cannot be told. This side closes the connection, which ends the wait.
+            log.warning("cannot cancel the running statement: %s", error.text)
+            if self.connection and self.connection.calls:
+                self.connection.calls.end()
+
+    def ended(self, patience: float = 8.0) -> bool:
+        """Wait until it is gone from the server; end it after half of ``patience`` seconds.
+
+        Only then are the version rows final. Raises QueryFailed.
+        """
+        deadline = time.monotonic() + patience
+        terminated = False
+        while self.pid and self._server == self._session.facts.started_at and self._alive():
+            if time.monotonic() > deadline:
+                return False
+            if not terminated and time.monotonic() > deadline - patience / 2:
+                terminated = True
+                self._session.terminate(self.pid)
+            time.sleep(0.05)
+        return True
+
+    def _alive(self) -> bool:
+        """Tell whether it may still act: a pool may keep the connection open and idle."""
+        return bool(
+            self._session.value(
+                "SELECT EXISTS (SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+                " WHERE l.locktype = 'advisory' AND l.classid = %s AND l.objid = %s AND l.objsubid = 2"
+                " AND l.pid = %s AND a.state IS DISTINCT FROM 'idle')",
+                (*self._apply_lock, self.pid),
+            )
+        )
 
 
 # A comment or a string that contains it is harmless: the timeouts are lifted only for that one statement.

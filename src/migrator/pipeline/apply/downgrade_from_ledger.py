@@ -19,7 +19,7 @@ from migrator.errors import Internal, MigratorError, Partial, RolledBack
 from migrator.ledger import table as ledger
 from migrator.ledger.table import Author
 from migrator.outcome import RevisionResult
-from migrator.pipeline.apply.failure import RETRYABLE
+from migrator.pipeline.apply.attempt import RETRYABLE
 from migrator.postgres import connection_limit
 from migrator.postgres.errors import QueryFailed
 from migrator.postgres.session import Session
@@ -74,7 +74,7 @@ class Reversal:
                 for statement in way.statements or ():
                     log.info("%s: %s", way.revision, statement, extra={"stage": "apply"})
                 try:
-                    self._attempts(connection, way, before, after, number)
+                    self._retrying(way)(self._one, connection, way, before, after, number)
                 except QueryFailed as error:
                     interruption.check()
                     raise self._failed(way, error, before, total) from error
@@ -94,17 +94,10 @@ class Reversal:
         if not connection.value("SELECT pg_try_advisory_lock(%s, %s)", self._apply_lock):
             raise Internal("Another connection holds the apply lock, although this run holds the run lock.")
 
-    def _attempts(
-        self,
-        connection: Session,
-        way: StoredDowngrade,
-        before: frozenset[str],
-        after: frozenset[str],
-        number: int,
-    ) -> None:
-        """Revert one revision. Retry only if it missed a lock and nothing of it can be committed."""
+    def _retrying(self, way: StoredDowngrade) -> Retrying:
+        """Return what retries a revision, only if it missed a lock and nothing of it can be committed."""
         whole = not any(_ends_transaction(statement) for statement in way.statements or ())
-        retrying = Retrying(
+        return Retrying(
             retry=retry_if_exception(
                 lambda error: whole and isinstance(error, QueryFailed) and error.sqlstate in RETRYABLE
             ),
@@ -112,7 +105,6 @@ class Reversal:
             wait=wait_random_exponential(multiplier=0.5, max=10),
             reraise=True,
         )
-        retrying(self._one, connection, way, before, after, number)
 
     def _one(
         self,

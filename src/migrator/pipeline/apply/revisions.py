@@ -7,14 +7,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding, RevisionResult, Severity
+from migrator.pipeline.apply.attempt import Inputs, Part
 from migrator.pipeline.apply.commits import RAW, OutsideConnections
-from migrator.pipeline.apply.connection import MigrationConnection
+from migrator.pipeline.apply.connection import Backend, MigrationConnection
 from migrator.pipeline.apply.metrics.measurement import Measured
 from migrator.pipeline.apply.metrics.observer import Observation
 from migrator.pipeline.apply.repeatable import is_repeatable, outlives_a_rollback, resets_the_session
@@ -29,15 +29,6 @@ log = logging.getLogger("migrator.apply")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A revision with a part that is, or may be, committed before its version row in ``table``."""
-
-    revision: str
-    table: VersionTable
-    upgrade: bool
-
-
-@dataclass(frozen=True)
 class Done:
     """The measurement of a revision, its seconds, and whether it rolled back its transaction."""
 
@@ -47,36 +38,16 @@ class Done:
 
 
 class Steps:
-    """The steps of one run: the running one, the finished ones, and what may be committed.
+    """The steps of one run: the running one, the finished ones, and what may be committed."""
 
-    ``check`` raises after an interruption. ``reinstall_logging`` undoes a revision's changes of logging and
-    signals. ``prepare`` sets a connection's role and timeouts again after a revision rolled them back.
-    ``role`` is MIGRATOR_ROLE.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        ledger_writer: LedgerWriter,
-        total: int,
-        *,
-        bar: bool,
-        check: Callable[[], None],
-        reinstall_logging: Callable[[], None],
-        prepare: Callable[[MigrationConnection], None],
-        role: str = "",
-    ) -> None:
-        self._session = session
-        self._role = role
-        self._ledger_writer = ledger_writer
-        self._check = check
-        self._reinstall_logging = reinstall_logging
-        self._prepare = prepare
+    def __init__(self, inputs: Inputs, backend: Backend) -> None:
+        self._inputs, self._backend = inputs, backend
+        self._session, self._ledger_writer = inputs.session, inputs.ledger_writer
         self.findings: list[Finding] = []
-        self._total = total
+        self._total = len(inputs.plan.revisions)
         self.no_way_back: Mapping[str, str] = {}
-        self.results: list[RevisionResult] = []
-        self._places: list[VersionTable] = []  # the version table of each result
+        self.results: list[tuple[RevisionResult, VersionTable]] = []
+        """The results, each with its version table."""
         self.running = ""
         self.failure: BaseException | None = None
         self.committed_parts: list[Part] = []
@@ -90,11 +61,9 @@ class Steps:
         self._recorded_in: set[int] = set()  # those with a row of the ledger about a revision that is done
         self._connection: MigrationConnection | None = None
         self._observation: Observation | None = None
-        self._table = VersionTable()
-        self._upgrade = True
+        self.table = VersionTable()
         self._inside_of = 0  # the process in which a revision's own function runs: not a child of it
         self.outside = OutsideConnections(lambda: self._inside, self.commits_elsewhere, self._takes_raw)
-        self._backend_pid = 0
         self._raw_since = (
             ""  # the start of the transaction in which the revision took the driver's connection
         )
@@ -111,7 +80,7 @@ class Steps:
         self._held = 0  # the transaction in which the version table is locked
         self._began = self._started = time.monotonic()
         self.heartbeat = Heartbeat()
-        self.progress = Progress(total, sys.stderr, enabled=bar)
+        self.progress = Progress(self._total, sys.stderr, enabled=not inputs.logs.is_json)
 
     @property
     def _inside(self) -> bool:
@@ -122,29 +91,20 @@ class Steps:
         """Whether the running revision began in a transaction."""
         return bool(self._transaction)
 
-    def on(self, connection: MigrationConnection, observation: Observation, backend_pid: int = 0) -> None:
+    def on(self, connection: MigrationConnection, observation: Observation) -> None:
         """Continue with another connection."""
-        self._connection, self._observation, self._backend_pid = connection, observation, backend_pid
+        self._connection, self._observation = connection, observation
         self._transaction = self._next_transaction = 0
-
-    def at(self, table: VersionTable, *, upgrade: bool) -> None:
-        """Continue with a version table, in one direction."""
-        self._table, self._upgrade = table, upgrade
-
-    def placed(self) -> list[tuple[RevisionResult, VersionTable]]:
-        """Return the results, each with its version table."""
-        return list(zip(self.results, self._places, strict=True))
 
     def forget(self, pending: Sequence[str]) -> None:
         """Prepare for another pass over the version table: the work that it repeats was rolled back."""
         self.failure, self.running = None, ""
         self._transaction = self._next_transaction = 0
-        kept = [
-            (result, place)
-            for result, place in self.placed()
-            if not (place == self._table and result.revision in pending)
+        self.results = [
+            (result, table)
+            for result, table in self.results
+            if table != self.table or result.revision not in pending
         ]
-        self.results, self._places = [result for result, _ in kept], [place for _, place in kept]
         self._total = len(self.results) + len(pending)
 
     def wrap(self, steps: Sequence[Any]) -> None:
@@ -158,7 +118,7 @@ class Steps:
 
         @functools.wraps(run)
         def timed(*arguments: Any, **options: Any) -> None:
-            self._check()
+            self._inputs.interruption.check()
             self._begin(revision.revision, f"{revision.revision} {_first_line(revision.doc)}", number)
             self._inside_of = os.getpid()
             try:
@@ -169,8 +129,8 @@ class Steps:
             finally:
                 self._inside_of = 0
                 self._look_at_raw()
-                self._reinstall_logging()
-            self._check()
+                self._inputs.keep_logging()
+            self._inputs.interruption.check()
             now = self._look()
             self._alone = not self._transaction or bool(self._connection and self._connection.commits_each)
             self._own_transaction("BEGIN")
@@ -181,7 +141,7 @@ class Steps:
     def _begin(self, revision: str, what: str, number: int) -> None:
         self._transaction = self._next_transaction
         if self._connection is not None and (self._rolled_back or self._reset):
-            self._prepare(self._connection)
+            self._backend.prepare(self._connection)
             self._rolled_back = self._reset = False
         if self._connection is not None and not self._transaction:
             self._transaction = self._connection.transaction()
@@ -217,14 +177,14 @@ class Steps:
             return
         if 0 < transaction == self._held:
             return
-        lock = f"LOCK TABLE ONLY {self._table.quoted} IN ROW EXCLUSIVE MODE"
+        lock = f"LOCK TABLE ONLY {self.table.quoted} IN ROW EXCLUSIVE MODE"
         try:
             self._connection.tell(lock.replace(":", "\\:"))
         except Exception as error:
             if sqlstate(error) != _NO_TRANSACTION:  # the revision ended it without SQLAlchemy
                 raise
         try:
-            refuse_code(self._session, self._table, self._role)
+            refuse_code(self._session, self.table, self._inputs.settings.role)
         except QueryFailed as error:
             if not error.lost:  # the migration continues while the control connection is lost
                 raise
@@ -236,8 +196,7 @@ class Steps:
         if self._connection is not None and self._alone:
             self._connection.tell(command)
 
-    # -- written and committed work
-    # ------------------------------------------------------------------------
+    # -- written and committed work --------------------------------------------------------------------
 
     def committed(self) -> None:
         """Note a commit: the earlier work of the running revision is permanent."""
@@ -300,10 +259,10 @@ class Steps:
 
     def _open_transaction(self) -> str:
         """Return when the migration's open transaction began; empty if it is not known."""
-        if not self._backend_pid:
+        if not self._backend.pid:
             return ""
         try:
-            return str(self._session.value(_OPEN_SINCE, (self._backend_pid,)) or "")
+            return str(self._session.value(_OPEN_SINCE, (self._backend.pid,)) or "")
         except QueryFailed as error:
             log.debug("cannot ask for the transaction: %s", error.text)
             return ""
@@ -329,7 +288,7 @@ class Steps:
         statement = self._unrepeatable or _UNSEEN
         try:
             number = self._ledger_writer.partial(
-                self.running, statement, upgrade=self._upgrade, session=session
+                self.running, statement, upgrade=self._inputs.upgrade, session=session
             )
             self.transactions |= {number} - {0}
         except Exception as error:  # noqa: BLE001 - any driver
@@ -337,7 +296,7 @@ class Steps:
 
     @property
     def _part(self) -> Part:
-        return Part(self.running, self._table, self._upgrade)
+        return Part(self.running, self.table)
 
     @property
     def _is_part(self) -> bool:
@@ -390,8 +349,7 @@ class Steps:
         log.warning("%s; %s", finding.sentence, finding.remedy, extra={"stage": "apply"})
         return True
 
-    # -- after a step
-    # --------------------------------------------------------------------------------------
+    # -- after a step ----------------------------------------------------------------------------------
 
     def applied(self, **event: Any) -> None:
         """Record and report a finished step. Alembic calls it after the version row moved, before the commit.
@@ -414,8 +372,7 @@ class Steps:
             no_way_back=self.no_way_back.get(self.running, ""),
             measured=measured,
         )
-        self.results.append(result)
-        self._places.append(self._table)
+        self.results.append((result, self.table))
         self._next_transaction = self._ledger_writer.done(
             self.running, upgrade=info.is_upgrade, rows=event["heads"], seconds=done.seconds, details=measured
         )

@@ -18,8 +18,9 @@ from migrator.ledger.compatibility import refuse_or_allow, refuse_unknown_floors
 from migrator.ledger.downgrade_plan import choose, refuse_other_paths, rows_after
 from migrator.ledger.edited_files import Edit, find_edits
 from migrator.ledger.queries import Standing, led_here, read_standing, read_stored_downgrades, read_visited
+from migrator.pipeline.apply.attempt import Attempt, Landed
+from migrator.pipeline.apply.decide import explain, without_migrations
 from migrator.pipeline.apply.env_targets import Visit, survey_tables
-from migrator.pipeline.apply.failure import Aftermath, explain, without_migrations
 from migrator.postgres.attached_code import refuse_code
 from migrator.postgres.errors import QueryFailed
 from migrator.postgres.queries import CONTENTS
@@ -156,7 +157,7 @@ def asking(
                 log.info("env.py cannot report its version tables in a read-only session: %s", error)
                 return None
             nothing = Plan("upgrade", "head", (), frozenset(), frozenset())
-            raise explain(error, Aftermath(nothing, frozenset(), entered=False)) from error
+            raise explain(Attempt(nothing, error, landed=Landed(frozenset()))) from error
         if locked and not found:
             raise without_migrations()
         return found or None

@@ -1,4 +1,4 @@
-"""One function for each stage: it calls the stage, and writes its result into the run's record.
+"""The stages of a run: each function calls one stage, and writes its result into the run's record.
 
 :func:`nothing_to_do` decides whether anything is pending.
 """
@@ -15,8 +15,8 @@ from migrator.ledger.edited_files import judge
 from migrator.ledger.writer import LedgerWriter
 from migrator.outcome import Finding
 from migrator.pipeline import run_rows
-from migrator.pipeline.apply.apply import MigrationExecution
 from migrator.pipeline.apply.apply import apply as apply_plan
+from migrator.pipeline.apply.attempt import Inputs
 from migrator.pipeline.apply.downgrade_from_ledger import Reversal
 from migrator.pipeline.context import Run, rows_now
 from migrator.pipeline.drift import before_apply
@@ -31,7 +31,8 @@ from migrator.pipeline.stages.invalid_indexes import clear, clear_after_death, l
 from migrator.pipeline.stages.lock import APPLY_LOCK, LOCK_CLASS, lock, regain
 from migrator.pipeline.stages.standbys import wait_for_standbys
 from migrator.pipeline.stages.wait import log_in_again, wait
-from migrator.pipeline.verification import verify_patiently, verify_run
+from migrator.pipeline.verification import verify_run
+from migrator.postgres.control_connection import ControlConnection
 from migrator.postgres.errors import QueryFailed
 from migrator.postgres.session import Session
 from migrator.postgres.version_table import VersionTable
@@ -111,9 +112,7 @@ def inspect(
         details.update(
             current=found.current, pending=[revision.revision for revision in found.plan.revisions]
         )
-        if not nothing_to_do(
-            this, found
-        ):  # else there is nothing to lose, and the up-to-date check need not ask
+        if not nothing_to_do(this, found):  # else there is nothing to lose: the up-to-date check need not ask
             details.update(tables=found.tables)
         if this.request.kind != "stamp":
             details["edited"] = [edit.entry.revision for edit in found.edits]
@@ -214,9 +213,8 @@ def back_up(this: Run, session: Session, found: Inspection) -> None:
         except BackupFailed as error:
             if session.answers():
                 raise
-            raise QueryFailed(
-                error.message, lost=True
-            ) from error  # the server went away, and pg_dump with it
+            # The server went away, and pg_dump with it.
+            raise QueryFailed(error.message, lost=True) from error
         this.record.backup = summary(backup)
         details.update(id=backup.id, size_bytes=backup.size_bytes)
 
@@ -253,22 +251,21 @@ def apply(
     this: Run, session: Session, history: History, found: Inspection, plan: Plan
 ) -> VersionTable | None:
     """Run a plan, or the downgrade from it; return the version table that ``env.py`` really uses."""
-    record, before = this.record, this.record.revisions
+    record = this.record
     if plan.empty:
         record.skip("apply", "nothing is pending")
         return found.version_table
     if plan.stored_downgrades:
         return _downgrade_from_ledger(this, session, found)
     back = plan is not found.plan
-    execution = MigrationExecution(
-        session,
-        history,
-        this.settings,
-        plan,
+    inputs = Inputs(
+        session=session,
+        control=ControlConnection(session, lambda: regain(session), this.settings.wait_timeout),
+        history=history,
+        settings=this.settings,
+        plan=plan,
         logs=this.logs,
         interruption=this.interruption,
-        apply_lock=(LOCK_CLASS, APPLY_LOCK),
-        regain=lambda: regain(session),
         ledger_writer=LedgerWriter(
             record.author(this.settings.actor),
             history,
@@ -277,36 +274,34 @@ def apply(
             enabled=this.settings.ledger,
             after=record.ledger_rows,
         ),
+        apply_lock=(LOCK_CLASS, APPLY_LOCK),
         known={} if back else found.where.visits,
         about=found.where.about,
+        backup_id=record.rollback_backup_id,
     )
-
-    def rows() -> frozenset[str] | None:
-        return rows_now(this, session, execution.version_table)
-
-    was, record.after = record.after, None  # not known until it is read
-    try:
-        with record.stage("downgrade" if back else "apply"):
-            log_in_again(session, this.settings, this.application_name)
-            apply_plan(execution, backup_id=record.rollback_backup_id, rows_now=rows)
-    finally:
-        if execution.version_table is not None:
-            record.version_table = execution.version_table
-            now = rows()
-            record.revisions = before if now is None else (*before, *execution.committed())
-            record.after = None if now is None else tuple(sorted(now))
-            if found.where.several or len(execution.visits) > 1:
-                passed = {place: passage.after for place, passage in execution.visits.items()}
-                record.visits |= passed
-        else:
+    with record.stage("downgrade" if back else "apply"):
+        log_in_again(session, this.settings, this.application_name)
+        this.interruption.block()  # the record must be complete, also after a signal
+        was, record.after = record.after, None  # not known until it is read
+        applied = apply_plan(inputs)
+        if applied.version_table is None:
             record.after = was
-        record.transactions |= execution.steps.transactions
-        record.ledger_rows = execution.ledger_writer.number
-        record.findings += tuple(execution.steps.findings)
+        else:
+            record.version_table = applied.version_table
+            record.after = None if applied.rows is None else tuple(sorted(applied.rows))
+            record.revisions += applied.revisions
+            if found.where.several or len(applied.targets) > 1:
+                record.visits |= applied.targets
+        record.transactions |= applied.transactions
+        record.ledger_rows = applied.ledger_rows
+        record.findings += applied.findings
         if not back:
-            record.failed_in = execution.steps.running
-            record.committed_parts = tuple(dict.fromkeys(part.revision for part in execution.unfinished))
-    return execution.version_table
+            record.failed_in, record.committed_parts = applied.failed_in, applied.committed_parts
+        if applied.error is not None:
+            raise applied.error
+    this.interruption.unblock()
+    this.interruption.check()
+    return applied.version_table
 
 
 def _downgrade_from_ledger(this: Run, session: Session, found: Inspection) -> VersionTable | None:
@@ -333,18 +328,6 @@ def _downgrade_from_ledger(this: Run, session: Session, found: Inspection) -> Ve
         now = rows_now(this, session, table)
         record.after = None if now is None else tuple(sorted(now))
     return table
-
-
-def verify(
-    this: Run,
-    session: Session,
-    history: History,
-    table: VersionTable | None,
-    expectations: Wanted,
-    not_valid_before: frozenset[str],
-) -> None:
-    """Check the state after the run."""
-    verify_patiently(this, session, table, expectations, history, not_valid_before)
 
 
 def remove_old_backups(this: Run, session: Session) -> None:

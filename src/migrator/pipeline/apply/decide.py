@@ -1,4 +1,9 @@
-"""After a failure, compare the database with its earlier state, and report the truth."""
+"""Decide what follows from an attempt: run ``env.py`` again, done, or failed with a code and a sentence.
+
+Every rule of it is here, and none of it touches the world. A rolled-back transaction also undoes the settings
+of ``env.py`` in it (search_path, role, timeouts, locks), and a new connection never had them. So every retry
+runs ``env.py`` from the start, as the next run of migrator would. Its imported modules stay imported.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from migrator.config.settings import Settings
 from migrator.errors import (
     AccessDenied,
     Blocked,
@@ -17,102 +23,149 @@ from migrator.errors import (
     Unreachable,
 )
 from migrator.outcome import Finding
+from migrator.pipeline.apply.attempt import RETRYABLE, Attempt, Cause, LockFailure
 from migrator.pipeline.unexpected import sqlstate, translate, without_room
-from migrator.postgres.errors import ConnectFailed, QueryFailed, had_no_free_connection, message_of
+from migrator.postgres.errors import (
+    ConnectFailed,
+    QueryFailed,
+    chain,
+    had_no_free_connection,
+    message_of,
+    sqlstate_of,
+)
 from migrator.postgres.quoting import quote_literal
-from migrator.project import Plan
 from migrator.runtime.resource_errors import lack, without
 from migrator.runtime.signals import Interrupt
 
-RETRYABLE = frozenset({"55P03", "40P01", "40001"})
-"""SQLSTATEs that can pass by themselves: lock_not_available, deadlock_detected, serialization_failure."""
+LOSSES = 3
+"""How many lost connections are retried: a revision that crashes the server does so each time."""
 
 
 @dataclass(frozen=True)
-class Aftermath:
-    """The known facts after the applying connection is gone.
+class Again:
+    """Run ``env.py`` again, from the top, after so many seconds; ``sentence`` says why."""
 
-    ``rows`` are the current version rows, None if they could not be read. ``landed`` are the plan's
-    revisions that these rows stand for, in order. ``entered`` says whether ``env.py`` got a connection.
-    ``anything_committed`` says whether something may have been committed. ``unfinished`` are the
-    revisions with a committed part and no version row. ``repeatable`` says that this part may run
-    again, ``certain`` that one of its statements is known to be committed.
+    after: float
+    sentence: str
+    lock_failure: LockFailure | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The plan is applied."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The run ends with this error."""
+
+    error: MigratorError
+
+
+def decide(attempt: Attempt, settings: Settings, jitter: float) -> Again | Done | Failed:
+    """Decide what follows from an attempt; ``jitter`` is a random number from 0 to 1.
+
+    Nothing is retried after a signal, while a part of a revision is committed without its version row,
+    or before the server has ended the transaction and returned the version rows.
     """
-
-    plan: Plan
-    rows: frozenset[str] | None
-    entered: bool
-    anything_committed: bool = True
-    failed_in: str = ""
-    landed: Sequence[str] = ()
-    unfinished: Sequence[str] = ()
-    repeatable: bool = False
-    certain: bool = True
-    backup_id: str = ""
-    attempts: int = 1
-    cut_after: float = 0.0
-    blockers: Sequence[str] = ()
-    prepared: Sequence[str] = ()
-    at: str = ""
-    """Where the database stands, if ``env.py`` uses several version tables."""
-    rolled_back_by: str = ""
-    """The revision that rolled back its own transaction."""
-    alike: bool = True
-    """Whether all version tables started at the plan's rows."""
-
-    @property
-    def where(self) -> str:
-        """Return where the database stands."""
-        return self.at or ", ".join(sorted(self.rows or ())) or "base"
-
-    @property
-    def parts(self) -> str:
-        """Return which revisions are partly committed; empty if none is."""
-        if not self.unfinished:
-            return ""
-        names = ", ".join(self.unfinished)
-        rows = "its version row was not" if len(self.unfinished) == 1 else "their version rows were not"
-        was = "was" if self.certain else "may have been"
-        return f"A part of {names} {was} committed outside of its transaction; {rows}."
+    if attempt.error is None:
+        return Done()
+    if attempt.signal or attempt.unfinished or not attempt.settled:
+        return Failed(explain(attempt))
+    if attempt.cause is Cause.LOST and attempt.losses <= LOSSES:
+        return Again(
+            0.0,
+            "the server is back and has rolled back the open transaction: running env.py again "
+            f"({attempt.losses} of {LOSSES})",
+        )
+    if attempt.cause is Cause.BUSY and attempt.busy <= settings.lock_retries:
+        seconds = jitter * min(10.0, 0.5 * 2 ** min(attempt.busy - 1, 5))
+        failure = attempt.raised or attempt.error  # env.py may have ended in another way
+        code = next(code for code in map(sqlstate_of, chain(failure)) if code in RETRYABLE)
+        missed = LockFailure(reason(attempt.error).rstrip("."), code)
+        times = f"attempt {attempt.busy + 1} of {settings.lock_retries + 1}"
+        return Again(seconds, f"{missed.reason}: rolled back, retrying in {seconds:.1f} s ({times})", missed)
+    return Failed(explain(attempt))
 
 
-def explain(error: BaseException, after: Aftermath) -> MigratorError:
-    """Turn a failure of apply into the error that says what happened and where the database stands."""
-    what = _what(error, after)
-    if after.cut_after:
+def reason(error: BaseException) -> str:
+    """Return the first error with a message in an error's chain; a driver's own comes first."""
+    errors = (getattr(error, "orig", None) or error, *chain(error))
+    return next((message_of(item) for item in errors if str(item)), type(error).__name__)
+
+
+class CannotRunAgain(Exception):
+    """A lock failure, after which ``env.py`` failed before it connected: it cannot run twice in a process."""
+
+    def __init__(self, lock_failure: LockFailure, error: BaseException) -> None:
+        super().__init__(
+            f"{lock_failure.reason}; env.py cannot run a second time in one process "
+            f"({type(error).__name__}: {reason(error)})"
+        )
+        self.sqlstate = lock_failure.sqlstate
+
+
+def explain(attempt: Attempt) -> MigratorError:
+    """Turn a failed attempt into the error that says what happened and where the database stands."""
+    error = _cause(attempt)
+    what = _what(error, attempt)
+    if attempt.cut_after:
         what += (
-            f" Each attempt lost its connection about {after.cut_after:.0f} s after its statement "
+            f" Each attempt lost its connection about {attempt.cut_after:.0f} s after its statement "
             "began, and the server was up. A proxy or a firewall in between ends connections that look "
             "idle."
         )
-    way_back = _way_back(after)
-    if after.rows is None and not after.anything_committed and not isinstance(error, Interrupt):
+    way_back = _way_back(attempt)
+    if attempt.rows is None and not attempt.anything_committed and not isinstance(error, Interrupt):
         return Unreachable(
             f"{what} Postgres did not come back.",
             state="Nothing was committed: the server rolls back the open transaction.",
             next_step="run it again when Postgres is back; `migrator current` then shows where the database is",
         )
-    if after.rows is None:
+    if attempt.rows is None:
         return Partial(
             f"{what} The database could not be read after that.",
             state="It is not known what was committed.",
             next_step=f"run `migrator current` when Postgres answers again; {way_back}",
         )
-    if after.rows != after.plan.before or after.landed:
-        return _partial(what, way_back, after, _cure(error, after))
-    if after.unfinished:
+    if attempt.rows != attempt.plan.before or attempt.revisions:
+        return _partial(what, way_back, attempt, _cure(error, attempt))
+    if attempt.unfinished:
         return Partial(
             what,
-            state=f"{after.parts} The rest was rolled back; the database is at {after.where}.",
-            next_step=f"{_finish(after)}; {way_back}",
+            state=f"{_parts(attempt)} The rest was rolled back; the database is at {attempt.where}.",
+            next_step=f"{_finish(attempt)}; {way_back}",
         )
-    return _unchanged(error, what, after)
+    return _unchanged(error, what, attempt)
 
 
-def _finish(after: Aftermath) -> str:
+def _cause(attempt: Attempt) -> BaseException:
+    """Return the error to report: that of a cancelled statement, for one, stands for the signal."""
+    error = attempt.error or Interrupt(attempt.signal)
+    if attempt.signal:
+        return Interrupt(attempt.signal)
+    failed_early = attempt.cause is Cause.OTHER and not attempt.connected
+    if attempt.retries and failed_early and not isinstance(error, MigratorError):
+        return CannotRunAgain(attempt.retries, error)
+    if isinstance(error, SystemExit) and attempt.raised is not None:
+        return attempt.raised  # env.py caught it, and ended in another way
+    while type(error).__name__ == "PendingRollbackError" and error.__context__ is not None:
+        error = error.__context__  # SQLAlchemy only reports the broken transaction that followed
+    return error
+
+
+def _parts(attempt: Attempt) -> str:
+    """Return which revisions are partly committed."""
+    names = ", ".join(attempt.unfinished)
+    rows = "its version row was not" if len(attempt.unfinished) == 1 else "their version rows were not"
+    was = "was" if attempt.certain else "may have been"
+    return f"A part of {names} {was} committed outside of its transaction; {rows}."
+
+
+def _finish(attempt: Attempt) -> str:
     """Return what to do about the committed parts."""
-    names, command = ", ".join(after.unfinished), f"migrator {after.plan.kind} {after.plan.destination}"
-    if after.repeatable:
+    names, command = ", ".join(attempt.unfinished), f"migrator {attempt.plan.kind} {attempt.plan.destination}"
+    if attempt.repeatable:
         return (
             f"fix the cause, then run `{command}`: it repeats {names}, and its committed part is safe "
             "to repeat"
@@ -140,9 +193,9 @@ def _cannot_leave(error: BaseException | None) -> bool:
     return False
 
 
-def _cure(error: BaseException, after: Aftermath) -> str:
+def _cure(error: BaseException, attempt: Attempt) -> str:
     """Return the fix for an error that is not the revision's fault; empty if it may be."""
-    code, failed = sqlstate(error), after.failed_in
+    code, failed = sqlstate(error), attempt.failed_in
     if _cannot_leave(error):
         return (
             "in env.py, begin no transaction before context.configure() (or commit it there), and call "
@@ -154,9 +207,9 @@ def _cure(error: BaseException, after: Aftermath) -> str:
             f"the id {failed} has {len(failed)} characters, more than version_num takes: ALTER TABLE "
             "the version table ALTER version_num TYPE varchar(255), or shorten the id"
         )
-    if "Online migration expected to match" in str(error) and after.rolled_back_by:  # Alembic's own words
+    if "Online migration expected to match" in str(error) and attempt.rolled_back_by:  # Alembic's own words
         return (
-            f"use a savepoint in {after.rolled_back_by} (op.get_bind().begin_nested()): it rolled back the "
+            f"use a savepoint in {attempt.rolled_back_by} (op.get_bind().begin_nested()): it rolled back the "
             "transaction with the version row of the revision before it; then run migrator again"
         )
     if "Online migration expected to match" in str(error):
@@ -164,8 +217,8 @@ def _cure(error: BaseException, after: Aftermath) -> str:
             "the row of the version table could not be changed: look for a trigger, a rule or row-level "
             "security on that table, and for another tool that writes it; then run migrator again"
         )
-    first = bool(failed) and after.plan.kind == "upgrade" and failed == after.plan.revisions[0].revision
-    if code in _IS_THERE and first and not after.plan.before and not after.plan.baseline:
+    first = bool(failed) and attempt.plan.kind == "upgrade" and failed == attempt.plan.revisions[0].revision
+    if code in _IS_THERE and first and not attempt.plan.before and not attempt.plan.baseline:
         return (
             "the version table is empty; if the existing objects belong to this application, name "
             "their revision: `migrator upgrade --baseline REV`"
@@ -178,28 +231,28 @@ _IS_THERE = frozenset({"42P07", "42P06", "42701", "42710", "42723"})
 """Duplicate tables, schemas, columns, objects and functions."""
 
 
-def _partial(what: str, way_back: str, after: Aftermath, cure: str) -> Partial:
-    landed, total = after.landed, len(after.plan.revisions)
-    done = "reverted" if after.plan.kind == "downgrade" else "applied"
-    rows = after.where
+def _partial(what: str, way_back: str, attempt: Attempt, cure: str) -> Partial:
+    landed, total = attempt.revisions, len(attempt.plan.revisions)
+    done = "reverted" if attempt.plan.kind == "downgrade" else "applied"
+    rows = attempt.where
     state = f"{len(landed)} of {total} revisions were {done} and committed; the database is at {rows}."
-    if after.at:
+    if attempt.at:
         were = "was" if len(landed) == 1 else "were"
         state = f"{', '.join(landed)} {were} {done} and committed; the database is at {rows}."
-    if after.unfinished:
-        state += f" {after.parts}"
-    if after.plan.baseline and not landed:
+    if attempt.unfinished:
+        state += f" {_parts(attempt)}"
+    if attempt.plan.baseline and not landed:
         state = f"The database was stamped {rows}; no revision was applied."
-    cause = _AROUND if after.cut_after else cure or "fix the cause"
-    again = f"{cause}, then continue with `migrator {after.plan.kind} {after.plan.destination}`"
-    if after.unfinished:
-        again = _finish(after)
-    elif after.rows == after.plan.after and not after.at:
+    cause = _AROUND if attempt.cut_after else cure or "fix the cause"
+    again = f"{cause}, then continue with `migrator {attempt.plan.kind} {attempt.plan.destination}`"
+    if attempt.unfinished:
+        again = _finish(attempt)
+    elif attempt.rows == attempt.plan.after and not attempt.at:
         again = "fix the cause, then check with `migrator verify`"
     return Partial(what, state=state, next_step=f"{again}; {way_back}")
 
 
-def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorError:
+def _unchanged(error: BaseException, what: str, attempt: Attempt) -> MigratorError:
     if isinstance(error, Interrupt):
         return Interrupted(what, next_step="run it again", state="Everything was rolled back.")
     if isinstance(error, MigratorError):
@@ -208,18 +261,18 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
         return translate(error)
     code = sqlstate(error)
     if code in RETRYABLE:
-        times = f" It was tried {after.attempts} times." if after.attempts > 1 else ""
-        by = f" It was last blocked by {'; '.join(after.blockers)}." if after.blockers else ""
+        times = f" It was tried {attempt.busy} times." if attempt.busy > 1 else ""
+        by = f" It was last blocked by {'; '.join(map(str, attempt.blockers))}." if attempt.blockers else ""
         return Blocked(
             f"{what}{times}{by}",
             state="Everything was rolled back.",
-            next_step=_end_prepared(after.prepared)
+            next_step=_end_prepared([gid for blocker in attempt.blockers for gid in blocker.gids])
             or "run it again when the table is less busy, or raise MIGRATOR_LOCK_TIMEOUT or "
             "MIGRATOR_LOCK_RETRIES",
         )
     if code == "42501":  # also before env.py is entered: Alembic creates its version table on the way
         return _may_not(what)
-    if not after.entered:
+    if not attempt.entered:
         if had_no_free_connection(error):
             return without_room(what)
         if why := lack(error):
@@ -236,13 +289,13 @@ def _unchanged(error: BaseException, what: str, after: Aftermath) -> MigratorErr
             "PYTHONPATH, or FROM migrator); if the application's own command sets something before "
             "env.py loads, such as attributes of Alembic's Config, set that with MIGRATOR_BOOTSTRAP",
         )
-    if after.cut_after:
+    if attempt.cut_after:
         return RolledBack(
             what, state="Everything was rolled back.", next_step=f"{_AROUND}, then run migrator again"
         )
     # Without a revision, the end of the transaction or of env.py failed.
-    where = f"revision {after.failed_in}" if after.failed_in else "the cause"
-    cure = _cure(error, after) or f"fix {where}, then run migrator again"
+    where = f"revision {attempt.failed_in}" if attempt.failed_in else "the cause"
+    cure = _cure(error, attempt) or f"fix {where}, then run migrator again"
     return RolledBack(what, state="Everything was rolled back.", next_step=cure)
 
 
@@ -303,13 +356,13 @@ def _may_not(what: str) -> AccessDenied:
     )
 
 
-def _what(error: BaseException, after: Aftermath) -> str:
-    where = f"Revision {after.failed_in} failed" if after.failed_in else "Alembic failed"
-    if not after.entered and sqlstate(error) != "42501":
+def _what(error: BaseException, attempt: Attempt) -> str:
+    where = f"Revision {attempt.failed_in} failed" if attempt.failed_in else "Alembic failed"
+    if not attempt.entered and sqlstate(error) != "42501":
         where = "env.py failed"
     if isinstance(error, Interrupt):
         return f"Interrupted by {error.name}" + (
-            f" in revision {after.failed_in}." if after.failed_in else "."
+            f" in revision {attempt.failed_in}." if attempt.failed_in else "."
         )
     if isinstance(error, MigratorError):
         return error.message
@@ -327,18 +380,18 @@ def _what(error: BaseException, after: Aftermath) -> str:
     return f"{where}: {kind}{text}{f' [{code}]' if code else ''}.{shown}"
 
 
-def _way_back(after: Aftermath) -> str:
+def _way_back(attempt: Attempt) -> str:
     ways = []
-    before = ", ".join(sorted(after.plan.before)) or "base"
+    before = ", ".join(sorted(attempt.plan.before)) or "base"
     if (
-        after.plan.kind == "upgrade"
-        and len(after.plan.before) <= 1
-        and after.alike
-        and after.rows not in (None, after.plan.before)
-        and not after.unfinished  # a committed part outside of its transaction cannot be reverted
-        and not set(after.plan.one_way) & set(after.landed)
+        attempt.plan.kind == "upgrade"
+        and len(attempt.plan.before) <= 1
+        and attempt.alike
+        and attempt.rows not in (None, attempt.plan.before)
+        and not attempt.unfinished  # a committed part outside of its transaction cannot be reverted
+        and not set(attempt.plan.one_way) & set(attempt.revisions)
     ):
         ways.append(f"`migrator downgrade {before}{' --yes' if before == 'base' else ''}`")
-    if after.backup_id:
-        ways.append(f"`migrator restore {after.backup_id} --yes`")
+    if attempt.backup_id:
+        ways.append(f"`migrator restore {attempt.backup_id} --yes`")
     return "to go back: " + " or ".join(ways) if ways else "there is no backup to go back to"
