@@ -74,7 +74,7 @@ def speaker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     try:
         with (server.data / "pg_hba.conf").open("r+") as rules:
             others = rules.read()
-            rules.find_version_table(0)
+            rules.seek(0)
             rules.write("host all unwelcome all reject\nhost all trusted all trust\n" + others)
         server.start()
         for name, options in {

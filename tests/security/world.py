@@ -80,7 +80,7 @@ class World:
         found: list[Call] = []
         yield found
         with self.server.log.open(errors="replace") as log:
-            log.find_version_table(before)
+            log.seek(before)
             found += _calls(log.read())
 
     def privileges(self, database: Database) -> list[tuple[Any, ...]]:
