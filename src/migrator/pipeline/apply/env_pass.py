@@ -177,9 +177,11 @@ class EnvPass:
         planned = self._plan(heads, again=again)
         self._visits.before.setdefault(place, rows)
         self._visits.after.setdefault(place, inputs.history.rows_after(planned, heads))
-        if steps.applied not in context.on_version_apply_callbacks:
-            # First: a hook of env.py may commit, and the row of the ledger belongs to the version row.
-            context.on_version_apply_callbacks = (steps.applied, *context.on_version_apply_callbacks)
+        hooks = context.on_version_apply_callbacks
+        if steps.applied not in hooks:
+            # A hook of env.py may commit: the row of the ledger belongs to the version row. A hook may fail:
+            # the log says "applied" after it.
+            context.on_version_apply_callbacks = (steps.applied, *hooks, steps.report)
         revisions = [step for step in planned if getattr(step, "revision", None) is not None]
         if again:
             steps.forget([step.revision.revision for step in revisions])

@@ -352,7 +352,7 @@ class Steps:
     # -- after a step ----------------------------------------------------------------------------------
 
     def applied(self, **event: Any) -> None:
-        """Record and report a finished step. Alembic calls it after the version row moved, before the commit.
+        """Record a finished step. Alembic calls it after the version row moved, before the commit.
 
         The ledger row is written here, in the transaction that moves the version row.
         """
@@ -381,9 +381,12 @@ class Steps:
         self._own_transaction("COMMIT")
         self.running, self._transaction = "", 0
         self.heartbeat.begins("the end of env.py")
-        self._say(result)
 
-    def _say(self, result: RevisionResult) -> None:
+    def report(self, **event: Any) -> None:
+        """Log a finished step, after the hooks of ``env.py``."""
+        if event["step"].is_stamp:
+            return
+        result, _ = self.results[-1]
         self.progress.clear()
         log.info(
             "%s %d of %d: %s %s (%.2f s, %.1f s in all)",
