@@ -44,7 +44,7 @@ ROW = (
 def revision(item: Revision, number: int, *, empty: bool) -> Revision:
     """Return a revision without a statement, or one with a table and an index."""
     if empty:
-        return Revision(item.id, item.down, "pass", "pass")
+        return Revision(item.id, item.down, "op.get_context()", "op.get_context()")
     index = f"op.create_index('t{number}_note', 't{number}', ['note'])"
     return Revision(item.id, item.down, f"op.execute({item.upgrade!r})\n{index}", f"DROP TABLE t{number}")
 

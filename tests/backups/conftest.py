@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,14 @@ class Workbench:
         return {name for name in names if name.startswith(self.database.name)}
 
     def sessions(self) -> list[Any]:
-        """Return the sessions that bear our name, anywhere on the server."""
-        return self.database.server.psql(
-            "SELECT datname, application_name, query FROM pg_stat_activity WHERE application_name LIKE %s",
-            [APPLICATION[:20] + "%"],
-        )
+        """Return the sessions that bear our name, anywhere on the server; one that is closed ends soon after."""
+        asked = "SELECT datname, application_name, query FROM pg_stat_activity WHERE application_name LIKE %s"
+        deadline = time.monotonic() + 10
+        while found := self.database.server.psql(asked, [APPLICATION[:20] + "%"]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return found
 
 
 @pytest.fixture
