@@ -87,6 +87,15 @@ def test_no_module_of_the_standard_library_that_takes_long_is_imported(
     assert [line["message"] for line in result.logs] == [result.stdout.strip()]
 
 
+def test_psycopg2_does_not_load_ssl(frozen: Callable[..., Glance], tmp_path: Path) -> None:
+    """It would hide the error of the poison, so a module in that place leaves a file."""
+    glance = frozen()
+    seen = tmp_path / "seen"
+    (tmp_path / "poison" / "ssl" / "__init__.py").write_text(f"open({str(seen)!r}, 'w').close()\n")
+    assert glance.fast().code == 0
+    assert not seen.exists()
+
+
 def test_the_poison_works(frozen: Callable[..., Glance]) -> None:
     glance = frozen()
     (glance.folder / "migrations" / "manifest.json").unlink()

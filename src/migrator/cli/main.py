@@ -150,7 +150,7 @@ def _run(arguments: argparse.Namespace, interruption: Interruption) -> int:
     )
     # Imported late, so that --help and a mistyped flag cost nothing: this imports psycopg2 and the rest.
     with stdio.hidden("ssl"):
-        import migrator.postgres  # noqa: F401 - see hidden()
+        import migrator.postgres.libpq  # noqa: F401 - it imports psycopg2; see hidden()
     from migrator.cli import commands
 
     run_id = commands.new_run_id()
