@@ -5,7 +5,7 @@ Whether something is pending is found out without env.py, which in real projects
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,6 @@ Project = Callable[..., Path]
 THREE = linear_history(3)
 INI = "[alembic]\nscript_location = %(here)s/migrations\n"
 TOML = '[tool.alembic]\nscript_location = "%(here)s/migrations"\n'
-
-
-@pytest.fixture
-def plain(server: Server) -> Iterator[Database]:
-    """The database that plain Alembic migrates."""
-    database = server.create_database()
-    yield database
-    server.drop_database(database.name)
-
-
-@pytest.fixture
-def compare(run_migrator: Runner, database: Database, plain: Database) -> Comparison:
-    return Comparison(run_migrator, database, plain)
 
 
 def revision(

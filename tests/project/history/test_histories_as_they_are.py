@@ -7,7 +7,7 @@ version tables (test_env_files), failures (test_env_failures).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,23 +16,10 @@ from tests.support.comparison import Comparison
 from tests.support.env_text import env
 from tests.support.projects import Revision, linear_history
 from tests.support.runner import Runner
-from tests.support.servers import Database, Server
+from tests.support.servers import Database
 
 Project = Callable[..., Path]
 THREE = linear_history(3)
-
-
-@pytest.fixture
-def plain(server: Server) -> Iterator[Database]:
-    """The database that plain Alembic migrates."""
-    database = server.create_database()
-    yield database
-    server.drop_database(database.name)
-
-
-@pytest.fixture
-def compare(run_migrator: Runner, database: Database, plain: Database) -> Comparison:
-    return Comparison(run_migrator, database, plain)
 
 
 def revision(id: str, down: str | None, table: str, **more: object) -> str:

@@ -7,7 +7,7 @@ setting by then: a table lands in another schema, and nobody is told.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from tests.support.env_text import env
 from tests.support.outcomes import done, refusal, unchanged
 from tests.support.projects import ENV_FILES, Revision, linear_history
 from tests.support.runner import Runner
-from tests.support.servers import Database, Server
+from tests.support.servers import Database
 
 Project = Callable[..., Path]
 
@@ -39,14 +39,6 @@ APPLICATION = {
 }
 MAKES = "op.create_table('orders', sa.Column('id', sa.Integer), schema=SCHEMA)"
 DROPS = "op.drop_table('orders', schema=SCHEMA)"
-
-
-@pytest.fixture
-def plain(server: Server) -> Iterator[Database]:
-    """The database that plain Alembic upgrades."""
-    database = server.create_database()
-    yield database
-    server.drop_database(database.name)
 
 
 @pytest.fixture
